@@ -1,0 +1,1 @@
+"""Fused operations; installed and imported only as `nl_jax.kernels`."""

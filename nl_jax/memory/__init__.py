@@ -1,0 +1,1 @@
+"""Memories: what learns from tokens, as pure functions on NamedTuples."""

@@ -1,0 +1,55 @@
+"""Packaging. The folder `kernels/` is installed as `nl_jax.kernels`."""
+
+import pathlib
+
+from setuptools import find_packages, setup
+
+_HERE = pathlib.Path(__file__).parent
+
+_BASE = [
+  "jax>=0.10.2,<0.12",  # 0.10.2: jax.shard_map, lax.pcast; 0.12 not seen.
+  "optax>=0.2.8,<0.3",  # 0.2.8: contrib's MuonDimensionNumbers.
+  "numpy>=2.0",
+]
+_TRAIN = [
+  "flax>=0.12.8,<0.13",  # Linen only; 0.12.9 dropped Python 3.11.
+  "orbax-checkpoint>=0.12.8,<0.13",  # The v0 CheckpointManager.
+  "grain>=0.2.18,<0.3",  # Exact restore of the index shuffle.
+  "ml_collections>=1.1.0",
+  "absl-py>=2.1",
+  "sentencepiece>=0.2.0",
+  "tensorboardX>=2.6",  # Writes events without TensorFlow.
+  "rich>=13.0",
+]
+_DEV = [
+  "pytest>=8.0",
+  "pytest-xdist>=3.6",
+  "ruff>=0.9",
+  "jaxtyping>=0.3",
+  "matplotlib>=3.9",
+]
+
+_KERNELS = ["nl_jax.kernels"] + [
+  f"nl_jax.kernels.{package}" for package in find_packages("kernels")
+]
+
+setup(
+  name="nl_jax",
+  version="0.1.0",
+  description="Nested Learning in JAX: levels, memories, deep optimizers",
+  long_description=(_HERE / "README.md").read_text(encoding="utf-8"),
+  long_description_content_type="text/markdown",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  packages=find_packages(include=["nl_jax", "nl_jax.*"]) + _KERNELS,
+  package_dir={"nl_jax.kernels": "kernels"},
+  install_requires=_BASE,
+  extras_require={
+    "train": _TRAIN,
+    "eval": [*_TRAIN, "seqio>=0.0.20"],  # Brings TensorFlow.
+    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
+    "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    "export": ["safetensors>=0.4"],
+    "dev": [*_TRAIN, *_DEV, "safetensors>=0.4"],
+  },
+)

@@ -1,0 +1,29 @@
+"""Test set-up: eight CPU devices, strict broadcasting, a compilation cache."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+  "jax_compilation_cache_dir",
+  os.environ.get(
+    "NL_TEST_CACHE", os.path.join(tempfile.gettempdir(), "nl_jax_test_cache")
+  ),
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+@pytest.fixture(scope="session")
+def data_dir() -> pathlib.Path:
+  """The folder of real test data, named by the variable NL_DATA."""
+  path = os.environ.get("NL_DATA")
+  if not path:
+    pytest.skip("NL_DATA is not set: the folder of real test data")
+  return pathlib.Path(path).resolve()
