@@ -1,0 +1,79 @@
+"""The one chunk algebra that every memory is made of (design.md 3)."""
+
+import jax
+
+from nl_jax.kernels.rank_one import reference, xla
+
+READS = ("after", "before", "chunk_start")
+ERASES = ("deviation", "whole")
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def rank_one(
+  U: jax.Array,
+  Delta: jax.Array,
+  Q: jax.Array | None,
+  gates: tuple,
+  W: jax.Array,
+  S: jax.Array | None,
+  R: jax.Array | None,
+  *,
+  read: str,
+  erase_of: str,
+  anchor: jax.Array | None = None,
+  start: jax.Array | None = None,
+  segment_ids: jax.Array | None = None,
+  implementation: str | None = None,
+) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
+  """Writes one chunk into one weight matrix, and reads it (model.md 2.3, 2.5).
+
+  Leading axes are [B, H], or more ([B, H, roles]); size 1 broadcasts.
+
+  Args:
+    U: [B, H, C, a], the layer's inputs; Delta: [B, H, C, b], its errors, both
+      taken at the anchor.
+    Q: [B, H, C, a], what to read with, or None: only write.
+    gates: (log_alpha, log_beta or None, write rate, erase rate or None, mask),
+      each [B, H, C]; rates already proximal; mask is bool, and a masked token
+      is an exact no-op. Logs must be <= 0.
+    W: [B, H, a, b] at the start of the call; S: its momentum, or None.
+    R: [B or 1, H, a, b], what retention decays to; None is 0.
+    read: "after" (own write included), "before", or "chunk_start".
+    erase_of: "deviation" erases from W - R, "whole" from W.
+    anchor: the state that `chunk_start` reads see; default W.
+    start: [B or 1, H, a, b], the state in which a new document begins.
+    segment_ids: int32 [B, 1, C], 0 is padding; the first document is the one
+      that W, S and anchor belong to. Needs `start`.
+    implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
+
+  Returns:
+    (reads [B, H, C, b] or None, W, S), the states after the last token.
+
+  Raises:
+    ValueError: an unknown switch, or gates that the form does not take.
+  """
+  if read not in READS:
+    raise ValueError(f"read must be one of {READS}, got {read!r}")
+  if erase_of not in ERASES:
+    raise ValueError(f"erase_of must be one of {ERASES}, got {erase_of!r}")
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(
+      f"implementation of rank_one must be one of {IMPLEMENTATIONS}, got "
+      f"{implementation!r}"
+    )
+  if (S is None) != (gates[1] is None):
+    raise ValueError("momentum needs both S and log_beta, got only one of them")
+  if segment_ids is not None and start is None:
+    raise ValueError("segment_ids needs start: the state of a new document")
+  form = reference if implementation == "reference" else xla
+  if form is xla and gates[0].ndim != U.ndim - 1:
+    raise ValueError(
+      "gates of one value a channel run only with "
+      f"implementation='reference', got gates of rank {gates[0].ndim} for "
+      f"inputs of rank {U.ndim}"
+    )
+  return form.rank_one(
+    U, Delta, Q, gates, W, S, R,
+    read=read, erase_of=erase_of, anchor=anchor, start=start,
+    segment_ids=segment_ids,
+  )  # fmt: skip

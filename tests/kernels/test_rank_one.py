@@ -1,0 +1,206 @@
+"""The chunk form equals the token loop; both obey the laws of model.md 8."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import jax.test_util
+import numpy as np
+import pytest
+
+from nl_jax.kernels import rank_one
+from nl_jax.kernels.rank_one import inverse
+
+B, H, C, A, E = 2, 2, 7, 4, 3
+
+READS = ("after", "before", "chunk_start")
+RULES = {
+  "gd": dict(momentum=False, erase=False),
+  "dgd": dict(momentum=False, erase=True),
+  "gd_momentum": dict(momentum=True, erase=False),
+  "dgd_momentum": dict(momentum=True, erase=True),
+}
+RETENTION = {
+  "zero": (False, "whole"),
+  "init_deviation": (True, "deviation"),
+  "init_whole": (True, "whole"),
+}
+
+
+def make(seed, *, momentum, erase, target, masked=False, C=C):
+  rng = np.random.default_rng(seed)
+  f = lambda *shape: jnp.asarray(rng.standard_normal(shape))
+  sigmoid = lambda *shape: jax.nn.sigmoid(f(*shape))
+  mask = jnp.ones((B, 1, C), bool)
+  if masked:
+    mask = jnp.asarray(rng.random((B, 1, C)) < 0.6)
+  gates = (
+    jnp.log(sigmoid(B, H, C)),
+    jnp.log(sigmoid(B, H, C)) if momentum else None,
+    sigmoid(B, H, C),
+    sigmoid(B, H, C) if erase else None,
+    mask,
+  )
+  args = dict(
+    U=f(B, H, C, A),
+    Delta=f(B, H, C, E),
+    Q=f(B, H, C, A),
+    W=f(B, H, A, E),
+    S=f(B, H, A, E) if momentum else None,
+    R=f(1, H, A, E) if target else None,
+  )
+  extra = dict(anchor=f(B, H, A, E), start=f(1, H, A, E))
+  return args, gates, extra
+
+
+def run(args, gates, extra, **options):
+  return rank_one.rank_one(
+    args["U"], args["Delta"], args["Q"], gates, args["W"], args["S"], args["R"],
+    **extra, **options,
+  )  # fmt: skip
+
+
+def close(x, y, tolerance=1e-10):
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=0, atol=tolerance * max(1.0, float(np.abs(b).max()))
+    ),
+    x,
+    y,
+  )
+
+
+def both(args, gates, extra, **options):
+  """Values and all gradients of the two forms."""
+
+  def loss(args, logs, extra, implementation):
+    gates_now = (*logs, gates[-1])
+    out = run(args, gates_now, extra, implementation=implementation, **options)
+    weights = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)), out)
+    terms = jax.tree.map(lambda x, w: (x.ravel() * w).sum(), out, weights)
+    return sum(jax.tree.leaves(terms)), out
+
+  results = []
+  for implementation in ("reference", "xla"):
+    fun = jax.jit(
+      jax.value_and_grad(
+        lambda *a, i=implementation: loss(*a, i), (0, 1, 2), has_aux=True
+      )
+    )
+    (_, out), grads = fun(args, gates[:-1], extra)
+    results.append((out, grads))
+  return results
+
+
+@pytest.mark.parametrize(
+  "rule,retention,read", list(itertools.product(RULES, RETENTION, READS))
+)
+def test_chunk_form_equals_token_loop(rule, retention, read):
+  target, erase_of = RETENTION[retention]
+  with jax.enable_x64(True):
+    args, gates, extra = make(0, target=target, masked=True, **RULES[rule])
+    reference, chunk = both(args, gates, extra, read=read, erase_of=erase_of)
+  close(chunk, reference)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("read", READS)
+def test_documents_inside_a_chunk(rule, read):
+  ids = jnp.asarray([[3, 3, 0, 5, 5, 0, 6], [0, 2, 2, 2, 2, 4, 0]])[:, None]
+  with jax.enable_x64(True):
+    args, gates, extra = make(1, target=True, **RULES[rule])
+    gates = (*gates[:-1], ids != 0)
+    reference, chunk = both(
+      args, gates, extra,
+      read=read, erase_of="deviation", segment_ids=ids,
+    )  # fmt: skip
+  close(chunk, reference)
+
+
+def test_new_document_forgets_the_old_one():
+  ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2]] * B)[:, None]
+  with jax.enable_x64(True):
+    args, gates, extra = make(2, target=True, **RULES["dgd_momentum"])
+    options = dict(read="after", erase_of="deviation", segment_ids=ids)
+    moved = dict(args, U=args["U"].at[:, :, :3].add(1.0))
+    y, W, S = run(args, gates, extra, **options)
+    y2, W2, S2 = run(moved, gates, extra, **options)
+  assert (y[:, :, 3:] == y2[:, :, 3:]).all()
+  assert (W == W2).all() and (S == S2).all()
+  assert not (y[:, :, :3] == y2[:, :, :3]).all()
+
+
+def test_two_calls_equal_one():
+  with jax.enable_x64(True):
+    args, gates, extra = make(3, target=True, **RULES["dgd_momentum"])
+    options = dict(read="after", erase_of="deviation")
+    whole = run(args, gates, extra, **options)
+    tokens = {name: args[name] for name in ("U", "Delta", "Q")}
+    first = dict(args, **{k: v[:, :, :3] for k, v in tokens.items()})
+    y1, W, S = run(first, tuple(g[..., :3] for g in gates), extra, **options)
+    rest = dict(args, **{k: v[:, :, 3:] for k, v in tokens.items()}, W=W, S=S)
+    y2, W, S = run(rest, tuple(g[..., 3:] for g in gates), extra, **options)
+  close((jnp.concatenate([y1, y2], 2), W, S), whole)
+
+
+def test_masked_token_is_an_exact_no_op():
+  args, gates, extra = make(4, target=True, **RULES["dgd_momentum"])
+  none = (*gates[:-1], jnp.zeros((B, 1, C), bool))
+  for implementation in ("reference", "xla"):
+    _, W, S = run(
+      args, none, extra,
+      read="after", erase_of="deviation", implementation=implementation,
+    )  # fmt: skip
+    close((W, S), (args["W"], args["S"]), 1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, -20.0, -80.0])
+def test_extreme_decay_has_finite_gradients(value):
+  args, gates, extra = make(5, target=True, **RULES["dgd_momentum"])
+  gates = (jnp.full_like(gates[0], value), *gates[1:])
+  reference, chunk = both(
+    args, gates, extra, read="after", erase_of="deviation"
+  )
+  for x in jax.tree.leaves(chunk):
+    assert np.isfinite(x).all()
+  close(chunk, reference, 1e-4)
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.5])
+def test_identical_keys(rate):
+  """The erase system at its worst: every key of the chunk is the same."""
+  args, gates, extra = make(6, target=False, C=64, **RULES["dgd"])
+  u = jax.nn.one_hot(jnp.zeros((B, H, 64), int), A)
+  args = dict(args, U=u, Q=u)
+  gates = (jnp.zeros_like(gates[0]), None, gates[2] * 0 + rate,
+           gates[3] * 0 + rate, gates[4])  # fmt: skip
+  reference, chunk = both(args, gates, extra, read="after", erase_of="whole")
+  close(chunk, reference, 1e-5)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 16, 48, 128])
+def test_inverse_of_correlated_keys(size):
+  rng = np.random.default_rng(0)
+  for L in (np.ones((size, size)), 0.9 + 0.1 * rng.random((size, size))):
+    L = np.tril(L, -1)
+    with jax.enable_x64(True):
+      X = np.asarray(inverse.unit_lower_inverse(jnp.asarray(L)[None])[0])
+    np.testing.assert_allclose(X @ (np.eye(size) + L), np.eye(size), atol=1e-9)
+
+
+def test_inverse_derivative_matches_finite_differences():
+  with jax.enable_x64(True):
+    L = jnp.tril(jax.random.normal(jax.random.key(0), (5, 5)), -1)
+    f = lambda L: jnp.sin(inverse.unit_lower_inverse(jnp.tril(L, -1))).sum()
+    jax.test_util.check_grads(f, (L,), order=2, modes=("rev",))
+
+
+def test_errors_name_the_switch():
+  args, gates, extra = make(7, target=True, **RULES["dgd"])
+  with pytest.raises(ValueError, match="read must be one of"):
+    run(args, gates, extra, read="later", erase_of="whole")
+  with pytest.raises(ValueError, match="only one of them"):
+    run(dict(args, S=args["W"]), gates, extra, read="after", erase_of="whole")
+  channel = (gates[0][..., None, None], *gates[1:])
+  with pytest.raises(ValueError, match="reference"):
+    run(args, channel, extra, read="after", erase_of="whole")
