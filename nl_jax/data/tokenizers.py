@@ -1,0 +1,248 @@
+"""Tokenizers: text to ids and back, whole or as it streams.
+
+`load` gives bytes (no file needed) or a SentencePiece model. Which positions
+are padding says `segment_ids` of a batch, never the id: SentencePiece models
+often use 0 for a real token.
+"""
+
+import codecs
+import hashlib
+import pathlib
+from collections.abc import Iterable
+from typing import Protocol
+
+import numpy as np
+
+from nl_jax.data import errors
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_MAX_UTF8_BYTES = 4
+
+
+class TextStream(Protocol):
+  """Decodes ids as they come; never splits a character."""
+
+  def push(self, ids: Iterable[int]) -> str:
+    """Takes the next ids; returns the text that is certain by now."""
+
+  def flush(self) -> str:
+    """Returns what is left, at the end of the stream."""
+
+
+class Tokenizer(Protocol):
+  """What every tokenizer offers.
+
+  Attributes:
+    name: how a config names it.
+    vocab_size: number of ids in use; a model's may be larger.
+    end_id: the id that ends every document.
+    pad_id: the id that fills padding, 0 where the tokenizer has none.
+    fingerprint: SHA-256 (hex) of all that decides the ids.
+  """
+
+  name: str
+  vocab_size: int
+  end_id: int
+  pad_id: int
+  fingerprint: str
+
+  def encode(self, text: str) -> np.ndarray:
+    """The int32 ids [tokens] of text, without an end id."""
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids; end and padding have none, bad ids give U+FFFD."""
+
+  def stream(self) -> TextStream:
+    """A new incremental decoder."""
+
+
+class Bytes:
+  """UTF-8 bytes as tokens: id = byte + 3; 0 padding, 1 end, 2 unknown."""
+
+  name = "bytes"
+  vocab_size = 259
+  end_id = 1
+  pad_id = 0
+  fingerprint = hashlib.sha256(b"id = byte + 3, 1 end").hexdigest()
+
+  def encode(self, text: str) -> np.ndarray:
+    """The int32 ids [bytes of text]."""
+    content = np.frombuffer(text.encode("utf-8"), np.uint8)
+    return content.astype(np.int32) + 3
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids; broken UTF-8 and unknown ids become U+FFFD."""
+    return self.to_bytes(ids).decode("utf-8", errors="replace")
+
+  def to_bytes(self, ids: Iterable[int]) -> bytes:
+    """The bytes of ids; those of U+FFFD for ids that stand for no byte."""
+    return b"".join(map(_byte_of, ids))
+
+  def stream(self) -> TextStream:
+    """A new incremental decoder."""
+    return _ByteStream(self)
+
+
+class SentencePiece:
+  """A SentencePiece model; ids as they are in the file.
+
+  Args:
+    path: a `.model` file.
+
+  Raises:
+    FileNotFoundError: nothing at path.
+    ValueError: not a SentencePiece model, or one without an end id.
+  """
+
+  def __init__(self, path: str):
+    import sentencepiece  # Not part of the base install.
+
+    file = pathlib.Path(path).expanduser()
+    if not file.is_file():
+      raise FileNotFoundError(
+        f"no tokenizer file at data.tokenizer={path!r}; give the path of a "
+        "SentencePiece .model file, or bytes"
+      )
+    content = file.read_bytes()
+    self._pieces = sentencepiece.SentencePieceProcessor()
+    try:
+      self._pieces.LoadFromSerializedProto(content)
+    except RuntimeError:
+      content = b""
+    if not content:
+      raise ValueError(
+        f"data.tokenizer={path!r} is not a SentencePiece model; give a .model "
+        "file, or bytes"
+      )
+    self.name = str(path)
+    self.vocab_size = self._pieces.get_piece_size()
+    self.end_id = self._pieces.eos_id()
+    self.pad_id = max(0, self._pieces.pad_id())
+    self.fingerprint = hashlib.sha256(content).hexdigest()
+    if self.end_id < 0:
+      raise ValueError(
+        f"data.tokenizer={path!r} has no end id; train the SentencePiece model "
+        "with eos_id >= 0"
+      )
+
+  def encode(self, text: str) -> np.ndarray:
+    """The int32 ids [pieces of text]."""
+    return np.asarray(self._pieces.encode(text), np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids; ids beyond the vocabulary count as unknown."""
+    unknown = self._pieces.unk_id()
+    known = (int(i) if 0 <= i < self.vocab_size else unknown for i in ids)
+    return self._pieces.decode(list(known))
+
+  def is_byte(self, token: int) -> bool:
+    """Whether an id stands for one byte, not for a piece of text."""
+    return 0 <= token < self.vocab_size and self._pieces.is_byte(int(token))
+
+  def anchor(self) -> int:
+    """An id of plain text without a space, to be read before others."""
+    for token in range(self.vocab_size):
+      text = self._pieces.id_to_piece(token)
+      special = self._pieces.is_control(token) or self._pieces.is_byte(token)
+      if not special and text.isalnum() and self.decode([token]) == text:
+        return token
+    raise ValueError(f"data.tokenizer={self.name!r} has no plain text piece")
+
+  def stream(self) -> TextStream:
+    """A new incremental decoder."""
+    return _PieceStream(self)
+
+
+def load(name_or_path: str) -> Tokenizer:
+  """The tokenizer of the config field data.tokenizer.
+
+  Args:
+    name_or_path: "bytes", or the path of a SentencePiece `.model` file.
+
+  Raises:
+    ValueError: neither a known name nor a path of a model file.
+    FileNotFoundError: a path with nothing there.
+  """
+  if name_or_path == Bytes.name:
+    return Bytes()
+  if name_or_path.endswith(".model") or pathlib.Path(name_or_path).is_file():
+    return SentencePiece(name_or_path)
+  known = (Bytes.name, "<path of a SentencePiece .model file>")
+  raise errors.unknown_name("data.tokenizer", name_or_path, known)
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+  """Raises ValueError where a model has fewer ids than the tokenizer."""
+  if vocab_size < tokenizer.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={vocab_size} is smaller than the "
+      f"{tokenizer.vocab_size} ids of data.tokenizer={tokenizer.name!r}; set "
+      f"model.vocab_size to {tokenizer.vocab_size} or more"
+    )
+
+
+class _ByteStream:
+  """Holds back the bytes of a character until it is whole."""
+
+  def __init__(self, tokenizer: Bytes):
+    self._to_bytes = tokenizer.to_bytes
+    self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+  def push(self, ids: Iterable[int]) -> str:
+    return self._decoder.decode(self._to_bytes(ids))
+
+  def flush(self) -> str:
+    text = self._decoder.decode(b"", final=True)
+    self._decoder.reset()
+    return text
+
+
+class _PieceStream:
+  """Decodes each piece after an anchor, so that its leading space stays.
+
+  Decoding drops the space in front of a text's first word. The first ids are
+  therefore held until they have text, and later ones are decoded behind a
+  fixed piece whose own text is cut off: constant work per id. Byte pieces wait
+  until they make a character, four at most.
+  """
+
+  def __init__(self, tokenizer: SentencePiece):
+    self._tokenizer = tokenizer
+    self._anchor = tokenizer.anchor()
+    self._anchor_length = len(tokenizer.decode([self._anchor]))
+    self._started = False
+    self._held: list[int] = []
+
+  def push(self, ids: Iterable[int]) -> str:
+    return "".join(map(self._push_one, ids))
+
+  def flush(self) -> str:
+    text = self._decode_held()
+    self._held, self._started = [], False
+    return text
+
+  def _push_one(self, token: int) -> str:
+    self._held.append(int(token))
+    text = self._decode_held()
+    unfinished = (
+      text.endswith(_REPLACEMENT)
+      and self._tokenizer.is_byte(token)
+      and len(self._held) < _MAX_UTF8_BYTES
+    )
+    if unfinished or not (text or self._started):
+      return ""
+    self._held, self._started = [], True
+    return text
+
+  def _decode_held(self) -> str:
+    if not self._started:
+      return self._tokenizer.decode(self._held)
+    text = self._tokenizer.decode([self._anchor, *self._held])
+    return text[self._anchor_length :]
+
+
+def _byte_of(token: int) -> bytes:
+  if 3 <= token < Bytes.vocab_size:
+    return bytes((int(token) - 3,))
+  silent = token in (Bytes.pad_id, Bytes.end_id)
+  return b"" if silent else _REPLACEMENT.encode("utf-8")
