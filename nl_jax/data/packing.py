@@ -82,9 +82,7 @@ def check_lengths(sequence_length: int, alignment: int) -> None:
 
 def _segments(owners_NxT: np.ndarray) -> np.ndarray:
   """Numbers the documents of each row 1, 2, ...; padding 0."""
-  real_NxT = owners_NxT >= 0
-  # Documents without pairs own nothing, so count changes, not indices. Padding
-  # continues the owner before it: a running maximum, since owners only grow.
-  owners_NxT = np.maximum.accumulate(owners_NxT, axis=1)
-  changes_NxT = np.diff(owners_NxT, axis=1, prepend=-1) > 0
-  return np.where(real_NxT, np.cumsum(changes_NxT, axis=1), 0).astype(np.int32)
+  # Owners (-1: padding) grow at each start of a document, and only there.
+  starts_NxT = np.diff(owners_NxT, axis=1, prepend=-1) > 0
+  ids_NxT = np.cumsum(starts_NxT, axis=1, dtype=np.int32)
+  return np.where(owners_NxT >= 0, ids_NxT, np.int32(0))

@@ -64,9 +64,9 @@ def batches(
     ValueError: batch_size or the process does not fit, a seed out of range.
   """
   check_batch(batch_size, process_index, process_count)
-  take = _slice_of(batch_size, process_index, process_count)
+  take, size = _slice_of(batch_size, process_index, process_count)
   indices = _order(len(rows["inputs"]), seed).batch(batch_size)
-  dataset = indices.map(lambda index_B: _gather(rows, index_B[take]))
+  dataset = indices.map(lambda index_B: _gather(rows, index_B[take], size))
   # Rows are in memory: a prefetch thread would cost more than it hides, and
   # the state would have to leave out what waits in its buffer.
   options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
@@ -105,9 +105,9 @@ def eval_batches(
   if 0 < limit * batch_size < count:
     index_N = np.linspace(0, count, limit * batch_size, endpoint=False)
     index_N = index_N.astype(np.int64)
-  take = _slice_of(batch_size, process_index, process_count)
+  take, size = _slice_of(batch_size, process_index, process_count)
   return [
-    _gather(rows, index_N[start : start + batch_size][take], take)
+    _gather(rows, index_N[start : start + batch_size][take], size)
     for start in range(0, len(index_N), batch_size)
   ]
 
@@ -167,15 +167,15 @@ def _order(count: int, seed: int) -> grain.MapDataset:
   return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
 
 
-def _slice_of(batch_size: int, process_index: int, process_count: int) -> slice:
+def _slice_of(
+  batch_size: int, process_index: int, process_count: int
+) -> tuple[slice, int]:
+  """This process's part of a batch, and its length."""
   size = batch_size // process_count
-  return slice(process_index * size, (process_index + 1) * size)
+  return slice(process_index * size, (process_index + 1) * size), size
 
 
-def _gather(
-  rows: packing.Rows, index_B: np.ndarray, fill: slice | None = None
-) -> Batch:
-  """Copies rows, and lays zero rows behind them up to the length of fill."""
-  batch = {key: x[index_B] for key, x in rows.items()}
-  missing = (fill.stop - fill.start if fill else len(index_B)) - len(index_B)
-  return {k: np.pad(x, ((0, missing), (0, 0))) for k, x in batch.items()}
+def _gather(rows: packing.Rows, index_B: np.ndarray, size: int) -> Batch:
+  """Copies rows, and lays empty ones behind them to make `size`."""
+  padding = ((0, size - len(index_B)), (0, 0))
+  return {key: np.pad(x[index_B], padding) for key, x in rows.items()}

@@ -1,0 +1,163 @@
+"""Tokenizers: round trips, streams that never split a character, errors."""
+
+import pathlib
+
+import numpy as np
+import pytest
+
+from nl_jax.data import tokenizers
+
+_TEXTS = [
+  "",
+  "plain text\n\twith space  s ",
+  " leading",
+  "naïve façade — ünïcödé",
+  "日本語のテキスト 한국어",
+  "😀👩‍👩‍👧 mixed 🚀 text",
+  "\x00\x01 control \x7f \ufffd replacement",
+]
+
+
+def _random_text(rng: np.random.Generator, size: int) -> str:
+  points = rng.integers(0, [0x80, 0x800, 0xD800, 0x110000], (size, 4))
+  points = rng.permuted(points, axis=1)[:, 0]
+  return "".join(chr(p) for p in points if not 0xD800 <= p < 0xE000)
+
+
+def _stream(tokenizer: tokenizers.Tokenizer, ids, piece: int) -> list[str]:
+  stream = tokenizer.stream()
+  parts = [
+    stream.push(ids[i : i + piece]) for i in range(0, max(1, len(ids)), piece)
+  ]
+  return [*parts, stream.flush()]
+
+
+def _model(data_dir: pathlib.Path, name: str) -> tokenizers.SentencePiece:
+  path = data_dir / "tokenizers" / f"{name}.model"
+  if not path.is_file():
+    pytest.skip(f"no {path.name} in NL_DATA/tokenizers")
+  return tokenizers.load(str(path))
+
+
+@pytest.fixture(params=["mistral_v1_32000", "sentencepiece_test_model"])
+def pieces(request, data_dir) -> tokenizers.SentencePiece:
+  return _model(data_dir, request.param)
+
+
+@pytest.mark.parametrize("text", _TEXTS)
+def test_bytes_round_trip(text):
+  tokenizer = tokenizers.load("bytes")
+  ids = tokenizer.encode(text)
+  assert ids.dtype == np.int32
+  assert len(ids) == len(text.encode())
+  assert tokenizer.decode(ids) == text
+  assert "".join(_stream(tokenizer, ids, 1)) == text
+
+
+def test_bytes_ids_are_as_designed():
+  tokenizer = tokenizers.Bytes()
+  assert tokenizer.encode("\x00A").tolist() == [3, 68]
+  assert (tokenizer.pad_id, tokenizer.end_id) == (0, 1)
+  assert tokenizer.vocab_size == 259
+  # A model has 320 ids, and may sample any of them.
+  assert tokenizer.decode([68, 0, 1, 69]) == "AB"
+  assert tokenizer.decode([68, 2, 300, 69]) == "A\ufffd\ufffdB"
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bytes_round_trip_on_random_text(seed):
+  rng = np.random.default_rng(seed)
+  tokenizer = tokenizers.Bytes()
+  text = _random_text(rng, 400)
+  ids = tokenizer.encode(text)
+  assert tokenizer.decode(ids) == text
+  for piece in (1, 2, 7):
+    assert "".join(_stream(tokenizer, ids, piece)) == text
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_bytes_stream_equals_decode_on_random_ids(seed):
+  rng = np.random.default_rng(seed)
+  tokenizer = tokenizers.Bytes()
+  ids = rng.integers(0, 320, 500)
+  for piece in (1, 3):
+    assert "".join(_stream(tokenizer, ids, piece)) == tokenizer.decode(ids)
+
+
+def test_a_stream_never_shows_half_a_character():
+  tokenizer = tokenizers.Bytes()
+  parts = _stream(tokenizer, tokenizer.encode("a😀é"), 1)
+  assert parts == ["a", "", "", "", "😀", "", "é", ""]
+  assert _stream(tokenizer, tokenizer.encode("😀")[:2], 1)[-1] == "\ufffd"
+
+
+def test_a_flushed_stream_starts_afresh(pieces):
+  for tokenizer in (tokenizers.Bytes(), pieces):
+    stream = tokenizer.stream()
+    ids = tokenizer.encode("Hello world")
+    for _ in range(2):
+      assert stream.push(ids) + stream.flush() == "Hello world"
+
+
+def test_sentencepiece_round_trip(pieces):
+  for text in ("Hello world", "a b c, and so on.", "the theory of memory"):
+    ids = pieces.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.max() < pieces.vocab_size
+    assert pieces.decode(ids) == text
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sentencepiece_with_bytes_round_trips_everything(data_dir, seed):
+  tokenizer = _model(data_dir, "mistral_v1_32000")
+  text = _random_text(np.random.default_rng(seed), 200).replace("\u2581", "")
+  text = text.replace("\x00", "")
+  for sample in [text, *_TEXTS[:-1]]:
+    assert tokenizer.decode(tokenizer.encode(sample)) == sample
+
+
+@pytest.mark.parametrize("piece", [1, 3])
+def test_sentencepiece_stream_equals_decode(pieces, piece):
+  random = _random_text(np.random.default_rng(piece), 100)
+  for text in [*_TEXTS[:-1], "  two leading spaces", random]:
+    ids = pieces.encode(text)
+    assert "".join(_stream(pieces, ids, piece)) == pieces.decode(ids)
+
+
+def test_sentencepiece_stream_equals_decode_on_random_pieces(pieces):
+  rng = np.random.default_rng(0)
+  ids = [i for i in range(pieces.vocab_size) if not pieces.is_byte(i)]
+  for _ in range(20):
+    sample = rng.choice(ids, 60)
+    assert "".join(_stream(pieces, sample, 1)) == pieces.decode(sample)
+
+
+def test_sentencepiece_takes_any_id_a_model_may_sample(pieces):
+  ids = [5, pieces.end_id, pieces.vocab_size + 7, -1, 9]
+  assert isinstance(pieces.decode(ids), str)
+  assert isinstance("".join(_stream(pieces, ids, 1)), str)
+  assert pieces.decode([pieces.end_id]) == ""
+
+
+def test_fingerprints_differ(pieces):
+  prints = {tokenizers.Bytes().fingerprint, pieces.fingerprint}
+  assert len(prints) == 2
+  assert tokenizers.load(pieces.name).fingerprint == pieces.fingerprint
+
+
+def test_unusable_tokenizers_are_refused(tmp_path: pathlib.Path):
+  with pytest.raises(ValueError, match="Did you mean 'bytes'"):
+    tokenizers.load("byte")
+  with pytest.raises(FileNotFoundError, match="data.tokenizer='no.model'"):
+    tokenizers.load("no.model")
+  for content in (b"", b"not a model"):
+    (tmp_path / "bad.model").write_bytes(content)
+    with pytest.raises(ValueError, match="is not a SentencePiece model"):
+      tokenizers.load(str(tmp_path / "bad.model"))
+
+
+def test_a_model_needs_the_tokenizers_ids():
+  tokenizers.check_vocabulary(tokenizers.Bytes(), 259)
+  words = "model.vocab_size=258 .* 259 ids of data.tokenizer='bytes'"
+  with pytest.raises(ValueError, match=words):
+    tokenizers.check_vocabulary(tokenizers.Bytes(), 258)
