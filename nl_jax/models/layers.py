@@ -1,0 +1,239 @@
+"""Parts shared by all architectures: norm, SwiGLU, RoPE, short convolution.
+
+Functions on arrays, and thin Linen modules that own the parameters of a norm
+and of a SwiGLU. Layout: kernels are (d_in, d_out), `y = x @ w`; no biases.
+Reductions run in float32 at least, products in the dtype of the activations.
+"""
+
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nl_jax import types
+from nl_jax.kernels.rank_one import segments
+
+INIT_STD = 0.02  # model.md §5: kernels and embedding.
+EPSILON = 1e-6  # Of every RMSNorm.
+CONV_WIDTH = 4  # Paper §8.2: "local convolutions with window 4".
+
+
+def residual_std(layers: int) -> float:
+  """Start of kernels that write to the residual stream: 0.02 / sqrt(2 L)."""
+  return INIT_STD / (2 * layers) ** 0.5
+
+
+def normal(
+  key: types.Array, shape: tuple[int, ...], std: float = INIT_STD
+) -> types.Array:
+  """A float32 kernel drawn from N(0, std²)."""
+  return std * jax.random.normal(key, shape, jnp.float32)
+
+
+def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
+  """float32, or float64 where the input already is."""
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def dense(x: types.Array, w: types.Array) -> types.Array:
+  """`x @ w` over the last axis, in the dtype of x; w is (d_in, d_out)."""
+  return x @ w.astype(x.dtype)
+
+
+def rms_norm(x: types.Array, scale: types.Array) -> types.Array:
+  """x · rsqrt(mean x² + 1e-6) · scale over the last axis, in x's dtype.
+
+  Args:
+    x: [..., E].
+    scale: [E].
+  """
+  wide = x.astype(at_least_float32(x.dtype))
+  mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+  normed = wide * jax.lax.rsqrt(mean + EPSILON)
+  scale = jax.lax.broadcast_in_dim(
+    scale.astype(wide.dtype), wide.shape, (wide.ndim - 1,)
+  )
+  return (normed * scale).astype(x.dtype)
+
+
+def swiglu(x: types.Array, params: types.Params) -> types.Array:
+  """(SiLU(x w_gate) ∘ x w_up) w_down.
+
+  Args:
+    x: [..., D].
+    params: w_gate and w_up (D,F), w_down (F,D).
+  """
+  hidden = jax.nn.silu(dense(x, params["w_gate"])) * dense(x, params["w_up"])
+  return dense(hidden, params["w_down"])
+
+
+def rope(
+  x_BxTxHxK: types.Array, positions_BxT: types.Array, theta: float = 10000.0
+) -> types.Array:
+  """Rotary positions over the full head width (arXiv 2104.09864).
+
+  Feature i < K/2 turns with feature i + K/2 by position · theta^(-2i/K), the
+  pairing of Llama. The angle is computed in float32 at least.
+
+  Args:
+    x_BxTxHxK: queries or keys, K even.
+    positions_BxT: int32, counted from the start of the document.
+    theta: base of the wave lengths.
+  """
+  half = x_BxTxHxK.shape[-1] // 2
+  wide = at_least_float32(x_BxTxHxK.dtype)
+  rates = theta ** (-jnp.arange(half, dtype=wide) / half)
+  angles = positions_BxT.astype(wide)[:, :, None, None] * rates.reshape(
+    1, 1, 1, half
+  )
+  cos, sin = jnp.cos(angles), jnp.sin(angles)
+  a, b = jnp.split(x_BxTxHxK.astype(wide), 2, axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return turned.astype(x_BxTxHxK.dtype)
+
+
+class ConvState(NamedTuple):
+  """The window that a short convolution carries between calls.
+
+  Attributes:
+    inputs_Bx3xE: the last three real inputs of each row, oldest first.
+    segment_Bx3: int32, their segment ids; 0 where there was no input, or one
+      of an earlier document than the last.
+  """
+
+  inputs_Bx3xE: types.Array
+  segment_Bx3: types.Array
+
+
+def conv_init(key: types.Array, channels: int) -> types.Array:
+  """Taps (4, E), uniform in ±1/2 (fan-in 4) [ours; the paper is silent]."""
+  bound = CONV_WIDTH**-0.5
+  shape = (CONV_WIDTH, channels)
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def conv_state(
+  batch_size: int, channels: int, dtype: jnp.dtype = jnp.float32
+) -> ConvState:
+  """The empty window, at the start of a sequence."""
+  return ConvState(
+    jnp.zeros((batch_size, CONV_WIDTH - 1, channels), dtype),
+    jnp.zeros((batch_size, CONV_WIDTH - 1), jnp.int32),
+  )
+
+
+def conv_apply(
+  w_4xE: types.Array,
+  x_BxTxE: types.Array,
+  state: ConvState | None = None,
+  segment_ids: types.Array | None = None,
+) -> tuple[types.Array, ConvState]:
+  """Causal depthwise convolution of width 4: y_t = Σ_j w[3-j] ∘ x_{t-j}.
+
+  Taps stay inside the document. Padding before the first and after the last
+  real token of a call leaves no trace: the window skips it. Padding between
+  two real tokens of one document, which no packer makes, reads as zeros.
+
+  Args:
+    w_4xE: taps, the oldest first; w[3] meets the token itself.
+    x_BxTxE: inputs.
+    state: the window of the call before; None at the start of a sequence.
+    segment_ids: int32 [B,T], 0 is padding; None goes on with the carried
+      document (with document 1 where there is none).
+
+  Returns:
+    y_BxTxE in the dtype of x (0 at padding) and the new window.
+  """
+  batch, tokens, channels = x_BxTxE.shape
+  w_4xE = w_4xE.astype(x_BxTxE.dtype)
+  if state is None:
+    state = conv_state(batch, channels, x_BxTxE.dtype)
+    if segment_ids is None:  # Nothing to mask: the path of plain training.
+      buffer = jnp.concatenate([state.inputs_Bx3xE, x_BxTxE], axis=1)
+      ids = (jnp.arange(3) >= 3 - tokens).astype(jnp.int32)
+      last = jnp.broadcast_to(ids[None], (batch, 3))
+      return _taps(w_4xE, buffer, None), ConvState(buffer[:, -3:], last)
+  if segment_ids is None:
+    carried = jnp.maximum(state.segment_Bx3[:, -1:], 1)
+    segment_ids = jnp.broadcast_to(carried, (batch, tokens))
+  begin, end = _real_span(segment_ids)
+  buffer = _lay(state.inputs_Bx3xE.astype(x_BxTxE.dtype), x_BxTxE, begin)
+  ids = _lay(state.segment_Bx3, segment_ids, begin)
+  index = segments.running_index(segment_ids, previous=state.segment_Bx3[:, -1])
+  carried_index = jnp.zeros_like(state.segment_Bx3)
+  index = jnp.where(ids > 0, _lay(carried_index, index, begin), -1)
+  y_BxTxE = _taps(w_4xE, buffer, index)
+  cut = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(a, i, 3))
+  last_ids, last_index = cut(ids, end), cut(index, end)
+  last_ids = jnp.where(last_index == last_index[:, -1:], last_ids, 0)
+  return y_BxTxE, ConvState(cut(buffer, end), last_ids)
+
+
+def _taps(
+  w_4xE: types.Array, buffer: types.Array, index: types.Array | None
+) -> types.Array:
+  """Σ over taps; buffer [B,3+T,E], index [B,3+T] of documents, -1 nothing."""
+  tokens = buffer.shape[1] - 3
+  total = 0.0
+  for tap in range(CONV_WIDTH):
+    term = buffer[:, tap : tap + tokens] * w_4xE[tap][None, None]
+    if index is not None:
+      here = index[:, 3:]
+      same = (index[:, tap : tap + tokens] == here) & (here >= 0)
+      term = jnp.where(same[:, :, None], term, 0)
+    total = total + term
+  return total
+
+
+def _real_span(segment_ids: types.Array) -> tuple[types.Array, types.Array]:
+  """[B] first real position and one past the last; 0, 0 if none is real."""
+  positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
+  real = segment_ids > 0
+  end = jnp.max(jnp.where(real, positions + 1, 0), axis=1)
+  first = jnp.min(jnp.where(real, positions, segment_ids.shape[1]), axis=1)
+  return jnp.where(end > 0, first, 0), end
+
+
+def _lay(
+  carried: types.Array, new: types.Array, begin: types.Array
+) -> types.Array:
+  """[B,3+T,...]: new after three places, carried just before its `begin`."""
+  buffer = jnp.concatenate([carried, new], axis=1)
+  move = lambda row, part, i: jax.lax.dynamic_update_slice_in_dim(
+    row, part, i, axis=0
+  )
+  return jax.vmap(move)(buffer, carried, begin)
+
+
+class RMSNorm(nn.Module):
+  """`rms_norm` with its scale, started at 1."""
+
+  @nn.compact
+  def __call__(self, x: types.Array) -> types.Array:
+    """x [..., E] to the same shape."""
+    return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
+
+
+class SwiGLU(nn.Module):
+  """`swiglu` with its three kernels.
+
+  Attributes:
+    hidden: F.
+    down_std: start of w_down, see `residual_std`.
+  """
+
+  hidden: int
+  down_std: float
+
+  @nn.compact
+  def __call__(self, x: types.Array) -> types.Array:
+    """x [..., D] to the same shape."""
+    wide = (x.shape[-1], self.hidden)
+    init = nn.initializers.normal
+    params = {
+      "w_gate": self.param("w_gate", init(INIT_STD), wide),
+      "w_up": self.param("w_up", init(INIT_STD), wide),
+      "w_down": self.param("w_down", init(self.down_std), wide[::-1]),
+    }
+    return swiglu(x, params)
