@@ -1,0 +1,184 @@
+"""Configs by name: `--config=hope_1b3`, `--config=hope_1b3:smoke`, or a path.
+
+A config is a file of `configs/` with `get_config(arg: str = "")`, which returns
+a ConfigDict; files starting with `_` are shared builders. Fields are changed on
+the command line by `--config.<group>.<field>=<value>`. Every mistake is found
+while the flags are read, and said in one sentence.
+"""
+
+import difflib
+import importlib.util
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Sequence
+
+from absl import flags
+from ml_collections import config_dict, config_flags
+
+_FOLDER = pathlib.Path(__file__).parent / "configs"
+_OVERRIDE = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
+_CHOICE = re.compile(r"--?config(=(?P<value>.*))?$")
+
+
+def config_names() -> list[str]:
+  """The names that --config accepts, sorted."""
+  names = (path.stem for path in _FOLDER.glob("*.py"))
+  return sorted(name for name in names if not name.startswith("_"))
+
+
+def load_config(value: str) -> config_dict.ConfigDict:
+  """The locked config of a name, name:arg, path or path:arg.
+
+  Raises:
+    ValueError: no such config, an arg that it does not know, or a config file
+      that does not run (with the line at fault).
+  """
+  name, colon, arg = value.partition(":")
+  path = pathlib.Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
+  if not name.endswith(".py") and name not in config_names():
+    raise ValueError(
+      f"no config named {name!r}. {_did_you_mean(name, config_names())}"
+      f"Known: {', '.join(config_names())}"
+    )
+  if not path.is_file():
+    raise ValueError(f"no config file {name!r}")
+  module = _run_file(path)
+  if not hasattr(module, "get_config"):
+    raise ValueError(f"{path} defines no get_config(arg='')")
+  config = module.get_config(*([arg] if colon else []))
+  return config.lock()
+
+
+def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines --config and --list_configs."""
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config: a name, name:arg (hope_tiny:smoke), or the path of a .py file.",
+    flag_values=flag_values,
+  )
+  flag_values["config"].parser = _ConfigByName("config")
+  flags.DEFINE_boolean(
+    "list_configs",
+    False,
+    "Print the names of all configs and stop.",
+    flag_values=flag_values,
+  )
+
+
+def parse(
+  argv: Sequence[str], flag_values: flags.FlagValues = flags.FLAGS
+) -> list[str]:
+  """Reads the flags, for `app.run(main, flags_parser=parse)`.
+
+  Args:
+    argv: the command line, its first element the program.
+    flag_values: the defined flags; --config is required where it is defined.
+
+  Returns:
+    The program's name, for absl.
+
+  Raises:
+    SystemExit: 0 after --list_configs; after a mistake its one sentence.
+  """
+  if "config" in flag_values and "--list_configs" in argv:
+    print("\n".join(config_names()))
+    sys.exit(0)
+  try:
+    if "config" in flag_values:
+      _check_config(flag_values.read_flags_from_files(argv, force_gnu=False))
+    rest = flag_values(argv)
+  except (flags.Error, ValueError) as error:
+    sys.exit(f"FATAL Flags parsing error: {' '.join(str(error).split())}")
+  if len(rest) > 1:
+    known = rest[1].partition(":")[0] in config_names()
+    hint = f"; did you mean --config={rest[1]}?" if known else ""
+    sys.exit(f"FATAL Flags parsing error: unexpected {rest[1]!r}{hint}")
+  return rest
+
+
+class _ConfigByName(config_flags.config_flags.ConfigFileFlagParser):
+  """The stock parser takes every name for a path and hides what fails."""
+
+  def parse(self, value: str) -> config_dict.ConfigDict:
+    """Loads the config; absl turns its ValueError into a sentence."""
+    return load_config(value)
+
+
+def _check_config(argv: Sequence[str]) -> None:
+  """Checks that --config is there, and that the keys of all overrides exist.
+
+  Absl and ml_collections would raise an AttributeError of their own for an
+  unknown key, without the keys beside it.
+  """
+  if {"--help", "--helpshort", "--helpfull", "-?", "-h"} & set(argv):
+    return
+  chosen = [(i, m) for i, a in enumerate(argv) if (m := _CHOICE.match(a))]
+  if not chosen:
+    raise ValueError(
+      f"--config is required. Known: {', '.join(config_names())}"
+    )
+  index, match = chosen[-1]
+  value = match["value"] or "".join(argv[index + 1 : index + 2])
+  try:
+    config = load_config(value)
+  except ValueError as error:
+    raise ValueError(f"flag --config={value}: {error}") from error
+  for arg in argv:
+    override = _OVERRIDE.match(arg)
+    if override:
+      check_key(config, override["path"])
+
+
+def check_key(config: config_dict.ConfigDict, path: str) -> None:
+  """Raises ValueError unless `path`, as a.b.c, is a field of the config."""
+  node, parents = config, []
+  for key in path.split("."):
+    where = ".".join(parents) or "the config"
+    if not isinstance(node, config_dict.ConfigDict):
+      raise ValueError(f"unknown config key: {path!r}; {where} is a field")
+    if key not in node:
+      raise ValueError(
+        f"unknown config key: {path!r}. {_did_you_mean(key, node)}"
+        f"Keys of {where}: {', '.join(node)}"
+      )
+    node = node[key]
+    parents.append(key)
+  if isinstance(node, config_dict.ConfigDict):
+    raise ValueError(
+      f"config key {path!r} is a group; set one of its keys: {', '.join(node)}"
+    )
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+  close = difflib.get_close_matches(name, list(known))
+  return f"Did you mean {' or '.join(close)}? " if close else ""
+
+
+def _run_file(path: pathlib.Path) -> object:
+  """The module of a config file, whose own errors become one sentence."""
+  spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except (
+    ImportError,
+    NameError,
+    AttributeError,
+    KeyError,
+    TypeError,
+    ValueError,
+    SyntaxError,
+  ) as error:
+    line = getattr(error, "lineno", None)
+    if line is None:
+      frames = traceback.extract_tb(error.__traceback__)
+      ours = [frame for frame in frames if frame.filename == str(path)]
+      line = ours[-1].lineno if ours else 0
+    raise ValueError(
+      f"the config file does not run: {path}:{line}: "
+      f"{type(error).__name__}: {error}"
+    ) from error
+  return module

@@ -1,0 +1,74 @@
+"""Runs a command: its flags, its exit status, its errors as one sentence.
+
+Exit status (design.md section 3): 0 done, or stopped after saving; 1 a mistake
+or failure; 3 part of the work failed; 130 Ctrl-C.
+"""
+
+import functools
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import app, flags
+
+from experiments import _flags
+
+DONE = 0
+FAILED = 1
+PARTLY_FAILED = 3
+INTERRUPTED = 130
+
+_DEBUG = flags.DEFINE_boolean(
+  "debug", False, "Show the traceback of an error, not only its sentence."
+)
+_ROOT = pathlib.Path(__file__).parents[1]
+# What a room raises for a user's mistake, and what the system refuses.
+_MISTAKES = (ValueError, OSError, FloatingPointError)
+
+
+def run(main: Callable[[], int]) -> None:
+  """Parses the flags, calls main(), and exits with the status it returns."""
+  guarded = functools.partial(_guarded, main)
+  app.run(lambda argv: guarded(), flags_parser=_flags.parse)
+
+
+def _guarded(main: Callable[[], int]) -> int:
+  try:
+    return main()
+  except KeyboardInterrupt:
+    say("stopped by Ctrl-C")
+    return INTERRUPTED
+  except ModuleNotFoundError as error:
+    if _DEBUG.value:
+      raise
+    say(_missing_module(error))
+    return FAILED
+  except _MISTAKES as error:
+    if _DEBUG.value:
+      raise
+    say(f"error: {error}{_origin(error)}")
+    return FAILED
+
+
+def say(text: str) -> None:
+  """Prints to stderr; stdout is for what a command was asked for."""
+  print(text, file=sys.stderr, flush=True)
+
+
+def _missing_module(error: ModuleNotFoundError) -> str:
+  name = (error.name or "").partition(".")[0]
+  if name == "nl_jax":
+    return f"error: nl_jax is not installed: run `pip install -e .` in {_ROOT}"
+  return (
+    f"error: {name or error} is not installed: run `pip install -e .[train]` "
+    f"in {_ROOT}"
+  )
+
+
+def _origin(error: BaseException) -> str:
+  """Where an error that is not one of our sentences came from."""
+  frames = traceback.extract_tb(error.__traceback__)
+  if frames and pathlib.Path(frames[-1].filename).is_relative_to(_ROOT):
+    return ""
+  return f" ({type(error).__name__}; --debug shows the traceback)"
