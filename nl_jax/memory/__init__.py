@@ -1,1 +1,16 @@
-"""Memories: what learns from tokens, as pure functions on NamedTuples."""
+"""Memories: what learns from tokens, as pure functions on NamedTuples.
+
+`linear` and `mlp` are memories with one signature (init, start, read,
+update); `self_modifying` couples several of them (paper eq. 83-90); `rule`
+says how any of them learns, `chunked` walks it over chunks.
+"""
+
+from nl_jax.memory import chunked as chunked
+from nl_jax.memory import linear as linear
+from nl_jax.memory import mlp as mlp
+from nl_jax.memory import objectives as objectives
+from nl_jax.memory import self_modifying as self_modifying
+from nl_jax.memory.chunked import MemoryState as MemoryState
+from nl_jax.memory.rule import Gates as Gates
+from nl_jax.memory.rule import Metrics as Metrics
+from nl_jax.memory.rule import Rule as Rule

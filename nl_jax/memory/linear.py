@@ -1,0 +1,75 @@
+"""Matrix memory: M(z) = z w, or z + z w (model.md 2.1).
+
+The classic fast weight. With the `dot` objective and the raw erase it is the
+delta rule; `rule.Rule` holds every other switch.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax.memory import chunked
+from nl_jax.memory import rule as rules
+from nl_jax.memory.chunked import MemoryState as MemoryState
+from nl_jax.memory.chunked import start as start
+
+
+def forward(apply: rules.Apply, z: jax.Array) -> jax.Array:
+  """z [..., K] -> [..., V]."""
+  return apply("w", z)
+
+
+def forward_residual(apply: rules.Apply, z: jax.Array) -> jax.Array:
+  """z [..., K] -> z + z w; needs K = V."""
+  return z + apply("w", z)
+
+
+def init(
+  key: jax.Array,
+  heads: int,
+  key_dim: int,
+  value_dim: int,
+  *,
+  std: float = 0.05,
+) -> dict[str, jax.Array]:
+  """The learned start {"w": float32 [H, K, V]}, normal of the given std."""
+  shape = (heads, key_dim, value_dim)
+  return {"w": std * jax.random.normal(key, shape, jnp.float32)}
+
+
+def _forward(residual: bool) -> rules.Forward:
+  return forward_residual if residual else forward
+
+
+def read(
+  params: dict[str, jax.Array],
+  state: MemoryState,
+  z: jax.Array,
+  *,
+  residual: bool = False,
+) -> jax.Array:
+  """Reads z [B, T, H, K] from the weights as they are now; no write."""
+  del params
+  return rules.read(_forward(residual), state.w, z)
+
+
+def update(
+  params: dict[str, jax.Array],
+  state: MemoryState,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: rules.Gates,
+  *,
+  rule: rules.Rule,
+  residual: bool = False,
+  segment_ids: jax.Array | None = None,
+  implementation: str | None = None,
+  fresh: bool = False,
+  aligned: bool = False,
+) -> tuple[jax.Array, MemoryState, rules.Metrics]:
+  """Writes and reads T tokens; arguments as `chunked.update`."""
+  return chunked.update(
+    _forward(residual), params, state, q, k, v, gates,
+    rule=rule, segment_ids=segment_ids, implementation=implementation,
+    fresh=fresh, aligned=aligned,
+  )  # fmt: skip

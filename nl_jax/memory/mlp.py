@@ -1,0 +1,118 @@
+"""MLP memories (model.md 2.1): residual, two layers; with layer norm; gated.
+
+    mlp      z + gelu(z w_in) w_out                        (paper eq. 89 = 91)
+    mlp_ln   z + LN(gelu(z w_in) w_out), LN without affine (Miras)
+    glu      z + (gelu(z w_in) * (z w_gate)) w_out         (Atlas++)
+
+`residual=False` drops the leading z.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax.memory import chunked
+from nl_jax.memory import rule as rules
+from nl_jax.memory.chunked import MemoryState as MemoryState
+from nl_jax.memory.chunked import start as start
+
+ARCHITECTURES = ("mlp", "mlp_ln", "glu")
+_gelu = jax.nn.gelu  # The tanh form; the paper does not state one.
+
+
+def _layer_norm(x: jax.Array) -> jax.Array:
+  centred = x - x.mean(axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  return centred * jax.lax.rsqrt(variance + 1e-6)
+
+
+def _mlp(apply: rules.Apply, z: jax.Array) -> jax.Array:
+  return apply("w_out", _gelu(apply("w_in", z)))
+
+
+def _mlp_ln(apply: rules.Apply, z: jax.Array) -> jax.Array:
+  return _layer_norm(_mlp(apply, z))
+
+
+def _glu(apply: rules.Apply, z: jax.Array) -> jax.Array:
+  return apply("w_out", _gelu(apply("w_in", z)) * apply("w_gate", z))
+
+
+def forward(arch: str, residual: bool = True) -> rules.Forward:
+  """The architecture as a function of its layers, z [..., K] -> [..., V]."""
+  if arch not in ARCHITECTURES:
+    raise ValueError(
+      f"memory.arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}"
+    )
+  inner = {"mlp": _mlp, "mlp_ln": _mlp_ln, "glu": _glu}[arch]
+  return (lambda apply, z: z + inner(apply, z)) if residual else inner
+
+
+def init(
+  key: jax.Array,
+  heads: int,
+  key_dim: int,
+  hidden: int,
+  *,
+  arch: str = "mlp",
+  in_std: float = 1.0,
+  out_std: float = 0.02,
+) -> dict[str, jax.Array]:
+  """The learned start.
+
+  Args:
+    key: random key.
+    heads, key_dim, hidden: H, K (= V), M.
+    arch: adds w_gate for "glu".
+    in_std: 1 where keys and queries have unit norm (with K^-1/2 training
+      diverged, model.md 9), else K^-1/2.
+    out_std: of w_out.
+
+  Returns:
+    {"w_in": [H, K, M], "w_out": [H, M, K]} and w_gate like w_in, float32.
+  """
+  names = {"w_in": (key_dim, hidden), "w_out": (hidden, key_dim)}
+  if arch == "glu":
+    names["w_gate"] = (key_dim, hidden)
+  keys = jax.random.split(key, len(names))
+  std = lambda name: out_std if name == "w_out" else in_std
+  return {
+    name: std(name) * jax.random.normal(k, (heads, *shape), jnp.float32)
+    for k, (name, shape) in zip(keys, names.items())
+  }
+
+
+def read(
+  params: dict[str, jax.Array],
+  state: MemoryState,
+  z: jax.Array,
+  *,
+  arch: str = "mlp",
+  residual: bool = True,
+) -> jax.Array:
+  """Reads z [B, T, H, K] from the weights as they are now; no write."""
+  del params
+  return rules.read(forward(arch, residual), state.w, z)
+
+
+def update(
+  params: dict[str, jax.Array],
+  state: MemoryState,
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  gates: rules.Gates,
+  *,
+  rule: rules.Rule,
+  arch: str = "mlp",
+  residual: bool = True,
+  segment_ids: jax.Array | None = None,
+  implementation: str | None = None,
+  fresh: bool = False,
+  aligned: bool = False,
+) -> tuple[jax.Array, MemoryState, rules.Metrics]:
+  """Writes and reads T tokens; arguments as `chunked.update`."""
+  return chunked.update(
+    forward(arch, residual), params, state, q, k, v, gates,
+    rule=rule, segment_ids=segment_ids, implementation=implementation,
+    fresh=fresh, aligned=aligned,
+  )  # fmt: skip

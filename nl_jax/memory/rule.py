@@ -1,0 +1,332 @@
+"""What a memory learns from one block of tokens (model.md 2.2, 2.3).
+
+A memory is a function `forward(apply, z)` of its layers, where
+`apply(name, x)` stands for `x @ W[name]`. Everything else follows from it:
+with the anchor's weights and a tap on every pre-activation it gives the pairs
+(u, delta) whose outer products are the inner gradients; with the exact
+per-token weights of `rank_one` it gives the reads.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax.kernels import rank_one
+from nl_jax.memory import objectives
+
+Apply = Callable[[str, jax.Array], jax.Array]
+Forward = Callable[[Apply, jax.Array], jax.Array]
+Weights = Mapping[str, jax.Array]
+
+INPUT_LAYERS = ("w", "w_in", "w_gate")  # Layers whose input is the key.
+
+_CHOICES = {
+  "objective": tuple(objectives.OBJECTIVES),
+  "dgd_scope": ("per_layer", "input_layer", "none"),
+  "dgd_coef": ("prox", "raw"),
+  "momentum": ("off", "ema", "sum"),
+  "retention_target": ("init", "zero"),
+  "erase_of": rank_one.api.ERASES,
+  "read": rank_one.api.READS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How a memory learns: the switches of model.md 2.2-2.4.
+
+  Attributes:
+    chunk: tokens that share one gradient point; part of the function.
+    objective: inner loss, a key of `objectives.OBJECTIVES`.
+    dgd_scope: layers that also erase (delta gradient descent, eq. 56):
+      "per_layer", "input_layer" (those fed with the key), "none" (plain GD).
+    dgd_coef: "prox", eta / (1 + eta |u|^2), or "raw", eta (literal eq. 88).
+    momentum: "off", "ema" or "sum" (literal Titans).
+    retention_target: "init" decays to the learned start, "zero" to 0.
+    erase_of: "deviation" from the retention target, or the "whole" memory.
+    read: "after" the token's own write, "before" it, or at "chunk_start".
+    residual_clip: largest norm of an output error; 0 = off.
+    inner_mean: divide the output error by V.
+    remat_group: chunks whose intermediates are recomputed together.
+    stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
+  """
+
+  chunk: int = 16
+  objective: str = "l2"
+  dgd_scope: str = "per_layer"
+  dgd_coef: str = "prox"
+  momentum: str = "off"
+  retention_target: str = "init"
+  erase_of: str = "deviation"
+  read: str = "after"
+  residual_clip: float = 0.0
+  inner_mean: bool = False
+  remat_group: int = 4
+  stop_grad_writes: bool = False
+
+  def __post_init__(self):
+    for name, allowed in _CHOICES.items():
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"memory.{name} must be one of {', '.join(allowed)}; got "
+          f"{getattr(self, name)!r}"
+        )
+    for name in ("chunk", "remat_group"):
+      if getattr(self, name) < 1:
+        raise ValueError(
+          f"memory.{name} must be at least 1, got {getattr(self, name)}"
+        )
+
+  @property
+  def has_momentum(self) -> bool:
+    """Whether the memory keeps S beside W."""
+    return self.momentum != "off"
+
+
+class Gates(NamedTuple):
+  """Raw gates of each token, [B, T, H] (reference only: [B, T, H, K]).
+
+  Attributes:
+    eta: inner learning rate, >= 0.
+    log_alpha: log of the retention, <= 0.
+    log_beta: log of the momentum decay, <= 0; None without momentum.
+  """
+
+  eta: jax.Array
+  log_alpha: jax.Array
+  log_beta: jax.Array | None = None
+
+
+class Metrics(NamedTuple):
+  """Sums over the real tokens of a call, float32 [B, H]; divide by `count`.
+
+  Attributes:
+    inner_loss: the objective at the anchor, before the token's write.
+    update_norm: Frobenius norm of the token's write over all layers.
+    memory_norm: Frobenius norm of the fast weights.
+    eta, alpha, beta: the gates (beta 0 without momentum).
+    count: real tokens.
+  """
+
+  inner_loss: jax.Array
+  update_norm: jax.Array
+  memory_norm: jax.Array
+  eta: jax.Array
+  alpha: jax.Array
+  beta: jax.Array
+  count: jax.Array
+
+
+class Block(NamedTuple):
+  """A memory at the start of a block, and what the block's tokens may see.
+
+  Attributes:
+    anchor, w: dicts of [B, H, a, b]: the gradient point and the current
+      weights. s: momentum, a dict that is empty without it.
+    start: dict of [1, H, a, b], the learned start.
+    mask: bool [B, 1, C], real tokens.
+    segment_ids: int32 [B, 1, C] where documents may begin inside the block.
+    carried: bool [B, 1, C, 1], tokens of the document that the block begins
+      in, with `segment_ids`; else None.
+  """
+
+  anchor: Weights
+  w: Weights
+  s: Weights
+  start: Weights
+  mask: jax.Array
+  segment_ids: jax.Array | None = None
+  carried: jax.Array | None = None
+
+  def at_anchor(self, name: str, x: jax.Array) -> jax.Array:
+    """x [B, H, C, a] through the anchor of each token's own document."""
+    y = x @ self.anchor[name]
+    if self.carried is None:
+      return y
+    return jnp.where(self.carried, y, x @ self.start[name])
+
+
+def pairs(
+  forward: Forward,
+  block: Block,
+  k: jax.Array,
+  target: jax.Array,
+  rule: Rule,
+) -> tuple[Weights, Weights, jax.Array]:
+  """Layer inputs and errors of every token, at the anchor.
+
+  Args:
+    forward: the memory's architecture.
+    block: see `Block`.
+    k: keys [B, H, C, K]; target: [B, H, C, V], constant for the inner
+      gradient (the outer one goes through it).
+    rule: the objective, its clip and mean.
+
+  Returns:
+    (u, delta, loss): dicts of [B, H, C, a] and [B, H, C, b] whose outer
+    products are the gradients of each token's loss, and that loss [B, H, C].
+  """
+
+  def tapped(taps: Weights) -> tuple[jax.Array, Weights]:
+    inputs = {}
+
+    def apply(name: str, x: jax.Array) -> jax.Array:
+      inputs[name] = x
+      return block.at_anchor(name, x) + taps[name]
+
+    y = forward(apply, k)
+    return y, inputs
+
+  def zeros(W: jax.Array) -> jax.Array:
+    lead = jnp.broadcast_shapes(k.shape[:-2], W.shape[:-2])
+    return jnp.zeros((*lead, k.shape[-2], W.shape[-1]), W.dtype)
+
+  taps = jax.tree.map(zeros, block.anchor)
+  prediction, pull, inputs = jax.vjp(tapped, taps, has_aux=True)
+  objective = objectives.OBJECTIVES[rule.objective]
+  error = objective.error(prediction, target)
+  if rule.inner_mean:
+    error = error / error.shape[-1]
+  if rule.residual_clip:
+    error = objectives.clip_norm(error, rule.residual_clip)
+  return inputs, pull(error)[0], objective.loss(prediction, target)
+
+
+def coefficients(
+  rule: Rule, gates: Gates, u: jax.Array, erases: bool
+) -> tuple[jax.Array, jax.Array | None]:
+  """Write and erase rates of one layer with inputs u [B, H, C, a]."""
+  rate = gates.eta
+  if erases and rule.dgd_coef == "prox":
+    size = jnp.sum(jnp.square(u), axis=-1)
+    if rate.ndim > size.ndim:
+      size = size[..., None, None]
+    rate = rate / (1.0 + rate * size)
+  write = rate
+  if rule.momentum == "ema":
+    kept = gates.log_beta
+    kept = kept[..., None, None] if rate.ndim > kept.ndim else kept
+    write = rate * -jnp.expm1(kept)
+  return write, rate if erases else None
+
+
+def _layer_gates(gates: Gates, W: jax.Array) -> Gates:
+  """Gates of one layer; those of a channel lie along its K-wide axis."""
+  if gates.eta.ndim < W.ndim:
+    return gates
+  axis = -1 if W.shape[-2] == gates.eta.shape[-1] else -2
+  return gates._replace(
+    eta=jnp.expand_dims(gates.eta, axis),
+    log_alpha=jnp.expand_dims(gates.log_alpha, axis),
+  )
+
+
+def write_and_read(
+  forward: Forward,
+  block: Block,
+  rule: Rule,
+  q: jax.Array | None,
+  k: jax.Array,
+  target: jax.Array,
+  gates: Gates,
+  *,
+  implementation: str | None = None,
+) -> tuple[jax.Array | None, Weights, Weights, Metrics]:
+  """Writes a block's tokens into a memory; reads it along the way.
+
+  Args:
+    forward, block, rule: see their types.
+    q: [B, H, C, K], or None to write only.
+    k, target: [B, H, C, K], [B, H, C, V].
+    gates: each [B, H, C]; [B, H, C, K] for gates of a channel.
+    implementation: of `rank_one`.
+
+  Returns:
+    (reads [B, H, C, V] or None, w, s, metrics).
+  """
+  u, delta, loss = pairs(forward, block, k, target, rule)
+  w, s, squared_steps = {}, {}, []
+
+  def layer(name: str, x: jax.Array | None) -> jax.Array | None:
+    W = block.w[name]
+    erases = rule.dgd_scope == "per_layer" or (
+      rule.dgd_scope == "input_layer" and name in INPUT_LAYERS
+    )
+    own = _layer_gates(gates, W)
+    write, erase = coefficients(rule, own, u[name], erases)
+    reads, w[name], momentum = rank_one.rank_one(
+      u[name],
+      delta[name],
+      x,
+      (own.log_alpha, own.log_beta, write, erase, block.mask),
+      W,
+      block.s.get(name),
+      block.start[name] if rule.retention_target == "init" else None,
+      read=rule.read,
+      erase_of=rule.erase_of,
+      anchor=block.anchor[name],
+      start=block.start[name],
+      segment_ids=block.segment_ids,
+      implementation=implementation,
+    )
+    if momentum is not None:
+      s[name] = momentum
+    if write.ndim == gates.log_alpha.ndim:
+      size = jnp.sum(jnp.square(u[name]), -1) * jnp.sum(
+        jnp.square(delta[name]), -1
+      )
+      squared_steps.append(jnp.square(write) * size)
+    return reads
+
+  if q is None:
+    reads = None
+    for name in block.w:
+      layer(name, None)
+  else:
+    reads = forward(layer, q)
+  steps = sum(squared_steps) if squared_steps else jnp.zeros_like(loss)
+  return reads, w, s, _metrics(block, w, gates, loss, jnp.sqrt(steps))
+
+
+def _metrics(
+  block: Block,
+  w: Weights,
+  gates: Gates,
+  loss: jax.Array,
+  steps: jax.Array,
+) -> Metrics:
+  """Sums over the block's real tokens; roles, where there are, averaged."""
+  loss, steps, gates, w = jax.lax.stop_gradient((loss, steps, gates, w))
+  mask = block.mask
+
+  def total(x: jax.Array) -> jax.Array:
+    if x.ndim > loss.ndim:
+      x = x.mean(axis=-1)
+    x = jnp.sum(jnp.where(mask, x, 0.0), axis=-1).astype(jnp.float32)
+    return x.mean(axis=tuple(range(2, x.ndim)))
+
+  count = total(jnp.ones_like(loss))
+  squares = [jnp.sum(jnp.square(W), axis=(-2, -1)) for W in w.values()]
+  norm = jnp.sqrt(sum(squares)).astype(jnp.float32)
+  norm = norm.mean(axis=tuple(range(2, norm.ndim)))
+  beta = jnp.zeros_like(count)
+  if gates.log_beta is not None:
+    beta = total(jnp.exp(gates.log_beta))
+  return Metrics(
+    inner_loss=total(loss),
+    update_norm=total(steps),
+    memory_norm=norm * count,
+    eta=total(gates.eta),
+    alpha=total(jnp.exp(gates.log_alpha)),
+    beta=beta,
+    count=count,
+  )
+
+
+def read(forward: Forward, w: Weights, z: jax.Array) -> jax.Array:
+  """Reads z [B, T, H, K] through weights w (dict of [B, H, a, b])."""
+  z = jnp.moveaxis(z.astype(jax.tree.leaves(w)[0].dtype), 1, 2)
+  return jnp.moveaxis(forward(lambda name, x: x @ w[name], z), 2, 1)
