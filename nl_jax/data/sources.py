@@ -252,10 +252,9 @@ def _fingerprint(named: Iterable[tuple[str, str]]) -> str:
 def _split_by_path(
   named: list[tuple[str, str]], percent: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Splits documents by a hash of their paths; neither side stays empty."""
+  """Splits documents by a hash of their paths; at least one is held out."""
   held_out = {name for name, _ in named if in_validation(name, percent)}
-  by_hash = sorted((name for name, _ in named), key=_path_hash)
-  held_out = (held_out | {by_hash[0]}) - {by_hash[-1]}
+  held_out.add(min((name for name, _ in named), key=_path_hash))
   return (
     tuple(body for name, body in named if name not in held_out),
     tuple(body for name, body in named if name in held_out),

@@ -132,6 +132,12 @@ def test_sentencepiece_stream_equals_decode_on_random_pieces(pieces):
     assert "".join(_stream(pieces, sample, 1)) == pieces.decode(sample)
 
 
+def test_sentencepiece_stream_may_start_without_text(pieces):
+  # The end id has no text: the space of the first word still has to go.
+  ids = [pieces.end_id, *pieces.encode("Hello world")]
+  assert "".join(_stream(pieces, ids, 1)) == pieces.decode(ids)
+
+
 def test_sentencepiece_takes_any_id_a_model_may_sample(pieces):
   ids = [5, pieces.end_id, pieces.vocab_size + 7, -1, 9]
   assert isinstance(pieces.decode(ids), str)
