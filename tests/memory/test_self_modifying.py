@@ -14,23 +14,28 @@ from tests.memory import oracle
 from tests.memory.test_memories import close
 
 B, T, H, K = 2, 13, 2, 4
-DELTA = dict(arch="linear", objective="dot", dgd_coef="raw", residual=False)
+DELTA = dict(
+  arch="linear", objective="dot", dgd_coef="raw", residual=False,
+  residual_clip=0.0,
+)  # fmt: skip
+FREE = dict(residual_clip=0.0)  # The oracle has no clip.
 CONFIGS = {
-  "mlp": sm.Config(chunk_memory=4, chunk_gen=4),
+  "mlp": sm.Config(chunk_memory=4, chunk_gen=4, **FREE),
   "linear": sm.Config(chunk_memory=4, chunk_gen=4, **DELTA),
-  "two_chunks": sm.Config(chunk_memory=5, chunk_gen=3),
+  "two_chunks": sm.Config(chunk_memory=5, chunk_gen=3, **FREE),
   "all_self": sm.Config(
     chunk_memory=4, chunk_gen=6, value_source="self", value_norm="l2",
-    generators=sm.Generators(value_norm="l2", rate=1.0),
+    generators=sm.Generators(value_norm="l2", rate=1.0), **FREE,
   ),
   "momentum": sm.Config(
-    chunk_memory=4, chunk_gen=4, momentum="ema", read="before", hidden=6
+    chunk_memory=4, chunk_gen=4, momentum="ema", read="before", hidden=6,
+    **FREE,
   ),
   "adaptive_q": sm.Config(
     chunk_memory=4, chunk_gen=4, adaptive_q=True, adaptive=("v", "eta"),
     read="chunk_start", residual_clip=1.0,
   ),
-  "glu": sm.Config(arch="glu", chunk_memory=4, chunk_gen=4),
+  "glu": sm.Config(arch="glu", chunk_memory=4, chunk_gen=4, **FREE),
 }  # fmt: skip
 
 
@@ -57,9 +62,10 @@ def test_two_passes_equal_the_joint_token_loop(name):
     per_head = jax.vmap(
       lambda p, *z: oracle.self_modifying(config, p, *z), (0, 1, 1, 1), 1
     )
-    expected = np.stack([per_head(params, *(x[b] for x in z)) for b in range(B)])
-  clip = config.residual_clip
-  if clip:  # The oracle has no clip: where it acts they must differ.
+    expected = np.stack(
+      [per_head(params, *(x[b] for x in z)) for b in range(B)]
+    )
+  if config.residual_clip:  # Where it acts they must differ.
     assert np.abs(y - expected).max() > 1e-6
     with jax.enable_x64(True):
       free = dataclasses.replace(config, residual_clip=0.0)
