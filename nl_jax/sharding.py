@@ -1,10 +1,300 @@
-"""The mesh, the logical axes, and the one table that maps them."""
+"""The mesh, the logical axes, and the one table that maps them.
+
+Model code names logical axes and never a mesh axis. A parameter's axes follow
+from its path: exactly one rule of `PARAMETERS` matches it. Fast weights are
+laid out by sequence and head, so that inner loops need no collective.
+"""
+
+import logging
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Tree = Any
+
+AXES = ("replica", "fsdp", "sequence", "tensor")
+
+LOGICAL = {
+  "batch": ("replica", "fsdp"),
+  "length": "sequence",
+  "act_embed": None,  # Model width of activations, norms and convolutions.
+  "embed": "fsdp",  # Model width of matrices.
+  "heads": "tensor",
+  "head_dim": None,
+  "mem_in": None,
+  "mem_out": None,
+  "mlp": "tensor",
+  "vocab": "tensor",
+  "layer": None,
+  "level": None,
+  "chunk": None,
+}
+
+_MIXER = r"blocks/mixer/"
+_LEVEL = r"blocks/cms/\w+/"
+
+# (pattern of the whole path, axes); `layer` stands before those in blocks/.
+PARAMETERS = (
+  (r"embed", ("vocab", "embed")),
+  (r"(blocks/mixer_norm|final_norm)/scale", ("act_embed",)),
+  (_LEVEL + r"norm/scale", ("act_embed",)),
+  (_LEVEL + r"w_(gate|up)", ("embed", "mlp")),
+  (_LEVEL + r"w_down", ("mlp", "embed")),
+  (r"blocks/cms/mix", ("level",)),
+  (_MIXER + r"w_[qkvg]", ("embed", "heads")),
+  (_MIXER + r"w_o", ("heads", "embed")),
+  (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
+  (_MIXER + r"norm/scale", ("head_dim",)),
+  (_MIXER + r"static_gate/w_(eta|alpha)", ("embed", "heads")),
+  (_MIXER + r"static_gate/b_(eta|alpha)", ("heads",)),
+  (_MIXER + r"memory/gate/w_(eta|alpha)", ("heads", "head_dim")),
+  (_MIXER + r"memory/gate/b_(eta|alpha|beta)", ("heads",)),
+  # Gates of a channel.
+  (_MIXER + r"memory/gate/b_(eta|alpha)", ("heads", "head_dim")),
+  (
+    _MIXER + r"memory/(?!gate/)\w+/w(_in|_out|_gate)?",
+    ("heads", "mem_in", "mem_out"),
+  ),
+)
+
+# The state of a language model: axes after `layer` and `batch`.
+STATES = (
+  (r"position_B", ()),
+  (r"layers/convs/\w+/inputs_Bx3xE", ("chunk", "heads")),
+  (r"layers/convs/\w+/segment_Bx3", ("chunk",)),
+  (
+    r"layers/memory/generators/(anchor|w|s)/\w+",
+    ("heads", "level", "mem_in", "mem_out"),
+  ),
+  (r"layers/memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (r"layers/memory/\w+/(phase|segment)", ()),
+  (r"layers/(keys|values)_BxSxHxK", ("length", "heads", "head_dim")),
+  (r"layers/slot_document_BxS", ("length",)),
+  (r"layers/\w+_B", ()),
+)
+
+_LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.
 
 
 def mesh(
-  replica: int = 1, fsdp: int = -1, sequence: int = 1, tensor: int = 1
-) -> jax.sharding.Mesh:
-  """The device mesh ("replica", "fsdp", "sequence", "tensor"); one may be -1."""
-  raise NotImplementedError
+  replica: int = 1,
+  fsdp: int = -1,
+  sequence: int = 1,
+  tensor: int = 1,
+  *,
+  devices: Sequence[jax.Device] | None = None,
+) -> Mesh:
+  """The device mesh; at most one size is -1, which takes what is left.
+
+  Args:
+    replica: copies of the model; spans slices.
+    fsdp: shards of parameters and batch.
+    sequence: shards of a sequence's tokens.
+    tensor: shards of heads, feed-forward width and vocabulary.
+    devices: all of them by default.
+
+  Raises:
+    ValueError: the sizes do not multiply to the number of devices.
+  """
+  devices = jax.devices() if devices is None else list(devices)
+  sizes = dict(zip(AXES, (replica, fsdp, sequence, tensor)))
+  given = ", ".join(f"mesh.{k}={v}" for k, v in sizes.items())
+  open_axes = [k for k, v in sizes.items() if v == -1]
+  if len(open_axes) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
+    raise ValueError(
+      f"mesh sizes must be at least 1, one of them may be -1; got {given}"
+    )
+  fixed = math.prod(v for v in sizes.values() if v != -1)
+  if open_axes:
+    sizes[open_axes[0]] = max(len(devices) // fixed, 1)
+  if math.prod(sizes.values()) != len(devices):
+    raise ValueError(
+      f"the mesh must have as many places as there are devices "
+      f"({len(devices)}), got {given}; set one size to -1"
+    )
+  # Auto: embeddings and scans of Explicit meshes need a sharding each.
+  return jax.make_mesh(
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
+  )
+
+
+def spec(*names: str | None) -> P:
+  """The mesh axes of an array whose axes have these logical names."""
+  return P(*(None if name is None else LOGICAL[name] for name in names))
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+  """Lays an activation out by its logical names; x itself without a mesh."""
+  if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+    return x
+  return jax.lax.with_sharding_constraint(x, spec(*names))
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """'/'-joined names of a path in a tree: "blocks/mixer/w_q"."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def logical_axes(path: str, rank: int) -> tuple[str, ...]:
+  """The logical names of a parameter's axes.
+
+  Raises:
+    ValueError: not exactly one rule matches path and rank.
+  """
+  lead = ("layer",) if path.startswith("blocks/") else ()
+  found = [
+    lead + names
+    for pattern, names in PARAMETERS
+    if re.fullmatch(pattern, path) and len(lead + names) == rank
+  ]
+  if len(found) != 1:
+    raise ValueError(
+      f"{path}: {len(found)} sharding rules match a parameter of rank {rank}, "
+      "expected 1; see PARAMETERS of nl_jax/sharding.py"
+    )
+  return found[0]
+
+
+def param_shardings(params: Tree, mesh: Mesh) -> Tree:
+  """Shardings of a tree of parameters (arrays or their shapes).
+
+  Raises:
+    ValueError: a parameter without exactly one rule, or an axis that its part
+      of the mesh does not divide.
+  """
+
+  def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
+    name = path_name(path)
+    return _named(mesh, name, leaf.shape, logical_axes(name, leaf.ndim))
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _named(
+  mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str]
+) -> NamedSharding:
+  """The sharding of logical axes, checked against the shape."""
+  for size, axis in zip(shape, axes):
+    over = LOGICAL[axis] or ()
+    over = (over,) if isinstance(over, str) else over
+    parts = math.prod(mesh.shape[a] for a in over)
+    if size % parts:
+      sizes = ", ".join(f"mesh.{a}={mesh.shape[a]}" for a in over)
+      raise ValueError(
+        f"{name}: the axis {axis!r} of size {size} must be a multiple of its "
+        f"{parts} shards ({sizes}); nearest: {-(-size // parts) * parts}, or "
+        "another mesh"
+      )
+  return NamedSharding(mesh, spec(*axes))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """A copy on every device."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Of the arrays [B,T] of a batch."""
+  return NamedSharding(mesh, spec("batch", "length"))
+
+
+def check_batch(
+  mesh: Mesh, batch_size: int, sequence_length: int, accumulate: int = 1
+) -> None:
+  """Raises ValueError unless a batch divides over mesh and micro-batches."""
+  shards = mesh.shape["replica"] * mesh.shape["fsdp"]
+  parts = shards * accumulate
+  if batch_size % parts:
+    below = batch_size // parts * parts
+    nearest = " or ".join(str(x) for x in (below, below + parts) if x)
+    raise ValueError(
+      "data.batch_size must be a multiple of mesh.replica * mesh.fsdp * "
+      f"train.accumulate = {shards} * {accumulate}, got {batch_size}; "
+      f"nearest: {nearest}"
+    )
+  if sequence_length % mesh.shape["sequence"]:
+    raise ValueError(
+      "data.sequence_length must be a multiple of mesh.sequence="
+      f"{mesh.shape['sequence']}, got {sequence_length}"
+    )
+
+
+def state_shardings(
+  tx: Any, params: Tree, shardings: Tree, replicated: NamedSharding
+) -> Tree:
+  """Shardings of `tx.init(params)`: a leaf's path ends in a parameter's path.
+
+  Args:
+    tx: an optax transformation.
+    params: the parameters, or their shapes.
+    shardings: of the parameters.
+    replicated: for counters and whatever else is like no parameter.
+  """
+  by_path = {
+    path: (x.shape, s)
+    for (path, x), s in zip(
+      jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(shardings)
+    )
+  }
+
+  def one(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+    for start in range(len(path)):
+      shape, s = by_path.get(path[start:], ((-1,), None))
+      extra = leaf.ndim - len(shape)  # E.g. a history axis in front.
+      if extra >= 0 and leaf.shape[extra:] == shape:
+        return NamedSharding(s.mesh, P(*(None,) * extra, *s.spec))
+    return replicated  # Counters, learned memories of the optimizer.
+
+  state = jax.eval_shape(tx.init, params)
+  result = jax.tree_util.tree_map_with_path(one, state)
+  for name, size in large_replicated(state, result):
+    logging.getLogger(__name__).warning(
+      "optimizer state %s (%.1f MiB) is on every device", name, size / 2**20
+    )
+  return result
+
+
+def large_replicated(tree: Tree, shardings: Tree) -> Iterator[tuple[str, int]]:
+  """(path, bytes) of leaves of 1 MiB and more that every device holds."""
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  for (path, leaf), s in zip(leaves, jax.tree.leaves(shardings)):
+    size = leaf.size * leaf.dtype.itemsize
+    if s.mesh.size > 1 and s.is_fully_replicated and size >= _LARGE:
+      yield path_name(path), size
+
+
+def sequence_shardings(state: Tree, mesh: Mesh) -> Tree:
+  """Shardings of a language model's state: batch by batch, heads by head.
+
+  Args:
+    state: an `LMState`, or its shapes.
+    mesh: where to.
+
+  Raises:
+    ValueError: a leaf without exactly one rule, or that does not divide.
+  """
+
+  def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
+    name = path_name(path)
+    lead = ("layer", "batch") if name.startswith("layers/") else ("batch",)
+    found = [
+      axes
+      for pattern, names in STATES
+      if re.fullmatch(pattern, name) and len(axes := lead + names) == leaf.ndim
+    ]
+    if len(found) != 1:
+      raise ValueError(
+        f"{name}: {len(found)} sharding rules match a state of rank "
+        f"{leaf.ndim}, expected 1; see STATES of nl_jax/sharding.py"
+      )
+    return _named(mesh, name, leaf.shape, found[0])
+
+  return jax.tree_util.tree_map_with_path(one, state)

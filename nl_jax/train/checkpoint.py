@@ -1,13 +1,249 @@
-"""Checkpoints: state, place in the data, and what a run must know of itself."""
+"""Checkpoints: state, place in the data, and what a run must know of itself.
 
-from typing import Any
+Three items a step: `state` (arrays), `data` (the iterator's state, integers)
+and `meta` (JSON). Writing goes on in the background; a step that is not whole
+is not listed. A listed step that cannot be read is moved aside, and the one
+before it taken.
+"""
+
+import json
+import logging as std_logging
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import orbax.checkpoint as ocp
+from absl import logging
+
+from nl_jax import sharding
+from nl_jax.train import files
+
+_ITEMS = ("state", "data", "meta")
+_DAMAGED = "damaged"
+# What orbax and tensorstore raise for files that are torn, gone or garbled.
+_DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError)
+
+
+class Restored(NamedTuple):
+  """One checkpoint.
+
+  Attributes:
+    step: its number, updates made.
+    state: the training state.
+    data: state of the data iterator.
+    meta: what `Checkpoints.save` was given, and "leaves".
+  """
+
+  step: int
+  state: Any
+  data: Any
+  meta: dict[str, Any]
+
+
+class StepMismatchError(ValueError):
+  """A checkpoint whose parts are of different steps, or that was not taken."""
+
+
+class LeavesMismatchError(ValueError):
+  """A checkpoint of another model or optimizer."""
+
+
+def _readable(record: std_logging.LogRecord) -> bool:
+  """False for orbax's reports of its own work, dozens of lines a save."""
+  return record.levelno >= std_logging.WARNING or (
+    "/orbax/" not in record.pathname
+  )
+
+
+class Checkpoints:
+  """The checkpoints of one run; a context manager that waits for writes."""
+
+  def __init__(self, workdir: pathlib.Path, *, keep: int = 3):
+    """Opens the folder `checkpoints` of a workdir, made if missing.
+
+    Args:
+      workdir: of the run.
+      keep: newest checkpoints that stay.
+    """
+    logging.get_absl_logger().addFilter(_readable)
+    self._folder = workdir.resolve() / files.CHECKPOINTS
+    self._aside = workdir.resolve() / _DAMAGED
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=keep, create=True, enable_async_checkpointing=True
+    )
+    self._manager = ocp.CheckpointManager(
+      self._folder, options=options, item_names=_ITEMS
+    )
+
+  def __enter__(self) -> "Checkpoints":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    # Leaving with a write in flight would lose it.
+    self._manager.close()
+    logging.get_absl_logger().removeFilter(_readable)
+
+  def save(
+    self, step: int, state: Any, data: Any, meta: Mapping[str, Any]
+  ) -> None:
+    """Begins to write a checkpoint; errors of the last one are raised here.
+
+    Args:
+      step: updates made.
+      state: the training state; may be donated when this returns.
+      data: state of the iterator before the next batch is drawn.
+      meta: JSON values.
+
+    Raises:
+      StepMismatchError: there is a checkpoint of this step or a later one.
+    """
+    args = ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      data=ocp.args.JsonSave(data),
+      meta=ocp.args.JsonSave({**meta, "leaves": describe_leaves(state)}),
+    )
+    if not self._manager.save(step, args=args, force=True):
+      raise StepMismatchError(
+        f"{self._folder} did not take a checkpoint of step {step}: its latest "
+        f"is {self._manager.latest_step()}"
+      )
+
+  def check(self) -> None:
+    """Raises the error of a write in the background, if there was one."""
+    self._manager.check_for_errors()
+
+  def wait(self) -> None:
+    """Waits until what was saved is on disk."""
+    self._manager.wait_until_finished()
+
+  def preempted(self, step: int) -> bool:
+    """Whether some process was told to stop; the same answer on all."""
+    return self._manager.reached_preemption(step)
+
+  def restore(self, like: Any) -> Restored | None:
+    """The newest checkpoint that can be read; None where there is none.
+
+    Steps that cannot be read are moved to the folder `damaged` of the workdir
+    with a warning, once an older one was read.
+
+    Args:
+      like: the abstract state; its shardings are those of the result.
+
+    Raises:
+      LeavesMismatchError: the checkpoint is of another model or optimizer.
+      ValueError: there are checkpoints and none can be read.
+    """
+    damaged: dict[int, Exception] = {}
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        restored = self._read(step, like)
+      except LeavesMismatchError:
+        raise
+      except _DAMAGE as error:
+        damaged[step] = error
+        continue
+      self._set_aside(damaged, step)
+      return restored
+    if damaged:
+      raise ValueError(
+        f"no checkpoint in {self._folder} can be read (steps "
+        f"{sorted(damaged)}; {_first_line(damaged[max(damaged)])}); move the "
+        "workdir away to start from the beginning"
+      )
+    return None
+
+  def _read(self, step: int, like: Any) -> Restored:
+    # Read first: a mismatch must not look like damage.
+    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+    meta = self._manager.restore(step, args=args).meta
+    _check_leaves(step, meta["leaves"], describe_leaves(like))
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+    )
+    items = self._manager.restore(step, args=args)
+    if int(items.state["step"]) != step:
+      raise StepMismatchError(
+        f"the checkpoint of step {step} holds a state of step "
+        f"{int(items.state['step'])}"
+      )
+    return Restored(step, items.state, items.data, meta)
+
+  def _set_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
+    """Moves unreadable steps away: orbax takes no step before its latest."""
+    if not damaged:
+      return
+    for step, error in damaged.items():
+      logging.warning(
+        "checkpoint of step %d cannot be read (%s); moved to %s, going on "
+        "from step %d",
+        step,
+        _first_line(error),
+        self._aside,
+        good,
+      )
+    if jax.process_index() == 0:
+      self._aside.mkdir(exist_ok=True)
+      for step in damaged:
+        (self._folder / str(step)).rename(_free_name(self._aside, step))
+    if jax.process_count() > 1:
+      from jax.experimental import multihost_utils
+
+      multihost_utils.sync_global_devices("damaged checkpoints")
+    self._manager.reload()
+
+
+def describe_leaves(state: Any) -> dict[str, str]:
+  """{path: "float32[2,3]"} of a state or its shapes."""
+  return {
+    sharding.path_name(path): f"{x.dtype}{list(x.shape)}"
+    for path, x in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def _check_leaves(
+  step: int, saved: Mapping[str, str], expected: Mapping[str, str]
+) -> None:
+  """Raises LeavesMismatchError; orbax would cast dtypes in silence."""
+  names = sorted({*saved, *expected})
+  wrong = [
+    f"{name} is {saved.get(name, 'missing')}, expected "
+    f"{expected.get(name, 'nothing')}"
+    for name in names
+    if saved.get(name) != expected.get(name)
+  ]
+  if wrong:
+    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+    raise LeavesMismatchError(
+      f"the checkpoint of step {step} is of another model or optimizer: "
+      f"{'; '.join(wrong[:5])}{more}; give the config it was made with"
+    )
+
+
+def _first_line(error: Exception) -> str:
+  text = str(error).strip().splitlines()
+  return f"{type(error).__name__}: {text[0][:160] if text else ''}"
+
+
+def _free_name(folder: pathlib.Path, step: int) -> pathlib.Path:
+  names = [folder / str(step)]
+  while names[-1].exists():
+    names.append(folder / f"{step}.{len(names)}")
+  return names[-1]
 
 
 def latest_step(workdir: str) -> int | None:
-  """The newest checkpoint of a run, None if there is none."""
-  raise NotImplementedError
+  """The newest checkpoint listed in a workdir, None if there is none."""
+  steps = _listed(pathlib.Path(workdir))
+  return steps[-1] if steps else None
+
+
+def _listed(workdir: pathlib.Path) -> list[int]:
+  """Steps of the checkpoints, oldest first."""
+  folder = workdir / files.CHECKPOINTS
+  if not folder.is_dir():
+    return []
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -16,7 +252,13 @@ def read_config(workdir: str) -> dict[str, Any]:
   Raises:
     ValueError: no run there.
   """
-  raise NotImplementedError
+  path = pathlib.Path(workdir) / files.CONFIG
+  if not path.is_file():
+    raise ValueError(
+      f"no run in {workdir}: {path.name} is missing; give the --workdir of a "
+      "run of `python -m experiments.lm`"
+    )
+  return files.read_json(path)["config"]
 
 
 def load_params(
@@ -28,6 +270,8 @@ def load_params(
 ) -> tuple[Any, int]:
   """Loads the parameters of a run, without its optimizer.
 
+  Nothing in the workdir is changed: damaged checkpoints are passed over.
+
   Args:
     workdir: of the run.
     model: its `init` gives the tree.
@@ -38,6 +282,64 @@ def load_params(
     The parameters and the step.
 
   Raises:
-    ValueError: no run or checkpoint there, or of another model.
+    ValueError: no checkpoint there that can be read, or of another model.
   """
-  raise NotImplementedError
+  folder = pathlib.Path(workdir).resolve()
+  steps = _listed(folder)
+  if not steps:
+    raise ValueError(
+      f"no checkpoint in {workdir}: train first, or give another --workdir"
+    )
+  if step is not None and step not in steps:
+    raise ValueError(
+      f"no checkpoint of step {step} in {workdir}; there are {steps}"
+    )
+  like = _abstract_params(model, mesh)
+  candidates = [step] if step is not None else steps[::-1]
+  error = None
+  for candidate in candidates:
+    try:
+      return _read_params(folder, candidate, like), candidate
+    except LeavesMismatchError:
+      raise
+    except _DAMAGE as e:
+      logging.warning(
+        "checkpoint of step %d cannot be read (%s)", candidate, _first_line(e)
+      )
+      error = e
+  raise ValueError(
+    f"no checkpoint in {workdir} can be read (steps {sorted(candidates)})"
+  ) from error
+
+
+def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  if mesh is None:
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    shardings = jax.tree.map(lambda _: here, params)
+  else:
+    shardings = sharding.param_shardings(params, mesh)
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    params,
+    shardings,
+  )
+
+
+def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
+  """Only the branch "params" of the state is read."""
+  place = folder / files.CHECKPOINTS / str(step)
+  meta = json.loads((place / "meta" / "metadata").read_text(encoding="utf-8"))
+  saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
+  item = {"params": like}
+  _check_leaves(step, saved, describe_leaves(item))
+  with ocp.PyTreeCheckpointer() as checkpointer:
+    restored = checkpointer.restore(
+      place / "state",
+      args=ocp.args.PyTreeRestore(
+        item=item,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+        partial_restore=True,
+      ),
+    )
+  return restored["params"]

@@ -5,16 +5,30 @@ holds the loss and norms of the update that led to state i (`train/`, `opt/`,
 `memory/`), or what was measured on state i (`eval/`).
 """
 
+import contextlib
 import dataclasses
+import pathlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
 
+from nl_jax import sharding
+from nl_jax.train import checkpoint, environment, faults, files, progress
+from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
+from nl_jax.train import state as state_lib
+from nl_jax.train import step as step_lib
+from nl_jax.train import stop as stop_lib
+from nl_jax.train import timer as timer_lib
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
+_POLICIES = ("raise", "skip")
+_DONE = "done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +58,36 @@ class Settings:
   keep: int = 3
   seed: int = 0
 
+  def __post_init__(self):
+    least = {
+      "train.steps": (self.steps, 1),
+      "train.log_every": (self.log_every, 1),
+      "train.eval_every": (self.eval_every, 0),
+      "train.accumulate": (self.accumulate, 1),
+      "train.max_skipped": (self.max_skipped, 0),
+      "checkpoint.every": (self.checkpoint_every, 0),
+      "checkpoint.keep": (self.keep, 1),
+      "train.seed": (self.seed, 0),
+    }
+    for key, (value, bound) in least.items():
+      if not isinstance(value, int) or value < bound:
+        raise ValueError(
+          f"{key} must be a whole number of at least {bound}, got {value!r}"
+        )
+    if self.nan_policy not in _POLICIES:
+      raise ValueError(
+        f"train.nan_policy must be one of {', '.join(_POLICIES)}; got "
+        f"{self.nan_policy!r}"
+      )
+
+  def due(self, step: int, every: int) -> bool:
+    """Whether what happens every so many steps, and at the end, is due."""
+    return step == self.steps or every > 0 and step > 0 and step % every == 0
+
+  def logs(self, step: int) -> bool:
+    """Whether a step has a line of metrics."""
+    return step == 1 or self.due(step, self.log_every)
+
 
 class Result(NamedTuple):
   """How a run ended.
@@ -62,8 +106,24 @@ class Result(NamedTuple):
   metrics: Mapping[str, float]
 
 
-class NonFiniteError(ArithmeticError):
+class NonFiniteError(FloatingPointError):
   """A loss or gradient that is not finite; the message names the report."""
+
+
+class _Pending(NamedTuple):
+  """A dispatched step whose metrics nobody has looked at.
+
+  Attributes:
+    step: updates made when it is done.
+    metrics: on the device.
+    batch: on the device.
+    rows: this process's part of the batch.
+  """
+
+  step: int
+  metrics: step_lib.Metrics
+  batch: step_lib.Batch
+  rows: Mapping[str, np.ndarray]
 
 
 def train(
@@ -85,8 +145,8 @@ def train(
   """Trains a model, from the newest checkpoint of the workdir if there is one.
 
   Args:
-    model: `init(key) -> params`, `apply(params, tokens, segment_ids=) ->
-      (logits, state, metrics)` and `levels()` (nl_jax.models.lm).
+    model: `init(key) -> params` and `apply(params, tokens, segment_ids=) ->
+      (logits, state, metrics)` (nl_jax.models.lm).
     optimizer: of `optimizer.make`.
     data: endless iterator of this process's rows, with `get_state()` and
       `set_state()`; its state is a JSON-able dict of integers.
@@ -112,4 +172,262 @@ def train(
       run.
     NonFiniteError: by the NaN policy; a report is in the workdir.
   """
-  raise NotImplementedError
+  mesh = sharding.mesh() if mesh is None else mesh
+  sharding.check_batch(mesh, batch_size, sequence_length, settings.accumulate)
+  like = state_lib.abstract(model, optimizer.tx, mesh)
+  folder = pathlib.Path(workdir).resolve()
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(jax.set_mesh(mesh))
+    if jax.process_index() == 0:
+      stack.enter_context(files.lock(folder))
+      files.claim(
+        folder, config, fingerprint, allow_config_change=allow_config_change
+      )
+    _barrier("workdir claimed")
+    saver = checkpoint.Checkpoints(folder, keep=settings.keep)
+    stack.enter_context(saver)
+    about = {
+      "config": config,
+      "fingerprint": fingerprint,
+      "processes": jax.process_count(),
+      "batch_size": batch_size,
+      **environment.describe(),
+    }
+    run = _Run(model, data, evaluate, settings, folder, saver, mesh, about)
+    state = run.restore(like, optimizer.tx)
+    stack.enter_context(run.open(batch_size * sequence_length, flops_per_token))
+    step = run.compile(optimizer, like, batch_size, sequence_length)
+    result = run.loop(step, state)
+    saver.wait()
+    run.finish(result)
+  return result
+
+
+class _Run:
+  """The parts of one run, and what the loop does with them."""
+
+  def __init__(
+    self,
+    model: Any,
+    data: Any,
+    evaluate: Evaluate | None,
+    settings: Settings,
+    folder: pathlib.Path,
+    saver: checkpoint.Checkpoints,
+    mesh: jax.sharding.Mesh,
+    about: Mapping[str, Any],
+  ):
+    self.model, self.data, self.evaluate = model, data, evaluate
+    self.settings, self.folder, self.saver = settings, folder, saver
+    self.mesh, self.about = mesh, about
+    self.start = 0  # Updates made before this start of the run.
+    self.saved = -1  # The newest step that has a checkpoint.
+    self.skipped = 0
+    self.pending: _Pending | None = None
+
+  def restore(self, like: state_lib.State, tx: Any) -> state_lib.State:
+    """The state to go on from, and everything else set to the same step."""
+    restored = self.saver.restore(like)
+    if restored is None:
+      logging.info("starting from scratch in %s", self.folder)
+      self.timer = timer_lib.Timer()
+      return state_lib.create(self.model, tx, like, seed=self.settings.seed)
+    logging.info("going on from step %d in %s", restored.step, self.folder)
+    if restored.step > self.settings.steps:
+      raise ValueError(
+        f"{self.folder} is at step {restored.step}, beyond train.steps="
+        f"{self.settings.steps}; raise train.steps or give another --workdir"
+      )
+    self.start = self.saved = restored.step
+    self.skipped = int(restored.state["skipped"])
+    self.data.set_state(restored.data)
+    self.timer = timer_lib.Timer(restored.meta["train_seconds"])
+    return restored.state
+
+  @contextlib.contextmanager
+  def open(self, tokens_per_step: int, flops: float) -> Iterator[None]:
+    """Metrics, display and signal handlers, while the context lasts."""
+    steps = self.settings.steps
+    self.rates = progress.Rates(steps, tokens_per_step, flops)
+    with (
+      metrics_lib.Writer(
+        self.folder,
+        step=self.start if self.saved >= 0 else None,
+        tokens_per_step=tokens_per_step,
+        enabled=jax.process_index() == 0,
+      ) as self.writer,
+      progress.Display(self.start, steps) as self.display,
+      # Several processes: jax.distributed watches for SIGTERM.
+      stop_lib.listen(terminate=jax.process_count() == 1) as self.stop,
+    ):
+      yield
+
+  def compile(
+    self,
+    optimizer: optimizer_lib.Optimizer,
+    like: state_lib.State,
+    batch_size: int,
+    sequence_length: int,
+  ) -> step_lib.Step:
+    """The compiled step."""
+    settings = self.settings
+    # What was skipped before a change of the policy is no reason to stop.
+    limit = self.skipped
+    self.max_skipped = (
+      settings.max_skipped if settings.nan_policy == "skip" else limit
+    )
+    step = step_lib.make(
+      self.model,
+      optimizer.tx,
+      optimizer.schedule,
+      optimizer.labels,
+      accumulate=settings.accumulate,
+      max_skipped=self.max_skipped,
+    )
+    begin = time.monotonic()
+    compiled = step_lib.compiled(
+      step, like, self.mesh, batch_size, sequence_length
+    )
+    seconds = time.monotonic() - begin
+    self.display.say(f"compiled the training step in {seconds:.1f} s")
+    self.timer.read()
+    return compiled
+
+  def loop(self, step: step_lib.Step, state: state_lib.State) -> Result:
+    """The loop. The order of what happens in a round must not change."""
+    settings = self.settings
+    guard = jax.transfer_guard("disallow")
+    with guard:
+      for i in range(self.start, settings.steps + 1):
+        self.saver.check()
+        # 1. Evaluate state i. At the start of a resumed run that was done
+        # before its checkpoint was taken.
+        if i != self.start and settings.due(i, settings.eval_every):
+          self._flush(state)
+          self._evaluate(state, i)
+        # 2. Save state i with the iterator as it is before the next batch.
+        status = self._status(i)
+        due = status or settings.due(i, settings.checkpoint_every)
+        if due and i != self.saved:
+          self._flush(state)
+          self._save(state, i)
+        if status:
+          return Result(status, i, state, dict(self.writer.last))
+        # 3. Draw a batch.
+        with self.timer.wait():
+          rows = next(self.data)
+        batch = self._to_devices(rows)
+        # 4. Dispatch the step; nothing here waits for the device.
+        with jax.profiler.StepTraceAnnotation("train", step_num=i):
+          state, metrics = step(state, batch)
+        # 5. Handle the step before, while the device is busy with this one.
+        self._flush(state)
+        self.pending = _Pending(i + 1, metrics, batch, rows)
+    raise AssertionError("the last round returns")
+
+  def _status(self, step: int) -> str:
+    """Why to end here; "" to go on. The same answer on all processes."""
+    if step == self.settings.steps:
+      return _DONE
+    if jax.process_count() > 1:
+      return stop_lib.PREEMPTED if self.saver.preempted(step) else ""
+    return self.stop.reason
+
+  def _to_devices(self, rows: Mapping[str, np.ndarray]) -> step_lib.Batch:
+    by_batch = sharding.batch_sharding(self.mesh)
+    put = jax.make_array_from_process_local_data
+    return {
+      k: put(by_batch, rows[k].astype(dtype, copy=False))
+      for k, dtype in step_lib.BATCH_DTYPES.items()
+    }
+
+  def _flush(self, state: state_lib.State) -> None:
+    """Handles the metrics of the pending step, if there is one."""
+    if self.pending is None:
+      return
+    pending, self.pending = self.pending, None
+    values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
+    self.timer.step()
+    skipped = int(values["skipped"])
+    if skipped > self.skipped:
+      self._skip(pending, values, state, skipped)
+    if not self.settings.logs(pending.step):
+      self.display.step(pending.step)
+      return
+    rates = self.rates.read(pending.step, self.timer.read())
+    self.writer.write(pending.step, values | rates)
+    self.display.step(pending.step, values | rates)
+
+  def _skip(
+    self,
+    pending: _Pending,
+    values: Mapping[str, float],
+    state: state_lib.State,
+    skipped: int,
+  ) -> None:
+    """A step was not finite: a warning, or a report and the end."""
+    self.skipped = skipped
+    what = (
+      f"step {pending.step} is not finite: loss {values['train/loss']}, "
+      f"gradient norm {values['opt/grad_norm']}"
+    )
+    if skipped <= self.max_skipped:
+      logging.warning("%s; skipped (%d so far)", what, skipped)
+      return
+    # The step after it moved nothing: these are the parameters it saw.
+    with jax.transfer_guard("allow"):
+      path = faults.write(
+        self.folder,
+        pending.step,
+        self.model,
+        state["params"],
+        pending.batch,
+        pending.rows,
+        values,
+      )
+    raise NonFiniteError(
+      f"{what}; report in {path}. Lower optim.learning_rate, or go on with "
+      "train.nan_policy=skip"
+    )
+
+  def _evaluate(self, state: state_lib.State, step: int) -> None:
+    if self.evaluate is None:
+      return
+    with self.timer.pause(), jax.transfer_guard("allow"):
+      values = self.evaluate(state["params"], step)
+    self.writer.write(step, values)
+    shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+    self.display.say(f"step {step}/{self.settings.steps} {shown}")
+
+  def _save(self, state: state_lib.State, step: int) -> None:
+    with self.timer.pause(), jax.transfer_guard("allow"):
+      begin = time.monotonic()
+      # Lines up to this step must be there when the checkpoint is.
+      self.writer.sync()
+      meta = {
+        **self.about,
+        "rows_consumed": step * self.about["batch_size"],
+        "train_seconds": self.timer.train_seconds,
+      }
+      self.saver.save(step, state, self.data.get_state(), meta)
+      seconds = time.monotonic() - begin
+    self.saved = step
+    logging.info("checkpoint of step %d begun in %.2f s", step, seconds)
+
+  def finish(self, result: Result) -> None:
+    """Leaves together, with the results of a run that is done."""
+    if result.status == _DONE and jax.process_index() == 0:
+      files.write_json(
+        self.folder / files.RESULTS,
+        {
+          "step": result.step,
+          "train_seconds": self.timer.train_seconds,
+          "metrics": result.metrics,
+        },
+      )
+    _barrier("end")
+
+
+def _barrier(name: str) -> None:
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)

@@ -1,9 +1,36 @@
-"""The outer optimizer: the recipe of model.md 7.1 around the levels' periods."""
+"""The outer optimizer: the recipe of model.md 7.1 around the levels' periods.
 
-from collections.abc import Mapping
+    clip by global norm -> every level at its own period: rule, decay, rate
+
+Clipping stands before the levels, so that what a slow level gathers is what
+the fast ones saw. A level that fires every n-th step has a learning rate of
+its own clock: its k-th firing takes the rate of step k n.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import optax
+
+from nl_jax import card, optim, sharding
+
+Rule = Callable[..., optax.GradientTransformation]
+
+# By path: no parameter of these is a matrix that should shrink to zero.
+_NO_DECAY = re.compile(
+  r"(^|/)([^/]*norm[^/]*/.*|conv_\w+|b_\w+|bias|scale|mix|A_log|D_skip)$"
+)
+
+# name -> (learning_rate, *, weight_decay, mask, **options of `optim`).
+RULES: dict[str, Rule] = {
+  "adamw": optax.adamw,
+}
+
+_RECIPES = {"adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8}}  # model.md 7.1.
 
 
 class Optimizer(NamedTuple):
@@ -12,12 +39,14 @@ class Optimizer(NamedTuple):
   Attributes:
     tx: the whole chain: clip, levels, rule, decay, learning rate.
     schedule: step (from 0) -> learning rate of the slow weights.
+    labels: params -> tree of level names.
     rows: its rows of the level card.
   """
 
   tx: optax.GradientTransformation
   schedule: optax.Schedule
-  rows: tuple[Any, ...]
+  labels: Callable[[Any], Any]
+  rows: tuple[card.Row, ...]
 
 
 def make(
@@ -31,12 +60,15 @@ def make(
   weight_decay: float = 0.1,
   clip_norm: float = 1.0,
   min_ratio: float = 0.1,
-  b1: float = 0.9,
-  b2: float = 0.95,
-  eps: float = 1e-8,
+  b1: float | None = None,
+  b2: float | None = None,
+  eps: float | None = None,
+  reduce: str = "mean",
+  nested_meta: str = "none",
+  nested_rate: float = 1.0,
   options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
-  """Builds the optimizer of a model; the config group `optim`.
+  """Builds the optimizer of a model from the config group `optim`.
 
   Args:
     model: its `levels()` labels the parameters; `model.cms` has the levels'
@@ -50,13 +82,174 @@ def make(
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
     min_ratio: the last learning rate over the peak.
-    b1: decay of the first moment.
-    b2: decay of the second moment.
-    eps: added to the root of the second moment.
+    b1: decay of the first moment; None: the rule's own, 0.9 for "adamw".
+    b2: decay of the second moment; None: as above, 0.95 for "adamw".
+    eps: of the rule; None: as above, 1e-8 for "adamw".
+    reduce: of the gradients that a slow level gathers: "mean", or "sum"
+      (literal eq. 71).
+    nested_meta: with the CMS variant "nested", how a level's initial state
+      learns: "none", "reptile" or "fomaml".
+    nested_rate: of that, 0 to 1.
     options: further keyword arguments of the rule.
 
   Raises:
     ValueError: an unknown name or option, a value out of range, a period that
       is no multiple of the batch's tokens.
   """
-  raise NotImplementedError
+  _check(learning_rate, warmup_steps, steps, weight_decay, clip_norm, min_ratio)
+  common = {"b1": b1, "b2": b2, "eps": eps}
+  common = {k: v for k, v in common.items() if v is not None}
+  options = _options(name, {**common, **(options or {})})
+  rates = schedule(learning_rate, warmup_steps, steps, min_ratio)
+  every = firing_steps(model.cms, tokens_per_step)
+  labels = model.levels()[1]
+
+  def at(period: int) -> optax.GradientTransformation:
+    return RULES[name](
+      optim.reclock_schedule(rates, period),
+      weight_decay=weight_decay,
+      mask=decay_mask,
+      **options,
+    )
+
+  levels = optim.multi_frequency(
+    {label: at(period) for label, period in every.items()},
+    {k: 1 if n == 1 else n * tokens_per_step for k, n in every.items()},
+    labels,
+    unit="tokens",
+    tokens_per_step=tokens_per_step,
+    reduce=reduce,
+  )
+  chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  tx = optax.chain(*chain, levels)
+  order = [label for label in every if label != "slow"]
+  if getattr(model.cms, "variant", "") == "nested" and len(order) > 1:
+    tx = optim.reset_on_slower(
+      tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
+    )
+  rows = _rows(name, every, tokens_per_step)
+  return Optimizer(tx, rates, labels, rows)
+
+
+def schedule(
+  peak: float, warmup_steps: int, steps: int, min_ratio: float
+) -> optax.Schedule:
+  """Linear warm-up, then half a cosine down to `min_ratio * peak`.
+
+  Step i (from 0) of the warm-up has rate peak (i + 1) / warmup_steps, so that
+  no step is lost at rate 0; the last step has min_ratio * peak.
+  """
+  last = max(steps - 1 - warmup_steps, 1)
+
+  def rate(count: jax.typing.ArrayLike) -> jax.Array:
+    count = jnp.asarray(count, jnp.float32)
+    warm = (count + 1) / max(warmup_steps, 1)
+    done = jnp.clip((count - warmup_steps) / last, 0, 1)
+    fall = min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+    return peak * jnp.where(count < warmup_steps, warm, fall)
+
+  return rate
+
+
+def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:
+  """Steps between two updates, by label: 1 for "slow", then the CMS levels.
+
+  Args:
+    cms: names, fastest first, and their periods in tokens (0: every step).
+    tokens_per_step: tokens of a batch.
+
+  Raises:
+    ValueError: a period is no multiple of the batch's tokens.
+  """
+  every = {"slow": 1}
+  if len(cms.levels) == 1:
+    return every
+  for level, period in zip(cms.levels, cms.periods):
+    if period % tokens_per_step:
+      below = period // tokens_per_step * tokens_per_step
+      nearest = [x for x in (below, below + tokens_per_step) if x]
+      raise ValueError(
+        f"the period of cms level {level!r} must be a multiple of the tokens "
+        f"of a step (data.batch_size * data.sequence_length = "
+        f"{tokens_per_step}), got {period}; nearest: "
+        + " or ".join(map(str, nearest))
+      )
+    every[f"cms/{level}"] = max(period // tokens_per_step, 1)
+  return every
+
+
+def decay_mask(params: Any) -> Any:
+  """True where weight decay acts: matrices, initial memory states included.
+
+  By path, the stacked layer axis taken away: a stacked norm (L,D) is no matrix.
+  """
+
+  def decays(path: tuple, leaf: jax.Array) -> bool:
+    name = sharding.path_name(path)
+    rank = leaf.ndim - name.startswith("blocks/")
+    return rank >= 2 and not _NO_DECAY.search(name)
+
+  return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+  """The rule's keyword arguments, checked against its signature."""
+  if name not in RULES:
+    raise ValueError(
+      f"optim.name must be one of {', '.join(RULES)}; got {name!r}"
+    )
+  known = list(inspect.signature(RULES[name]).parameters)[1:]
+  known = [k for k in known if k not in ("weight_decay", "mask")]
+  unknown = sorted(set(options) - set(known))
+  if unknown:
+    raise ValueError(
+      f"optim.name={name!r} has no option {', '.join(unknown)}; it has "
+      f"{', '.join(known)}"
+    )
+  return {**_RECIPES.get(name, {}), **options}
+
+
+def _check(
+  learning_rate: float,
+  warmup_steps: int,
+  steps: int,
+  weight_decay: float,
+  clip_norm: float,
+  min_ratio: float,
+) -> None:
+  """Raises ValueError for a value out of range."""
+  least = {
+    "learning_rate": learning_rate,
+    "warmup_steps": warmup_steps,
+    "weight_decay": weight_decay,
+    "clip_norm": clip_norm,
+    "min_ratio": min_ratio,
+  }
+  for key, value in least.items():
+    if not value >= 0:
+      raise ValueError(f"optim.{key} must be at least 0, got {value}")
+  if min_ratio > 1:
+    raise ValueError(f"optim.min_ratio must be at most 1, got {min_ratio}")
+  if steps < 1 or warmup_steps >= steps and warmup_steps:
+    raise ValueError(
+      "optim.warmup_steps must be fewer than train.steps, at least 1; got "
+      f"optim.warmup_steps={warmup_steps} and train.steps={steps}"
+    )
+
+
+def _rows(
+  name: str, every: Mapping[str, int], tokens_per_step: int
+) -> tuple[card.Row, ...]:
+  """A row for the momenta of each group: they learn from its gradients."""
+  return tuple(
+    card.Row(
+      name=f"{name} moments of {label}",
+      kind="optimizer state",
+      chunk=card.STEP if period == 1 else period * tokens_per_step,
+      objective="compress gradients",
+      rule="EMA",
+      transfer="generation",
+      frozen=True,
+    )
+    for label, period in every.items()
+  )

@@ -1,23 +1,84 @@
-"""The training state: a plain dict {"params", "opt", "step", "skipped"}."""
+"""The training state: a plain dict {"params", "opt", "step", "skipped"}.
+
+`step` counts updates asked for, `skipped` those of them that were not finite
+and left parameters and optimizer as they were; both int32 scalars.
+"""
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+
+from nl_jax import sharding
 
 State = dict[str, Any]
 
 
-def create(
-  model: Any,
-  tx: optax.GradientTransformation,
-  *,
-  seed: int,
-  mesh: jax.sharding.Mesh,
-) -> tuple[State, State]:
-  """Makes the state before the first step, sharded where it is made.
+def abstract(
+  model: Any, tx: optax.GradientTransformation, mesh: jax.sharding.Mesh
+) -> State:
+  """Shapes, dtypes and shardings of the state; nothing is computed.
+
+  Args:
+    model: `init(key) -> params`.
+    tx: the optimizer.
+    mesh: where the state lives.
 
   Returns:
-    The state (step and skipped are int32 scalars), and its shardings.
+    The state as a tree of `jax.ShapeDtypeStruct` with shardings.
+
+  Raises:
+    ValueError: a parameter without a sharding rule, or that does not divide.
   """
-  raise NotImplementedError
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  everywhere = sharding.replicated(mesh)
+  by_param = sharding.param_shardings(params, mesh)
+  scalar = jax.ShapeDtypeStruct((), jnp.int32)
+  shapes = {
+    "params": params,
+    "opt": jax.eval_shape(tx.init, params),
+    "step": scalar,
+    "skipped": scalar,
+  }
+  shardings = {
+    "params": by_param,
+    "opt": sharding.state_shardings(tx, params, by_param, everywhere),
+    "step": everywhere,
+    "skipped": everywhere,
+  }
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    shapes,
+    shardings,
+  )
+
+
+def create(
+  model: Any, tx: optax.GradientTransformation, like: State, *, seed: int
+) -> State:
+  """Makes the state before the first step, sharded where it is made.
+
+  Args:
+    model: `init(key) -> params`.
+    tx: the optimizer.
+    like: of `abstract`.
+    seed: decides the parameters, whatever the mesh.
+  """
+
+  def init(key: jax.Array) -> State:
+    params = model.init(key)
+    zero = jnp.zeros((), jnp.int32)
+    return {
+      "params": params,
+      "opt": tx.init(params),
+      "step": zero,
+      "skipped": zero,
+    }
+
+  return jax.jit(init, out_shardings=shardings(like))(jax.random.key(seed))
+
+
+def shardings(like: State) -> State:
+  """The shardings of an abstract state."""
+  return jax.tree.map(lambda x: x.sharding, like)

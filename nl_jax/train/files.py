@@ -1,0 +1,153 @@
+"""Files that are whole or not there, and the folder of one run."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from nl_jax.train import environment
+
+CONFIG = "config.json"
+RESULTS = "results.json"
+CHECKPOINTS = "checkpoints"
+_LOCK = ".lock"
+
+# Keys that change no number of the run: they may differ on resume.
+FREE = (
+  "checkpoint",
+  "eval",
+  "mesh",
+  "train.eval_every",
+  "train.log_every",
+  "train.max_skipped",
+  "train.nan_policy",
+)
+_MISSING = "nothing"
+
+
+def replace(path: pathlib.Path, text: str) -> None:
+  """Writes a file; killed at any moment, it is the old or the new one."""
+  temporary = path.with_name(f".{path.name}.tmp")
+  with temporary.open("w", encoding="utf-8") as file:
+    file.write(text)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes a JSON file as a whole."""
+  replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    ValueError: it is none.
+  """
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except json.JSONDecodeError as error:
+    raise ValueError(
+      f"{path} is no JSON ({error}); move the workdir away and start again"
+    ) from error
+
+
+def claim(
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  fingerprint: str,
+  *,
+  allow_config_change: bool = False,
+) -> None:
+  """Makes the workdir this run's, or finds that it already is.
+
+  Args:
+    workdir: made if missing.
+    config: resolved, nested dicts of JSON values.
+    fingerprint: of the data.
+    allow_config_change: take the new config where it differs.
+
+  Raises:
+    ValueError: the workdir holds another run; the differing keys are listed.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  path = workdir / CONFIG
+  config = json.loads(json.dumps(config))
+  about = {"config": config, "fingerprint": fingerprint}
+  if not path.exists():
+    foreign = [
+      name
+      for name in (CHECKPOINTS, "metrics.jsonl", RESULTS)
+      if (workdir / name).exists()
+    ]
+    if foreign:
+      raise ValueError(
+        f"{workdir} holds {', '.join(foreign)} but no {CONFIG}, so it cannot "
+        "be this run's; give another --workdir or move it away"
+      )
+  else:
+    before = read_json(path)
+    _check_same(workdir, before, about, allow_config_change)
+    if before["config"] == config:
+      return
+  write_json(path, {**about, **environment.describe()})
+
+
+def _check_same(
+  workdir: pathlib.Path,
+  before: Mapping[str, Any],
+  now: Mapping[str, Any],
+  allow_config_change: bool,
+) -> None:
+  if before["fingerprint"] != now["fingerprint"]:
+    raise ValueError(
+      f"{workdir} was trained on other data (fingerprint "
+      f"{before['fingerprint'][:12]}, now {now['fingerprint'][:12]}); restore "
+      "the data or give another --workdir"
+    )
+  changes = differences(before["config"], now["config"])
+  if changes and not allow_config_change:
+    raise ValueError(
+      f"{workdir} holds a run with another config: {'; '.join(changes)}. Give "
+      "another --workdir, or --allow_config_change to go on with this one"
+    )
+
+
+def differences(
+  before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+  """ "key: old -> new" for each key that differs, but those of `FREE`."""
+  changes = []
+  for key in sorted({*before, *now}):
+    name = f"{prefix}{key}"
+    a, b = before.get(key, _MISSING), now.get(key, _MISSING)
+    if name in FREE or a == b:
+      continue
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      changes += differences(a, b, f"{name}.")
+    else:
+      changes.append(f"{name}: {a!r} -> {b!r}")
+  return changes
+
+
+@contextlib.contextmanager
+def lock(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the workdir for this process; the system frees it on any death.
+
+  Raises:
+    ValueError: another process trains there.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  with (workdir / _LOCK).open("w", encoding="utf-8") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f"another process is training in {workdir}; wait for it or stop it"
+      ) from error
+    yield

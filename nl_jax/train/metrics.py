@@ -1,0 +1,128 @@
+"""Metrics of a run: `metrics.jsonl`, and TensorBoard events beside it.
+
+One JSON object a line with `step`, `tokens`, `wall_time` (seconds since 1970)
+and the metrics; null for what is not finite. On resume the file is cut back to
+the checkpoint's step, so that it reads like that of a run never stopped.
+"""
+
+import json
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+
+from nl_jax.train import files
+
+FILE = "metrics.jsonl"
+EVENTS = "events"
+
+
+class Writer:
+  """Writes the metrics of one run; a context manager.
+
+  Attributes:
+    last: the last value of each metric, those before a resume included.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    step: int | None = None,
+    tokens_per_step: int = 1,
+    enabled: bool = True,
+  ):
+    """Opens both files.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint gone on from; None: a run from its beginning.
+      tokens_per_step: slots of a batch, padding included.
+      enabled: False on all processes but one: nothing is written.
+    """
+    self.last: dict[str, float] = {}
+    self._tokens_per_step = tokens_per_step
+    self._enabled = enabled
+    if not enabled:
+      return
+    path = workdir / FILE
+    for line in cut_back(path, -1 if step is None else step):
+      self._remember(line)
+    self._file = path.open("a", encoding="utf-8")
+    # Events of steps from there on are not shown any more.
+    self._events = tensorboardX.SummaryWriter(
+      str(workdir / EVENTS), purge_step=0 if step is None else step + 1
+    )
+
+  def __enter__(self) -> "Writer":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._enabled:
+      self._file.close()
+      self._events.close()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Adds a line.
+
+    Args:
+      step: updates made so far.
+      values: by name.
+    """
+    tokens = step * self._tokens_per_step
+    line = {"step": step, "tokens": tokens, "wall_time": round(time.time(), 3)}
+    line |= {name: _number(value) for name, value in values.items()}
+    self._remember(line)
+    if not self._enabled:
+      return
+    self._file.write(json.dumps(line) + "\n")
+    self._file.flush()
+    for name, value in values.items():
+      self._events.add_scalar(name, value, step)
+
+  def sync(self) -> None:
+    """Waits until the lines are on disk: before a checkpoint of their step."""
+    if self._enabled:
+      os.fsync(self._file.fileno())
+      self._events.flush()
+
+  def _remember(self, line: Mapping[str, Any]) -> None:
+    header = ("step", "tokens", "wall_time")
+    self.last |= {k: v for k, v in line.items() if k not in header}
+
+
+def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
+  """Removes the lines after a step, and torn ones; returns what is left.
+
+  The file is replaced as a whole: killed at any moment, it is the old or the
+  new one.
+  """
+  if not path.exists():
+    return []
+  kept = []
+  for text in path.read_text(encoding="utf-8").splitlines():
+    line = _parse(text)
+    if line is not None and line["step"] <= step:
+      kept.append(line)
+  files.replace(path, "".join(json.dumps(line) + "\n" for line in kept))
+  return kept
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+  """A line, None where it was torn."""
+  try:
+    line = json.loads(text)
+  except json.JSONDecodeError:
+    return None
+  return line if isinstance(line, dict) and "step" in line else None
+
+
+def _number(value: float) -> float | None:
+  value = float(value)
+  if not math.isfinite(value):
+    return None
+  return int(value) if value.is_integer() and abs(value) < 2**53 else value

@@ -1,0 +1,148 @@
+"""What a user sees of a run: one line a logged step, a bar on a terminal.
+
+step 1200/50000 loss 3.214 lr 6.0e-04 gnorm 0.80 tok/s 412k (12.9k/dev)
+MFU 41% 0.64 s/step data 2% ETA 8h12m
+"""
+
+import sys
+from collections.abc import Mapping
+
+import jax
+import rich.console
+import rich.progress
+from absl import logging
+
+from nl_jax.train import timer as timers
+
+# Dense bfloat16 operations per second of a chip, as its maker states them.
+_PEAK = {
+  "TPU v4": 275e12,
+  "TPU v5 lite": 197e12,
+  "TPU v5": 459e12,
+  "TPU v6 lite": 918e12,
+  "NVIDIA A100": 312e12,
+  "NVIDIA H100": 989e12,
+  "NVIDIA H200": 989e12,
+}
+
+
+class Rates:
+  """Speed of a run, from intervals of its timer."""
+
+  def __init__(
+    self, steps: int, tokens_per_step: int, flops_per_token: float = 0.0
+  ):
+    """Args: updates of the run, slots of a batch, operations of a token."""
+    self._steps = steps
+    self._tokens = tokens_per_step
+    kind = jax.devices()[0].device_kind
+    known = [p for name, p in _PEAK.items() if kind.startswith(name)]
+    self._peak = max(known, default=0.0) * jax.device_count()
+    self._flops = flops_per_token
+
+  def read(self, step: int, interval: timers.Interval) -> dict[str, float]:
+    """perf/… of the steps since the last reading; {} if there were none."""
+    if not interval.steps:
+      return {}
+    seconds = interval.seconds / interval.steps
+    speed = self._tokens / seconds
+    rates = {
+      "perf/tokens_per_s": speed,
+      "perf/tokens_per_s_per_device": speed / jax.device_count(),
+      "perf/step_seconds": seconds,
+      "perf/data_wait": interval.waiting / interval.seconds,
+      "perf/eta_seconds": (self._steps - step) * seconds,
+    }
+    if self._peak and self._flops:
+      rates["perf/mfu"] = speed * self._flops / self._peak
+    return rates
+
+
+def line(step: int, steps: int, values: Mapping[str, float]) -> str:
+  """The line of a step."""
+  parts = [
+    f"step {step}/{steps}",
+    f"loss {values['train/loss']:.3f}",
+    f"lr {values['opt/learning_rate']:.1e}",
+    f"gnorm {values['opt/grad_norm']:.2f}",
+  ]
+  if "perf/tokens_per_s" in values:
+    total = short(values["perf/tokens_per_s"])
+    each = short(values["perf/tokens_per_s_per_device"])
+    parts.append(f"tok/s {total} ({each}/dev)")
+    if "perf/mfu" in values:
+      parts.append(f"MFU {values['perf/mfu']:.0%}")
+    parts += [
+      f"{values['perf/step_seconds']:.2g} s/step",
+      f"data {values['perf/data_wait']:.0%}",
+      f"ETA {duration(values['perf/eta_seconds'])}",
+    ]
+  return " ".join(parts)
+
+
+def short(value: float) -> str:
+  """Three digits and a unit: 412k, 1.2M."""
+  for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    if value >= size:
+      return f"{value / size:.3g}{unit}"
+  return f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+  """8h12m, 3m05s or 42s."""
+  seconds = round(seconds)
+  hours, rest = divmod(seconds, 3600)
+  minutes, rest = divmod(rest, 60)
+  if hours:
+    return f"{hours}h{minutes:02d}m"
+  return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"
+
+
+class Display:
+  """Shows lines, and a bar below them where stderr is a terminal.
+
+  Only process 0 shows anything. A context manager.
+  """
+
+  def __init__(self, step: int, steps: int):
+    """Args: updates made and updates of the run."""
+    self._steps = steps
+    self._bar = None
+    if jax.process_index() == 0 and sys.stderr.isatty():
+      console = rich.console.Console(stderr=True)
+      columns = (
+        rich.progress.BarColumn(bar_width=24),
+        rich.progress.TextColumn("{task.description}"),
+      )
+      self._bar = rich.progress.Progress(
+        *columns, console=console, transient=True
+      )
+      self._task = self._bar.add_task("", total=steps, completed=step)
+
+  def __enter__(self) -> "Display":
+    if self._bar:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._bar:
+      self._bar.stop()
+
+  def step(self, step: int, values: Mapping[str, float] | None = None) -> None:
+    """Moves the bar; a line where there are values."""
+    text = line(step, self._steps, values) if values else None
+    if self._bar:
+      self._bar.update(
+        self._task, completed=step, **({"description": text} if text else {})
+      )
+    elif text:
+      self.say(text)
+
+  def say(self, text: str) -> None:
+    """One line that stays."""
+    if jax.process_index():
+      return
+    if self._bar:
+      self._bar.console.print(text, highlight=False)
+    else:
+      logging.info("%s", text)
