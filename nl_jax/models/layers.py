@@ -1,7 +1,7 @@
 """Parts shared by all architectures: norm, SwiGLU, RoPE, short convolution.
 
-Functions on arrays, and thin Linen modules that own the parameters of a norm
-and of a SwiGLU. Layout: kernels are (d_in, d_out), `y = x @ w`; no biases.
+Functions on arrays, and a thin Linen module that owns the scale of a norm.
+Layout: kernels are (d_in, d_out), `y = x @ w`; no biases.
 Reductions run in float32 at least, products in the dtype of the activations.
 """
 
@@ -36,6 +36,13 @@ def at_least_float32(dtype: jnp.dtype) -> jnp.dtype:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def activation_dtype(name: str, params: types.Params) -> jnp.dtype:
+  """Dtype of activations: `name`; "float32" goes up to float64 parameters'."""
+  if name != "float32":
+    return jnp.dtype(name)
+  return jnp.result_type(*jax.tree.leaves(params), jnp.float32)
+
+
 def dense(x: types.Array, w: types.Array) -> types.Array:
   """`x @ w` over the last axis, in the dtype of x; w is (d_in, d_out)."""
   return x @ w.astype(x.dtype)
@@ -57,15 +64,11 @@ def rms_norm(x: types.Array, scale: types.Array) -> types.Array:
   return (normed * scale).astype(x.dtype)
 
 
-def swiglu(x: types.Array, params: types.Params) -> types.Array:
-  """(SiLU(x w_gate) ∘ x w_up) w_down.
-
-  Args:
-    x: [..., D].
-    params: w_gate and w_up (D,F), w_down (F,D).
-  """
-  hidden = jax.nn.silu(dense(x, params["w_gate"])) * dense(x, params["w_up"])
-  return dense(hidden, params["w_down"])
+def swiglu(
+  x: types.Array, w_gate: types.Array, w_up: types.Array, w_down: types.Array
+) -> types.Array:
+  """(SiLU(x w_gate) ∘ x w_up) w_down; x [..., D], w_gate, w_up (D,F)."""
+  return dense(jax.nn.silu(dense(x, w_gate)) * dense(x, w_up), w_down)
 
 
 def rope(
@@ -213,27 +216,3 @@ class RMSNorm(nn.Module):
   def __call__(self, x: types.Array) -> types.Array:
     """x [..., E] to the same shape."""
     return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
-
-
-class SwiGLU(nn.Module):
-  """`swiglu` with its three kernels.
-
-  Attributes:
-    hidden: F.
-    down_std: start of w_down, see `residual_std`.
-  """
-
-  hidden: int
-  down_std: float
-
-  @nn.compact
-  def __call__(self, x: types.Array) -> types.Array:
-    """x [..., D] to the same shape."""
-    wide = (x.shape[-1], self.hidden)
-    init = nn.initializers.normal
-    params = {
-      "w_gate": self.param("w_gate", init(INIT_STD), wide),
-      "w_up": self.param("w_up", init(INIT_STD), wide),
-      "w_down": self.param("w_down", init(self.down_std), wide[::-1]),
-    }
-    return swiglu(x, params)

@@ -1,0 +1,303 @@
+"""Causal softmax attention with RoPE: the mixer of Transformer++.
+
+Multi-head, theta 10000 on the full head width, scale K^-1/2, no biases
+(model.md §6). In the words of Nested Learning the cache is the one level of
+infinite frequency: it has no parameters, and every token is appended.
+
+Training, prefill and decoding share one function. Real tokens are appended to
+the cache of their row without gaps, so rows may be out of step; padding takes
+no slot. Positions restart at each document and no token sees another document.
+"""
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, types
+from nl_jax.kernels.rank_one import segments
+from nl_jax.models import layers
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+
+class AttentionState(NamedTuple):
+  """The cache of one layer.
+
+  Attributes:
+    keys_BxSxHxK: rotated keys of the tokens seen, in order, then zeros.
+    values_BxSxHxK: their values.
+    slot_document_BxS: int32, the document of each slot; 0 where it is empty.
+    length_B: int32, slots in use.
+    document_B: int32, the current document, counted from 1.
+    segment_B: int32, the segment id of the last token; 0 before the first.
+    position_B: int32, tokens of the current document so far.
+  """
+
+  keys_BxSxHxK: types.Array
+  values_BxSxHxK: types.Array
+  slot_document_BxS: types.Array
+  length_B: types.Array
+  document_B: types.Array
+  segment_B: types.Array
+  position_B: types.Array
+
+
+class _Places(NamedTuple):
+  """Where the tokens of a call stand.
+
+  Attributes:
+    real_BxT: bool, no padding.
+    document_BxT: int32, counted as in `AttentionState.document_B`.
+    position_BxT: int32, from the start of the document.
+    slot_BxT: int32, in the cache; past its end for padding.
+  """
+
+  real_BxT: types.Array
+  document_BxT: types.Array
+  position_BxT: types.Array
+  slot_BxT: types.Array
+
+
+class Attention(nn.Module):
+  """Projections around `_attend`.
+
+  Attributes:
+    heads: H.
+    head_dim: K, even.
+    out_std: start of the output kernel.
+  """
+
+  heads: int
+  head_dim: int
+  out_std: float
+
+  @nn.compact
+  def __call__(
+    self,
+    x_BxTxD: types.Array,
+    state: AttentionState | None = None,
+    segment_ids: types.Array | None = None,
+  ) -> tuple[types.Array, AttentionState]:
+    """x_BxTxD to y_BxTxD and the cache after it; see `apply`."""
+    wide, inner = x_BxTxD.shape[-1], self.heads * self.head_dim
+    normal = nn.initializers.normal
+    w_q = self.param("w_q", normal(layers.INIT_STD), (wide, inner))
+    w_k = self.param("w_k", normal(layers.INIT_STD), (wide, inner))
+    w_v = self.param("w_v", normal(layers.INIT_STD), (wide, inner))
+    w_o = self.param("w_o", normal(self.out_std), (inner, wide))
+    heads = (*x_BxTxD.shape[:2], self.heads, self.head_dim)
+    q, k, v = (layers.dense(x_BxTxD, w).reshape(heads) for w in (w_q, w_k, w_v))
+    y_BxTxHxK, state = _attend(q, k, v, state, segment_ids)
+    y_BxTxHK = y_BxTxHxK.reshape(*heads[:2], inner)
+    return layers.dense(y_BxTxHK, w_o), state
+
+
+def _attend(
+  q: types.Array,
+  k: types.Array,
+  v: types.Array,
+  state: AttentionState | None,
+  segment_ids: types.Array | None,
+) -> tuple[types.Array, AttentionState]:
+  """Rotates, appends to the cache and attends; q, k, v are [B,T,H,K]."""
+  batch, tokens, heads, head_dim = q.shape
+  fresh = state is None
+  if fresh:
+    state = _empty(batch, tokens, heads, head_dim, q.dtype)
+  if fresh and segment_ids is None:  # Positions are the same in all rows.
+    ids = None
+    steps = jnp.arange(tokens, dtype=jnp.int32)
+    steps = jnp.broadcast_to(steps[None], (batch, tokens))
+    real = jnp.ones_like(steps, bool)
+    places = _Places(real, jnp.ones_like(steps), steps, steps)
+  else:
+    ids = segment_ids
+    if ids is None:
+      ids = jnp.maximum(state.segment_B, 1)
+      ids = jnp.broadcast_to(ids[:, None], (batch, tokens))
+    places = _locate(ids, state)
+  q = layers.rope(q, places.position_BxT)
+  k = layers.rope(k, places.position_BxT)
+  new_state = _append(state, k, v, places, ids)
+  if ids is None:
+    return _softmax_attention(q, k, v, None), new_state
+  if fresh:  # The call's own tokens are all there is: no cache copy.
+    document = jnp.where(places.real_BxT, places.document_BxT, 0)
+    mask = jnp.tril(jnp.ones((1, tokens, tokens), bool))
+  else:
+    k, v = new_state.keys_BxSxHxK, new_state.values_BxSxHxK
+    document = new_state.slot_document_BxS
+    slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None]
+    mask = slots <= places.slot_BxT[:, :, None]
+  mask &= document[:, None, :] == places.document_BxT[:, :, None]
+  y = _softmax_attention(q, k, v, mask[:, None])
+  # Padding sees nothing: where every logit is masked, softmax is uniform.
+  return jnp.where(places.real_BxT[:, :, None, None], y, 0), new_state
+
+
+def _softmax_attention(
+  q: types.Array, k: types.Array, v: types.Array, mask: types.Array | None
+) -> types.Array:
+  """softmax(q kᵀ K^-1/2) v; mask bool [B,1,T,S], None = causal."""
+  if q.dtype != jnp.float64:
+    causal = mask is None
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
+  # The library's softmax is float32 whatever its inputs are.
+  if mask is None:
+    mask = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
+  logits = jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
+  weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
+  return jnp.einsum("bhts,bshk->bthk", weights, v)
+
+
+def _locate(ids: types.Array, state: AttentionState) -> _Places:
+  """Documents, positions and slots of a call's tokens; ids [B,T]."""
+  real = ids > 0
+  index = segments.running_index(ids, state.segment_B)
+  rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # Among real tokens.
+  before = jnp.concatenate([jnp.zeros_like(index[:, :1]), index[:, :-1]], 1)
+  start = jnp.where(index != before, rank, -state.position_B[:, None])
+  start = jax.lax.cummax(start, axis=1)
+  capacity = state.keys_BxSxHxK.shape[1]
+  return _Places(
+    real,
+    state.document_B[:, None] + index,
+    rank - start,
+    jnp.where(real, state.length_B[:, None] + rank, capacity),
+  )
+
+
+def _append(
+  state: AttentionState,
+  k: types.Array,
+  v: types.Array,
+  places: _Places,
+  ids: types.Array | None,
+) -> AttentionState:
+  """The cache with the real tokens added; those past its end are dropped."""
+  if ids is None:  # A fresh cache, filled exactly.
+    last = jnp.full_like(state.length_B, k.shape[1])
+    one = jnp.ones_like(last)
+    return AttentionState(k, v, places.document_BxT, last, one, one, last)
+  rows = jnp.arange(ids.shape[0])[:, None]
+  put = lambda cache, new: cache.at[rows, places.slot_BxT].set(
+    new.astype(cache.dtype), mode="drop"
+  )
+  count = jnp.sum(places.real_BxT, axis=1, dtype=jnp.int32)
+  last = jnp.max(
+    jnp.where(places.real_BxT, jnp.arange(ids.shape[1])[None], 0), axis=1
+  )
+  at_last = lambda new, old: jnp.where(
+    count > 0, jnp.take_along_axis(new, last[:, None], axis=1)[:, 0], old
+  )
+  return AttentionState(
+    put(state.keys_BxSxHxK, k),
+    put(state.values_BxSxHxK, v),
+    put(state.slot_document_BxS, places.document_BxT),
+    state.length_B + count,
+    at_last(places.document_BxT, state.document_B),
+    at_last(ids, state.segment_B),
+    at_last(places.position_BxT + 1, state.position_B),
+  )
+
+
+def _empty(
+  batch: int, slots: int, heads: int, head_dim: int, dtype: jnp.dtype
+) -> AttentionState:
+  shape = (batch, slots, heads, head_dim)
+  zero = jnp.zeros((batch,), jnp.int32)
+  return AttentionState(
+    jnp.zeros(shape, dtype),
+    jnp.zeros(shape, dtype),
+    jnp.zeros((batch, slots), jnp.int32),
+    zero,
+    zero + 1,
+    zero,
+    zero,
+  )
+
+
+def _module(model: "lm.LanguageModel") -> Attention:
+  std = layers.residual_std(model.layers)
+  return Attention(model.heads, model.head_dim, std)
+
+
+def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Kernels of one layer: w_q, w_k, w_v (D,HK) and w_o (HK,D)."""
+  x = jnp.zeros((1, 1, model.width))
+  return _module(model).init(key, x)["params"]
+
+
+def apply(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  state: AttentionState | None,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, AttentionState, dict]:
+  """Mixes the tokens of one layer.
+
+  Args:
+    params: of `init`.
+    x_BxTxD: normalised input.
+    state: the cache to go on from; None at the start of a sequence.
+    segment_ids: int32 [B,T], 0 is padding; None goes on with the document of
+      the state.
+    model: heads, head_dim and layers.
+
+  Returns:
+    y_BxTxD (0 at padding before the output kernel), the cache after the call
+    (where state is None: with T slots), and no metrics.
+  """
+  y, state = _module(model).apply(
+    {"params": params}, x_BxTxD, state, segment_ids
+  )
+  return y, state, {}
+
+
+def init_state(
+  params: types.Params,
+  batch_size: int,
+  length: int,
+  *,
+  model: "lm.LanguageModel",
+) -> AttentionState:
+  """An empty cache of one layer with `length` slots a row."""
+  dtype = layers.activation_dtype(model.dtype, params)
+  return _empty(batch_size, length, model.heads, model.head_dim, dtype)
+
+
+def parameter_count(model: "lm.LanguageModel") -> int:
+  """4 D H K of one layer."""
+  return 4 * model.width * model.heads * model.head_dim
+
+
+def alignment(model: "lm.LanguageModel") -> int:
+  """1: documents may begin at any token."""
+  del model
+  return 1
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The cache; its projections are among the slow weights."""
+  state = jax.eval_shape(
+    lambda: _empty(
+      1, model.sequence_length, model.heads, model.head_dim, model.dtype
+    )
+  )
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+  return [
+    card.Row(
+      name="attention",
+      kind="attention",
+      chunk=card.NONPARAMETRIC,
+      objective="softmax regression",
+      rule="append",
+      transfer="nonparametric",
+      state_bytes=size * model.layers,
+    )
+  ]

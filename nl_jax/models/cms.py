@@ -1,0 +1,193 @@
+"""The feed-forward part of every model: a continuum memory system (CMS).
+
+A chain of feed-forward levels MLP^(1) … MLP^(k), fastest first, each with a
+period of its own (paper eq. 70-74; model.md §4.1). Here is the forward pass;
+when a level changes is the business of `nl_jax.optim.multi_frequency`. One
+level is the plain SwiGLU feed-forward block.
+
+Block form [ours; the paper disregards normalisation]: a level is a pre-RMSNorm
+residual SwiGLU, x ← x + MLP(RMSNorm(x)).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from nl_jax import types
+from nl_jax.models import layers
+
+VARIANTS = ("sequential", "nested", "independent")
+MIX = "mix"  # Parameter of the weights w_ℓ of the independent variant.
+
+
+@dataclasses.dataclass(frozen=True)
+class CMSConfig:
+  """Levels of the feed-forward part.
+
+  Attributes:
+    levels: names, fastest first.
+    widths: F of each level.
+    periods: tokens between two updates of each level, each a multiple of the
+      one before; 0 = every optimizer step.
+    variant: "sequential" (eq. 70), "nested" (eq. 72: the same forward pass,
+      faster levels restart when a slower one updates) or "independent"
+      (eq. 74: a learned weighted sum of parallel levels).
+    norm: each level reads RMSNorm(x).
+    residual: each level (or their sum) adds its input.
+  """
+
+  levels: tuple[str, ...] = ("ffn",)
+  widths: tuple[int, ...] = (1024,)
+  periods: tuple[int, ...] = (0,)
+  variant: str = "sequential"
+  norm: bool = True
+  residual: bool = True
+
+  def __post_init__(self):
+    count = len(self.levels)
+    if not count or len(self.widths) != count or len(self.periods) != count:
+      raise ValueError(
+        "cms.levels, cms.widths and cms.periods must have one entry a level, "
+        f"got {count}, {len(self.widths)} and {len(self.periods)}"
+      )
+    self._check_names()
+    for name, values in (("widths", self.widths), ("periods", self.periods)):
+      least = 1 if name == "widths" else 0
+      for value in values:
+        if type(value) is not int or value < least:
+          raise ValueError(
+            f"cms.{name} must be integers >= {least}, got {values}"
+          )
+    for fast, slow in zip(self.periods, self.periods[1:]):
+      if slow < fast or (fast and slow % fast):
+        raise ValueError(
+          "cms.periods go from fast to slow, each a multiple of the one "
+          f"before (0 = every step, first), got {self.periods}"
+        )
+    if self.variant not in VARIANTS:
+      raise ValueError(
+        f"cms.variant must be one of {', '.join(VARIANTS)}; got "
+        f"{self.variant!r}"
+      )
+
+  def _check_names(self) -> None:
+    for name in self.levels:
+      if not isinstance(name, str) or not name.isidentifier() or name == MIX:
+        raise ValueError(
+          f"cms.levels must be identifiers other than {MIX!r}, got {name!r}"
+        )
+    if len(set(self.levels)) != len(self.levels):
+      raise ValueError(f"cms.levels must differ, got {self.levels}")
+
+  @property
+  def mixes(self) -> bool:
+    """Whether the levels' outputs are summed with learned weights."""
+    return self.variant == "independent" and len(self.levels) > 1
+
+
+def parameter_count(config: CMSConfig, width: int) -> int:
+  """Parameters of one layer's feed-forward part, norms included."""
+  count = len(config.levels)
+  norms = count * width if config.norm else 0
+  return 3 * width * sum(config.widths) + norms + count * config.mixes
+
+
+class Level(nn.Module):
+  """MLP^(ℓ)(RMSNorm_ℓ(x)), without the residual.
+
+  Attributes:
+    hidden: F.
+    down_std: start of w_down.
+    norm: whether there is a norm.
+  """
+
+  hidden: int
+  down_std: float
+  norm: bool
+
+  @nn.compact
+  def __call__(self, x: types.Array) -> types.Array:
+    """x [..., D] to the same shape."""
+    if self.norm:
+      x = layers.RMSNorm(name="norm")(x)
+    shape = (x.shape[-1], self.hidden)
+    init = nn.initializers.normal
+    return layers.swiglu(
+      x,
+      self.param("w_gate", init(layers.INIT_STD), shape),
+      self.param("w_up", init(layers.INIT_STD), shape),
+      self.param("w_down", init(self.down_std), shape[::-1]),
+    )
+
+
+class CMS(nn.Module):
+  """The chain or the sum of levels.
+
+  Attributes:
+    config: see `CMSConfig`.
+    depth: layers L of the model, for the start of w_down.
+  """
+
+  config: CMSConfig
+  depth: int
+
+  @nn.compact
+  def __call__(self, x_BxTxD: types.Array) -> types.Array:
+    """x_BxTxD to the same shape."""
+    config = self.config
+    down_std = layers.residual_std(self.depth)
+    blocks = [
+      Level(hidden, down_std, config.norm, name=name)
+      for name, hidden in zip(config.levels, config.widths)
+    ]
+    if config.variant == "independent":
+      return self._sum([block(x_BxTxD) for block in blocks], x_BxTxD)
+    for block in blocks:
+      y_BxTxD = block(x_BxTxD)
+      x_BxTxD = x_BxTxD + y_BxTxD if config.residual else y_BxTxD
+    return x_BxTxD
+
+  def _sum(
+    self, outputs: list[types.Array], x_BxTxD: types.Array
+  ) -> types.Array:
+    """Σ_ℓ w_ℓ y_ℓ (eq. 74), w_ℓ = 1 where there is one level."""
+    count = len(outputs)
+    if self.config.mixes:
+      start = nn.initializers.constant(count**-0.5)
+      mix = self.param(MIX, start, (count,)).astype(x_BxTxD.dtype)
+      outputs = [mix[i] * y for i, y in enumerate(outputs)]
+    y_BxTxD = sum(outputs[1:], outputs[0])
+    return x_BxTxD + y_BxTxD if self.config.residual else y_BxTxD
+
+
+def init(
+  key: types.Array, config: CMSConfig, width: int, depth: int
+) -> types.Params:
+  """Parameters of one layer: {level: {norm: {scale}, w_gate, w_up, w_down}}.
+
+  Args:
+    key: random key.
+    config: the levels.
+    width: D.
+    depth: layers L of the model.
+  """
+  x = jnp.zeros((1, 1, width))
+  return CMS(config, depth).init(key, x).get("params", {})
+
+
+def apply(
+  params: types.Params, x_BxTxD: types.Array, config: CMSConfig
+) -> types.Array:
+  """The feed-forward part of one layer, its residual included."""
+  return CMS(config, 1).apply({"params": params}, x_BxTxD)
+
+
+def label(path: tuple[jax.tree_util.DictKey, ...], config: CMSConfig) -> str:
+  """ "cms/<level>" of a parameter of a level; "slow" for one level, and mix."""
+  names = [entry.key for entry in path]
+  if "cms" not in names or len(config.levels) == 1:
+    return "slow"
+  level = names[names.index("cms") + 1]
+  return "slow" if level == MIX else f"cms/{level}"

@@ -1,0 +1,316 @@
+"""The language model: embedding, a scanned stack of blocks, tied output.
+
+    layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)          (model.md §5)
+
+then a final RMSNorm and logits against the embedding. The mixer is the module
+that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
+of one level is the plain block. Parameters of the layers are stacked on a
+leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, types
+from nl_jax.memory import self_modifying
+from nl_jax.models import attention, cms, hope, layers
+
+MIXERS = {
+  "hope": hope,
+  "hope_attention": attention,
+  "transformer": attention,
+}
+_DTYPES = ("float32", "bfloat16")
+_REMAT = ("layer", "none")
+
+
+class LMState(NamedTuple):
+  """What a model carries from call to call, apart from its weights.
+
+  Attributes:
+    layers: states of the mixers, every leaf [L,B,...].
+    position_B: int32, real tokens seen.
+  """
+
+  layers: Any
+  position_B: types.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+  """A decoder-only language model; a value of shapes with pure functions.
+
+  Attributes:
+    arch: a key of `MIXERS`.
+    width: D.
+    layers: L.
+    heads: H.
+    head_dim: K.
+    vocab_size: rows of the embedding.
+    sequence_length: slots of an unbounded attention cache by default.
+    cms: the feed-forward part; one level for the plain block.
+    memory: switches of the memories, for arch "hope" and no other.
+    dtype: of activations; weights, fast weights, gates, logits and the loss
+      are float32 at least.
+    remat: "layer" recomputes each layer in the backward pass, "none" keeps
+      what it needs.
+  """
+
+  arch: str
+  width: int
+  layers: int
+  heads: int
+  head_dim: int
+  vocab_size: int
+  sequence_length: int
+  cms: cms.CMSConfig
+  memory: self_modifying.Config | None = None
+  dtype: str = "float32"
+  remat: str = "layer"
+
+  def __post_init__(self):
+    for field, value, known in (
+      ("arch", self.arch, tuple(MIXERS)),
+      ("dtype", self.dtype, _DTYPES),
+      ("remat", self.remat, _REMAT),
+    ):
+      _check_name(field, value, known)
+    for field in ("width", "layers", "heads", "head_dim", "vocab_size"):
+      _check_size(field, getattr(self, field))
+    _check_size("sequence_length", self.sequence_length)
+    self._check_heads()
+    if self.arch == "transformer" and len(self.cms.levels) > 1:
+      raise ValueError(
+        "model.arch='transformer' has one feed-forward level, got cms.levels="
+        f"{self.cms.levels}: use model.arch='hope_attention'"
+      )
+    if (self.arch == "hope") != (self.memory is not None):
+      raise ValueError(
+        "model.memory belongs to model.arch='hope' and to no other, got "
+        f"arch={self.arch!r} with memory={self.memory!r}"
+      )
+
+  def _check_heads(self) -> None:
+    if self.heads * self.head_dim != self.width:
+      raise ValueError(
+        "model.heads * model.head_dim must be model.width, got "
+        f"{self.heads} * {self.head_dim} != {self.width}"
+      )
+    if self.head_dim % 2 and self.arch != "hope":
+      raise ValueError(
+        f"model.head_dim must be even for RoPE, got {self.head_dim}"
+      )
+
+  @property
+  def mixer(self) -> Any:
+    """The module of the mixer's functions."""
+    return MIXERS[self.arch]
+
+  @property
+  def alignment(self) -> int:
+    """Documents of a packed row must begin at multiples of this."""
+    return self.mixer.alignment(self)
+
+  def init(self, key: types.Array) -> types.Params:
+    """Parameters {embed, blocks: {mixer_norm, mixer, cms}, final_norm}.
+
+    Leaves of `blocks` are stacked [L,...]; a plain nested dict.
+    """
+    embed_key, blocks_key = jax.random.split(key)
+    keys = jax.random.split(blocks_key, self.layers)
+    return {
+      "embed": layers.normal(embed_key, (self.vocab_size, self.width)),
+      "blocks": jax.vmap(self._init_block)(keys),
+      "final_norm": {"scale": jnp.ones((self.width,))},
+    }
+
+  def _init_block(self, key: types.Array) -> types.Params:
+    mixer_key, cms_key = jax.random.split(key)
+    return {
+      "mixer_norm": {"scale": jnp.ones((self.width,))},
+      "mixer": self.mixer.init(mixer_key, self),
+      "cms": cms.init(cms_key, self.cms, self.width, self.layers),
+    }
+
+  def init_state(
+    self, params: types.Params, batch_size: int, length: int | None = None
+  ) -> LMState:
+    """The state at the start of a sequence.
+
+    Args:
+      params: of `init`; memories start from a copy of what is learned there.
+      batch_size: B.
+      length: slots of an unbounded cache; `sequence_length` by default.
+    """
+    slots = self.sequence_length if length is None else length
+    start = lambda p: self.mixer.init_state(p, batch_size, slots, model=self)
+    stacked = jax.vmap(start)(params["blocks"]["mixer"])
+    return LMState(stacked, jnp.zeros((batch_size,), jnp.int32))
+
+  def apply(
+    self,
+    params: types.Params,
+    tokens_BxT: types.Array,
+    state: LMState | None = None,
+    *,
+    segment_ids: types.Array | None = None,
+    learn: types.Array | None = None,
+  ) -> tuple[types.Array, LMState, dict[str, Any]]:
+    """Logits of the next token, for training, prefill and decoding alike.
+
+    Args:
+      params: of `init`.
+      tokens_BxT: int32 ids.
+      state: of the call before; None is the start of a sequence, with room
+        for T tokens.
+      segment_ids: int32 [B,T], the document of each token, 0 is padding; None:
+        all go on with the document of the state.
+      learn: which losses enter in-context updates; without effect here, where
+        no level learns from the task loss.
+
+    Returns:
+      logits [B,T,Vocab] in float32 at least, the state after the call, and
+      metrics: for each memory level sums over real tokens, leaves [L,B,H].
+    """
+    del learn
+    if segment_ids is not None:
+      segment_ids = jnp.asarray(segment_ids, jnp.int32)
+    dtype = layers.activation_dtype(self.dtype, params)
+    x_BxTxD = params["embed"].astype(dtype)[tokens_BxT]
+    carried = None if state is None else state.layers
+    x_BxTxD, stacked, metrics = self._stack(
+      params["blocks"], x_BxTxD, carried, segment_ids
+    )
+    x_BxTxD = layers.rms_norm(x_BxTxD, params["final_norm"]["scale"])
+    logits = jnp.einsum(
+      "btd,vd->btv",
+      x_BxTxD,
+      params["embed"].astype(dtype),
+      preferred_element_type=layers.at_least_float32(dtype),
+    )
+    seen = _count(tokens_BxT, segment_ids)
+    before = jnp.zeros_like(seen) if state is None else state.position_B
+    return logits, LMState(stacked, before + seen), metrics
+
+  def _stack(
+    self,
+    blocks: types.Params,
+    x_BxTxD: types.Array,
+    carried: Any,
+    segment_ids: types.Array | None,
+  ) -> tuple[types.Array, Any, dict[str, Any]]:
+    """All layers, as one scan; outputs are activations and states only."""
+
+    def body(x, layer):
+      x, state, metrics = self.block(*layer, x, segment_ids)
+      return x, (state, metrics)
+
+    if self.remat == "layer":
+      # A scan already keeps XLA from merging the recomputation.
+      body = jax.checkpoint(body, prevent_cse=False)
+    x_BxTxD, (states, metrics) = jax.lax.scan(body, x_BxTxD, (blocks, carried))
+    return x_BxTxD, states, metrics
+
+  def block(
+    self,
+    params: types.Params,
+    state: Any,
+    x_BxTxD: types.Array,
+    segment_ids: types.Array | None = None,
+  ) -> tuple[types.Array, Any, dict[str, Any]]:
+    """One layer: x + Mixer(RMSNorm(x)), then the CMS.
+
+    Args:
+      params: one layer of `params["blocks"]`.
+      state: one layer of the mixers' states, or None.
+      x_BxTxD: the residual stream.
+      segment_ids: as in `apply`.
+    """
+    normed = layers.rms_norm(x_BxTxD, params["mixer_norm"]["scale"])
+    y_BxTxD, state, metrics = self.mixer.apply(
+      params["mixer"], normed, state, segment_ids, model=self
+    )
+    x_BxTxD = cms.apply(params["cms"], x_BxTxD + y_BxTxD, self.cms)
+    return x_BxTxD, state, metrics
+
+  def parameter_count(self) -> int:
+    """Vocab·D + L (mixer + D + feed-forward) + D (model.md §7.2)."""
+    mixer = self.mixer.parameter_count(self)
+    feed_forward = cms.parameter_count(self.cms, self.width)
+    block = mixer + self.width + feed_forward
+    return self.width * (self.vocab_size + 1) + self.layers * block
+
+  def levels(
+    self,
+  ) -> tuple[list[card.Row], Callable[[types.Params], types.Params]]:
+    """The rows of the level card, and the function that labels parameters.
+
+    The labels are level names in a tree like the parameters': "cms/<level>"
+    for a CMS of several levels, else "slow".
+    """
+    mixer_rows = self.mixer.rows(self)
+    cms_rows = self._cms_rows()
+    slow = self.parameter_count()
+    slow -= sum(row.parameters for row in (*mixer_rows, *cms_rows))
+    names = "projections" if cms_rows else "projections and FFN"
+    slow_row = card.Row(
+      name=f"slow weights ({names})",
+      kind="slow weights",
+      chunk=card.STEP,
+      parameters=slow,
+      frozen=True,
+    )
+    return [*mixer_rows, *cms_rows, slow_row], self._labels
+
+  def _cms_rows(self) -> list[card.Row]:
+    """A row a level; none for one level, which is part of the slow weights."""
+    config = self.cms
+    if len(config.levels) == 1:
+      return []
+    norm = self.width if config.norm else 0
+    return [
+      card.Row(
+        name=f"{name} FFN",
+        kind="feed-forward",
+        chunk=period or card.STEP,
+        transfer="init" if config.variant == "nested" else "backprop",
+        parameters=self.layers * (3 * self.width * hidden + norm),
+      )
+      for name, hidden, period in zip(
+        config.levels, config.widths, config.periods
+      )
+    ]
+
+  def _labels(self, params: types.Params) -> types.Params:
+    name = lambda path, _: cms.label(path, self.cms)
+    return jax.tree_util.tree_map_with_path(name, params)
+
+
+def _count(
+  tokens_BxT: types.Array, segment_ids: types.Array | None
+) -> types.Array:
+  """[B] real tokens of a call."""
+  if segment_ids is None:
+    batch, tokens = tokens_BxT.shape
+    return jnp.full((batch,), tokens, jnp.int32)
+  return jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+
+
+def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
+  if value in known:
+    return
+  close = difflib.get_close_matches(str(value), known, n=1)
+  hint = f" Did you mean {close[0]!r}?" if close else ""
+  raise ValueError(
+    f"model.{field} must be one of {', '.join(known)}; got {value!r}.{hint}"
+  )
+
+
+def _check_size(field: str, value: int) -> None:
+  if type(value) is not int or value < 1:
+    raise ValueError(f"model.{field} must be an integer >= 1, got {value!r}")

@@ -1,0 +1,47 @@
+"""The models that the laws are tested on: every arch, at its smoke size."""
+
+import dataclasses
+
+from nl_jax.memory import self_modifying
+from nl_jax.models import cms, lm
+
+_LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
+_DELTA = dict(
+  arch="linear", objective="dot", dgd_coef="raw", residual=False,
+  residual_clip=0.0,
+)  # fmt: skip
+
+
+def _model(name, levels=_LEVELS, **memory):
+  config = None
+  if name == "hope":
+    chunks = dict(chunk_memory=8, chunk_gen=8)
+    config = self_modifying.Config(**chunks | memory)
+  return lm.LanguageModel(
+    name, width=64, layers=2, heads=4, head_dim=16, vocab_size=320,
+    sequence_length=64, cms=levels, memory=config,
+  )  # fmt: skip
+
+
+MODELS = {
+  "transformer": lambda: _model(
+    "transformer", cms.CMSConfig(("ffn",), (176,), (0,))
+  ),
+  "hope_attention": lambda: _model("hope_attention"),
+  "hope_attention_independent": lambda: _model(
+    "hope_attention", dataclasses.replace(_LEVELS, variant="independent")
+  ),
+  "hope": lambda: _model("hope", hidden=32),
+  "hope_linear": lambda: _model("hope", **_DELTA),
+  "hope_momentum": lambda: _model(
+    "hope", momentum="ema", read="before", chunk_gen=4
+  ),
+  "hope_literal": lambda: _model(
+    "hope", read="chunk_start", value_source="self", value_norm="target",
+    gen_input="slice", dgd_scope="input_layer", dgd_coef="raw", eta_max=0.1,
+    adaptive_q=True,
+  ),
+  "hope_static": lambda: _model(
+    "hope", gate_source="static", adaptive=("k", "v"), arch="glu"
+  ),
+}  # fmt: skip

@@ -1,0 +1,185 @@
+"""The laws of design.md 5 for every model, at its smoke size in float64.
+
+A new model joins with its row in `MODELS`. All laws of a model share its
+compiled forward functions.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.laws.models import MODELS
+
+T = 26  # Three chunks of 8 and an unfinished one.
+VOCAB = 320
+
+
+class Case:
+  """One model, its perturbed parameters and its compiled functions."""
+
+  def __init__(self, name):
+    self.model = MODELS[name]()
+    params = self.model.init(jax.random.key(0))
+    leaves, tree = jax.tree.flatten(params)
+    # A generic point: zeros and ones of the start would hide dead paths.
+    leaves = [
+      x.astype(float) + 0.02 * jax.random.normal(jax.random.key(i), x.shape)
+      for i, x in enumerate(leaves)
+    ]
+    self.params = jax.tree.unflatten(tree, leaves)
+    self.whole = jax.jit(lambda p, tokens: self.model.apply(p, tokens)[0])
+    self.packed = jax.jit(
+      lambda p, tokens, ids: self.model.apply(p, tokens, segment_ids=ids)
+    )
+    self.call = jax.jit(self.model.apply)
+
+  def tokens(self, batch, seed=0):
+    return np.random.default_rng(seed).integers(3, 259, (batch, T))
+
+
+@functools.cache
+def case(name):
+  return Case(name)
+
+
+# One worker runs all laws of a model, which share its compiled functions.
+@pytest.fixture(
+  params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in MODELS]
+)
+def law(request):
+  with jax.enable_x64(True):
+    yield case(request.param)
+
+
+def close(x, y, tolerance=1e-10):
+  np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * np.abs(y).max())
+
+
+def test_nothing_is_dead(law):
+  tokens = jnp.asarray(law.tokens(2))
+
+  def loss(params):
+    logits, _, _ = law.model.apply(params, tokens)
+    targets = jnp.roll(tokens, -1, axis=1)[..., None]
+    return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, 2).mean()
+
+  grads = jax.jit(jax.grad(loss))(law.params)
+  for path, g in jax.tree_util.tree_leaves_with_path(grads):
+    name = jax.tree_util.keystr(path)
+    if name == "['embed']":
+      assert (g != 0).any()
+    else:  # In every layer: leaves are stacked.
+      layers = g.reshape(g.shape[0], -1) if "blocks" in name else g[None]
+      assert (layers != 0).any(axis=1).all(), name
+
+
+def test_causality_and_reach(law):
+  """Row s has another token s: nothing before it moves, what follows does."""
+  tokens = law.tokens(1).repeat(T, 0)
+  moved = tokens.copy()
+  moved[np.arange(T), np.arange(T)] += 1
+  before = np.asarray(law.whole(law.params, tokens))
+  after = np.asarray(law.whole(law.params, moved))
+  for s in range(T):
+    assert (before[s, :s] == after[s, :s]).all(), s
+    assert (before[s, s] != after[s, s]).any(), s
+  # Beyond the convolutions and one chunk: 8 + 4 * 2 layers.
+  assert (before[0, 17:] != after[0, 17:]).any(axis=-1).all()
+
+
+def test_isolation_of_rows(law):
+  tokens = law.tokens(T)
+  moved = tokens.copy()
+  moved[0] = law.tokens(1, seed=1)[0]
+  before = np.asarray(law.whole(law.params, tokens))
+  after = np.asarray(law.whole(law.params, moved))
+  assert (before[1:] == after[1:]).all()
+  assert (before[0] != after[0]).any()
+
+
+@pytest.mark.parametrize("cuts", [(13,), tuple(range(1, T))])
+def test_any_split_equals_one_call(law, cuts):
+  tokens = law.tokens(2)
+  state = law.model.init_state(law.params, 2, T)
+  logits, end, _ = law.call(law.params, tokens, state)
+  parts = []
+  for a, b in zip((0, *cuts), (*cuts, T)):
+    part, state, _ = law.call(law.params, tokens[:, a:b], state)
+    parts.append(part)
+  close(np.concatenate(parts, 1), logits)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9),
+               state, end)  # fmt: skip
+  alone = law.whole(law.params, law.tokens(T)[:, :])  # Already compiled.
+  close(logits, alone[:2])
+
+
+def test_rows_out_of_step(law):
+  """Rows end at different tokens, and go on as if each were alone."""
+  tokens, lengths = law.tokens(2), (9, 13)
+  logits, _, _ = law.call(
+    law.params, tokens, law.model.init_state(law.params, 2, T)
+  )
+  state = law.model.init_state(law.params, 2, T)
+  position = np.zeros(2, int)
+  for wanted in (lengths, (T - 9, T - 13)):
+    call = np.zeros((2, 17), int)
+    ids = np.zeros((2, 17), int)
+    for b in range(2):
+      part = tokens[b, position[b] : position[b] + wanted[b]]
+      call[b, : len(part)], ids[b, : len(part)] = part, 1
+    got, state, _ = law.call(law.params, call, state, segment_ids=ids)
+    for b in range(2):
+      end = position[b] + wanted[b]
+      close(got[b, : wanted[b]], logits[b, position[b] : end])
+      position[b] = end
+  assert (np.asarray(state.position_B) == T).all()
+
+
+def packed_rows(law):
+  """A packed row of two documents, and each of them alone."""
+  tokens = law.tokens(1)[0]
+  first, start = 11, 16
+  ids = np.zeros((3, T), int)
+  ids[0, :first], ids[0, start:] = 1, 2
+  ids[1, :first], ids[2, : T - start] = 1, 1
+  rows = np.zeros((3, T), int)
+  rows[0], rows[1, :first] = tokens, tokens[:first]
+  rows[2, : T - start] = tokens[start:]
+  return rows, ids, first, start
+
+
+def test_packed_documents_equal_the_same_alone(law):
+  assert 16 % law.model.alignment == 0
+  rows, ids, first, start = packed_rows(law)
+  logits, _, _ = law.packed(law.params, rows, ids)
+  close(logits[0, :first], logits[1, :first])
+  close(logits[0, start:], logits[2, : T - start])
+  moved = rows.copy()
+  moved[0, :first] = law.tokens(1, seed=1)[0, :first]
+  again, _, _ = law.packed(law.params, moved, ids)
+  assert (again[0, start:] == logits[0, start:]).all()
+
+
+def test_padding_changes_nothing_before_it(law):
+  rows, ids, first, _ = packed_rows(law)
+  logits, state, metrics = law.packed(law.params, rows, ids)
+  unpadded = law.whole(law.params, rows[:1].repeat(T, 0))
+  close(logits[1, :first], unpadded[0, :first])
+  rows[1:, 18:] = 77  # What stands in the padding is never seen.
+  again, other, counted = law.packed(law.params, rows, ids)
+  assert (again[1, :first] == logits[1, :first]).all()
+  same = lambda x, y: np.testing.assert_array_equal(x, y)
+  jax.tree.map(same, (state, metrics), (other, counted))
+
+
+def test_untrained_loss_is_that_of_a_uniform_guess():
+  for name in MODELS:
+    model = MODELS[name]()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 64)))
+    logits, _, _ = jax.jit(model.apply)(model.init(jax.random.key(0)), tokens)
+    targets = jnp.roll(tokens, -1, 1)[..., None]
+    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, 2).mean()
+    np.testing.assert_allclose(loss, np.log(VOCAB), rtol=0.05)
