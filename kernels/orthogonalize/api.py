@@ -143,12 +143,17 @@ def flat_dims(dims: Tree, tree: Tree) -> list[stack.Dims | None]:
 def _leaf_specs(tree, leaves, sharding):
   """PartitionSpecs of the leaves, None where nothing is known."""
   given = None if sharding is None else sharding.leaf_specs
-  if callable(given):
-    given = given(tree)
-  if given is not None:
-    return jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, P))
-  found = [stack.explicit_sharding(x) for x in leaves]
-  return [None if s is None else s.spec for s in found]
+  if given is None:
+    found = [stack.explicit_sharding(x) for x in leaves]
+    return [None if s is None else s.spec for s in found]
+  flat = []
+  jax.tree.map(
+    lambda spec, sub: flat.extend([spec] * len(jax.tree.leaves(sub))),
+    given(tree) if callable(given) else given,
+    tree,
+    is_leaf=lambda x: isinstance(x, P) or x == (),
+  )
+  return flat
 
 
 def _part(x, dims, spec, ns_dtype, sharding):

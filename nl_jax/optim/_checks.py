@@ -12,12 +12,13 @@ def one_of(name: str, value: Any, allowed: tuple) -> None:
     raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
 
 
-def inexact(params: Any, what: str) -> None:
-  """Raises TypeError for an integer or bool leaf, naming its path."""
+def inexact(params: Any, what: str, allow_complex: bool = True) -> None:
+  """Raises TypeError for an integer, bool or complex leaf, with its path."""
+  allowed = jnp.inexact if allow_complex else jnp.floating
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+    if not jnp.issubdtype(leaf.dtype, allowed):
       raise TypeError(
-        f"{what} needs floating point parameters, got {leaf.dtype} of shape "
-        f"{leaf.shape} at {jax.tree_util.keystr(path)}; leave it out with "
-        "optax.masked"
+        f"{what} needs {allowed.__name__} parameters, got {leaf.dtype} of "
+        f"shape {leaf.shape} at {jax.tree_util.keystr(path)}; leave it out "
+        "with optax.masked"
       )

@@ -1,0 +1,361 @@
+"""M3, multi-scale momentum Muon (paper Algorithm 1, eq. 75).
+
+With t = 1, 2, ... and everything zero at first:
+
+    m1 <- b1 m1 + (1 - b1) g                      (sums: m1 + b1 g)
+    D  <- NS(m1) + alpha o2
+    every f steps: m2 <- b3 m2 + (1 - b3) mean of the last f gradients
+                   o2 <- NS(m2)
+    None:  U = D
+    ortho: nu <- b2 nu + (1 - b2) D^2;  R = D / (sqrt(nu) + eps);
+           U = R |D| / |R|, per matrix
+    grad:  nu <- b2 nu + (1 - b2) g^2;  U = D / (sqrt(nu) + eps)
+
+Deviation: the paper prints sums, a second moment of raw gradients and chunks of
+f + 1 gradients; `m3_paper` follows it but for the f + 1, the defaults do not.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from optax._src import base
+
+from nl_jax.kernels import orthogonalize
+from nl_jax.kernels.orthogonalize import coefficients, stack
+from nl_jax.optim import _checks, _dims, _dtypes
+
+A = jax.typing.ArrayLike
+Tree = Any
+
+
+class ScaleByM3State(NamedTuple):
+  """State of `scale_by_m3`; fields that a configuration lacks are `()`.
+
+  Attributes:
+    count: int32 scalar.
+    m1: fast momentum, like the parameters.
+    m2: slow momentum.
+    slow_sum: gradients since the slow momentum last moved.
+    o2: NS(m2), or () with cache_slow=False.
+    nu: second moment, real.
+  """
+
+  count: jax.Array
+  m1: Tree
+  m2: Tree
+  slow_sum: Tree
+  o2: Tree
+  nu: Tree
+
+
+def scale_by_m3(
+  b1: A = 0.95,
+  b2: A = 0.95,
+  b3: A = 0.9,
+  alpha: A | None = 0.1,
+  eps: A = 1e-8,
+  ns_steps: int = 5,
+  slow_every: A = 100,
+  *,
+  accumulate: str = "ema",
+  second_moment: str | None = "ortho",
+  chunk_reduce: str = "mean",
+  slow_read: str = "next",
+  bias_correction: bool = True,
+  nesterov: bool = False,
+  coeffs: str | coefficients.Table = "jordan",
+  ns_eps: A = 1e-12,
+  ns_dtype: jax.typing.DTypeLike | None = None,
+  cache_slow: bool = True,
+  stagger: bool = False,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  nu_dtype: jax.typing.DTypeLike | None = None,
+  slow_dtype: jax.typing.DTypeLike | None = None,
+  o2_dtype: jax.typing.DTypeLike | None = None,
+  dims: _dims.DimsLike = None,
+  ns_sharding: orthogonalize.NSSharding | None = None,
+) -> base.GradientTransformationExtraArgs:
+  """Orthogonalised momentum at two time scales; see the module docstring.
+
+  Args:
+    b1, b2, b3: decays of the fast momentum, second moment, slow momentum.
+    alpha: weight of the slow memory; None leaves it out (Muon).
+    eps: in the denominators.
+    ns_steps: Newton-Schulz iterations.
+    slow_every: steps between two updates of the slow memory; may be traced.
+    accumulate: "ema" or "sum" (printed: b1 g, b2 g^2, b3 g are added).
+    second_moment: "ortho" of D, "grad" of the gradients (printed), or None.
+    chunk_reduce: "mean" or "sum" of the gradients of a chunk.
+    slow_read: "next" uses o2 from the step after (Algorithm 1), or "same".
+    bias_correction: of m1 and nu, with accumulate="ema".
+    nesterov: NS(b1 m1 / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)).
+    coeffs, ns_eps, ns_dtype, ns_sharding: see `orthogonalize_tree`.
+    cache_slow: keep o2; otherwise it is computed anew in every step.
+    stagger: groups of equal shapes refresh at different steps.
+    mu_dtype, nu_dtype, slow_dtype, o2_dtype: of m1; nu; m2 and slow_sum; o2.
+    dims: the matrices; None is (-2, -1) for rank >= 2. Leaves under None take
+      the same rule without NS.
+
+  Returns:
+    A transformation with state `ScaleByM3State`.
+
+  Raises:
+    ValueError: an unknown switch, or sums with nesterov or "ortho".
+  """
+  _checks.one_of("accumulate", accumulate, ("ema", "sum"))
+  _checks.one_of("second_moment", second_moment, ("ortho", "grad", None))
+  _checks.one_of("chunk_reduce", chunk_reduce, ("mean", "sum"))
+  _checks.one_of("slow_read", slow_read, ("next", "same"))
+  coefficients.check(coeffs, ns_steps)
+  if accumulate == "sum" and (nesterov or second_moment == "ortho"):
+    raise ValueError(
+      "accumulate='sum' takes neither nesterov nor second_moment='ortho', got "
+      f"{nesterov=} and {second_moment=}"
+    )
+  ema = accumulate == "ema"
+  correct = bias_correction and ema
+
+  def gather(m, x, decay):
+    return decay * m + (1 - decay) * x if ema else m + decay * x
+
+  def init(params):
+    _checks.inexact(params, "m3")
+    _dims.flat(dims, params)
+    zeros = lambda make, dtype: jax.tree.map(lambda p: make(p, dtype), params)
+    has_slow = alpha is not None
+    slow = lambda: zeros(_dtypes.slow, slow_dtype) if has_slow else ()
+    cached = has_slow and cache_slow
+    return ScaleByM3State(
+      count=jnp.zeros([], jnp.int32),
+      m1=zeros(_dtypes.moment, mu_dtype),
+      m2=slow(),
+      slow_sum=slow(),
+      o2=zeros(_dtypes.moment, o2_dtype or mu_dtype) if cached else (),
+      nu=zeros(_dtypes.square, nu_dtype) if second_moment else (),
+    )
+
+  def update(updates, state, params=None, **extra):
+    del params, extra
+    specs = _dims.flat(dims, updates)
+    treedef = jax.tree.structure(updates)
+    spec_tree = jax.tree.unflatten(treedef, specs)
+    ns = lambda tree: orthogonalize.orthogonalize_tree(
+      tree, spec_tree, coeffs=coeffs, ns_steps=ns_steps, eps=ns_eps,
+      ns_dtype=ns_dtype, sharding=ns_sharding,
+    )  # fmt: skip
+    count = optax.safe_increment(state.count)
+    g = jax.tree.map(lambda x: x.astype(_dtypes.wide(x)), updates)
+
+    m1 = jax.tree.map(lambda m, x: gather(m, x, b1), state.m1, g)
+    D = ns(jax.tree.map(lambda m, x: fast(m, x, count), m1, g))
+    m2, slow_sum, o2 = state.m2, state.slow_sum, state.o2
+    if alpha is not None:
+      before = (m2, o2)
+      m2, slow_sum, o2 = refresh(state, g, count, ns, specs)
+      m2_read, o2_read = before if slow_read == "next" else (m2, o2)
+      slow = o2_read if cache_slow else ns(m2_read)
+      D = jax.tree.map(lambda d, o: d + alpha * o, D, slow)
+    U, nu = D, state.nu
+    if second_moment:
+      seen = D if second_moment == "ortho" else g
+      nu = jax.tree.map(
+        lambda n, x: gather(n, _dtypes.abs_square(x), b2).astype(n.dtype),
+        state.nu, seen,
+      )  # fmt: skip
+      pairs = zip(jax.tree.leaves(D), jax.tree.leaves(nu), specs)
+      U = jax.tree.unflatten(treedef, [scaled(*p, count) for p in pairs])
+    new = ScaleByM3State(
+      count, _dtypes.cast(m1, state.m1), m2, slow_sum, o2, nu
+    )
+    return _dtypes.cast(U, updates), new
+
+  def fast(m, x, count):
+    if not nesterov:
+      return _dtypes.bias_correct(m, b1, count) if correct else m
+    if not correct:
+      return gather(m, x, b1)
+    ahead = _dtypes.bias_correct(m, b1, count + 1)
+    return b1 * ahead + (1 - b1) * _dtypes.bias_correct(x, b1, count)
+
+  def scaled(d, nu, spec, count):
+    nu = _dtypes.bias_correct(nu, b2, count) if correct else nu
+    R = d / (_dtypes.safe_sqrt(nu) + eps)
+    if second_moment == "grad":
+      return R
+    return R * _dtypes.safe_divide(_dims.norm(d, spec), _dims.norm(R, spec))
+
+  def refresh(state, g, count, ns, specs):
+    """(m2, slow_sum, o2) after this step, one conditional a shape group."""
+    slow_sum = jax.tree.map(
+      lambda s, x: (s + x).astype(s.dtype), state.slow_sum, g
+    )
+    treedef = jax.tree.structure(g)
+    groups = (
+      _shape_groups(jax.tree.leaves(g), specs)
+      if stagger
+      else ([list(range(treedef.num_leaves))])
+    )
+    f = slow_every
+    columns = (state.m2, slow_sum, state.o2 if cache_slow else state.m2)
+    columns = [jax.tree.leaves(c) for c in columns]
+    for j, members in enumerate(groups):
+      offset = (j * f) // len(groups)
+      # The first chunk of a staggered group is short.
+      length = jnp.minimum(f, count) if stagger else f
+
+      def go(m2, total, o2, length=length, members=members):
+        chunk = (
+          total
+          if chunk_reduce == "sum"
+          else (jax.tree.map(lambda s: s / length, total))
+        )
+        new = _dtypes.cast([gather(*p, b3) for p in zip(m2, chunk)], m2)
+        if cache_slow:
+          # Masked in place, so that specs by path stay with their leaves.
+          tree = [optax.MaskedNode()] * treedef.num_leaves
+          for i, x in zip(members, new):
+            tree[i] = x
+          o2 = _dtypes.cast(
+            jax.tree.leaves(ns(jax.tree.unflatten(treedef, tree))), o2
+          )
+        return new, jax.tree.map(jnp.zeros_like, total), o2
+
+      taken = [[c[i] for i in members] for c in columns]
+      stay = lambda m2, total, o2: (m2, total, o2)
+      due = (count + offset) % f == 0
+      for column, values in zip(columns, jax.lax.cond(due, go, stay, *taken)):
+        for i, x in zip(members, values):
+          column[i] = x
+    m2, slow_sum, o2 = (jax.tree.unflatten(treedef, c) for c in columns)
+    return m2, slow_sum, o2 if cache_slow else ()
+
+  return base.GradientTransformationExtraArgs(init, update)
+
+
+def _shape_groups(
+  leaves: list[jax.Array], specs: list[_dims.Spec]
+) -> list[list[int]]:
+  groups = {}
+  for i, (x, spec) in enumerate(zip(leaves, specs)):
+    key = None if spec is None else tuple(sorted(stack.sizes(x.shape, spec)))
+    groups.setdefault(key, []).append(i)
+  return list(groups.values())
+
+
+def m3(
+  learning_rate: base.ScalarOrSchedule,
+  b1: A = 0.95,
+  b2: A = 0.95,
+  b3: A = 0.9,
+  alpha: A | None = 0.1,
+  eps: A = 1e-8,
+  ns_steps: int = 5,
+  slow_every: A = 100,
+  weight_decay: A = 0.0,
+  mask: Tree | None = None,
+  *,
+  consistent_rms: A | None = 0.2,
+  fallback: base.GradientTransformation | None = None,
+  fallback_learning_rate: base.ScalarOrSchedule | None = None,
+  fallback_b1: A = 0.9,
+  fallback_b2: A = 0.95,
+  fallback_eps: A = 1e-8,
+  fallback_weight_decay: A = 0.0,
+  require_matrix: bool = False,
+  accumulate: str = "ema",
+  second_moment: str | None = "ortho",
+  chunk_reduce: str = "mean",
+  slow_read: str = "next",
+  bias_correction: bool = True,
+  nesterov: bool = False,
+  coeffs: str | coefficients.Table = "jordan",
+  ns_eps: A = 1e-12,
+  ns_dtype: jax.typing.DTypeLike | None = None,
+  cache_slow: bool = True,
+  stagger: bool = False,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  nu_dtype: jax.typing.DTypeLike | None = None,
+  slow_dtype: jax.typing.DTypeLike | None = None,
+  o2_dtype: jax.typing.DTypeLike | None = None,
+  dims: _dims.DimsLike = None,
+  ns_sharding: orthogonalize.NSSharding | None = None,
+) -> base.GradientTransformationExtraArgs:
+  """M3 on the matrices, AdamW on everything else.
+
+  `alpha=None, second_moment=None` is Muon, `alpha=None` an AdaMuon.
+
+  Args:
+    learning_rate: a number or a schedule.
+    weight_decay: decoupled, times the learning rate; on matrices.
+    mask: what decays, as in `optax.adamw`.
+    consistent_rms: scale updates by this times sqrt(max(c, r)); None scales by
+      sqrt(max(1, r / c)).
+    fallback: a complete optimizer for the other leaves; None is AdamW with the
+      `fallback_*` arguments and, by default, the same learning rate.
+    require_matrix: raise if no leaf is a matrix.
+    dims: the matrices; None selects them by `matrix_dims_from_paths`.
+    b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate, second_moment,
+      chunk_reduce, slow_read, bias_correction, nesterov, coeffs, ns_eps,
+      ns_dtype, cache_slow, stagger, mu_dtype, nu_dtype, slow_dtype, o2_dtype,
+      ns_sharding: see `scale_by_m3`.
+
+  Returns:
+    A complete optimizer; its update needs params.
+  """
+  dims = _dims.from_paths(dims)
+  matrices = optax.chain(
+    scale_by_m3(
+      b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate=accumulate,
+      second_moment=second_moment, chunk_reduce=chunk_reduce,
+      slow_read=slow_read, bias_correction=bias_correction, nesterov=nesterov,
+      coeffs=coeffs, ns_eps=ns_eps, ns_dtype=ns_dtype, cache_slow=cache_slow,
+      stagger=stagger, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
+      slow_dtype=slow_dtype, o2_dtype=o2_dtype, dims=dims,
+      ns_sharding=ns_sharding,
+    ),
+    _dims.scale_by_shape(dims, consistent_rms),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )  # fmt: skip
+  if fallback is None:
+    fallback = optax.adamw(
+      learning_rate if fallback_learning_rate is None
+      else fallback_learning_rate,
+      fallback_b1, fallback_b2, fallback_eps,
+      weight_decay=fallback_weight_decay,
+    )  # fmt: skip
+  return _dims.partition(matrices, fallback, dims, require_matrix)
+
+
+def m3_paper(
+  learning_rate: base.ScalarOrSchedule,
+  b1: A = 0.9,
+  b2: A = 0.999,
+  b3: A = 0.9,
+  alpha: A = 1.0,
+  eps: A = 1e-8,
+  ns_steps: int = 5,
+  slow_every: A = 100,
+  *,
+  coeffs: str | coefficients.Table = "jordan",
+  dims: _dims.DimsLike = None,
+) -> base.GradientTransformationExtraArgs:
+  """Algorithm 1 as printed: sums, second moment of gradients, no corrections.
+
+  Its step shrinks like 1 / sqrt(t) and grows like 1 / |g|: for comparison.
+
+  Args:
+    learning_rate: a number or a schedule; 3-4 decades below that of `m3`.
+    dims: the matrices; None is (-2, -1) for rank >= 2.
+    b1, b2, b3, alpha, eps, ns_steps, slow_every, coeffs: see `scale_by_m3`.
+  """
+  return optax.chain(
+    scale_by_m3(
+      b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate="sum",
+      second_moment="grad", chunk_reduce="sum", slow_read="next",
+      bias_correction=False, coeffs=coeffs, dims=dims,
+    ),
+    optax.scale_by_learning_rate(learning_rate),
+  )  # fmt: skip
