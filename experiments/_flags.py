@@ -51,6 +51,12 @@ def load_config(value: str) -> config_dict.ConfigDict:
   return config.lock()
 
 
+def chosen_name(flag_values: flags.FlagValues = flags.FLAGS) -> str:
+  """The value of --config as it was given; of a path, the file's stem."""
+  name, colon, arg = flag_values["config"].parser.chosen.partition(":")
+  return pathlib.Path(name).stem + colon + arg
+
+
 def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
   """Defines --config and --list_configs."""
   config_flags.DEFINE_config_file(
@@ -102,8 +108,11 @@ def parse(
 class _ConfigByName(config_flags.config_flags.ConfigFileFlagParser):
   """The stock parser takes every name for a path and hides what fails."""
 
+  chosen = ""  # The value that was parsed last.
+
   def parse(self, value: str) -> config_dict.ConfigDict:
     """Loads the config; absl turns its ValueError into a sentence."""
+    self.chosen = value
     return load_config(value)
 
 

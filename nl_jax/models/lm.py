@@ -112,6 +112,11 @@ class LanguageModel:
     return MIXERS[self.arch]
 
   @property
+  def grows(self) -> bool:
+    """Whether the state has an unbounded cache, of `length` slots."""
+    return self.mixer is attention
+
+  @property
   def alignment(self) -> int:
     """Documents of a packed row must begin at multiples of this."""
     return self.mixer.alignment(self)

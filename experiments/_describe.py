@@ -1,0 +1,60 @@
+"""What a run is, in text: its config, its parameters, its level card."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from experiments import _setup
+from nl_jax import card
+from nl_jax.models import lm
+from nl_jax.train import optimizer
+
+
+def config_text(config: _setup.ConfigDict) -> str:
+  """Every field, one a line, as one would set it on the command line."""
+  return "\n".join(_lines(config.to_dict(), "config"))
+
+
+def _lines(node: dict[str, Any], prefix: str) -> Iterator[str]:
+  for key, value in node.items():
+    if isinstance(value, dict):
+      yield from _lines(value, f"{prefix}.{key}")
+    else:
+      yield f"--{prefix}.{key}={value!r}"
+
+
+def parameter_table(net: lm.LanguageModel) -> str:
+  """Name, shape and size of every parameter, and exact totals by group."""
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  rows, groups = [("parameter", "shape", "dtype", "size")], {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    name = "/".join(entry.key for entry in path)
+    shape = "x".join(map(str, leaf.shape))
+    rows.append((name, shape, str(leaf.dtype), f"{leaf.size:,}"))
+    group = _group(name)
+    groups[group] = groups.get(group, 0) + leaf.size
+  widths = [max(len(row[i]) for row in rows) for i in range(4)]
+  lines = [
+    f"{n:{widths[0]}}  {s:{widths[1]}}  {d:{widths[2]}}  {c:>{widths[3]}}"
+    for n, s, d, c in rows
+  ]
+  total = sum(groups.values())
+  lines += [f"{group}: {size:,}" for group, size in groups.items()]
+  return "\n".join([*lines, f"total: {total:,} parameters"])
+
+
+def _group(name: str) -> str:
+  if "/memory/" in name and "/gate/" not in name:
+    return "initial states of memories"
+  return "feed-forward levels" if "/cms/" in name else "other slow weights"
+
+
+def card_text(
+  config: _setup.ConfigDict,
+  net: lm.LanguageModel,
+  made: optimizer.Optimizer,
+) -> str:
+  """The level card: model and optimizer."""
+  rows = [*net.levels()[0], *made.rows]
+  return card.format_rows(rows, _setup.tokens_per_step(config))

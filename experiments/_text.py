@@ -1,0 +1,66 @@
+"""Text from a model, as it comes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from nl_jax import stream
+
+_OPENING = 80  # Characters of a prompt taken from the data, at most.
+
+
+def opening(dataset: Any) -> str:
+  """The first line of the first document that is held out."""
+  text = next(iter(dataset.source.documents("validation")))
+  line = next((x for x in text.splitlines() if x.strip()), text)
+  return line[:_OPENING] + "\n"
+
+
+def generate(
+  net: Any,
+  params: Any,
+  tokenizer: Any,
+  prompt: str,
+  tokens: int,
+  *,
+  temperature: float = 0.8,
+  top_p: float = 0.95,
+  seed: int = 0,
+) -> Iterator[str]:
+  """Yields pieces of text that follow the prompt, each as soon as it is whole.
+
+  Args:
+    net, params: the model.
+    tokenizer: of `nl_jax.data.tokenizers`.
+    prompt: may be empty: then the text follows an end of document.
+    tokens: how many at most; the end of a document ends the text.
+    temperature, top_p, seed: of `stream.Stream.sample`.
+
+  Raises:
+    ValueError: prompt and tokens do not fit an attention cache.
+  """
+  ids = np.asarray(tokenizer.encode(prompt), np.int32)
+  if not ids.size:
+    ids = np.asarray([tokenizer.end_id], np.int32)
+  if net.grows and ids.size + tokens > net.sequence_length:
+    raise ValueError(
+      f"the prompt has {ids.size} tokens and {tokens} are asked for, but the "
+      f"attention cache has room for {net.sequence_length}; give a shorter "
+      "prompt or fewer tokens"
+    )
+  reader = stream.start(net, params)
+  reader.read(ids[None])
+  pieces = tokenizer.stream()
+  for drawn in reader.sample(
+    tokens,
+    vocab_size=tokenizer.vocab_size,
+    temperature=temperature,
+    top_p=top_p,
+    seed=seed,
+    stop_id=tokenizer.end_id,
+  ):
+    if drawn[0] == tokenizer.end_id:
+      break
+    yield pieces.push(drawn)
+  yield pieces.flush()

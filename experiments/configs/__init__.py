@@ -1,0 +1,1 @@
+"""Named configs: one file each, `get_config(arg="") -> ConfigDict`."""

@@ -1,0 +1,164 @@
+"""Trains a language model: `python -m experiments.lm --config=hope_tiny`.
+
+The same command goes on where an earlier one stopped. The workdir holds
+everything: config.json, metrics.jsonl, events/ (TensorBoard), checkpoints/,
+sample.txt and, at the end, results.json.
+"""
+
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from experiments import _flags, _main
+
+_flags.define_config()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run; default runs/<config>."
+)
+_DESCRIBE = flags.DEFINE_boolean(
+  "describe", False, "Print config, parameters and level card, and stop."
+)
+_ALLOW = flags.DEFINE_boolean(
+  "allow_config_change", False, "Resume with a config that differs."
+)
+_CACHE = flags.DEFINE_string(
+  "compilation_cache", None, "Folder of compiled steps; default in the workdir."
+)
+_PREEMPTED = flags.DEFINE_integer(
+  "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
+)
+_SAMPLE_TOKENS = 200
+
+
+def main() -> int:
+  """Runs the command; returns its exit status."""
+  # Imported here: --list_configs and flag mistakes answer at once.
+  import jax
+
+  from experiments import _describe, _setup
+  from nl_jax.train import loop
+
+  config = _setup.resolve(flags.FLAGS.config)
+  net = _setup.model(config)
+  optimizer = _setup.make_optimizer(config, net)
+  print(_describe.config_text(config))
+  print(_describe.parameter_table(net))
+  print(_describe.card_text(config, net, optimizer), flush=True)
+  if _DESCRIBE.value:
+    return _main.DONE
+  settings, mesh = _setup.settings(config), _setup.mesh(config)
+  dataset = _setup.dataset(config, net)
+  workdir = _workdir()
+  cache = _CACHE.value or str(workdir / "compilation_cache")
+  jax.config.update("jax_compilation_cache_dir", cache)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+  _main.say(f"data: {dataset.describe()}")
+  _main.say(f"mesh: {dict(mesh.shape)}; workdir: {workdir}")
+  result = loop.train(
+    model=net,
+    optimizer=optimizer,
+    data=dataset.train,
+    batch_size=config.data.batch_size,
+    sequence_length=config.data.sequence_length,
+    workdir=str(workdir),
+    config=_setup.plain(config),
+    settings=settings,
+    fingerprint=dataset.fingerprint,
+    mesh=mesh,
+    evaluate=_evaluation(net, dataset, config.eval.batches, mesh),
+    allow_config_change=_ALLOW.value,
+  )
+  if result.status == "interrupted":
+    _main.say(f"stopped at step {result.step}; the same command goes on")
+    return _main.INTERRUPTED
+  if result.status == "preempted":
+    _main.say(f"saved at step {result.step}; the same command goes on")
+    return _PREEMPTED.value
+  if jax.process_index() == 0:
+    _finish(net, result.state["params"], dataset, workdir, result.metrics)
+  return _main.DONE
+
+
+def _workdir() -> pathlib.Path:
+  if _WORKDIR.value:
+    return pathlib.Path(_WORKDIR.value)
+  name = _flags.chosen_name()
+  workdir = pathlib.Path("runs") / name.replace(":", "_").replace(os.sep, "_")
+  _main.say(f"no --workdir: this run lives in {workdir}")
+  return workdir
+
+
+def _evaluation(
+  net: Any, dataset: Any, batches: int, mesh: Any
+) -> Callable[[Any, int], Mapping[str, float]]:
+  """(params, step) -> validation loss, in nat per token and per byte."""
+  import jax
+
+  from nl_jax import sharding
+  from nl_jax.train import step as step_lib
+
+  @jax.jit
+  def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+    loss, (weight, _) = step_lib.loss_sum(params, net, batch)
+    return loss, weight
+
+  def evaluate(params: Any, step: int) -> Mapping[str, float]:
+    del step
+    total = weight = 0.0
+    by_batch = sharding.batch_sharding(mesh)
+    put = jax.make_array_from_process_local_data
+    for rows in dataset.validation(batches):
+      batch = {
+        k: put(by_batch, rows[k].astype(dtype, copy=False))
+        for k, dtype in step_lib.BATCH_DTYPES.items()
+      }
+      loss, count = sums(params, batch)
+      total, weight = total + float(loss), weight + float(count)
+    counts = dataset.counts["validation"]
+    loss = total / weight
+    return {
+      "eval/validation/loss": loss,
+      "eval/validation/ppl": float(np.exp(min(loss, 700.0))),
+      # Over the split: bytes of the rows evaluated are not counted one by one.
+      "eval/validation/nat_per_byte": loss * counts.tokens / counts.bytes,
+    }
+
+  return evaluate
+
+
+def _finish(
+  net: Any,
+  params: Any,
+  dataset: Any,
+  workdir: pathlib.Path,
+  metrics: Mapping[str, float],
+) -> None:
+  """A sample of text, the result, and where to look next."""
+  from experiments import _text
+
+  prompt = _text.opening(dataset)
+  text = prompt + "".join(
+    _text.generate(net, params, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
+  )
+  (workdir / "sample.txt").write_text(text, encoding="utf-8")
+  logging.flush()
+  print("\n--- sample: the first line is the prompt " + "-" * 30)
+  print(text)
+  print("-" * 72)
+  loss = metrics.get("eval/validation/nat_per_byte")
+  if loss is not None:
+    print(f"validation: {loss:.4f} nat per byte")
+  print(f"metrics:    {workdir}/metrics.jsonl, tensorboard --logdir {workdir}")
+  print(f"results:    {workdir}/results.json")
+  print(
+    "more text:  python -m experiments.sample "
+    f"--workdir={workdir} --prompt='def '"
+  )
+
+
+if __name__ == "__main__":
+  _main.run(main)

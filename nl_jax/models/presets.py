@@ -1,0 +1,93 @@
+"""The named shapes of Table 1, and two small ones (model.md 7).
+
+All models of a scale have the same depth and width and, by the width of their
+feed-forward part, the same number of parameters: within 3 % of the nominal
+size and 3.5 % of each other. The paper states none of these shapes but the
+nominal sizes.
+"""
+
+from typing import NamedTuple
+
+
+class Scale(NamedTuple):
+  """What all models of a scale share.
+
+  Attributes:
+    parameters: nominal, of Table 1; 0 for the small sizes, which are ours.
+    layers: L.
+    width: D.
+    vocab_size: entries of the embedding.
+  """
+
+  parameters: int
+  layers: int
+  width: int
+  vocab_size: int
+
+
+class Shape(NamedTuple):
+  """A model at a scale.
+
+  Attributes:
+    heads: H.
+    head_dim: K.
+    widths: F of each feed-forward level, fastest first.
+    hidden: M of an MLP memory; 0 where there is none.
+    chunk: tokens a chunk of a memory; 0 where there is none.
+  """
+
+  heads: int
+  head_dim: int
+  widths: tuple[int, ...]
+  hidden: int = 0
+  chunk: int = 0
+
+
+SCALES = {
+  "smoke": Scale(0, 2, 64, 320),
+  "tiny": Scale(0, 2, 128, 320),
+  "340m": Scale(340_000_000, 24, 1024, 32_000),
+  "760m": Scale(760_000_000, 24, 1536, 32_000),
+  "1b3": Scale(1_300_000_000, 24, 2048, 32_000),
+}
+
+SHAPES = {
+  "transformer": {
+    "smoke": Shape(4, 16, (172,)),
+    "tiny": Shape(4, 32, (348,)),
+    "340m": Shape(16, 64, (2816,)),
+    "760m": Shape(12, 128, (4352,)),
+    "1b3": Shape(16, 128, (5632,)),
+  },
+  "hope_attention": {
+    "smoke": Shape(4, 16, (56,) * 3),
+    "tiny": Shape(4, 32, (116,) * 3),
+    "340m": Shape(16, 64, (960,) * 3),
+    "760m": Shape(12, 128, (1472,) * 3),
+    "1b3": Shape(16, 128, (1856,) * 3),
+  },
+  # K = 128, M = K, C = 64: the parameters and state of K = 64, M = 2K at half
+  # the time of a step (model.md 9).
+  "hope": {
+    "smoke": Shape(4, 16, (32,) * 3, 32, 8),
+    "tiny": Shape(4, 32, (64,) * 3, 32, 16),
+    "340m": Shape(8, 128, (704,) * 3, 128, 64),
+    "760m": Shape(12, 128, (1152,) * 3, 128, 64),
+    "1b3": Shape(16, 128, (1536,) * 3, 128, 64),
+  },
+  # The chunk length of camera-ready Fig. 3.
+  "hope_paper": {
+    "smoke": Shape(4, 16, (32,) * 3, 32, 8),
+    "tiny": Shape(4, 32, (40,) * 3, 64, 16),
+    "340m": Shape(16, 64, (704,) * 3, 128, 16),
+    "760m": Shape(24, 64, (1152,) * 3, 128, 16),
+    "1b3": Shape(32, 64, (1536,) * 3, 128, 16),
+  },
+  "hope_linear": {
+    "smoke": Shape(4, 16, (40,) * 3, 0, 8),
+    "tiny": Shape(4, 32, (82,) * 3, 0, 16),
+    "340m": Shape(16, 64, (768,) * 3, 0, 16),
+    "760m": Shape(24, 64, (1216,) * 3, 0, 16),
+    "1b3": Shape(32, 64, (1600,) * 3, 0, 16),
+  },
+}
