@@ -168,5 +168,6 @@ def start(
   slots = None
   if model.grows:
     slots = model.sequence_length if length is None else length
-  state = model.init_state(params, batch_size, slots)
+  # Copied: anchors and weights start as one buffer, which cannot be donated.
+  state = jax.tree.map(jnp.copy, model.init_state(params, batch_size, slots))
   return Stream(model, params, state, slots)

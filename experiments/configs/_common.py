@@ -197,7 +197,8 @@ def _train(scale: Scale, demonstration: bool) -> ConfigDict:
       eval_every=100 if demonstration else 1000,  # Steps; 0: at the end.
       accumulate=1,  # Micro-batches of a step.
       dtype="auto",  # Activations; auto: bfloat16, on a CPU float32.
-      remat="layer",  # What the backward pass recomputes: layer or none.
+      # What the backward pass recomputes: layer, or none beyond the chunks.
+      remat="none" if demonstration else "layer",
       seed=0,  # Of the initial weights.
       nan_policy="raise",  # Or "skip" the update of a non-finite step.
       max_skipped=100,  # Steps that "skip" may skip.

@@ -70,7 +70,10 @@ class Checkpoints:
     self._folder = workdir.resolve() / files.CHECKPOINTS
     self._aside = workdir.resolve() / _DAMAGED
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep, create=True, enable_async_checkpointing=True
+      max_to_keep=keep,
+      create=True,
+      enable_async_checkpointing=True,
+      cleanup_tmp_directories=True,  # Left by a run killed while it saved.
     )
     self._manager = ocp.CheckpointManager(
       self._folder, options=options, item_names=_ITEMS
@@ -103,10 +106,15 @@ class Checkpoints:
       data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave({**meta, "leaves": describe_leaves(state)}),
     )
-    if not self._manager.save(step, args=args, force=True):
+    latest = self._manager.latest_step()
+    # Forced: otherwise a save is dropped while the one before is written.
+    taken = (latest is None or step > latest) and self._manager.save(
+      step, args=args, force=True
+    )
+    if not taken:
       raise StepMismatchError(
         f"{self._folder} did not take a checkpoint of step {step}: its latest "
-        f"is {self._manager.latest_step()}"
+        f"is {latest}"
       )
 
   def check(self) -> None:

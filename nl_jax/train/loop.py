@@ -269,7 +269,7 @@ class _Run:
     batch_size: int,
     sequence_length: int,
   ) -> step_lib.Step:
-    """The compiled step."""
+    """The compiled step; of a run that is done, the step as it is."""
     settings = self.settings
     # What was skipped before a change of the policy is no reason to stop.
     limit = self.skipped
@@ -284,6 +284,8 @@ class _Run:
       accumulate=settings.accumulate,
       max_skipped=self.max_skipped,
     )
+    if self.start == settings.steps:
+      return step
     begin = time.monotonic()
     compiled = step_lib.compiled(
       step, like, self.mesh, batch_size, sequence_length
@@ -296,8 +298,9 @@ class _Run:
   def loop(self, step: step_lib.Step, state: state_lib.State) -> Result:
     """The loop. The order of what happens in a round must not change."""
     settings = self.settings
-    guard = jax.transfer_guard("disallow")
-    with guard:
+    # A step that is not compiled makes its constants as it goes.
+    guard = "allow" if jax.config.jax_disable_jit else "disallow"
+    with jax.transfer_guard(guard):
       for i in range(self.start, settings.steps + 1):
         self.saver.check()
         # 1. Evaluate state i. At the start of a resumed run that was done
@@ -348,31 +351,30 @@ class _Run:
     pending, self.pending = self.pending, None
     values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
     self.timer.step()
-    skipped = int(values["skipped"])
-    if skipped > self.skipped:
-      self._skip(pending, values, state, skipped)
-    if not self.settings.logs(pending.step):
+    failed = values["skipped"] > self.skipped
+    if failed or self.settings.logs(pending.step):
+      rates = self.rates.read(pending.step, self.timer.read())
+      self.writer.write(pending.step, values | rates)
+      self.display.step(pending.step, values | rates)
+    else:
       self.display.step(pending.step)
-      return
-    rates = self.rates.read(pending.step, self.timer.read())
-    self.writer.write(pending.step, values | rates)
-    self.display.step(pending.step, values | rates)
+    if failed:
+      self.skipped = int(values["skipped"])
+      self._skip(pending, values, state)
 
   def _skip(
     self,
     pending: _Pending,
     values: Mapping[str, float],
     state: state_lib.State,
-    skipped: int,
   ) -> None:
     """A step was not finite: a warning, or a report and the end."""
-    self.skipped = skipped
     what = (
       f"step {pending.step} is not finite: loss {values['train/loss']}, "
       f"gradient norm {values['opt/grad_norm']}"
     )
-    if skipped <= self.max_skipped:
-      logging.warning("%s; skipped (%d so far)", what, skipped)
+    if self.skipped <= self.max_skipped:
+      logging.warning("%s; skipped (%d so far)", what, self.skipped)
       return
     # The step after it moved nothing: these are the parameters it saw.
     with jax.transfer_guard("allow"):

@@ -230,11 +230,8 @@ def _check(
       raise ValueError(f"optim.{key} must be at least 0, got {value}")
   if min_ratio > 1:
     raise ValueError(f"optim.min_ratio must be at most 1, got {min_ratio}")
-  if steps < 1 or warmup_steps >= steps and warmup_steps:
-    raise ValueError(
-      "optim.warmup_steps must be fewer than train.steps, at least 1; got "
-      f"optim.warmup_steps={warmup_steps} and train.steps={steps}"
-    )
+  if steps < 1:
+    raise ValueError(f"train.steps must be at least 1, got {steps}")
 
 
 def _rows(

@@ -133,8 +133,8 @@ def make(
     params = state["params"]
     loss, grads, weight, sums = gradient(params, model, batch, accumulate)
     updates, opt = tx.update(grads, state["opt"], params)
-    grad_norm = optax.global_norm(grads)
-    update_norm = optax.global_norm(updates)
+    grad_norm = optax.tree.norm(grads)
+    update_norm = optax.tree.norm(updates)
     numbers = jnp.stack([loss, grad_norm, update_norm])
     finite = jnp.all(jnp.isfinite(numbers))
     ok = finite & (state["skipped"] <= max_skipped)
@@ -145,7 +145,7 @@ def make(
       "train/weight": weight,
       "opt/grad_norm": grad_norm,
       "opt/update_norm": update_norm,
-      "opt/param_norm": optax.global_norm(params),
+      "opt/param_norm": optax.tree.norm(params),
       "opt/learning_rate": schedule(state["step"]),
       "skipped": skipped,
       **_level_norms(labels(params), updates),
@@ -172,7 +172,7 @@ def _level_norms(names: Any, updates: Any) -> Metrics:
   if len(groups) == 1:
     return {}
   return {
-    f"opt/{name}/update_norm": optax.global_norm(group)
+    f"opt/{name}/update_norm": optax.tree.norm(group)
     for name, group in groups.items()
   }
 
