@@ -55,7 +55,9 @@ class Writer:
     self._file = path.open("a", encoding="utf-8")
     # Events of steps from there on are not shown any more.
     self._events = tensorboardX.SummaryWriter(
-      str(workdir / EVENTS), purge_step=0 if step is None else step + 1
+      str(workdir / EVENTS),
+      purge_step=0 if step is None else step + 1,
+      filename_suffix=f".{step or 0}",  # Names count in seconds.
     )
 
   def __enter__(self) -> "Writer":

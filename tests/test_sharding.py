@@ -1,0 +1,258 @@
+"""The mesh, the table, and one model on many devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from nl_jax import sharding
+from nl_jax.memory import self_modifying
+from nl_jax.models import cms, lm
+from nl_jax.train import optimizer, step
+from nl_jax.train import state as state_lib
+
+T, B = 16, 8
+CMS = cms.CMSConfig(("high", "low"), (32, 32), (T * B, 2 * T * B))
+MEMORY = self_modifying.Config(chunk_memory=8, chunk_gen=8)
+
+
+def model(arch: str = "hope", **change) -> lm.LanguageModel:
+  shape = dict(
+    arch=arch,
+    width=32,
+    layers=2,
+    heads=4,
+    head_dim=8,
+    vocab_size=64,
+    sequence_length=T,
+    cms=CMS,
+    memory=MEMORY if arch == "hope" else None,
+  )
+  return lm.LanguageModel(**(shape | change))
+
+
+MODELS = {
+  "hope": model(),
+  "hope_linear": model(
+    memory=self_modifying.Config(
+      arch="linear",
+      momentum="ema",
+      value_source="plain",
+      generators=self_modifying.Generators(value_source="plain"),
+    )
+  ),
+  "hope_channel": model(memory=self_modifying.Config(gate_shape="channel")),
+  "hope_attention": model("hope_attention"),
+  "independent": model(
+    "hope_attention",
+    cms=cms.CMSConfig(("a", "b"), (32, 32), (0, 0), variant="independent"),
+  ),
+  "transformer": model("transformer", cms=cms.CMSConfig(widths=(64,))),
+}
+
+
+def batch(seed: int = 0) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(1, 64, (B, T + 1)).astype(np.int32)
+  return {
+    "inputs": tokens[:, :-1],
+    "targets": tokens[:, 1:],
+    "weights": np.ones((B, T), np.float32),
+    "segment_ids": np.ones((B, T), np.int32),
+  }
+
+
+def test_mesh_takes_what_is_left():
+  assert dict(sharding.mesh().shape)["fsdp"] == 8
+  mesh = sharding.mesh(replica=2, fsdp=-1, tensor=2)
+  assert tuple(mesh.shape.values()) == (2, 2, 1, 2)
+  assert mesh.axis_names == sharding.AXES
+  kinds = set(mesh.axis_types)
+  assert kinds == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(fsdp=3),
+    dict(fsdp=-1, tensor=-1),
+    dict(fsdp=0),
+    dict(fsdp=-2),
+    dict(replica=16),
+    dict(tensor=3),
+  ],
+)
+def test_mesh_that_does_not_fit(sizes):
+  with pytest.raises(ValueError, match="mesh"):
+    sharding.mesh(**sizes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_one_rule(name):
+  params = jax.eval_shape(MODELS[name].init, jax.random.key(0))
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    axes = sharding.logical_axes(sharding.path_name(path), leaf.ndim)
+    assert len(axes) == leaf.ndim
+
+
+@pytest.mark.parametrize("name", ["hope", "hope_linear", "transformer"])
+def test_every_state_has_one_rule(name):
+  m = MODELS[name]
+  params = jax.eval_shape(m.init, jax.random.key(0))
+  state = jax.eval_shape(lambda p: m.init_state(p, B), params)
+  mesh = sharding.mesh(replica=2, fsdp=2, tensor=2)
+  shardings = sharding.sequence_shardings(state, mesh)
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  for (path, _), s in zip(leaves, jax.tree.leaves(shardings)):
+    lead = P(("replica", "fsdp"))
+    layered = sharding.path_name(path).startswith("layers/")
+    assert tuple(s.spec)[layered] == lead[0]
+  if name == "hope":
+    spec = shardings.layers.memory.memory.w["w_in"].spec
+    assert spec == P(None, ("replica", "fsdp"), "tensor", None, None)
+
+
+def test_unknown_parameter_and_wrong_rank():
+  with pytest.raises(ValueError, match="blocks/x/bias: 0 sharding rules"):
+    sharding.logical_axes("blocks/x/bias", 2)
+  with pytest.raises(ValueError, match="embed: 0 sharding rules"):
+    sharding.logical_axes("embed", 3)
+
+
+def test_axis_that_does_not_divide():
+  params = jax.eval_shape(
+    model("transformer", cms=cms.CMSConfig(widths=(30,))).init,
+    jax.random.key(0),
+  )
+  mesh = sharding.mesh(fsdp=2, tensor=4)
+  with pytest.raises(ValueError, match="'mlp' of size 30 .* nearest: 32"):
+    sharding.param_shardings(params, mesh)
+
+
+def test_batch_that_does_not_divide():
+  mesh = sharding.mesh(fsdp=4, tensor=2)
+  sharding.check_batch(mesh, 16, T, 2)
+  with pytest.raises(ValueError, match="4 \\* 2, got 12; nearest: 8 or 16"):
+    sharding.check_batch(mesh, 12, T, 2)
+  mesh = sharding.mesh(fsdp=2, sequence=4)
+  with pytest.raises(ValueError, match="multiple of mesh.sequence=4"):
+    sharding.check_batch(mesh, 8, 6)
+
+
+def test_constrain_is_nothing_without_a_mesh():
+  x = jnp.ones((8, 4))
+  assert sharding.constrain(x, "batch", "act_embed") is x
+  with jax.set_mesh(sharding.mesh()):
+    y = jax.jit(lambda x: sharding.constrain(x, "batch", "act_embed"))(x)
+    expected = jax.NamedSharding(sharding.mesh(), sharding.spec("batch", None))
+  assert y.sharding.is_equivalent_to(expected, 2)
+  with jax.set_mesh(jax.make_mesh((8,), ("other",))):
+    assert sharding.constrain(x, "batch", "act_embed") is x
+
+
+def prepared(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
+  made = optimizer.make(m, steps=10, tokens_per_step=B * T, learning_rate=1e-2)
+  like = state_lib.abstract(m, made.tx, mesh)
+  return made, like, state_lib.create(m, made.tx, like, seed=0)
+
+
+@pytest.mark.parametrize("name", ["hope", "transformer"])
+def test_optimizer_slots_lie_as_their_parameters(name):
+  mesh = sharding.mesh(fsdp=4, tensor=2)
+  m = MODELS[name]
+  _, like, state = prepared(m, mesh)
+  specs = {
+    sharding.path_name(path): x.sharding.spec
+    for path, x in jax.tree_util.tree_leaves_with_path(like["params"])
+  }
+  found = 0
+  for path, x in jax.tree_util.tree_leaves_with_path(like["opt"]):
+    full = sharding.path_name(path)
+    same = [p for p in specs if full.endswith("/" + p)]
+    if not same:
+      assert x.shape == () and x.sharding.spec == P()
+      continue
+    assert x.sharding.spec == specs[max(same, key=len)]
+    found += 1
+  assert found >= 2 * len(specs)
+  same = lambda a, b: a.sharding == b.sharding
+  assert all(jax.tree.leaves(jax.tree.map(same, state, like)))
+  sharded = [s for s in specs.values() if any(axis for axis in s)]
+  assert len(sharded) > len(specs) // 2
+
+
+def two_steps(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
+  made, like, state = prepared(m, mesh)
+  with jax.set_mesh(mesh):
+    run = step.make(m, made.tx, made.schedule, made.labels, accumulate=2)
+    compiled = step.compiled(run, like, mesh, B, T)
+    put = lambda x: jax.device_put(x, sharding.batch_sharding(mesh))
+    seen = []
+    for seed in range(2):
+      state, metrics = compiled(state, jax.tree.map(put, batch(seed)))
+      seen.append(jax.device_get(metrics))
+  return jax.device_get(state["params"]), seen
+
+
+@pytest.mark.parametrize(
+  ("name", "sizes"),
+  [
+    ("hope", dict(replica=2, fsdp=2, tensor=2)),
+    ("transformer", dict(fsdp=4, tensor=2)),
+    ("transformer", dict(fsdp=2, sequence=2, tensor=2)),
+  ],
+)
+def test_eight_devices_are_one(name, sizes):
+  # Two micro-batches of four rows over the mesh's batch axes.
+  params, metrics = two_steps(MODELS[name], sharding.mesh(**sizes))
+  one = sharding.mesh(devices=jax.devices()[:1])
+  expected, alone = two_steps(MODELS[name], one)
+  for a, b in zip(alone, metrics):
+    for key in a:
+      np.testing.assert_allclose(a[key], b[key], rtol=1e-4, atol=1e-5)
+  # Adam divides gradients near zero by their size: compare loosely.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3),
+    expected,
+    params,
+  )
+
+
+def test_inner_loops_need_no_collective():
+  m, mesh = MODELS["hope"], sharding.mesh(replica=2, fsdp=2, tensor=2)
+  params = jax.eval_shape(m.init, jax.random.key(0))["blocks"]["mixer"]
+  params = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["memory"]
+  )
+  by_head = lambda x: jax.ShapeDtypeStruct(
+    x.shape,
+    x.dtype,
+    sharding=jax.NamedSharding(mesh, sharding.spec("heads")),
+  )
+  z = jax.ShapeDtypeStruct(
+    (B, T, m.heads, m.head_dim),
+    jnp.float32,
+    sharding=jax.NamedSharding(
+      mesh, sharding.spec("batch", None, "heads", "head_dim")
+    ),
+  )
+
+  def reads(params, q, k, v):
+    state = self_modifying.start(params, B, m.memory)
+    return self_modifying.update(
+      params, state, q, k, v, config=m.memory, fresh=True, aligned=True
+    )[0]
+
+  with jax.set_mesh(mesh):
+    lowered = jax.jit(reads).lower(jax.tree.map(by_head, params), z, z, z)
+    text = lowered.compile().as_text()
+  for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+    assert name not in text
+
+
+def test_large_replicated_leaves_are_named():
+  mesh = sharding.mesh()
+  tree = {"a": jax.ShapeDtypeStruct((2**18,), jnp.float32), "b": jnp.ones(3)}
+  shardings = jax.tree.map(lambda _: sharding.replicated(mesh), tree)
+  assert list(sharding.large_replicated(tree, shardings)) == [("a", 2**20)]
