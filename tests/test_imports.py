@@ -1,0 +1,100 @@
+"""Who imports whom (design.md 2), and what importing costs."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ROOMS = {
+  "experiments", "train", "eval", "stream", "models", "data", "memory",
+  "optim", "levels", "sharding", "card", "kernels", "tasks", "types",
+}  # fmt: skip
+MAY = {
+  "experiments": ROOMS,
+  "train": {"models", "optim", "data", "sharding", "levels", "card"},
+  "eval": {"data", "models", "tasks", "levels", "sharding"},
+  "stream": {"models", "levels", "sharding"},
+  "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
+  "data": {"tasks"},
+  "memory": {"kernels"},
+  "optim": {"kernels"},
+  "levels": set(),
+  "sharding": set(),
+  "card": set(),
+  "kernels": set(),
+  "tasks": set(),
+  "types": set(),
+}
+WITH_TYPES = ROOMS - {"kernels", "optim", "tasks"}
+CORE = {"jax", "optax", "numpy"}
+LIBRARIES = {
+  "kernels": CORE, "memory": CORE, "optim": CORE, "levels": CORE,
+  "sharding": CORE, "card": CORE, "tasks": {"numpy"},
+}  # fmt: skip
+FILES = [
+  *ROOT.glob("nl_jax/**/*.py"), *ROOT.glob("kernels/**/*.py"),
+  *ROOT.glob("experiments/**/*.py"),
+]  # fmt: skip
+
+
+def room_of(path):
+  parts = path.relative_to(ROOT).parts
+  name = parts[1] if parts[0] == "nl_jax" else parts[0]
+  return name.removesuffix(".py")
+
+
+def imported(path):
+  """Dotted names of everything that a file imports."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      assert not node.level, f"{path}: relative import"
+      yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_imports_only_what_it_may(path):
+  room = room_of(path)
+  if room == "__init__":
+    assert not list(imported(path))
+    return
+  allowed = MAY[room] | {room} | ({"types"} if room in WITH_TYPES else set())
+  for name in imported(path):
+    top, _, rest = name.partition(".")
+    assert top != "kernels", "import nl_jax.kernels"
+    if top in ("nl_jax", "experiments"):
+      target = rest.split(".")[0] if top == "nl_jax" else "experiments"
+      assert target in allowed, f"{room} imports {name}"
+    elif top == "flax":
+      assert room == "models" and "nnx" not in name, f"{room} imports {name}"
+    elif top in ("seqio", "tensorflow", "tensorflow_datasets"):
+      assert room == "eval", f"{room} imports {name}"
+    elif room in LIBRARIES and top not in sys.stdlib_module_names:
+      assert top in LIBRARIES[room], f"{room} imports {name}"
+
+
+def modules_after(code):
+  code += "; import sys; print(*sys.modules)"
+  out = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  return set(out.stdout.split())
+
+
+def test_import_is_light_and_touches_no_device():
+  code = (
+    "import nl_jax, nl_jax.models.lm, jax;"
+    "from jax._src import xla_bridge;"
+    "assert not xla_bridge._backends, 'a device was touched'"
+  )
+  loaded = modules_after(code)
+  assert not loaded & {"tensorflow", "grain", "flax.nnx", "orbax"}
+
+
+def test_memory_and_optim_need_only_jax_and_optax():
+  loaded = modules_after("import nl_jax.memory, nl_jax.optim")
+  assert not loaded & {"flax", "grain", "orbax", "ml_collections"}
