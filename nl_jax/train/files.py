@@ -131,7 +131,8 @@ def differences(
     if isinstance(a, Mapping) and isinstance(b, Mapping):
       changes += differences(a, b, f"{name}.")
     else:
-      changes.append(f"{name}: {a!r} -> {b!r}")
+      shown = [x if x is _MISSING else repr(x) for x in (a, b)]
+      changes.append(f"{name}: {' -> '.join(shown)}")
   return changes
 
 
