@@ -5,12 +5,13 @@ or failure; 3 part of the work failed; 130 Ctrl-C.
 """
 
 import functools
+import logging as std_logging
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import _flags
 
@@ -29,6 +30,10 @@ _MISTAKES = (ValueError, OSError, FloatingPointError)
 
 def run(main: Callable[[], int]) -> None:
   """Parses the flags, calls main(), and exits with the status it returns."""
+  plain = std_logging.Formatter("%(message)s")
+  logging.get_absl_handler().setFormatter(plain)
+  # Tells of every accelerator that is not here.
+  std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)
   guarded = functools.partial(_guarded, main)
   app.run(lambda argv: guarded(), flags_parser=_flags.parse)
 

@@ -146,7 +146,7 @@ def _finish(
   )
   (workdir / "sample.txt").write_text(text, encoding="utf-8")
   logging.flush()
-  print("\n--- sample: the first line is the prompt " + "-" * 30)
+  print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)
   print("-" * 72)
   loss = metrics.get("eval/validation/nat_per_byte")

@@ -6,7 +6,7 @@ python -m experiments.sample --workdir=runs/hope_tiny --prompt="def "
 import pathlib
 import sys
 
-from absl import flags
+from absl import flags, logging
 
 from experiments import _main
 
@@ -28,6 +28,7 @@ def main() -> int:
     raise ValueError("--workdir is required: the folder of a trained run")
   if not pathlib.Path(_WORKDIR.value).is_dir():
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
+  logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
   from experiments import _setup, _text
   from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint
