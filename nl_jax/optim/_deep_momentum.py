@@ -25,7 +25,7 @@ from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
-from nl_jax.optim import _checks, _dims, _dtypes
+from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes
 
 A = jax.typing.ArrayLike
 Tree = Any
@@ -298,7 +298,8 @@ def scale_by_deep_momentum(
       G, t = (_samples(x, spec) for x in (g, t))
       s = _rms(G)
       u, v = _dtypes.safe_divide(G, s), _dtypes.safe_divide(t, _rms(t))
-      flat = jax.tree.map(lambda w: w.reshape((-1, *w.shape[-2:])), weights)
+      S = G.shape[0]
+      flat = jax.tree.map(lambda w: w.reshape((S, *w.shape[-2:])), weights)
       if is_mlp:
         y, new = _mlp_step(memory, flat, u, v, rule)
       else:
@@ -396,5 +397,5 @@ def deep_momentum(
     optax.scale_by_learning_rate(learning_rate),
   )  # fmt: skip
   if fallback_learning_rate is not None:
-    fallback = optax.adamw(fallback_learning_rate, b2=0.95, weight_decay=0.0)
+    fallback = _adam_memory.adam_memory(fallback_learning_rate, b2=0.95)
   return tx if fallback is None else _dims.partition(tx, fallback, dims)

@@ -24,7 +24,7 @@ from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
-from nl_jax.optim import _checks, _dims, _dtypes
+from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes
 
 A = jax.typing.ArrayLike
 Tree = Any
@@ -320,11 +320,11 @@ def m3(
     optax.scale_by_learning_rate(learning_rate),
   )  # fmt: skip
   if fallback is None:
-    fallback = optax.adamw(
+    # AdamW to the last digit, with a finite derivative at a zero gradient.
+    fallback = _adam_memory.adam_memory(
       learning_rate if fallback_learning_rate is None
       else fallback_learning_rate,
-      fallback_b1, fallback_b2, fallback_eps,
-      weight_decay=fallback_weight_decay,
+      fallback_b1, fallback_b2, fallback_eps, fallback_weight_decay,
     )  # fmt: skip
   return _dims.partition(matrices, fallback, dims, require_matrix)
 
