@@ -9,6 +9,7 @@ before it taken.
 import json
 import logging as std_logging
 import pathlib
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -54,6 +55,24 @@ def _readable(record: std_logging.LogRecord) -> bool:
   return record.levelno >= std_logging.WARNING or (
     "/orbax/" not in record.pathname
   )
+
+
+def _hush_late_reads() -> None:
+  """Keeps the traces of abandoned reads off stderr.
+
+  When one array of a checkpoint cannot be read, orbax closes its event loop;
+  the reads of the others then fail to report to it, each with a traceback.
+  """
+  before = sys.unraisablehook
+  if getattr(before, "hushes_late_reads", False):
+    return
+
+  def hook(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
+
+  hook.hushes_late_reads = True
+  sys.unraisablehook = hook
 
 
 class Checkpoints:
@@ -142,6 +161,7 @@ class Checkpoints:
       LeavesMismatchError: the checkpoint is of another model or optimizer.
       ValueError: there are checkpoints and none can be read.
     """
+    _hush_late_reads()
     damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
@@ -303,6 +323,7 @@ def load_params(
       f"no checkpoint of step {step} in {workdir}; there are {steps}"
     )
   like = _abstract_params(model, mesh)
+  _hush_late_reads()
   candidates = [step] if step is not None else steps[::-1]
   error = None
   for candidate in candidates:

@@ -18,19 +18,41 @@ import optax
 
 from nl_jax import card, optim, sharding
 
-Rule = Callable[..., optax.GradientTransformation]
-
 # By path: no parameter of these is a matrix that should shrink to zero.
 _NO_DECAY = re.compile(
   r"(^|/)([^/]*norm[^/]*/.*|conv_\w+|b_\w+|bias|scale|mix|A_log|D_skip)$"
 )
+# Narrower matrices, as gates of heads, are AdamW's; stacked vectors too.
+_MIN_SIDE = 16
+_NO_MATRIX = (r"(^|/)(conv_\w+|b_\w+|mix)$",)
 
-# name -> (learning_rate, *, weight_decay, mask, **options of `optim`).
-RULES: dict[str, Rule] = {
-  "adamw": optax.adamw,
+
+class _Rule(NamedTuple):
+  """How a named optimizer is made.
+
+  Attributes:
+    factory: (learning_rate, *, weight_decay, mask, **options).
+    preset: options that the name stands for.
+    matrices: it is for matrices, and takes a fallback for what is none.
+  """
+
+  factory: Callable[..., optax.GradientTransformation]
+  preset: Mapping[str, Any] = {}
+  matrices: bool = False
+
+
+RULES = {
+  "adamw": _Rule(optax.adamw),
+  "adam_memory": _Rule(optim.adam_memory),
+  "deep_momentum": _Rule(optim.deep_momentum, matrices=True),
+  "delta_momentum": _Rule(optim.delta_momentum),
+  "m3": _Rule(optim.m3, matrices=True),
+  # M3 without slow memory and second moment.
+  "muon": _Rule(optim.m3, {"alpha": None, "second_moment": None}, True),
 }
-
-_RECIPES = {"adamw": {"b1": 0.9, "b2": 0.95, "eps": 1e-8}}  # model.md 7.1.
+_M3_EVERY = inspect.signature(optim.m3).parameters["slow_every"].default
+# Set by the recipe, not by options.
+_RESERVED = ("weight_decay", "mask", "fallback", "dims")
 
 
 class Optimizer(NamedTuple):
@@ -60,9 +82,9 @@ def make(
   weight_decay: float = 0.1,
   clip_norm: float = 1.0,
   min_ratio: float = 0.1,
-  b1: float | None = None,
-  b2: float | None = None,
-  eps: float | None = None,
+  b1: float = 0.9,
+  b2: float = 0.95,
+  eps: float = 1e-8,
   reduce: str = "mean",
   nested_meta: str = "none",
   nested_rate: float = 1.0,
@@ -82,35 +104,31 @@ def make(
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
     min_ratio: the last learning rate over the peak.
-    b1: decay of the first moment; None: the rule's own, 0.9 for "adamw".
-    b2: decay of the second moment; None: as above, 0.95 for "adamw".
-    eps: of the rule; None: as above, 1e-8 for "adamw".
+    b1: AdamW's decay of the first moment, here and below where AdamW is the
+      rule, or serves what is no matrix.
+    b2: AdamW's decay of the second moment.
+    eps: AdamW's, added to the root of the second moment.
     reduce: of the gradients that a slow level gathers: "mean", or "sum"
       (literal eq. 71).
     nested_meta: with the CMS variant "nested", how a level's initial state
       learns: "none", "reptile" or "fomaml".
     nested_rate: of that, 0 to 1.
-    options: further keyword arguments of the rule.
+    options: keyword arguments of another rule than AdamW.
 
   Raises:
     ValueError: an unknown name or option, a value out of range, a period that
       is no multiple of the batch's tokens.
   """
   _check(learning_rate, warmup_steps, steps, weight_decay, clip_norm, min_ratio)
-  common = {"b1": b1, "b2": b2, "eps": eps}
-  common = {k: v for k, v in common.items() if v is not None}
-  options = _options(name, {**common, **(options or {})})
+  adam = {"b1": b1, "b2": b2, "eps": eps}
+  options = _options(name, options or {})
   rates = schedule(learning_rate, warmup_steps, steps, min_ratio)
   every = firing_steps(model.cms, tokens_per_step)
   labels = model.levels()[1]
 
   def at(period: int) -> optax.GradientTransformation:
-    return RULES[name](
-      optim.reclock_schedule(rates, period),
-      weight_decay=weight_decay,
-      mask=decay_mask,
-      **options,
-    )
+    rate = optim.reclock_schedule(rates, period)
+    return _build(name, rate, weight_decay, adam, options)
 
   levels = optim.multi_frequency(
     {label: at(period) for label, period in every.items()},
@@ -119,6 +137,8 @@ def make(
     unit="tokens",
     tokens_per_step=tokens_per_step,
     reduce=reduce,
+    # Newton-Schulz is dear: only when a level fires.
+    mode="cond" if RULES[name].matrices else "select",
   )
   chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   tx = optax.chain(*chain, levels)
@@ -127,7 +147,7 @@ def make(
     tx = optim.reset_on_slower(
       tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
     )
-  rows = _rows(name, every, tokens_per_step)
+  rows = _rows(name, every, options, tokens_per_step)
   return Optimizer(tx, rates, labels, rows)
 
 
@@ -192,21 +212,52 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-  """The rule's keyword arguments, checked against its signature."""
+def _build(
+  name: str,
+  rate: optax.Schedule,
+  weight_decay: float,
+  adam: Mapping[str, float],
+  options: Mapping[str, Any],
+) -> optax.GradientTransformation:
+  """The rule of one level."""
+  rule = RULES[name]
+  decay = {"weight_decay": weight_decay, "mask": decay_mask}
+  adamw = optax.adamw(rate, **adam, **decay)
+  if rule.factory is optax.adamw:
+    return adamw
+  routing = {"fallback": adamw, "dims": _matrices} if rule.matrices else {}
+  return rule.factory(rate, **decay, **routing, **rule.preset, **options)
+
+
+def _matrices(params: Any) -> Any:
+  exclude = (*optim.DEFAULT_EXCLUDE, *_NO_MATRIX)
+  return optim.matrix_dims_from_paths(
+    params, exclude=exclude, min_dim=_MIN_SIDE
+  )
+
+
+def _options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The options, checked against the rule's signature.
+
+  Raises:
+    ValueError: an unknown name or option.
+  """
   if name not in RULES:
     raise ValueError(
       f"optim.name must be one of {', '.join(RULES)}; got {name!r}"
     )
-  known = list(inspect.signature(RULES[name]).parameters)[1:]
-  known = [k for k in known if k not in ("weight_decay", "mask")]
+  rule = RULES[name]
+  known = list(inspect.signature(rule.factory).parameters)[1:]
+  known = [k for k in known if k not in (*_RESERVED, *rule.preset)]
+  if name == "adamw":
+    known = []
   unknown = sorted(set(options) - set(known))
   if unknown:
     raise ValueError(
       f"optim.name={name!r} has no option {', '.join(unknown)}; it has "
-      f"{', '.join(known)}"
+      f"{', '.join(known) or 'none but b1, b2 and eps'}"
     )
-  return {**_RECIPES.get(name, {}), **options}
+  return options
 
 
 def _check(
@@ -235,18 +286,27 @@ def _check(
 
 
 def _rows(
-  name: str, every: Mapping[str, int], tokens_per_step: int
+  name: str,
+  every: Mapping[str, int],
+  options: Mapping[str, Any],
+  tokens_per_step: int,
 ) -> tuple[card.Row, ...]:
-  """A row for the momenta of each group: they learn from its gradients."""
-  return tuple(
-    card.Row(
-      name=f"{name} moments of {label}",
-      kind="optimizer state",
-      chunk=card.STEP if period == 1 else period * tokens_per_step,
-      objective="compress gradients",
-      rule="EMA",
-      transfer="generation",
-      frozen=True,
-    )
-    for label, period in every.items()
-  )
+  """The momenta of each group: levels that learn from its gradients."""
+  rows = []
+  for label, period in every.items():
+    chunks = {"momenta": period}
+    if name == "m3":
+      chunks["slow momentum"] = period * options.get("slow_every", _M3_EVERY)
+    rows += [
+      card.Row(
+        name=f"{name} {what} of {label}",
+        kind="optimizer state",
+        chunk=card.STEP if steps == 1 else steps * tokens_per_step,
+        objective="compress gradients",
+        rule="EMA",
+        transfer="generation",
+        frozen=True,
+      )
+      for what, steps in chunks.items()
+    ]
+  return tuple(rows)

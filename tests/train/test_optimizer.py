@@ -6,8 +6,11 @@ import numpy as np
 import optax
 import pytest
 
-from nl_jax import card
+from nl_jax import card, sharding
+from nl_jax.memory import self_modifying
+from nl_jax.models import cms, lm
 from nl_jax.train import optimizer
+from nl_jax.train import state as state_lib
 from tests.train import stub
 
 TOKENS = stub.TOKENS
@@ -20,6 +23,7 @@ def make(model: stub.Model, **change) -> optimizer.Optimizer:
   return optimizer.make(model, **(arguments | change))
 
 
+@jax.jit
 def gradients(params, index: int):
   keys = jax.random.split(jax.random.key(index), len(jax.tree.leaves(params)))
   keys = jax.tree.unflatten(jax.tree.structure(params), list(keys))
@@ -29,7 +33,7 @@ def gradients(params, index: int):
 def run(tx, params, steps: int = 8):
   """Parameters after each step."""
   update = jax.jit(tx.update)
-  state, seen = tx.init(params), [params]
+  state, seen = jax.jit(tx.init)(params), [params]
   for i in range(steps):
     updates, state = update(gradients(params, i), state, seen[-1])
     seen.append(optax.apply_updates(seen[-1], updates))
@@ -184,7 +188,9 @@ def test_schedule_warms_up_and_falls_to_a_tenth():
     ({"weight_decay": float("nan")}, "optim.weight_decay"),
     ({"min_ratio": 2.0}, "at most 1"),
     ({"steps": 0}, "train.steps"),
-    ({"options": {"momentum": 0.9}}, "no option momentum; it has b1, b2"),
+    ({"options": {"alpha": 0.9}}, "no option alpha; it has none but b1"),
+    ({"name": "m3", "options": {"mask": 1}}, "no option mask; it has b1,"),
+    ({"name": "muon", "options": {"alpha": 1}}, "no option alpha"),
   ],
 )
 def test_bad_arguments(change, text):
@@ -197,8 +203,70 @@ def test_period_that_is_no_multiple_of_a_batch():
     make(stub.Model((TOKENS, 50)))
 
 
+MODEL = lm.LanguageModel(
+  arch="hope",
+  width=32,
+  layers=2,
+  heads=2,
+  head_dim=16,
+  vocab_size=64,
+  sequence_length=16,
+  cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
+  memory=self_modifying.Config(),
+)
+
+
+@pytest.fixture(scope="module")
+def params():
+  return jax.jit(MODEL.init)(jax.random.key(0))
+
+
+@pytest.mark.parametrize("name", optimizer.RULES)
+def test_every_rule_updates_every_parameter(name, params):
+  tx = make(MODEL, name=name, clip_norm=1.0).tx
+  seen = run(tx, params, steps=2)
+  for path, moved in jax.tree_util.tree_leaves_with_path(
+    jax.tree.map(lambda a, b: bool(jnp.all(a != b)), seen[0], seen[2])
+  ):
+    assert moved, jax.tree_util.keystr(path)
+  assert all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(seen[2]))
+
+
+def test_matrices_and_others_of_muon(params):
+  muon, adamw = (
+    run(make(MODEL, name=name).tx, params, steps=1)[1]
+    for name in ("muon", "adamw")
+  )
+  same = jax.tree.map(
+    lambda a, b: bool(jnp.allclose(a, b, rtol=1e-5, atol=1e-6)), muon, adamw
+  )
+  mixer = same["blocks"]["mixer"]
+  assert same["embed"] and same["final_norm"]["scale"]
+  assert mixer["conv_q"] and mixer["norm"]["scale"]
+  assert mixer["memory"]["gate"]["b_eta"] and mixer["memory"]["gate"]["w_eta"]
+  assert not mixer["w_q"] and not mixer["memory"]["memory"]["w_in"]
+  assert not same["blocks"]["cms"]["high"]["w_up"]
+
+
+@pytest.mark.parametrize("name", optimizer.RULES)
+def test_slots_of_every_rule_are_sharded(name):
+  mesh = sharding.mesh(fsdp=4, tensor=2)
+  tx = make(MODEL, name=name).tx
+  like = state_lib.abstract(MODEL, tx, mesh)
+  whole = {
+    sharding.path_name(path)
+    for path, x in jax.tree_util.tree_leaves_with_path(like["opt"])
+    if x.size > 2**11 and x.sharding.is_fully_replicated
+  }
+  # The small network that is the memory of a deep momentum, a matrix each.
+  learned = {x for x in whole if x.endswith(("/w_in", "/w_out"))}
+  assert whole <= (learned if name == "deep_momentum" else set())
+
+
 def test_rows_of_the_card():
   rows = make(stub.Model((0, 4 * TOKENS))).rows
   assert [row.chunk for row in rows] == [card.STEP, card.STEP, 4 * TOKENS]
   assert {row.kind for row in rows} == {"optimizer state"}
   assert "adamw" in card.format_rows(rows, TOKENS)
+  rows = make(stub.Model(), name="m3", options={"slow_every": 10}).rows
+  assert [row.chunk for row in rows] == [card.STEP, 10 * TOKENS]

@@ -30,7 +30,9 @@ def uneven() -> dict[str, np.ndarray]:
 def test_loss_is_the_weighted_mean_over_real_targets():
   params = MODEL.init(jax.random.key(0))
   batch = uneven()
-  loss, _, weight, _ = step.gradient(params, MODEL, batch, 1)
+  loss, _, weight, _ = jax.jit(lambda p, b: step.gradient(p, MODEL, b, 1))(
+    params, batch
+  )
   logits, _, _ = MODEL.apply(
     params, batch["inputs"], segment_ids=batch["segment_ids"]
   )
@@ -49,7 +51,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(accumulate):
     params = MODEL.init(jax.random.key(0))
     params = jax.tree.map(lambda x: x.astype(jnp.float64), params)
     batch = uneven()
-    whole = step.gradient(params, MODEL, batch, 1)
+    whole = jax.jit(lambda p, b: step.gradient(p, MODEL, b, 1))(params, batch)
     parts = jax.jit(lambda p, b: step.gradient(p, MODEL, b, accumulate))(
       params, batch
     )
