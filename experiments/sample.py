@@ -14,10 +14,10 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to write.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
-  "temperature", 0.8, "0: always the most likely token.", lower_bound=0.0
+  "temperature", 0.9, "0: always the most likely token.", lower_bound=0.0
 )
 _TOP_P = flags.DEFINE_float(
-  "top_p", 0.95, "Mass of the most likely tokens to draw from, in (0, 1]."
+  "top_p", 1.0, "Mass of the most likely tokens to draw from, in (0, 1]."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 

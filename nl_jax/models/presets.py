@@ -78,7 +78,7 @@ SHAPES = {
   # The chunk length of camera-ready Fig. 3.
   "hope_paper": {
     "smoke": Shape(4, 16, (32,) * 3, 32, 8),
-    "tiny": Shape(4, 32, (40,) * 3, 64, 16),
+    "tiny": Shape(4, 32, (28,) * 3, 64, 16),
     "340m": Shape(16, 64, (704,) * 3, 128, 16),
     "760m": Shape(24, 64, (1152,) * 3, 128, 16),
     "1b3": Shape(32, 64, (1536,) * 3, 128, 16),

@@ -1,0 +1,118 @@
+"""The commands, as processes: train, resume, sample, describe, mistakes."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(command, *args, cwd=ROOT):
+  env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
+  env.pop("XLA_FLAGS", None)
+  cache = os.environ.get("NL_TEST_CACHE", "")
+  env |= {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
+  return subprocess.run(
+    [sys.executable, "-m", f"experiments.{command}", *args],
+    capture_output=True, text=True, cwd=cwd, env=env, timeout=300,
+  )  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=["hope_tiny", "transformer_tiny"])
+def workdir(request, tmp_path_factory):
+  """A trained run at the smoke size, stopped half-way and gone on with."""
+  folder = tmp_path_factory.mktemp(request.param)
+  args = [f"--config={request.param}:smoke", f"--workdir={folder}",
+          "--config.checkpoint.every=4", "--config.train.steps=8",
+          "--config.train.log_every=2", "--config.eval.batches=1"]  # fmt: skip
+  done = run("lm", *args)
+  assert done.returncode == 0, done.stderr
+  return folder, args, done
+
+
+def test_training_shows_what_a_newcomer_wants(workdir):
+  folder, _, done = workdir
+  for text in ("--config.train.steps=8", "total: ", "component",
+               "--- sample", "validation:", "experiments.sample"):  # fmt: skip
+    assert text in done.stdout, text
+  assert "Traceback" not in done.stderr
+  lines = [
+    json.loads(line)
+    for line in (folder / "metrics.jsonl").read_text().splitlines()
+  ]
+  assert lines[-1]["step"] == 8 and "tokens" in lines[-1]
+  assert any("eval/validation/nat_per_byte" in line for line in lines)
+  if "hope" in str(folder):
+    assert "memory/memory/inner_loss" in lines[0]
+    assert "memory/generators/eta_mean" in lines[0]
+  assert (folder / "results.json").is_file()
+  assert (folder / "sample.txt").read_text()
+
+
+def test_the_same_command_again_changes_nothing(workdir):
+  folder, args, _ = workdir
+  before = (folder / "metrics.jsonl").read_bytes()
+  again = run("lm", *args)
+  assert again.returncode == 0, again.stderr
+  assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_another_runs_workdir_is_refused(workdir):
+  folder, args, _ = workdir
+  before = sorted(p.name for p in folder.iterdir())
+  other = run("lm", *args, "--config.model.layers=1")
+  assert other.returncode == 1
+  assert "model.layers: 2 -> 1" in other.stderr
+  assert "Traceback" not in other.stderr
+  assert sorted(p.name for p in folder.iterdir()) == before
+
+
+def test_sample_prints_text_from_the_last_checkpoint(workdir):
+  folder, _, _ = workdir
+  args = [f"--workdir={folder}", "--prompt=def ", "--tokens=20"]
+  first = run("sample", *args)
+  assert first.returncode == 0, first.stderr
+  assert first.stdout.startswith("def ") and len(first.stdout) > 5
+  assert run("sample", *args).stdout == first.stdout
+  empty = run("sample", f"--workdir={folder}", "--tokens=3")
+  assert empty.returncode == 0, empty.stderr
+
+
+@pytest.mark.parametrize("args,sentence", [
+  (["--workdir=nowhere"], "no folder nowhere"),
+  ([], "--workdir is required"),
+])  # fmt: skip
+def test_sample_answers_mistakes(args, sentence):
+  got = run("sample", *args)
+  assert got.returncode == 1
+  assert sentence in got.stderr and "Traceback" not in got.stderr
+
+
+def test_describe_prints_the_card_and_makes_nothing(tmp_path):
+  got = run("lm", "--config=hope_1b3", "--describe", cwd=tmp_path)
+  assert got.returncode == 0, got.stderr
+  assert "total: 1,312,134,912 parameters" in got.stdout
+  assert "self-modifying Titans" in got.stdout
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args,sentence", [
+  (["--config=hope_tinny"], "Did you mean"),
+  (["--config=hope_tiny:smoke", "--config.model.heads=3"], "model.heads"),
+  (["--config=hope_tiny:smoke", "--config.data.source=text",
+    "--config.data.path=missing.txt"], "missing.txt"),
+])  # fmt: skip
+def test_lm_answers_mistakes(args, sentence, tmp_path):
+  got = run("lm", *args, f"--workdir={tmp_path / 'run'}")
+  assert got.returncode == 1
+  assert sentence in got.stderr and "Traceback" not in got.stderr
+  assert not (tmp_path / "run").exists()
+
+
+def test_list_configs_prints_names():
+  got = run("lm", "--list_configs")
+  assert got.returncode == 0 and "hope_1b3" in got.stdout.split()

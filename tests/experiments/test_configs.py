@@ -1,0 +1,132 @@
+"""Configs: found by name, valid, of the promised size; mistakes answered."""
+
+import re
+import sys
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+
+from experiments import _flags, _setup
+from nl_jax.models import presets
+
+NAMES = _flags.config_names()
+ARCHS = ("hope", "hope_linear", "hope_attention", "transformer")
+
+
+def parse(*args):
+  values = flags.FlagValues()
+  # Overrides are made flags of their own from what stands in sys.argv.
+  with mock.patch.object(sys, "argv", ["lm", *args]):
+    _flags.define_config(values)
+    _flags.parse(["lm", *args], values)
+  return values.config
+
+
+def mistake(*args):
+  with pytest.raises(SystemExit) as stop:
+    parse(*args)
+  return str(stop.value)
+
+
+def test_every_model_has_every_size():
+  assert set(NAMES) == {
+    f"{arch}_{size}"
+    for arch in ARCHS
+    for size in presets.SCALES
+    if size != "smoke"
+  }
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("arg", ["", ":smoke"])
+def test_a_config_builds_and_its_count_is_the_formula(name, arg):
+  config = _setup.resolve(_flags.load_config(name + arg))
+  net = _setup.model(config)
+  _setup.make_optimizer(config, net)
+  _setup.settings(config)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert count == net.parameter_count()
+  tokens = jax.ShapeDtypeStruct((1, 2 * net.alignment), np.int32)
+  logits, _, _ = jax.eval_shape(net.apply, params, tokens)
+  assert logits.shape == (*tokens.shape, net.vocab_size)
+  assert _setup.from_plain(_setup.plain(config)) == config
+
+
+@pytest.mark.parametrize("size", ["tiny", "340m", "760m", "1b3"])
+def test_models_of_a_scale_are_parameter_matched(size):
+  counts = [
+    _setup.model(_setup.resolve(_flags.load_config(f"{a}_{size}")))
+    .parameter_count()
+    for a in ARCHS
+  ]  # fmt: skip
+  paper = _flags.load_config(f"hope_{size}:paper")
+  counts.append(_setup.model(_setup.resolve(paper)).parameter_count())
+  assert max(counts) / min(counts) < 1.035
+  nominal = presets.SCALES[size].parameters
+  for count in counts:
+    assert not nominal or abs(count / nominal - 1) < 0.03
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_docstring_says_what_a_user_asks(name):
+  path = _flags._FOLDER / f"{name}.py"
+  text = path.read_text()
+  for line in ("Unstated in the paper:", "Parameters:", "Tokens:", "Chunks",
+               f"Command: python -m experiments.lm --config={name}",
+               "Hardware:", "Expected:"):  # fmt: skip
+    assert line in text, line
+  net = _setup.model(_setup.resolve(_flags.load_config(name)))
+  millions = float(re.search(r"Parameters: ([\d.]+)M", text)[1])
+  assert abs(millions - net.parameter_count() / 1e6) < 0.06
+
+
+def test_overrides_have_the_fields_type():
+  config = parse(
+    "--config=hope_tiny", "--config.train.steps=7",
+    "--config.model.cms.periods=2048,4096,8192",
+  )  # fmt: skip
+  assert config.train.steps == 7
+  assert config.model.cms.periods == (2048, 4096, 8192)
+
+
+@pytest.mark.parametrize("args,sentence", [
+  (["--config=hope_1b"], "Did you mean hope_1b3"),
+  ([], "--config is required"),
+  (["--config=hope_tiny:tiny"], "unknown config argument 'tiny'"),
+  (["--config=nowhere.py"], "no config file 'nowhere.py'"),
+  (["--config=hope_tiny", "--config.optim.lr=1"], "learning_rate"),
+  (["--config=hope_tiny", "--config.train.steps=many"], "invalid literal"),
+  (["--config=hope_tiny", "--config.train=3"], "is a group"),
+  (["hope_tiny"], "--config"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(args, sentence):
+  text = mistake(*args)
+  assert sentence in text and "\n" not in text and "Traceback" not in text
+
+
+@pytest.mark.parametrize("change,sentence", [
+  ("--config.model.heads=3", "model.heads \\* model.head_dim"),
+  ("--config.model.cms.periods=2048,3000,9000", "each a multiple"),
+  ("--config.model.memory.chunk_gen=24", "alignment|multiple"),
+  ("--config.data.batch_size=7", "period|multiple"),
+  ("--config.model.vocab_size=200", "vocab_size"),
+  ("--config.data.source=text", "needs data.path"),
+  ("--config.data.tokenizer=byte", "bytes"),
+  ("--config.model.memory.objective=l3", "memory.objective must be one of"),
+  ("--config.model.arch=hop", "Did you mean 'hope'"),
+  ("--config.optim.name=adam", "adamw"),
+  ("--config.train.steps=0", "train.steps"),
+  ("--config.mesh.tensor=3", "mesh"),
+])  # fmt: skip
+def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
+  config = _setup.resolve(parse("--config=hope_tiny", change))
+  with pytest.raises(ValueError, match=sentence):
+    net = _setup.model(config)
+    _setup.make_optimizer(config, net)
+    _setup.settings(config)
+    _setup.mesh(config)
+    _setup.dataset(config, net)
