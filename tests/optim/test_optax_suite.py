@@ -7,6 +7,7 @@ tolerances are optax's.
 
 import ast
 import pathlib
+import re
 import sys
 import types
 import unittest
@@ -65,7 +66,7 @@ def _factories():
 _CONTRIB = [
   ("m3", {"learning_rate": 1e-2}),
   ("m3_muon", {"learning_rate": 1e-2}),
-  ("m3_grad", {"learning_rate": 1e-5}),
+  ("m3_grad", {"learning_rate": 1e-2}),
   ("m3_paper", {"learning_rate": 1e-3}),
   ("delta_momentum", {"learning_rate": 1e-3}),
   ("delta_implicit", {"learning_rate": 1e-3}),
@@ -76,7 +77,8 @@ _CONTRIB = [
   ("multi_frequency", {"learning_rate": 1e-2}),
 ]
 _ALIAS = [
-  ("m3", {"learning_rate": 1e-2}),
+  # Not m3 itself: this suite traces ns_steps, which is static.
+  ("m3_muon", {"learning_rate": 1e-2}),
   ("delta_momentum", {"learning_rate": 1e-3}),
   ("adam_memory", {"learning_rate": 1e-1}),
 ]
@@ -190,7 +192,8 @@ def _sharding():
 def _arguments(case):
   """The values that parameterized bound to a test method."""
   method = getattr(type(case), case._testMethodName)
-  return getattr(method, "__x_params_repr__", "")
+  text = getattr(method, "__x_params_repr__", "")
+  return re.sub(r"<function (\w+) at \w+>", r"\1", text)
 
 
 def _name(case):
@@ -203,7 +206,7 @@ def _reason(case):
   if "test_optimizers" not in text or "target" not in text:
     return None
   for (name, target), reason in _EXPECTED.items():
-    if f"opt_name='{name}'" in text and f"_setup_{target} at" in text:
+    if f"opt_name='{name}'" in text and f"_setup_{target}," in text + ",":
       return reason
   return None
 
