@@ -289,15 +289,16 @@ def _gather_gradients(step, group, state, acc, due, divisor, mode):
   """One inner update on what the period gathered; nothing in between."""
   acc = _add(acc, group)
 
-  def go(acc, state):
+  # Operands and zeros_like: the branches must agree in sharding, and a tree
+  # closed over loses its own under an Explicit mesh.
+  def go(group, acc, state):
     output, state = step(_read(acc, divisor, group), state)
-    # zeros_like: both branches must agree in sharding, under Explicit meshes.
     return _cast(output, group), state, jax.tree.map(jnp.zeros_like, acc)
 
-  def wait(acc, state):
+  def wait(group, acc, state):
     return jax.tree.map(jnp.zeros_like, group), state, acc
 
-  return _choose(due, go, wait, acc, state, mode=mode)
+  return _choose(due, go, wait, group, acc, state, mode=mode)
 
 
 def _gather_updates(step, group, state, acc, due, divisor, mode):
@@ -305,14 +306,14 @@ def _gather_updates(step, group, state, acc, due, divisor, mode):
   output, state = step(group, state)
   acc = _add(acc, output)
 
-  def go(acc):
+  def go(group, acc):
     output = _read(acc, divisor, group)
     return output, jax.tree.map(jnp.zeros_like, acc)
 
-  def wait(acc):
+  def wait(group, acc):
     return jax.tree.map(jnp.zeros_like, group), acc
 
-  output, acc = _choose(due, go, wait, acc, mode=mode)
+  output, acc = _choose(due, go, wait, group, acc, mode=mode)
   return output, state, acc
 
 

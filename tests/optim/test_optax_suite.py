@@ -215,7 +215,10 @@ _ALL = [*_contrib(), *_alias(), *_sharding()]
 
 
 @pytest.mark.parametrize("case", _ALL, ids=[_name(c) for c in _ALL])
-def test_optax(case):
+def test_optax(case, monkeypatch):
+  if "Sharding" in type(case).__name__:
+    # They compare version strings, and skip on "0.10.2" < "0.7.2".
+    monkeypatch.setattr(jax, "__version__", "9")
   with jax.numpy_rank_promotion("allow"):  # Their bodies broadcast freely.
     result = unittest.TestResult()
     case.run(result)
