@@ -337,12 +337,14 @@ class _Run:
     return self.stop.reason
 
   def _to_devices(self, rows: Mapping[str, np.ndarray]) -> step_lib.Batch:
+    """The one transfer to the devices that a round is meant to have."""
     by_batch = sharding.batch_sharding(self.mesh)
     put = jax.make_array_from_process_local_data
-    return {
-      k: put(by_batch, rows[k].astype(dtype, copy=False))
-      for k, dtype in step_lib.BATCH_DTYPES.items()
-    }
+    with jax.transfer_guard("allow"):
+      return {
+        k: put(by_batch, rows[k].astype(dtype, copy=False))
+        for k, dtype in step_lib.BATCH_DTYPES.items()
+      }
 
   def _flush(self, state: state_lib.State) -> None:
     """Handles the metrics of the pending step, if there is one."""

@@ -143,6 +143,6 @@ class Display:
     if jax.process_index():
       return
     if self._bar:
-      self._bar.console.print(text, highlight=False)
+      self._bar.console.print(text, highlight=False, markup=False)
     else:
       logging.info("%s", text)
