@@ -185,6 +185,9 @@ def _optim(scale: Scale, learning_rate: float) -> ConfigDict:
       b1=0.9,  # Decay of the first moment; ours.
       b2=0.95,  # Decay of the second moment; ours.
       eps=1e-8,  # Added to the root of the second moment; ours.
+      reduce="mean",  # Of a slow level's gradients, or sum (literal eq. 71).
+      nested_meta="none",  # Restarts of cms.variant=nested: reptile, fomaml.
+      nested_rate=1.0,  # Of that, 0 to 1.
     )
   )
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import card, sharding, types
 from nl_jax.memory import self_modifying
 from nl_jax.models import attention, cms, hope, layers
 
@@ -212,6 +212,8 @@ class LanguageModel:
     """All layers, as one scan; outputs are activations and states only."""
 
     def body(x, layer):
+      # Told its place, XLA gathers weights instead of summing activations.
+      x = sharding.constrain(x, "batch", "length", "act_embed")
       x, state, metrics = self.block(*layer, x, segment_ids)
       return x, (state, metrics)
 
