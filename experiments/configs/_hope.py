@@ -28,6 +28,9 @@ def mlp(size: str, arg: str) -> ConfigDict:
     read="chunk_start",  # Eq. 90.
     value_source="self",  # Eq. 84, of M_memory too.
     value_norm="target",  # A stabiliser: NaN without (model.md 9).
+    # eta starts at 0.05, unstated in the paper: from 0.5 the raw erase of the
+    # input layer alone is NaN at the third step of the tiny model.
+    eta_bias=-3.0,
   )
   memory.generators.update(
     rate=1.0,  # Generators learn as fast as M_memory.

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 
 from nl_jax.kernels.orthogonalize import coefficients
 
+LARGE = 2**14  # Entries of a matrix.
+
 
 def norm(x: jax.Array, axis_name: str | None = None) -> jax.Array:
   """Frobenius norms [S, 1, 1], at least float32, of derivative 0 at 0."""
@@ -47,6 +49,19 @@ def orthogonalize_stack(
   """
   if not ns_steps:
     return x
+
+  def loop(x):
+    return _loop(x, coeffs, ns_steps, eps, zeta, axis_name)
+
+  S, m, n = x.shape
+  if S == 1 or m * n < LARGE or axis_name is not None:
+    return loop(x)
+  # A CPU is fastest one matrix at a time, in its cache (1.3-1.9 times).
+  one_by_one = lambda x: jax.lax.map(lambda y: loop(y[None])[0], x)
+  return jax.lax.platform_dependent(x, cpu=one_by_one, default=loop)
+
+
+def _loop(x, coeffs, ns_steps, eps, zeta, axis_name):
   name = coeffs if isinstance(coeffs, str) else ""
   factor = coefficients.NORM_FACTORS.get(name, 1.0)
   x = normalize(x, factor, eps, axis_name)
