@@ -6,12 +6,10 @@ width, F feed-forward width, L layers. A vocabulary size is spelled out.
 Shapes stand in the names of local variables: `k_BxTxHxK`.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 Array = jax.Array
-Tree = Any  # A pytree of arrays.
 Params = Mapping[str, Any]  # Nested dicts of arrays.
-Activation = Callable[[Array], Array]

@@ -223,3 +223,13 @@ def test_lm_state_is_a_tree_whose_leaves_have_a_batch_axis():
     assert isinstance(state, lm.LMState) and state.position_B.shape == (3,)
     for leaf in jax.tree.leaves(state.layers):
       assert leaf.shape[:2] == (model.layers, 3)
+
+
+def test_without_jit_the_numbers_are_the_same():
+  model = dataclasses.replace(MODELS["hope_linear"](), layers=1)
+  params = model.init(jax.random.key(0))
+  tokens = jnp.arange(9)[None]
+  compiled, _, _ = jax.jit(model.apply)(params, tokens)
+  with jax.disable_jit():
+    plain, _, _ = model.apply(params, tokens)
+  np.testing.assert_allclose(plain, compiled, atol=2e-5)
