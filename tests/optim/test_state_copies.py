@@ -25,7 +25,7 @@ _N = 2 * 64 * 32 + 16 * 64
     (optim.scale_by_m3(cache_slow=False), 4),
     (optim.scale_by_delta_momentum(), 1),
     (optim.scale_by_delta_momentum(mu_dtype=jnp.bfloat16), 0.5),
-    (optim.scale_by_deep_momentum(), 1 + (2 * 64 * 32 + 2 * 16 * 8) / _N),
+    (optim.scale_by_deep_momentum(), 1 + (2 * 64 * 32 + 16 * 8) / _N),
     (
       optim.scale_by_preconditioned_momentum(optim.diag_preconditioner()),
       2,
