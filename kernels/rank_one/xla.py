@@ -5,6 +5,7 @@ solve one unit lower triangular system a chunk, and every W_t is then a known
 sum of rank-one terms that is applied to reads without being formed.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,134 @@ class _Gains(NamedTuple):
   writes: jax.Array
 
 
+class _Chunk:
+  """One chunk: its decays, and what is known of every W_t without forming it.
+
+  D = W - R throughout. Methods return rows [..., C, b].
+  """
+
+  def __init__(
+    self,
+    U: jax.Array,
+    Delta: jax.Array,
+    gates: tuple,
+    W: jax.Array,
+    S: jax.Array | None,
+    R: jax.Array | None,
+    start: jax.Array | None,
+    segment_ids: jax.Array | None,
+  ):
+    log_alpha, log_beta, write, erase, mask = gates
+    self.U, self.Delta, self.S, self.R = U, Delta, S, R
+    self.D, self.start = (W if R is None else W - R), start
+    self.packed = None
+    if segment_ids is not None:
+      self.packed = _segments(segment_ids, W.dtype)
+      self.fresh = start if R is None else start - R
+    self.real = mask.astype(W.dtype)
+    self.write = jnp.where(mask, write, 0.0)
+    self.erase = None if erase is None else jnp.where(mask, erase, 0.0)
+    self.log_alpha = jnp.where(mask, log_alpha, 0.0)
+    self.decay = jnp.cumsum(self.log_alpha, axis=-1)
+    lower = self._lower(0)
+    if S is not None:
+      self.momentum = jnp.cumsum(jnp.where(mask, log_beta, 0.0), axis=-1)
+      self.momentum_decays = _decay(self.momentum, self.momentum, lower)
+    self.after = self._gains(self.decay, lower)
+
+  @functools.cached_property
+  def before(self) -> _Gains:
+    """The gains of W_{t-1}."""
+    return self._gains(self.decay - self.log_alpha, self._lower(-1))
+
+  def _lower(self, diagonal: int) -> jax.Array:
+    """Pairs (t, s) of one document, s <= t + diagonal."""
+    C = self.U.shape[-2]
+    lower = jnp.tril(jnp.ones((C, C), bool), diagonal)
+    lower = lower.reshape((1,) * (self.U.ndim - 2) + (C, C))
+    return lower if self.packed is None else lower & self.packed.same
+
+  def _gains(self, level: jax.Array, allowed: jax.Array) -> _Gains:
+    """Of the states whose own log decay since the chunk's start is `level`."""
+    origin = 0.0
+    if self.packed is not None:
+      previous = self.decay - self.log_alpha
+      origin = jnp.einsum("...ts,...s->...t", self.packed.first, previous)
+    base = jnp.exp(level - origin)
+    A = _decay(level, self.decay, allowed)
+    erases = None if self.erase is None else A * self.erase[..., None, :]
+    if self.S is None:
+      return _Gains(base, None, erases, A * self.write[..., None, :])
+    A = A * self.real[..., None, :]
+    b = jnp.einsum("...ts,...s->...t", A, jnp.exp(self.momentum))
+    if self.packed is not None:
+      b = jnp.where(self.packed.carried, b, 0.0)
+    writes = _matmul(A, self.momentum_decays) * self.write[..., None, :]
+    return _Gains(base, b, erases, writes)
+
+  def _base(self, X: jax.Array, gain: _Gains) -> jax.Array:
+    """What X reads of the start: of each row's own document."""
+    rows = _matmul(X, self.D)
+    if self.packed is not None:
+      carried = self.packed.carried[..., None]
+      rows = jnp.where(carried, rows, _matmul(X, self.fresh))
+    rows = gain.base[..., None] * rows
+    if self.S is not None:
+      rows = rows + gain.momentum[..., None] * _matmul(X, self.S)
+    return rows
+
+  def recall(self, erase_of: str) -> jax.Array:
+    """Rows u_t D_{t-1} (or u_t W_{t-1}), which the erase term writes back."""
+    gram = _matmul(self.U, jnp.swapaxes(self.U, -1, -2))
+    rows = self._base(self.U, self.before)
+    rows = rows - _matmul(self.before.writes * gram, self.Delta)
+    if erase_of == "whole" and self.R is not None:
+      rows = rows + _matmul(self.U, self.R)
+    return _matmul(inverse.unit_lower_inverse(self.before.erases * gram), rows)
+
+  def read(
+    self, Q: jax.Array, gain: _Gains, recalled: jax.Array | None
+  ) -> jax.Array:
+    """Rows q_t W_t, or q_t W_{t-1} with the gains before."""
+    cross = jnp.matmul(Q, jnp.swapaxes(self.U, -1, -2))
+    reads = self._base(Q, gain) - jnp.matmul(gain.writes * cross, self.Delta)
+    if recalled is not None:
+      reads = reads - jnp.matmul(gain.erases * cross, recalled)
+    return reads if self.R is None else reads + jnp.matmul(Q, self.R)
+
+  def read_anchor(self, Q: jax.Array, anchor: jax.Array) -> jax.Array:
+    """Rows q_t W_anchor, of each row's own document."""
+    reads = jnp.matmul(Q, anchor)
+    if self.packed is None:
+      return reads
+    carried = self.packed.carried[..., None]
+    return jnp.where(carried, reads, jnp.matmul(Q, self.start))
+
+  def end(
+    self, recalled: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array | None]:
+    """W and S after the last token."""
+    terms = self.after.writes[..., -1, :, None] * self.Delta
+    if recalled is not None:
+      terms = terms + self.after.erases[..., -1, :, None] * recalled
+    begin = self.D
+    if self.packed is not None:
+      carried = self.packed.carried[..., -1:, None]
+      begin = jnp.where(carried, begin, self.fresh)
+    Ut = jnp.swapaxes(self.U, -1, -2)
+    W = self.after.base[..., -1, None, None] * begin - _matmul(Ut, terms)
+    W = W if self.R is None else W + self.R
+    if self.S is None:
+      return W, None
+    W = W + self.after.momentum[..., -1, None, None] * self.S
+    kept = jnp.exp(self.momentum[..., -1])
+    if self.packed is not None:
+      kept = jnp.where(self.packed.carried[..., -1], kept, 0.0)
+    steps = (self.momentum_decays[..., -1, :] * self.write)[..., None]
+    S = kept[..., None, None] * self.S - _matmul(Ut, steps * self.Delta)
+    return W, S
+
+
 def rank_one(
   U: jax.Array,
   Delta: jax.Array,
@@ -78,104 +207,12 @@ def rank_one(
   segment_ids: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The exact chunk form; arguments and results as `api.rank_one`."""
-  log_alpha, log_beta, write, erase, mask = gates
-  dtype, C, rank = W.dtype, U.shape[-2], U.ndim - 2
-  lower = jnp.tril(jnp.ones((C, C), bool)).reshape((1,) * rank + (C, C))
-  strict = lower & ~jnp.eye(C, dtype=bool).reshape((1,) * rank + (C, C))
-  packed = None
-  if segment_ids is not None:
-    packed = _segments(segment_ids, dtype)
-    lower, strict = lower & packed.same, strict & packed.same
-
-  real = mask.astype(dtype)
-  write = jnp.where(mask, write, 0.0)
-  erase = None if erase is None else jnp.where(mask, erase, 0.0)
-  log_alpha = jnp.where(mask, log_alpha, 0.0)
-  decay = jnp.cumsum(log_alpha, axis=-1)
-  momentum = momentum_decays = None
-  if S is not None:
-    log_beta = jnp.where(mask, log_beta, 0.0)
-    momentum = jnp.cumsum(log_beta, axis=-1)
-    momentum_decays = _decay(momentum, momentum, lower)
-
-  def gains(level: jax.Array, allowed: jax.Array) -> _Gains:
-    """For the states whose own log decay since the start is `level`."""
-    origin = 0.0
-    if packed is not None:
-      previous = decay - log_alpha
-      origin = jnp.einsum("...ts,...s->...t", packed.first, previous)
-    A = _decay(level, decay, allowed)
-    erases = None if erase is None else A * erase[..., None, :]
-    if S is None:
-      return _Gains(
-        jnp.exp(level - origin), None, erases, A * write[..., None, :]
-      )
-    A = A * real[..., None, :]
-    b = jnp.einsum("...ts,...s->...t", A, jnp.exp(momentum))
-    if packed is not None:
-      b = jnp.where(packed.carried, b, 0.0)
-    writes = _matmul(A, momentum_decays) * write[..., None, :]
-    return _Gains(jnp.exp(level - origin), b, erases, writes)
-
-  D = W if R is None else W - R
-  fresh = None
-  if packed is not None:
-    fresh = start if R is None else start - R
-
-  def deviation(X: jax.Array) -> jax.Array:
-    """X D, with the D of each row's own document at its start."""
-    if packed is None:
-      return _matmul(X, D)
-    carried = packed.carried[..., None]
-    return jnp.where(carried, _matmul(X, D), _matmul(X, fresh))
-
-  def base(X: jax.Array, gain: _Gains) -> jax.Array:
-    rows = gain.base[..., None] * deviation(X)
-    if S is not None:
-      rows = rows + gain.momentum[..., None] * _matmul(X, S)
-    return rows
-
-  after = gains(decay, lower)
-  recalled = None
-  if erase is not None or read == "before":
-    before = gains(decay - log_alpha, strict)
-  if erase is not None:
-    gram = _matmul(U, jnp.swapaxes(U, -1, -2))
-    rows = base(U, before) - _matmul(before.writes * gram, Delta)
-    if erase_of == "whole" and R is not None:
-      rows = rows + _matmul(U, R)
-    system = inverse.unit_lower_inverse(before.erases * gram)
-    recalled = _matmul(system, rows)
-
+  chunk = _Chunk(U, Delta, gates, W, S, R, start, segment_ids)
+  recalled = None if gates[3] is None else chunk.recall(erase_of)
   reads = None
   if Q is not None and read == "chunk_start":
-    reads = jnp.matmul(Q, W if anchor is None else anchor)
-    if packed is not None:
-      reads = jnp.where(packed.carried[..., None], reads, jnp.matmul(Q, start))
+    reads = chunk.read_anchor(Q, W if anchor is None else anchor)
   elif Q is not None:
-    gain = after if read == "after" else before
-    cross = jnp.matmul(Q, jnp.swapaxes(U, -1, -2))
-    reads = base(Q, gain) - jnp.matmul(gain.writes * cross, Delta)
-    if erase is not None:
-      reads = reads - jnp.matmul(gain.erases * cross, recalled)
-    if R is not None:
-      reads = reads + jnp.matmul(Q, R)
-
-  terms = after.writes[..., -1, :, None] * Delta
-  if erase is not None:
-    terms = terms + after.erases[..., -1, :, None] * recalled
-  begin = D
-  if packed is not None:
-    begin = jnp.where(packed.carried[..., -1:, None], D, fresh)
-  Ut = jnp.swapaxes(U, -1, -2)
-  W_end = after.base[..., -1, None, None] * begin - _matmul(Ut, terms)
-  S_end = None
-  if S is not None:
-    W_end = W_end + after.momentum[..., -1, None, None] * S
-    kept = jnp.exp(momentum[..., -1])
-    if packed is not None:
-      kept = jnp.where(packed.carried[..., -1], kept, 0.0)
-    steps = (momentum_decays[..., -1, :] * write)[..., None] * Delta
-    S_end = kept[..., None, None] * S - _matmul(Ut, steps)
-  W_end = W_end if R is None else W_end + R
-  return reads, W_end, S_end
+    gain = chunk.after if read == "after" else chunk.before
+    reads = chunk.read(Q, gain, recalled)
+  return reads, *chunk.end(recalled)
