@@ -18,26 +18,47 @@ VOCAB = 320
 
 
 class Case:
-  """One model, its perturbed parameters and its compiled functions."""
+  """One model, its perturbed parameters and its compiled functions.
+
+  Compiles are what the laws cost: `fresh` is always called with [T, T] tokens,
+  `call` with [2, T], [2, 13] or [2, 1].
+  """
 
   def __init__(self, name):
     self.model = MODELS[name]()
-    params = self.model.init(jax.random.key(0))
-    leaves, tree = jax.tree.flatten(params)
+    self.start = jax.tree.map(
+      lambda x: x.astype(float), self.model.init(jax.random.key(0))
+    )
+    leaves, tree = jax.tree.flatten(self.start)
     # A generic point: zeros and ones of the start would hide dead paths.
     leaves = [
-      x.astype(float) + 0.02 * jax.random.normal(jax.random.key(i), x.shape)
+      x + 0.02 * jax.random.normal(jax.random.key(i), x.shape)
       for i, x in enumerate(leaves)
     ]
     self.params = jax.tree.unflatten(tree, leaves)
-    self.whole = jax.jit(lambda p, tokens: self.model.apply(p, tokens)[0])
-    self.packed = jax.jit(
+    self._fresh = jax.jit(
       lambda p, tokens, ids: self.model.apply(p, tokens, segment_ids=ids)
     )
-    self.call = jax.jit(self.model.apply)
+    self._call = jax.jit(
+      lambda p, tokens, state, ids: self.model.apply(
+        p, tokens, state, segment_ids=ids
+      )
+    )
 
   def tokens(self, batch, seed=0):
     return np.random.default_rng(seed).integers(3, 259, (batch, T))
+
+  def fresh(self, params, tokens, ids=None):
+    """(logits, state, metrics) of rows from the start, at most T of them."""
+    ids = np.ones_like(tokens) if ids is None else ids
+    rest = [(0, T - len(tokens)), (0, 0)]
+    out = self._fresh(params, np.pad(tokens, rest), np.pad(ids, rest))
+    return out[0][: len(tokens)], out[1], out[2]
+
+  def call(self, tokens, state, ids=None):
+    """(logits, state) of two rows that go on from a state."""
+    ids = np.ones_like(tokens) if ids is None else ids
+    return self._call(self.params, tokens, state, ids)[:2]
 
 
 @functools.cache
@@ -81,8 +102,8 @@ def test_causality_and_reach(law):
   tokens = law.tokens(1).repeat(T, 0)
   moved = tokens.copy()
   moved[np.arange(T), np.arange(T)] += 1
-  before = np.asarray(law.whole(law.params, tokens))
-  after = np.asarray(law.whole(law.params, moved))
+  before = np.asarray(law.fresh(law.params, tokens)[0])
+  after = np.asarray(law.fresh(law.params, moved)[0])
   for s in range(T):
     assert (before[s, :s] == after[s, :s]).all(), s
     assert (before[s, s] != after[s, s]).any(), s
@@ -94,8 +115,8 @@ def test_isolation_of_rows(law):
   tokens = law.tokens(T)
   moved = tokens.copy()
   moved[0] = law.tokens(1, seed=1)[0]
-  before = np.asarray(law.whole(law.params, tokens))
-  after = np.asarray(law.whole(law.params, moved))
+  before = np.asarray(law.fresh(law.params, tokens)[0])
+  after = np.asarray(law.fresh(law.params, moved)[0])
   assert (before[1:] == after[1:]).all()
   assert (before[0] != after[0]).any()
 
@@ -104,37 +125,31 @@ def test_isolation_of_rows(law):
 def test_any_split_equals_one_call(law, cuts):
   tokens = law.tokens(2)
   state = law.model.init_state(law.params, 2, T)
-  logits, end, _ = law.call(law.params, tokens, state)
+  logits, end = law.call(tokens, state)
   parts = []
   for a, b in zip((0, *cuts), (*cuts, T)):
-    part, state, _ = law.call(law.params, tokens[:, a:b], state)
+    part, state = law.call(tokens[:, a:b], state)
     parts.append(part)
   close(np.concatenate(parts, 1), logits)
-  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9),
-               state, end)  # fmt: skip
-  alone = law.whole(law.params, law.tokens(T)[:, :])  # Already compiled.
-  close(logits, alone[:2])
+  same = lambda x, y: np.testing.assert_allclose(x, y, atol=1e-9)
+  jax.tree.map(same, state, end)
+  close(logits, law.fresh(law.params, tokens)[0])
 
 
 def test_rows_out_of_step(law):
   """Rows end at different tokens, and go on as if each were alone."""
-  tokens, lengths = law.tokens(2), (9, 13)
-  logits, _, _ = law.call(
-    law.params, tokens, law.model.init_state(law.params, 2, T)
-  )
+  tokens = law.tokens(2)
+  logits, _ = law.call(tokens, law.model.init_state(law.params, 2, T))
   state = law.model.init_state(law.params, 2, T)
   position = np.zeros(2, int)
-  for wanted in (lengths, (T - 9, T - 13)):
-    call = np.zeros((2, 17), int)
-    ids = np.zeros((2, 17), int)
-    for b in range(2):
-      part = tokens[b, position[b] : position[b] + wanted[b]]
-      call[b, : len(part)], ids[b, : len(part)] = part, 1
-    got, state, _ = law.call(law.params, call, state, segment_ids=ids)
-    for b in range(2):
-      end = position[b] + wanted[b]
-      close(got[b, : wanted[b]], logits[b, position[b] : end])
-      position[b] = end
+  for lengths in ((9, 13), (13, 2), (4, 11)):
+    call, ids = np.zeros((2, 2, 13), int)
+    for b, n in enumerate(lengths):
+      call[b, :n], ids[b, :n] = tokens[b, position[b] :][:n], 1
+    got, state = law.call(call, state, ids)
+    for b, n in enumerate(lengths):
+      close(got[b, :n], logits[b, position[b] :][:n])
+      position[b] += n
   assert (np.asarray(state.position_B) == T).all()
 
 
@@ -154,32 +169,30 @@ def packed_rows(law):
 def test_packed_documents_equal_the_same_alone(law):
   assert 16 % law.model.alignment == 0
   rows, ids, first, start = packed_rows(law)
-  logits, _, _ = law.packed(law.params, rows, ids)
+  logits, _, _ = law.fresh(law.params, rows, ids)
   close(logits[0, :first], logits[1, :first])
   close(logits[0, start:], logits[2, : T - start])
   moved = rows.copy()
   moved[0, :first] = law.tokens(1, seed=1)[0, :first]
-  again, _, _ = law.packed(law.params, moved, ids)
+  again, _, _ = law.fresh(law.params, moved, ids)
   assert (again[0, start:] == logits[0, start:]).all()
 
 
 def test_padding_changes_nothing_before_it(law):
   rows, ids, first, _ = packed_rows(law)
-  logits, state, metrics = law.packed(law.params, rows, ids)
-  unpadded = law.whole(law.params, rows[:1].repeat(T, 0))
+  logits, state, metrics = law.fresh(law.params, rows, ids)
+  unpadded, _, _ = law.fresh(law.params, rows[:1])
   close(logits[1, :first], unpadded[0, :first])
   rows[1:, 18:] = 77  # What stands in the padding is never seen.
-  again, other, counted = law.packed(law.params, rows, ids)
+  again, other, counted = law.fresh(law.params, rows, ids)
   assert (again[1, :first] == logits[1, :first]).all()
   same = lambda x, y: np.testing.assert_array_equal(x, y)
   jax.tree.map(same, (state, metrics), (other, counted))
 
 
-def test_untrained_loss_is_that_of_a_uniform_guess():
-  for name in MODELS:
-    model = MODELS[name]()
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, (2, 64)))
-    logits, _, _ = jax.jit(model.apply)(model.init(jax.random.key(0)), tokens)
-    targets = jnp.roll(tokens, -1, 1)[..., None]
-    loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, 2).mean()
-    np.testing.assert_allclose(loss, np.log(VOCAB), rtol=0.05)
+def test_untrained_loss_is_that_of_a_uniform_guess(law):
+  tokens = law.tokens(T)
+  logits, _, _ = law.fresh(law.start, tokens)
+  targets = jnp.roll(jnp.asarray(tokens), -1, 1)[..., None]
+  loss = -jnp.take_along_axis(jax.nn.log_softmax(logits), targets, 2).mean()
+  np.testing.assert_allclose(loss, np.log(VOCAB), rtol=0.05)
