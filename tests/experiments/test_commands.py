@@ -116,3 +116,8 @@ def test_lm_answers_mistakes(args, sentence, tmp_path):
 def test_list_configs_prints_names():
   got = run("lm", "--list_configs")
   assert got.returncode == 0 and "hope_1b3" in got.stdout.split()
+
+
+def test_bench_answers_an_unknown_suite():
+  got = run("bench", "--suite=memory")
+  assert got.returncode == 1 and "unknown suite 'memory'" in got.stderr
