@@ -86,7 +86,7 @@ def teacher() -> list[dict]:
   rng = np.random.default_rng(0)
   X = jnp.asarray(np.linalg.qr(rng.normal(size=(_C, _C)))[0])
   goal = jnp.asarray(rng.normal(size=(_C, _R)))
-  row = {"problem": "L2 loss with a teacher: |W| / |teacher|"}
+  row = {"problem": "L2 loss with a teacher: norm of W / norm of the teacher"}
   for name, decay in (("GD", 0.0), ("DGD", 1.0)):
 
     def loss(W, decay=decay):

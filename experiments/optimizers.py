@@ -232,8 +232,9 @@ def _run_toys(folder: pathlib.Path, smoke: bool) -> None:
 
 def main() -> int:
   """Runs the command; returns its exit status."""
-  folder = pathlib.Path(_FOLDER.value)
   smoke, full = _SMOKE.value, _FULL.value
+  # Never beside the real trials, which it would stand in for.
+  folder = pathlib.Path(_FOLDER.value) / ("smoke" if smoke else "")
   if smoke and full:
     raise ValueError("give --smoke or --full, not both")
   if _SUITE.value == "toys":

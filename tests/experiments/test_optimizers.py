@@ -1,0 +1,76 @@
+"""The optimizer comparison: it resumes, and its page shows what was run."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from experiments import _optimizer_lm as lm
+from experiments import _optimizer_toys as toys
+
+_ROOT = pathlib.Path(__file__).parents[2]
+
+
+def _command(*args):
+  env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)}
+  env.pop("XLA_FLAGS", None)
+  return subprocess.run(
+    [sys.executable, "-m", "experiments.optimizers", *args],
+    capture_output=True,
+    text=True,
+    cwd=_ROOT,
+    env=env,
+    timeout=300,
+  )
+
+
+def test_trials_are_not_run_twice(tmp_path):
+  page = tmp_path / "page.md"
+  args = ["--suite=lm", "--smoke", f"--folder={tmp_path}"]
+  first = _command(*args)
+  assert first.returncode == 0, first.stderr
+  trials = sorted((tmp_path / "smoke" / "lm").glob("*.json"))
+  assert len(trials) == 8  # Two arms at three rates, a second seed at the best.
+  lost = trials.pop()
+  before = json.loads(lost.read_text())
+  lost.unlink()
+  again = _command(*args, f"--table={page}")
+  assert again.returncode == 0, again.stderr
+  assert again.stdout.count(", seed ") == 1
+  after = json.loads(lost.read_text())
+  assert after["validation"] == before["validation"]
+  assert "| muon |" in page.read_text()
+
+
+def test_a_stream_of_topics_is_measured():
+  got = lm.run_topics("m3", 1e-2, 0.9, 0, 2, 16)
+  assert set(got) == {"online", "retention", "forgetting", "recovery"}
+  assert all(v == v for v in got.values()) and 2 < got["online"] < 6
+
+
+def test_the_decoder_has_the_stated_size():
+  shapes = jax.eval_shape(lm.init, jax.random.key(0))
+  assert sum(x.size for x in jax.tree.leaves(shapes)) == 459_392
+
+
+def test_an_unwanted_pair_of_flags():
+  done = _command("--smoke", "--full")
+  assert done.returncode == 1
+  assert "not both" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_toys_show_the_known_verdicts():
+  alone, one, many, *_ = toys.recall()
+  assert alone["GD"] < 1e-5 and alone["DGD"] < 1e-5
+  assert one["DGD"] < one["GD"] and many["DGD"] < one["DGD"] < many["GD"]
+  (key,) = toys.overwrite()
+  assert key["DGD"] < 1e-5 < 1 < key["GD"]
+  (half,) = toys.teacher()
+  assert half["GD"] == pytest.approx(1, abs=1e-4)
+  assert half["DGD"] == pytest.approx(0.5, abs=1e-4)
+  slow, edge, beyond = toys.stability()
+  assert slow["DGD"] < 1e-3 and edge["DGD"] < 1 < 1e3 < beyond["DGD"]
