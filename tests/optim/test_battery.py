@@ -123,8 +123,9 @@ def test_complex_leaves(name):
   tx = ALL[name]
   p = params(jnp.complex64)
   state = tx.init(p)
+  step = jax.jit(lambda g, s, p: _step(tx, g, s, p))
   for t in range(2):
-    p, state, updates = _step(tx, params(jnp.complex64, t + 1), state, p)
+    p, state, updates = step(params(jnp.complex64, t + 1), state, p)
   assert all(x.dtype == jnp.complex64 for x in jax.tree.leaves(updates))
   assert all(jnp.isfinite(x).all() for x in jax.tree.leaves(p))
   assert any(jnp.abs(x.imag).max() > 0 for x in jax.tree.leaves(updates))

@@ -240,9 +240,10 @@ def test_14_inner_gradient_is_that_of_the_stated_loss(
   act = {"silu": jax.nn.silu, "gelu": jax.nn.gelu, "tanh": jnp.tanh}[activation]
   rms = lambda x: x / jnp.sqrt(jnp.mean(x**2))
   state = tx.init(_tree(0))
+  update = jax.jit(tx.update)
   for t in (1, 2, 3):
     old = state.memory["w"]
-    _, state = tx.update(_tree(t), state)
+    _, state = update(_tree(t), state)
   u = rms(_tree(3)["w"])
   v = rms(sum(0.9 ** (3 - t) * _tree(t)["w"] for t in (1, 2, 3)))
 
@@ -262,9 +263,10 @@ def test_14_a_stacked_memory_is_one_memory_a_layer():
   layer = tx.init({"stack": _tree(0)["stack"][1]})
   weights = jax.tree.map(lambda w: w[1], state.memory["stack"])
   layer = layer._replace(memory={"stack": weights})
+  update = jax.jit(tx.update)
   for t in range(1, 6):
-    u, state = tx.update(_tree(t), state)
-    v, layer = tx.update({"stack": _tree(t)["stack"][1]}, layer)
+    u, state = update(_tree(t), state)
+    v, layer = update({"stack": _tree(t)["stack"][1]}, layer)
   _close(u["stack"][1], v["stack"])
 
 
