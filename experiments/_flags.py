@@ -19,6 +19,18 @@ from ml_collections import config_dict, config_flags
 
 _FOLDER = pathlib.Path(__file__).parent / "configs"
 _OVERRIDE = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
+# What a config file with a mistake in it raises.
+_FILE_ERRORS = (
+  ArithmeticError,
+  AssertionError,
+  AttributeError,
+  ImportError,
+  LookupError,
+  NameError,
+  OSError,
+  SyntaxError,
+  TypeError,
+)
 _CHOICE = re.compile(r"--?config(=(?P<value>.*))?$")
 
 
@@ -44,10 +56,12 @@ def load_config(value: str) -> config_dict.ConfigDict:
     )
   if not path.is_file():
     raise ValueError(f"no config file {name!r}")
-  module = _run_file(path)
-  if not hasattr(module, "get_config"):
-    raise ValueError(f"{path} defines no get_config(arg='')")
-  config = module.get_config(*([arg] if colon else []))
+  config = _run_file(path, [arg] if colon else [])
+  if not isinstance(config, config_dict.ConfigDict):
+    raise ValueError(
+      f"{path}: get_config(arg='') must return a ConfigDict, got "
+      f"{type(config).__name__}"
+    )
   return config.lock()
 
 
@@ -166,28 +180,28 @@ def _did_you_mean(name: str, known: Iterable[str]) -> str:
   return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
-def _run_file(path: pathlib.Path) -> object:
-  """The module of a config file, whose own errors become one sentence."""
+def _run_file(path: pathlib.Path, args: Sequence[str]) -> object:
+  """What get_config of a file returns; the file's errors become a sentence."""
   spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except (
-    ImportError,
-    NameError,
-    AttributeError,
-    KeyError,
-    TypeError,
-    ValueError,
-    SyntaxError,
-  ) as error:
-    line = getattr(error, "lineno", None)
-    if line is None:
-      frames = traceback.extract_tb(error.__traceback__)
-      ours = [frame for frame in frames if frame.filename == str(path)]
-      line = ours[-1].lineno if ours else 0
+    if not hasattr(module, "get_config"):
+      raise ValueError(f"{path} defines no get_config(arg='')")
+    return module.get_config(*args)
+  except ValueError:  # A builder's own sentence.
+    raise
+  except _FILE_ERRORS as error:
+    where = f"{path}:{_line_of(error, path)}"
     raise ValueError(
-      f"the config file does not run: {path}:{line}: "
-      f"{type(error).__name__}: {error}"
+      f"the config file does not run: {where}: {type(error).__name__}: {error}"
     ) from error
-  return module
+
+
+def _line_of(error: Exception, path: pathlib.Path) -> int:
+  """The line of a config file that an error came from."""
+  if isinstance(error, SyntaxError):
+    return error.lineno or 0
+  frames = traceback.extract_tb(error.__traceback__)
+  lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+  return lines[-1] if lines else 0

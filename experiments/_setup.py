@@ -128,7 +128,20 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
 
 
 def settings(config: ConfigDict) -> loop.Settings:
-  """What the loop does, and when."""
+  """What the loop does, and when.
+
+  Raises:
+    ValueError: a number out of range, or tasks, which nothing scores yet.
+  """
+  if config.eval.tasks:
+    raise ValueError(
+      "eval.tasks are not scored while training, got "
+      f"{config.eval.tasks}: leave them empty"
+    )
+  if config.eval.batches < 0:
+    raise ValueError(
+      f"eval.batches must be 0 (all) or more, got {config.eval.batches}"
+    )
   train = config.train
   return loop.Settings(
     steps=train.steps,

@@ -31,6 +31,7 @@ _CACHE = flags.DEFINE_string(
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
 )
+_SAMPLE = "sample.txt"
 _SAMPLE_TOKENS = 200
 
 
@@ -53,6 +54,7 @@ def main() -> int:
   settings, mesh = _setup.settings(config), _setup.mesh(config)
   dataset = _setup.dataset(config, net)
   workdir = _workdir()
+  _refuse_foreign_sample(workdir)
   cache = _CACHE.value or str(workdir / "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
@@ -90,6 +92,16 @@ def _workdir() -> pathlib.Path:
   workdir = pathlib.Path("runs") / name.replace(":", "_").replace(os.sep, "_")
   _main.say(f"no --workdir: this run lives in {workdir}")
   return workdir
+
+
+def _refuse_foreign_sample(workdir: pathlib.Path) -> None:
+  """The loop keeps its own files; sample.txt is this command's."""
+  if not (workdir / "config.json").exists():
+    if (workdir / _SAMPLE).exists():
+      raise ValueError(
+        f"{workdir} holds {_SAMPLE} but no run; give another --workdir or move "
+        "the file away"
+      )
 
 
 def _evaluation(
@@ -144,7 +156,7 @@ def _finish(
   text = prompt + "".join(
     _text.generate(net, params, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
-  (workdir / "sample.txt").write_text(text, encoding="utf-8")
+  (workdir / _SAMPLE).write_text(text, encoding="utf-8")
   logging.flush()
   print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)

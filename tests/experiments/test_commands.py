@@ -113,6 +113,17 @@ def test_lm_answers_mistakes(args, sentence, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_a_strangers_sample_is_not_written_over(tmp_path):
+  stranger = tmp_path / "sample.txt"
+  stranger.write_text("precious")
+  got = run("lm", "--config=hope_tiny:smoke", f"--workdir={tmp_path}")
+  assert got.returncode == 1
+  assert "sample.txt but no run" in got.stderr
+  assert "Traceback" not in got.stderr
+  assert [p.name for p in tmp_path.iterdir()] == ["sample.txt"]
+  assert stranger.read_text() == "precious"
+
+
 def test_list_configs_prints_names():
   got = run("lm", "--list_configs")
   assert got.returncode == 0 and "hope_1b3" in got.stdout.split()

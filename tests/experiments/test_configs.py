@@ -121,6 +121,8 @@ def test_mistakes_are_one_sentence(args, sentence):
   ("--config.optim.name=adam", "adamw"),
   ("--config.train.steps=0", "train.steps"),
   ("--config.mesh.tensor=3", "mesh"),
+  ("--config.eval.tasks=piqa", "eval.tasks"),
+  ("--config.eval.batches=-1", "eval.batches"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
   config = _setup.resolve(parse("--config=hope_tiny", change))
@@ -130,3 +132,22 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
     _setup.settings(config)
     _setup.mesh(config)
     _setup.dataset(config, net)
+
+
+@pytest.mark.parametrize("body,sentence", [
+  ("def get_config(arg=''):\n  return 1 / 0\n", ":2: ZeroDivisionError"),
+  ("def get_config(arg=''):\n  return {}\n", "must return a ConfigDict"),
+  ("def get_config(:\n", ":1: SyntaxError"),
+  ("import nowhere\n", ":1: ModuleNotFoundError"),
+  ("x = 1\n", "defines no get_config"),
+])  # fmt: skip
+def test_a_broken_config_file_is_one_sentence(body, sentence, tmp_path):
+  path = tmp_path / "mine.py"
+  path.write_text(body)
+  text = mistake(f"--config={path}")
+  assert sentence in text and "\n" not in text
+
+
+def test_a_config_is_found_by_path():
+  path = _flags._FOLDER / "hope_tiny.py"
+  assert parse(f"--config={path}:smoke") == parse("--config=hope_tiny:smoke")
