@@ -286,7 +286,7 @@ def read_config(workdir: str) -> dict[str, Any]:
       f"no run in {workdir}: {path.name} is missing; give the --workdir of a "
       "run of `python -m experiments.lm`"
     )
-  return files.read_json(path)["config"]
+  return files.read_about(path.parent)["config"]
 
 
 def load_params(

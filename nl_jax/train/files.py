@@ -57,6 +57,22 @@ def read_json(path: pathlib.Path) -> Any:
     ) from error
 
 
+def read_about(workdir: pathlib.Path) -> dict[str, Any]:
+  """The config and fingerprint that a run left in its workdir.
+
+  Raises:
+    ValueError: its config file is no run's.
+  """
+  path = workdir / CONFIG
+  about = read_json(path)
+  if not isinstance(about, dict) or not {"config", "fingerprint"} <= {*about}:
+    raise ValueError(
+      f"{path} is not the {CONFIG} of a run; give another --workdir or move "
+      "it away"
+    )
+  return about
+
+
 def claim(
   workdir: pathlib.Path,
   config: Mapping[str, Any],
@@ -91,7 +107,7 @@ def claim(
         "be this run's; give another --workdir or move it away"
       )
   else:
-    before = read_json(path)
+    before = read_about(workdir)
     _check_same(workdir, before, about, allow_config_change)
     if before["config"] == config:
       return

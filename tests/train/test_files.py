@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nl_jax.train import files
+from nl_jax.train import checkpoint, files
 from tests.train import stub
 
 CONFIG = {
@@ -105,3 +105,12 @@ def test_replaced_file_leaves_nothing_beside_it(tmp_path):
   files.write_json(tmp_path / "a.json", {"x": 2})
   assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
   assert json.loads((tmp_path / "a.json").read_text()) == {"x": 2}
+
+
+def test_a_config_file_of_something_else_is_told(tmp_path):
+  (tmp_path / "config.json").write_text('{"a": 1}')
+  with pytest.raises(ValueError, match="is not the config.json of a run"):
+    files.claim(tmp_path, {}, "")
+  with pytest.raises(ValueError, match="is not the config.json of a run"):
+    checkpoint.read_config(str(tmp_path))
+  assert (tmp_path / "config.json").read_text() == '{"a": 1}'
