@@ -18,16 +18,21 @@ _TRAIN = [
   "ml_collections>=1.1.0",
   "absl-py>=2.1",
   "sentencepiece>=0.2.0",
+  "tokenizers>=0.21",  # Hugging Face's tokenizer.json.
+  "pyarrow>=18.0",  # Parquet.
+  "array_record>=0.8",
+  "safetensors>=0.4",  # A memory as a file; exported weights.
   "tensorboardX>=2.6",  # Writes events without TensorFlow.
   "rich>=13.0",
+  "matplotlib>=3.9",  # The page of a run.
 ]
 _DEV = [
   "pytest>=8.0",
   "pytest-xdist>=3.6",
   "ruff>=0.9",
   "jaxtyping>=0.3",
-  "matplotlib>=3.9",
 ]
+_HF = ["datasets>=3.0"]  # Folders of Hugging Face `save_to_disk`.
 
 _KERNELS = ["nl_jax.kernels"] + [
   f"nl_jax.kernels.{package}" for package in find_packages("kernels")
@@ -49,7 +54,7 @@ setup(
     "eval": [*_TRAIN, "seqio>=0.0.20"],  # Brings TensorFlow.
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
-    "export": ["safetensors>=0.4"],
-    "dev": [*_TRAIN, *_DEV, "safetensors>=0.4"],
+    "hf": [*_TRAIN, *_HF],
+    "dev": [*_TRAIN, *_DEV, *_HF],
   },
 )
