@@ -6,9 +6,11 @@ from typing import Any
 import jax
 
 from experiments import _setup
-from nl_jax import card
+from nl_jax import card, data
 from nl_jax.models import lm
 from nl_jax.train import optimizer
+
+_SHOWN = 60  # Characters of a row.
 
 
 def config_text(config: _setup.ConfigDict) -> str:
@@ -42,6 +44,17 @@ def parameter_table(net: lm.LanguageModel) -> str:
   total = sum(groups.values())
   lines += [f"{group}: {size:,}" for group, size in groups.items()]
   return "\n".join([*lines, f"total: {total:,} parameters"])
+
+
+def batch_text(dataset: data.Dataset) -> str:
+  """Shapes of the next training batch, and the start of its first row."""
+  place = dataset.train.get_state()
+  batch = next(dataset.train)
+  dataset.train.set_state(place)
+  shapes = ", ".join(f"{key} {list(x.shape)}" for key, x in batch.items())
+  first_T = batch["inputs"][0][batch["segment_ids"][0] > 0]
+  text = dataset.tokenizer.decode(first_T)[:_SHOWN]
+  return f"first batch: {shapes}; its first row reads {text!r}"
 
 
 def _group(name: str) -> str:

@@ -25,7 +25,7 @@ _DEBUG = flags.DEFINE_boolean(
 )
 _ROOT = pathlib.Path(__file__).parents[1]
 # What a room raises for a user's mistake, and what the system refuses.
-_MISTAKES = (ValueError, OSError, FloatingPointError)
+_MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 
 def run(main: Callable[[], int]) -> None:

@@ -152,5 +152,6 @@ def settings(config: ConfigDict) -> loop.Settings:
     max_skipped=train.max_skipped,
     checkpoint_every=config.checkpoint.every,
     keep=config.checkpoint.keep,
+    keep_period=config.checkpoint.keep_period,
     seed=train.seed,
   )

@@ -28,6 +28,12 @@ _ALLOW = flags.DEFINE_boolean(
 _CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder of compiled steps; default in the workdir."
 )
+_RESUME = flags.DEFINE_string(
+  "resume_from", "", "Workdir of another run to go on from, if this has none."
+)
+_INIT = flags.DEFINE_string(
+  "init_from", "", "Workdir of a run whose parameters to start from."
+)
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
 )
@@ -43,6 +49,8 @@ def main() -> int:
   from experiments import _describe, _setup
   from nl_jax.train import loop
 
+  if _RESUME.value and _INIT.value:
+    raise ValueError("--resume_from and --init_from are two ways; give one")
   config = _setup.resolve(flags.FLAGS.config)
   net = _setup.model(config)
   optimizer = _setup.make_optimizer(config, net)
@@ -59,6 +67,7 @@ def main() -> int:
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
   _main.say(f"data: {dataset.describe()}")
+  _main.say(_describe.batch_text(dataset))
   _main.say(f"mesh: {dict(mesh.shape)}; workdir: {workdir}")
   result = loop.train(
     model=net,
@@ -73,6 +82,8 @@ def main() -> int:
     mesh=mesh,
     evaluate=_evaluation(net, dataset, config.eval.batches, mesh),
     allow_config_change=_ALLOW.value,
+    resume_from=_RESUME.value,
+    init_from=_INIT.value,
   )
   if result.status == "interrupted":
     _main.say(f"stopped at step {result.step}; the same command goes on")

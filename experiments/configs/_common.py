@@ -140,6 +140,7 @@ def language_model(
         dict(
           every=_cadence(size, 10, 50, 1000),  # Steps; 0: only at the end.
           keep=3,  # Newest checkpoints that stay.
+          keep_period=0,  # Steps; its multiples stay too. 0: none does.
         )
       ),
       mesh=ConfigDict(

@@ -6,11 +6,12 @@ is not listed. A listed step that cannot be read is moved aside, and the one
 before it taken.
 """
 
+import contextlib
 import json
 import logging as std_logging
 import pathlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,8 @@ _ITEMS = ("state", "data", "meta")
 _DAMAGED = "damaged"
 # What orbax and tensorstore raise for files that are torn, gone or garbled.
 _DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError)
+# What they raise where the disk is full or gone.
+_REFUSED = (ValueError, OSError, jax.errors.JaxRuntimeError)
 
 
 class Restored(NamedTuple):
@@ -51,10 +54,11 @@ class LeavesMismatchError(ValueError):
 
 
 def _readable(record: std_logging.LogRecord) -> bool:
-  """False for orbax's reports of its own work, dozens of lines a save."""
-  return record.levelno >= std_logging.WARNING or (
-    "/orbax/" not in record.pathname
-  )
+  """False for orbax's reports of its own work, dozens of lines a save.
+
+  What a user must know of them is said here, or raised.
+  """
+  return "/orbax/" not in record.pathname
 
 
 def _hush_late_reads() -> None:
@@ -78,33 +82,71 @@ def _hush_late_reads() -> None:
 class Checkpoints:
   """The checkpoints of one run; a context manager that waits for writes."""
 
-  def __init__(self, workdir: pathlib.Path, *, keep: int = 3):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *,
+    keep: int = 3,
+    keep_period: int = 0,
+    read_only: bool = False,
+  ):
     """Opens the folder `checkpoints` of a workdir, made if missing.
 
     Args:
       workdir: of the run.
       keep: newest checkpoints that stay.
+      keep_period: those of its multiples stay too; 0: none does.
+      read_only: nothing is made, moved or removed.
     """
-    logging.get_absl_logger().addFilter(_readable)
+    logger = logging.get_absl_logger()
+    self._filters = _readable not in logger.filters
+    logger.addFilter(_readable)
     self._folder = workdir.resolve() / files.CHECKPOINTS
     self._aside = workdir.resolve() / _DAMAGED
+    self._begun, self._read_only = 0, read_only
     options = ocp.CheckpointManagerOptions(
       max_to_keep=keep,
-      create=True,
+      keep_period=keep_period or None,
+      create=not read_only,
       enable_async_checkpointing=True,
-      cleanup_tmp_directories=True,  # Left by a run killed while it saved.
+      # Left by a run killed while it saved.
+      cleanup_tmp_directories=not read_only,
+      read_only=read_only,
     )
-    self._manager = ocp.CheckpointManager(
-      self._folder, options=options, item_names=_ITEMS
-    )
+    with files.writing(self._folder):
+      self._manager = ocp.CheckpointManager(
+        self._folder, options=options, item_names=_ITEMS
+      )
 
   def __enter__(self) -> "Checkpoints":
     return self
 
-  def __exit__(self, *error: object) -> None:
-    # Leaving with a write in flight would lose it.
-    self._manager.close()
-    logging.get_absl_logger().removeFilter(_readable)
+  def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+    del error
+    try:
+      # Leaving with a write in flight would lose it.
+      with self._writing():
+        self._manager.close()
+    except files.StorageError:
+      # What ended the run has been told.
+      if kind is None:
+        raise
+    finally:
+      if self._filters:
+        logging.get_absl_logger().removeFilter(_readable)
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Errors of the writer, of the checkpoint begun last, as a sentence."""
+    try:
+      yield
+    except (StepMismatchError, files.StorageError):
+      raise
+    except _REFUSED as error:
+      full = "No space left on device"
+      reason = full if full in str(error) else _first_line(error)
+      path = self._folder / str(self._begun)
+      raise files.StorageError.of(path, reason) from error
 
   def save(
     self, step: int, state: Any, data: Any, meta: Mapping[str, Any]
@@ -119,6 +161,7 @@ class Checkpoints:
 
     Raises:
       StepMismatchError: there is a checkpoint of this step or a later one.
+      StorageError: this one or the last one cannot be written.
     """
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
@@ -126,10 +169,12 @@ class Checkpoints:
       meta=ocp.args.JsonSave({**meta, "leaves": describe_leaves(state)}),
     )
     latest = self._manager.latest_step()
-    # Forced: otherwise a save is dropped while the one before is written.
-    taken = (latest is None or step > latest) and self._manager.save(
-      step, args=args, force=True
-    )
+    with self._writing():
+      # Forced: otherwise a save is dropped while the one before is written.
+      taken = (latest is None or step > latest) and self._manager.save(
+        step, args=args, force=True
+      )
+      self._begun = step
     if not taken:
       raise StepMismatchError(
         f"{self._folder} did not take a checkpoint of step {step}: its latest "
@@ -137,12 +182,14 @@ class Checkpoints:
       )
 
   def check(self) -> None:
-    """Raises the error of a write in the background, if there was one."""
-    self._manager.check_for_errors()
+    """Raises the StorageError of a write in the background, if any."""
+    with self._writing():
+      self._manager.check_for_errors()
 
   def wait(self) -> None:
-    """Waits until what was saved is on disk."""
-    self._manager.wait_until_finished()
+    """Waits until what was saved is on disk; StorageError where it is not."""
+    with self._writing():
+      self._manager.wait_until_finished()
 
   def preempted(self, step: int) -> bool:
     """Whether some process was told to stop; the same answer on all."""
@@ -201,15 +248,17 @@ class Checkpoints:
     """Moves unreadable steps away: orbax takes no step before its latest."""
     if not damaged:
       return
+    where = "passed over" if self._read_only else f"moved to {self._aside}"
     for step, error in damaged.items():
       logging.warning(
-        "checkpoint of step %d cannot be read (%s); moved to %s, going on "
-        "from step %d",
+        "checkpoint of step %d cannot be read (%s); %s, going on from step %d",
         step,
         _first_line(error),
-        self._aside,
+        where,
         good,
       )
+    if self._read_only:
+      return
     if jax.process_index() == 0:
       self._aside.mkdir(exist_ok=True)
       for step in damaged:
@@ -289,6 +338,34 @@ def read_config(workdir: str) -> dict[str, Any]:
   return files.read_about(path.parent)["config"]
 
 
+def read_newest(workdir: str, like: Any) -> Restored:
+  """The newest checkpoint of another run that can be read.
+
+  Nothing in the workdir is changed.
+
+  Args:
+    workdir: of the run.
+    like: as in `Checkpoints.restore`.
+
+  Raises:
+    ValueError: no checkpoint there that can be read.
+    LeavesMismatchError: it is of another model or optimizer.
+  """
+  if latest_step(workdir) is None:
+    raise _no_checkpoint(workdir)
+  with Checkpoints(pathlib.Path(workdir), read_only=True) as saver:
+    restored = saver.restore(like)
+  if restored is None:
+    raise _no_checkpoint(workdir)
+  return restored
+
+
+def _no_checkpoint(workdir: str) -> ValueError:
+  return ValueError(
+    f"no checkpoint in {workdir}: train first, or give another workdir"
+  )
+
+
 def load_params(
   workdir: str,
   model: Any,
@@ -315,9 +392,7 @@ def load_params(
   folder = pathlib.Path(workdir).resolve()
   steps = _listed(folder)
   if not steps:
-    raise ValueError(
-      f"no checkpoint in {workdir}: train first, or give another --workdir"
-    )
+    raise _no_checkpoint(workdir)
   if step is not None and step not in steps:
     raise ValueError(
       f"no checkpoint of step {step} in {workdir}; there are {steps}"

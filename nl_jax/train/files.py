@@ -28,14 +28,53 @@ FREE = (
 _MISSING = "nothing"
 
 
+class StorageError(OSError):
+  """A file of the run cannot be written; the message says which and why."""
+
+  @classmethod
+  def of(cls, path: pathlib.Path, reason: object) -> "StorageError":
+    """The sentence about a path."""
+    return cls(
+      f"{path} cannot be written: {reason}; free space or mend the "
+      "permissions, and start the same command again: it goes on from the "
+      "newest checkpoint"
+    )
+
+
+@contextlib.contextmanager
+def writing(path: pathlib.Path) -> Iterator[None]:
+  """What the system says of a path becomes a `StorageError`."""
+  try:
+    yield
+  except StorageError:
+    raise
+  except OSError as error:
+    raise StorageError.of(path, error.strerror or error) from error
+
+
+def make_workdir(workdir: pathlib.Path) -> None:
+  """Makes the folder of a run.
+
+  Raises:
+    StorageError: a file is in the way, or the system refuses.
+  """
+  with writing(workdir):
+    workdir.mkdir(parents=True, exist_ok=True)
+
+
 def replace(path: pathlib.Path, text: str) -> None:
-  """Writes a file; killed at any moment, it is the old or the new one."""
+  """Writes a file; killed at any moment, it is the old or the new one.
+
+  Raises:
+    StorageError: the system refuses.
+  """
   temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  with writing(path):
+    with temporary.open("w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -91,7 +130,7 @@ def claim(
   Raises:
     ValueError: the workdir holds another run; the differing keys are listed.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
+  make_workdir(workdir)
   path = workdir / CONFIG
   config = json.loads(json.dumps(config))
   about = {"config": config, "fingerprint": fingerprint}
@@ -159,8 +198,10 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   Raises:
     ValueError: another process trains there.
   """
-  workdir.mkdir(parents=True, exist_ok=True)
-  with (workdir / _LOCK).open("w", encoding="utf-8") as file:
+  make_workdir(workdir)
+  with contextlib.ExitStack() as stack:
+    with writing(workdir / _LOCK):
+      file = stack.enter_context((workdir / _LOCK).open("w", encoding="utf-8"))
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

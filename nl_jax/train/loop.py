@@ -45,6 +45,7 @@ class Settings:
     checkpoint_every: a checkpoint every so many steps and at the end; 0: at
       the end.
     keep: newest checkpoints that stay.
+    keep_period: checkpoints at multiples of it stay too; 0: none does.
     seed: of the initial parameters.
   """
 
@@ -56,6 +57,7 @@ class Settings:
   max_skipped: int = 100
   checkpoint_every: int = 0
   keep: int = 3
+  keep_period: int = 0
   seed: int = 0
 
   def __post_init__(self):
@@ -67,6 +69,7 @@ class Settings:
       "train.max_skipped": (self.max_skipped, 0),
       "checkpoint.every": (self.checkpoint_every, 0),
       "checkpoint.keep": (self.keep, 1),
+      "checkpoint.keep_period": (self.keep_period, 0),
       "train.seed": (self.seed, 0),
     }
     for key, (value, bound) in least.items():
@@ -110,6 +113,10 @@ class NonFiniteError(FloatingPointError):
   """A loss or gradient that is not finite; the message names the report."""
 
 
+class OutOfMemoryError(MemoryError):
+  """The devices have too little memory; the message says what to lower."""
+
+
 class _Pending(NamedTuple):
   """A dispatched step whose metrics nobody has looked at.
 
@@ -140,9 +147,14 @@ def train(
   mesh: jax.sharding.Mesh | None = None,
   evaluate: Evaluate | None = None,
   allow_config_change: bool = False,
+  resume_from: str = "",
+  init_from: str = "",
   flops_per_token: float = 0.0,
 ) -> Result:
-  """Trains a model, from the newest checkpoint of the workdir if there is one.
+  """Trains a model.
+
+  It starts from the first of these that there is: the newest checkpoint of the
+  workdir, that of `resume_from`, the parameters of `init_from`, the seed.
 
   Args:
     model: `init(key) -> params` and `apply(params, tokens, segment_ids=) ->
@@ -162,6 +174,10 @@ def train(
     evaluate: (params, step) -> {"eval/<set>/<metric>": value}; all processes
       call it.
     allow_config_change: go on with a config that differs from the workdir's.
+    resume_from: workdir of another run of the same model, optimizer and data,
+      to go on from its newest checkpoint; nothing there is changed.
+    init_from: workdir of a run of the same model, to start from its
+      parameters.
     flops_per_token: of a training step, for MFU; 0: not shown.
 
   Returns:
@@ -171,6 +187,8 @@ def train(
     ValueError: settings, batch or mesh do not fit, or the workdir is of another
       run.
     NonFiniteError: by the NaN policy; a report is in the workdir.
+    StorageError: a file of the run cannot be written.
+    OutOfMemoryError: of the devices.
   """
   mesh = sharding.mesh() if mesh is None else mesh
   sharding.check_batch(mesh, batch_size, sequence_length, settings.accumulate)
@@ -184,7 +202,9 @@ def train(
         folder, config, fingerprint, allow_config_change=allow_config_change
       )
     _barrier("workdir claimed")
-    saver = checkpoint.Checkpoints(folder, keep=settings.keep)
+    saver = checkpoint.Checkpoints(
+      folder, keep=settings.keep, keep_period=settings.keep_period
+    )
     stack.enter_context(saver)
     about = {
       "config": config,
@@ -194,8 +214,9 @@ def train(
       **environment.describe(),
     }
     run = _Run(model, data, evaluate, settings, folder, saver, mesh, about)
-    state = run.restore(like, optimizer.tx)
+    state = run.restore(like, optimizer.tx, resume_from, init_from)
     stack.enter_context(run.open(batch_size * sequence_length, flops_per_token))
+    stack.enter_context(_memory_told())
     step = run.compile(optimizer, like, batch_size, sequence_length)
     result = run.loop(step, state)
     saver.wait()
@@ -225,24 +246,60 @@ class _Run:
     self.skipped = 0
     self.pending: _Pending | None = None
 
-  def restore(self, like: state_lib.State, tx: Any) -> state_lib.State:
+  def restore(
+    self,
+    like: state_lib.State,
+    tx: Any,
+    resume_from: str,
+    init_from: str,
+  ) -> state_lib.State:
     """The state to go on from, and everything else set to the same step."""
-    restored = self.saver.restore(like)
+    restored, origin = self.saver.restore(like), self.folder
+    if restored is not None:
+      self.saved = restored.step
+    elif resume_from:
+      restored = checkpoint.read_newest(resume_from, like)
+      origin = resume_from
+      self._check_origin(resume_from, restored)
     if restored is None:
-      logging.info("starting from scratch in %s", self.folder)
-      self.timer = timer_lib.Timer()
-      return state_lib.create(self.model, tx, like, seed=self.settings.seed)
-    logging.info("going on from step %d in %s", restored.step, self.folder)
+      return self._create(like, tx, init_from)
+    logging.info("going on from step %d in %s", restored.step, origin)
     if restored.step > self.settings.steps:
       raise ValueError(
-        f"{self.folder} is at step {restored.step}, beyond train.steps="
+        f"{origin} is at step {restored.step}, beyond train.steps="
         f"{self.settings.steps}; raise train.steps or give another --workdir"
       )
-    self.start = self.saved = restored.step
+    self.start = restored.step
     self.skipped = int(restored.state["skipped"])
     self.data.set_state(restored.data)
     self.timer = timer_lib.Timer(restored.meta["train_seconds"])
     return restored.state
+
+  def _create(
+    self, like: state_lib.State, tx: Any, init_from: str
+  ) -> state_lib.State:
+    """The state of a run at its beginning."""
+    self.timer = timer_lib.Timer()
+    params, origin = None, "scratch"
+    if init_from:
+      params, step = checkpoint.load_params(
+        init_from, self.model, mesh=self.mesh
+      )
+      origin = f"the parameters of step {step} in {init_from}"
+    logging.info("starting from %s in %s", origin, self.folder)
+    return state_lib.create(
+      self.model, tx, like, seed=self.settings.seed, params=params
+    )
+
+  def _check_origin(self, folder: str, restored: checkpoint.Restored) -> None:
+    """Raises ValueError where a place in the data would mean another one."""
+    for key, what in (("fingerprint", "data"), ("batch_size", "batch size")):
+      before, now = restored.meta[key], self.about[key]
+      if before != now:
+        raise ValueError(
+          f"{folder} was trained with another {what} ({str(before)[:12]}, now "
+          f"{str(now)[:12]}); use --init_from to start from its parameters"
+        )
 
   @contextlib.contextmanager
   def open(self, tokens_per_step: int, flops: float) -> Iterator[None]:
@@ -257,6 +314,7 @@ class _Run:
         enabled=jax.process_index() == 0,
       ) as self.writer,
       progress.Display(self.start, steps) as self.display,
+      progress.Heartbeat(self.display.say) as self.heart,
       # Several processes: jax.distributed watches for SIGTERM.
       stop_lib.listen(terminate=jax.process_count() == 1) as self.stop,
     ):
@@ -287,6 +345,7 @@ class _Run:
     if self.start == settings.steps:
       return step
     begin = time.monotonic()
+    self.heart.beat("compiling the training step")
     compiled = step_lib.compiled(
       step, like, self.mesh, batch_size, sequence_length
     )
@@ -317,10 +376,12 @@ class _Run:
         if status:
           return Result(status, i, state, dict(self.writer.last))
         # 3. Draw a batch.
+        self.heart.beat(f"waiting for the data of step {i + 1}")
         with self.timer.wait():
           rows = next(self.data)
         batch = self._to_devices(rows)
         # 4. Dispatch the step; nothing here waits for the device.
+        self.heart.beat(f"computing step {i + 1}")
         with jax.profiler.StepTraceAnnotation("train", step_num=i):
           state, metrics = step(state, batch)
         # 5. Handle the step before, while the device is busy with this one.
@@ -397,6 +458,7 @@ class _Run:
   def _evaluate(self, state: state_lib.State, step: int) -> None:
     if self.evaluate is None:
       return
+    self.heart.beat(f"evaluating step {step}")
     with self.timer.pause(), jax.transfer_guard("allow"):
       values = self.evaluate(state["params"], step)
     self.writer.write(step, values)
@@ -404,6 +466,7 @@ class _Run:
     self.display.say(f"step {step}/{self.settings.steps} {shown}")
 
   def _save(self, state: state_lib.State, step: int) -> None:
+    self.heart.beat(f"saving step {step}")
     with self.timer.pause(), jax.transfer_guard("allow"):
       begin = time.monotonic()
       # Lines up to this step must be there when the checkpoint is.
@@ -435,3 +498,19 @@ class _Run:
 def _barrier(name: str) -> None:
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+  """Turns XLA's report of too little memory into what to do about it."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    first = str(error).strip().splitlines()[0][:160]
+    raise OutOfMemoryError(
+      f"the devices have too little memory ({first}); in this order: raise "
+      "train.accumulate or lower data.batch_size, set train.remat=layer, "
+      "raise mesh.fsdp, lower the chunk or raise remat_group of model.memory"
+    ) from error

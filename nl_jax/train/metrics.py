@@ -13,7 +13,8 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-import tensorboardX
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
 from nl_jax.train import files
 
@@ -49,24 +50,34 @@ class Writer:
     self._enabled = enabled
     if not enabled:
       return
-    path = workdir / FILE
-    for line in cut_back(path, -1 if step is None else step):
+    self._path = workdir / FILE
+    for line in cut_back(self._path, -1 if step is None else step):
       self._remember(line)
-    self._file = path.open("a", encoding="utf-8")
-    # Events of steps from there on are not shown any more.
-    self._events = tensorboardX.SummaryWriter(
-      str(workdir / EVENTS),
-      purge_step=0 if step is None else step + 1,
-      filename_suffix=f".{step or 0}",  # Names count in seconds.
-    )
+    with files.writing(self._path):
+      (workdir / EVENTS).mkdir(exist_ok=True)
+      self._file = self._path.open("a", encoding="utf-8")
+      # Not SummaryWriter: a disk that is full ends its thread, and the run
+      # would wait for it for ever.
+      self._events = event_file_writer.EventsWriter(
+        str(workdir / EVENTS / "events"),
+        f".{step or 0}",  # Names count in seconds.
+      )
+      # Events of steps from there on are not shown any more.
+      log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+      begin = 0 if step is None else step + 1
+      self._add(event_pb2.Event(step=begin, session_log=log))
 
   def __enter__(self) -> "Writer":
     return self
 
   def __exit__(self, *error: object) -> None:
-    if self._enabled:
-      self._file.close()
-      self._events.close()
+    if not self._enabled:
+      return
+    with files.writing(self._path):
+      try:
+        self._file.close()
+      finally:
+        self._events.close()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Adds a line.
@@ -74,6 +85,9 @@ class Writer:
     Args:
       step: updates made so far.
       values: by name.
+
+    Raises:
+      StorageError: the disk is full, or gone.
     """
     tokens = step * self._tokens_per_step
     line = {"step": step, "tokens": tokens, "wall_time": round(time.time(), 3)}
@@ -81,16 +95,23 @@ class Writer:
     self._remember(line)
     if not self._enabled:
       return
-    self._file.write(json.dumps(line) + "\n")
-    self._file.flush()
-    for name, value in values.items():
-      self._events.add_scalar(name, value, step)
+    with files.writing(self._path):
+      self._file.write(json.dumps(line) + "\n")
+      self._file.flush()
+      for name, value in values.items():
+        scalar = summary.scalar(name, value)
+        self._add(event_pb2.Event(step=step, summary=scalar))
 
   def sync(self) -> None:
     """Waits until the lines are on disk: before a checkpoint of their step."""
     if self._enabled:
-      os.fsync(self._file.fileno())
-      self._events.flush()
+      with files.writing(self._path):
+        os.fsync(self._file.fileno())
+        self._events.flush()
+
+  def _add(self, event: event_pb2.Event) -> None:
+    event.wall_time = time.time()
+    self._events.write_event(event)
 
   def _remember(self, line: Mapping[str, Any]) -> None:
     header = ("step", "tokens", "wall_time")

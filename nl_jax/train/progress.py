@@ -4,8 +4,11 @@ step 1200/50000 loss 3.214 lr 6.0e-04 gnorm 0.80 tok/s 412k (12.9k/dev)
 MFU 41% 0.64 s/step data 2% ETA 8h12m
 """
 
+import resource
 import sys
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Callable, Mapping
 
 import jax
 import rich.console
@@ -52,10 +55,17 @@ class Rates:
       "perf/step_seconds": seconds,
       "perf/data_wait": interval.waiting / interval.seconds,
       "perf/eta_seconds": (self._steps - step) * seconds,
+      "perf/peak_memory_gib": _peak_memory() / 2**30,
     }
     if self._peak and self._flops:
       rates["perf/mfu"] = speed * self._flops / self._peak
     return rates
+
+
+def _peak_memory() -> int:
+  """Bytes that this process has held at most, on the host."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def line(step: int, steps: int, values: Mapping[str, float]) -> str:
@@ -146,3 +156,41 @@ class Display:
       self._bar.console.print(text, highlight=False, markup=False)
     else:
       logging.info("%s", text)
+
+
+class Heartbeat:
+  """Says what a run is at when nothing has moved for long; a context manager.
+
+  The first word comes after `patience` seconds, the next ones after twice as
+  long each.
+  """
+
+  def __init__(self, say: Callable[[str], None], patience: float = 60.0):
+    """Args: what shows a line, and seconds without a beat."""
+    self._say, self._patience = say, patience
+    self._beat = ("starting", time.monotonic())
+    self._ended = threading.Event()
+    self._thread = threading.Thread(target=self._watch, daemon=True)
+
+  def __enter__(self) -> "Heartbeat":
+    self._thread.start()
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    self._ended.set()
+    self._thread.join()
+
+  def beat(self, what: str) -> None:
+    """The run moves on to something else."""
+    self._beat = (what, time.monotonic())
+
+  def _watch(self) -> None:
+    told, limit = None, self._patience
+    while not self._ended.wait(self._patience / 4):
+      beat = self._beat
+      if beat is not told:
+        limit = self._patience
+      still = time.monotonic() - beat[1]
+      if still >= limit:
+        self._say(f"still {beat[0]}, for {duration(still)} now")
+        told, limit = beat, 2 * limit

@@ -55,7 +55,12 @@ def abstract(
 
 
 def create(
-  model: Any, tx: optax.GradientTransformation, like: State, *, seed: int
+  model: Any,
+  tx: optax.GradientTransformation,
+  like: State,
+  *,
+  seed: int,
+  params: Any = None,
 ) -> State:
   """Makes the state before the first step, sharded where it is made.
 
@@ -64,10 +69,10 @@ def create(
     tx: the optimizer.
     like: of `abstract`.
     seed: decides the parameters, whatever the mesh.
+    params: parameters to start from instead.
   """
 
-  def init(key: jax.Array) -> State:
-    params = model.init(key)
+  def begin(params: Any) -> State:
     zero = jnp.zeros((), jnp.int32)
     return {
       "params": params,
@@ -76,7 +81,10 @@ def create(
       "skipped": zero,
     }
 
-  return jax.jit(init, out_shardings=shardings(like))(jax.random.key(seed))
+  if params is not None:
+    return jax.jit(begin, out_shardings=shardings(like))(params)
+  draw = lambda key: begin(model.init(key))
+  return jax.jit(draw, out_shardings=shardings(like))(jax.random.key(seed))
 
 
 def shardings(like: State) -> State:
