@@ -98,9 +98,8 @@ class Checkpoints:
       keep_period: those of its multiples stay too; 0: none does.
       read_only: nothing is made, moved or removed.
     """
-    logger = logging.get_absl_logger()
-    self._filters = _readable not in logger.filters
-    logger.addFilter(_readable)
+    # For good: threads of a writer that failed report after it is closed.
+    logging.get_absl_logger().addFilter(_readable)
     self._folder = workdir.resolve() / files.CHECKPOINTS
     self._aside = workdir.resolve() / _DAMAGED
     self._begun, self._read_only = 0, read_only
@@ -131,9 +130,6 @@ class Checkpoints:
       # What ended the run has been told.
       if kind is None:
         raise
-    finally:
-      if self._filters:
-        logging.get_absl_logger().removeFilter(_readable)
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:

@@ -144,6 +144,8 @@ def run(
   evaluate: Any = None,
   fingerprint: str = "f",
   optim: dict | None = None,
+  resume_from: Any = "",
+  init_from: Any = "",
   **settings: Any,
 ) -> loop.Result:
   """Trains the stub; 10 steps, a line every other step."""
@@ -170,6 +172,8 @@ def run(
     fingerprint=fingerprint,
     mesh=mesh,
     evaluate=evaluate,
+    resume_from=str(resume_from),
+    init_from=str(init_from),
   )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import threading
 import time
 
 import pytest
@@ -140,3 +141,22 @@ def test_rates_of_an_interval():
   assert got["perf/eta_seconds"] == 20
   assert got["perf/data_wait"] == pytest.approx(0.1)
   assert rates.read(10, timer.Interval(0, 1.0, 0.0)) == {}
+
+
+def test_a_heartbeat_says_what_hangs_and_since_when():
+  said = threading.Event()
+  lines = []
+  say = lambda text: (lines.append(text), said.set())
+  with progress.Heartbeat(say, patience=0.02) as heart:
+    heart.beat("waiting for the data of step 7")
+    assert said.wait(10)
+  assert lines[0].startswith("still waiting for the data of step 7, for ")
+
+
+def test_a_heartbeat_is_silent_while_things_move():
+  lines = []
+  with progress.Heartbeat(lines.append, patience=5.0) as heart:
+    for i in range(20):
+      heart.beat(f"computing step {i}")
+      time.sleep(0.002)
+  assert not lines
