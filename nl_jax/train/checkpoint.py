@@ -54,19 +54,22 @@ class LeavesMismatchError(ValueError):
 
 
 def _readable(record: std_logging.LogRecord) -> bool:
-  """False for orbax's reports of its own work, dozens of lines a save.
+  """False for what orbax tells of its own work, dozens of lines a save.
 
-  What a user must know of them is said here, or raised.
+  What a user must know of it is said here, or raised.
   """
-  return "/orbax/" not in record.pathname
+  abandoned = "exception was never retrieved" in str(record.msg)
+  return "/orbax/" not in record.pathname and not abandoned
 
 
-def _hush_late_reads() -> None:
-  """Keeps the traces of abandoned reads off stderr.
+def _hush() -> None:
+  """Keeps the traces of abandoned reads and writes off stderr, for good.
 
-  When one array of a checkpoint cannot be read, orbax closes its event loop;
-  the reads of the others then fail to report to it, each with a traceback.
+  When one array of a checkpoint fails, orbax closes its event loop: the others
+  then fail to report to it, each with a traceback, even after it was closed.
   """
+  logging.get_absl_logger().addFilter(_readable)
+  std_logging.getLogger("asyncio").addFilter(_readable)
   before = sys.unraisablehook
   if getattr(before, "hushes_late_reads", False):
     return
@@ -98,8 +101,7 @@ class Checkpoints:
       keep_period: those of its multiples stay too; 0: none does.
       read_only: nothing is made, moved or removed.
     """
-    # For good: threads of a writer that failed report after it is closed.
-    logging.get_absl_logger().addFilter(_readable)
+    _hush()
     self._folder = workdir.resolve() / files.CHECKPOINTS
     self._aside = workdir.resolve() / _DAMAGED
     self._begun, self._read_only = 0, read_only
@@ -204,7 +206,6 @@ class Checkpoints:
       LeavesMismatchError: the checkpoint is of another model or optimizer.
       ValueError: there are checkpoints and none can be read.
     """
-    _hush_late_reads()
     damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
@@ -394,7 +395,7 @@ def load_params(
       f"no checkpoint of step {step} in {workdir}; there are {steps}"
     )
   like = _abstract_params(model, mesh)
-  _hush_late_reads()
+  _hush()
   candidates = [step] if step is not None else steps[::-1]
   error = None
   for candidate in candidates:
