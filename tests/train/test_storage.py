@@ -17,7 +17,7 @@ from nl_jax.train import checkpoint, files, loop, metrics
 from tests.train import stub
 
 ROOT = pathlib.Path(__file__).parents[2]
-COMMON = dict(log_every=500, checkpoint_every=4, steps=200)
+COMMON = dict(log_every=500, checkpoint_every=4, steps=24)
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_soon(tmp_path):
   assert full.returncode == 1, full.stderr
   assert "checkpoints/8 cannot be written" in full.stderr
   assert "Traceback" not in full.stderr
-  # Raised soon after the writer failed, not at the end of the run.
-  assert int(full.stdout.split()[-1]) < 100
+  # Raised by the next save at the latest, not at the end of the run.
+  assert int(full.stdout.split()[-1]) < 12
   assert checkpoint.latest_step(str(folder)) == 4
   mesh = sharding.mesh(devices=jax.devices()[:1])
   rest = stub.run(folder, mesh=mesh, **COMMON)
