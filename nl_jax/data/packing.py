@@ -9,12 +9,29 @@ the row, segments start at multiples of it only: memories reset at chunk edges
 """
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from nl_jax.data import errors, tokenizers
 
 Rows = dict[str, np.ndarray]  # {inputs, targets, weights, segment_ids} [N,T].
+
+
+class Table(Protocol):
+  """Rows that are not in memory.
+
+  Attributes:
+    sequence_length: T.
+  """
+
+  sequence_length: int
+
+  def __len__(self) -> int:
+    """Number of rows."""
+
+  def take(self, index_B: np.ndarray) -> Rows:
+    """Some rows, [B,T] each."""
 
 
 def tokenize(
@@ -47,26 +64,104 @@ def pack(
   Raises:
     ValueError: alignment does not divide sequence_length.
   """
-  check_lengths(sequence_length, alignment)
+  packer = Packer(sequence_length, alignment, pad_id)
+  return concatenate([packer.push(documents), packer.flush()])
+
+
+class Packer:
+  """Packs documents as they come; rows are those of `pack` over all.
+
+  Holds less than one row between two calls.
+  """
+
+  def __init__(self, sequence_length: int, alignment: int, pad_id: int):
+    """Args: as of `pack`."""
+    check_lengths(sequence_length, alignment)
+    self._length, self._alignment = sequence_length, alignment
+    self._pad_id = pad_id
+    self._seen = 0  # Documents: their numbers must grow from row to row.
+    self._rest = _Flat(*(np.zeros(0, np.int32),) * 3)
+
+  def push(self, documents: Sequence[np.ndarray]) -> Rows:
+    """The rows that are full with these documents."""
+    new = _lay(documents, self._alignment, self._pad_id, self._seen)
+    self._seen += len(documents)
+    flat = _Flat(*map(np.concatenate, zip(self._rest, new)))
+    full = len(flat.inputs) // self._length * self._length
+    self._rest = _Flat(*(x[full:].copy() for x in flat))
+    return self._rows(_Flat(*(x[:full] for x in flat)))
+
+  def flush(self) -> Rows:
+    """The last row, filled with padding; none where nothing is left."""
+    rest = self._rest
+    missing = -len(rest.inputs) % self._length
+    pad = lambda x, value: np.pad(x, (0, missing), constant_values=value)
+    self._rest = _Flat(*(x[:0] for x in rest))
+    return self._rows(
+      _Flat(
+        pad(rest.inputs, self._pad_id),
+        pad(rest.targets, self._pad_id),
+        pad(rest.owners, -1),
+      )
+    )
+
+  def _rows(self, flat: "_Flat") -> Rows:
+    in_rows = lambda x: x.reshape(-1, self._length)
+    segment_ids = _segments(in_rows(flat.owners))
+    return {
+      "inputs": in_rows(flat.inputs),
+      "targets": in_rows(flat.targets),
+      "weights": (segment_ids > 0).astype(np.float32),
+      "segment_ids": segment_ids,
+    }
+
+
+class _Flat(NamedTuple):
+  """Pairs laid end to end, [positions] each.
+
+  Attributes:
+    inputs, targets: int32 ids.
+    owners: int32 number of the document, -1 for padding.
+  """
+
+  inputs: np.ndarray
+  targets: np.ndarray
+  owners: np.ndarray
+
+
+def _lay(
+  documents: Sequence[np.ndarray], alignment: int, pad_id: int, first: int
+) -> _Flat:
+  """Documents end to end, each padded to the alignment."""
   lengths = np.asarray([len(d) - 1 for d in documents], np.int64)
   lengths = np.maximum(lengths, 0)
   ends = np.cumsum(-(-lengths // alignment) * alignment)
-  total = int(ends[-1]) if len(ends) else 0
-  size = -(-total // sequence_length) * sequence_length
-  inputs = np.full(size, pad_id, np.int32)
-  targets = np.full(size, pad_id, np.int32)
-  owners = np.full(size, -1, np.int32)  # Index of the document, -1: padding.
+  size = int(ends[-1]) if len(ends) else 0
+  flat = _Flat(*(np.full(size, x, np.int32) for x in (pad_id, pad_id, -1)))
   starts = np.concatenate([[0], ends[:-1]]).astype(np.int64)
   for index, document in enumerate(documents):
     place = slice(starts[index], starts[index] + lengths[index])
-    inputs[place] = document[:-1]
-    targets[place] = document[1:]
-    owners[place] = index
-  rows = {"inputs": inputs, "targets": targets}
-  rows = {key: x.reshape(-1, sequence_length) for key, x in rows.items()}
-  segment_ids = _segments(owners.reshape(-1, sequence_length))
-  weights = (segment_ids > 0).astype(np.float32)
-  return rows | {"weights": weights, "segment_ids": segment_ids}
+    flat.inputs[place] = document[:-1]
+    flat.targets[place] = document[1:]
+    flat.owners[place] = first + index
+  return flat
+
+
+def concatenate(parts: Sequence[Rows]) -> Rows:
+  """Rows of several packs, one behind the other."""
+  return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
+
+
+def count(rows: "Rows | Table") -> int:
+  """Number of rows."""
+  return len(rows["inputs"]) if isinstance(rows, dict) else len(rows)
+
+
+def take(rows: "Rows | Table", index_B: np.ndarray) -> Rows:
+  """A copy of some rows, [B,T] each."""
+  if isinstance(rows, dict):
+    return {key: x[index_B] for key, x in rows.items()}
+  return rows.take(index_B)
 
 
 def check_lengths(sequence_length: int, alignment: int) -> None:

@@ -1,0 +1,228 @@
+"""Documents in files: text, jsonl and parquet, read as a stream.
+
+A document has a name that does not depend on how the files are read: the
+file's path from the folder given, and its place there (bytes of jsonl, row of
+parquet). What is held out is decided by names, so that every reader agrees.
+"""
+
+import gzip
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+SUFFIXES = {
+  "text": (".txt",),
+  "jsonl": (".jsonl", ".jsonl.gz"),
+  "parquet": (".parquet",),
+}
+_GZIP = ".gz"
+
+
+class Document(NamedTuple):
+  """One document.
+
+  Attributes:
+    name: its file, and ":" and its place where a file has many.
+    text: what it says.
+  """
+
+  name: str
+  text: str
+
+
+class Files(NamedTuple):
+  """Files of one kind.
+
+  Attributes:
+    kind: a key of `SUFFIXES`.
+    folder: that names are relative to.
+    paths: of the files, sorted by name.
+  """
+
+  kind: str
+  folder: pathlib.Path
+  paths: tuple[pathlib.Path, ...]
+
+  def name(self, path: pathlib.Path) -> str:
+    """The path from the folder, with '/'."""
+    return path.relative_to(self.folder).as_posix()
+
+
+def find(path: str, kind: str) -> Files:
+  """A file, or those of a folder and its sub-folders.
+
+  Args:
+    path: a file of any name, or a folder with files of the kind.
+    kind: "text", "jsonl" or "parquet".
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: no path, or a folder without such files.
+  """
+  suffixes = SUFFIXES[kind]
+  shown = " or ".join(suffixes)
+  if not path:
+    what = "a UTF-8 text file" if kind == "text" else f"a {suffixes[0]} file"
+    raise ValueError(
+      f"data.source={kind} needs data.path: {what}, or a folder with {shown} "
+      "files"
+    )
+  where = pathlib.Path(path).expanduser()
+  if not where.exists():
+    raise FileNotFoundError(
+      f"nothing at data.path={path!r}; give a {kind} file, or a folder with "
+      f"{shown} files"
+    )
+  if not where.is_dir():
+    return Files(kind, where.parent, (where,))
+  found = [p for p in where.rglob("*") if p.name.endswith(suffixes)]
+  found = sorted(p for p in found if p.is_file())
+  if not found:
+    raise ValueError(
+      f"no {shown} file in the folder data.path={path!r}; give a folder with "
+      f"some, or one {kind} file of any name"
+    )
+  return Files(kind, where, tuple(found))
+
+
+def read(
+  files: Files,
+  path: pathlib.Path,
+  text_key: str = "text",
+  start: int = 0,
+  stop: int | None = None,
+) -> Iterator[Document]:
+  """The documents of a file, or of a part of it, in order.
+
+  Args:
+    files: that it is one of.
+    path: the file.
+    text_key: the field of jsonl, or the column of parquet, with the text.
+    start: first byte of jsonl or text, first row group of parquet.
+    stop: the byte or row group after the last; None: all.
+
+  Raises:
+    ValueError: not what the kind says; the sentence names the place.
+  """
+  name = files.name(path)
+  if files.kind == "text":
+    yield Document(name, _text(path, start, stop))
+  elif files.kind == "jsonl":
+    yield from _jsonl(path, name, text_key, start, stop)
+  else:
+    yield from _parquet(path, name, text_key, start, stop)
+
+
+def decode(content: bytes, path: pathlib.Path, offset: int = 0) -> str:
+  """UTF-8 bytes of a file as text.
+
+  Raises:
+    ValueError: they are not UTF-8; the sentence names the byte.
+  """
+  try:
+    return content.decode("utf-8")
+  except UnicodeDecodeError as error:
+    raise ValueError(
+      f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
+      f"{offset + error.start}; convert the file (iconv -t UTF-8) or leave it "
+      "out"
+    ) from None
+
+
+def compressed(path: pathlib.Path) -> bool:
+  """Whether a file can only be read from its beginning."""
+  return path.name.endswith(_GZIP)
+
+
+def _text(path: pathlib.Path, start: int, stop: int | None) -> str:
+  with path.open("rb") as file:
+    file.seek(start)
+    content = file.read(-1 if stop is None else stop - start)
+  return decode(content, path, start)
+
+
+def _jsonl(
+  path: pathlib.Path, name: str, key: str, start: int, stop: int | None
+) -> Iterator[Document]:
+  opened = gzip.open(path) if compressed(path) else path.open("rb")
+  offset = start
+  with opened as file:
+    file.seek(start)
+    for line in file:
+      if stop is not None and offset >= stop:
+        return
+      if line.strip():
+        text = _field(path, offset, line, key)
+        yield Document(f"{name}:{offset}", text)
+      offset += len(line)
+
+
+def _field(path: pathlib.Path, offset: int, line: bytes, key: str) -> str:
+  """The text of a line of jsonl."""
+  where = lambda: f"{path}, line {_line_number(path, offset)}"
+  try:
+    value = json.loads(decode(line, path, offset))
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{where()}: no JSON ({error})") from error
+  if not isinstance(value, dict) or key not in value:
+    has = ", ".join(value) if isinstance(value, dict) else "no object"
+    raise ValueError(
+      f"{where()}: no field {key!r} (it has: {has}); set data.text_key"
+    )
+  return _string(value[key], key, where)
+
+
+def _line_number(path: pathlib.Path, offset: int) -> int:
+  """Counted only for an error: a reader may start anywhere."""
+  with gzip.open(path) if compressed(path) else path.open("rb") as file:
+    return file.read(offset).count(b"\n") + 1
+
+
+def _string(value: Any, key: str, where: Any) -> str:
+  if not isinstance(value, str):
+    raise ValueError(
+      f"{where()}: {key!r} is {type(value).__name__}, expected text; set "
+      "data.text_key to the field with the text"
+    )
+  return value
+
+
+def row_groups(path: pathlib.Path, key: str) -> list[tuple[int, int]]:
+  """(rows, bytes) of each row group of a parquet file.
+
+  Raises:
+    ValueError: no parquet, or no such column.
+  """
+  metadata = _open_parquet(path, key).metadata
+  groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
+  return [(group.num_rows, group.total_byte_size) for group in groups]
+
+
+def _open_parquet(path: pathlib.Path, key: str) -> Any:
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    file = parquet.ParquetFile(path)
+  except pyarrow.ArrowInvalid as error:
+    raise ValueError(f"{path} is no parquet file ({error})") from error
+  if key not in file.schema_arrow.names:
+    raise ValueError(
+      f"{path} has no column {key!r} (it has: "
+      f"{', '.join(file.schema_arrow.names)}); set data.text_key"
+    )
+  return file
+
+
+def _parquet(
+  path: pathlib.Path, name: str, key: str, start: int, stop: int | None
+) -> Iterator[Document]:
+  file = _open_parquet(path, key)
+  groups = range(file.num_row_groups)[start:stop]
+  row = sum(file.metadata.row_group(i).num_rows for i in range(start))
+  for batch in file.iter_batches(row_groups=list(groups), columns=[key]):
+    for value in batch.column(0).to_pylist():
+      where = lambda row=row: f"{path}, row {row}"
+      yield Document(f"{name}:{row}", _string(value, key, where))
+      row += 1
