@@ -68,15 +68,11 @@ def dataset(config: ConfigDict, net: lm.LanguageModel) -> data.Dataset:
   Raises:
     ValueError, FileNotFoundError: what `data.load` raises.
   """
-  if config.data.source == "text" and not config.data.path:
-    raise ValueError(
-      "data.source='text' needs data.path: a UTF-8 file or a folder of .txt "
-      "files (--config.data.path=...); data.source=embedded needs no files"
-    )
   if not config.data.tokenizer:
     raise ValueError(
-      "data.tokenizer is empty: give 'bytes' or the path of a SentencePiece "
-      f"model of at most {config.model.vocab_size} pieces"
+      "data.tokenizer is empty: give 'bytes', or the path of a SentencePiece "
+      "model or a tokenizer.json, of at most model.vocab_size="
+      f"{config.model.vocab_size} ids"
     )
   return data.load(
     **config.data.to_dict(),

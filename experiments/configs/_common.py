@@ -164,9 +164,11 @@ def language_model(
 def _data(scale: Scale, source: str, tokenizer: str) -> ConfigDict:
   return ConfigDict(
     dict(
-      source=source,  # "embedded" (no files), "text" or "synthetic".
-      path="",  # Of source "text": a UTF-8 file or a folder of .txt files.
-      tokenizer=tokenizer,  # "bytes", or the path of a SentencePiece .model.
+      source=source,  # embedded, text, jsonl, parquet, prepared, mixture, ...
+      path="",  # File or folder of the source; of a mixture its parts.
+      text_key="text",  # Field or column with the text, where there are many.
+      # "bytes", or the path of a SentencePiece .model or a tokenizer.json.
+      tokenizer=tokenizer,
       sequence_length=scale.sequence_length,  # Tokens of a row.
       batch_size=scale.batch_size,  # Rows of a step, over all hosts.
       seed=0,  # Of the order of the rows.

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import pathlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from nl_jax.data import packing, sources, tokenizers
+from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
   import grain
 
+NAMES = (*sources.NAMES, "prepared", "mixture")
 _FORMAT = 1  # Raise it when the packer lays the same tokens out otherwise.
 
 
@@ -56,7 +58,7 @@ class Dataset:
   train: grain.DatasetIterator = dataclasses.field(repr=False)
   fingerprint: str
   counts: dict[str, Counts]
-  rows: dict[str, packing.Rows] = dataclasses.field(repr=False)
+  rows: dict[str, packing.Rows | packing.Table] = dataclasses.field(repr=False)
   batch_size: int
   process_index: int
   process_count: int
@@ -89,10 +91,27 @@ class Dataset:
     )
 
 
+class _Part(NamedTuple):
+  """One corpus of a data set.
+
+  Attributes:
+    source: its documents.
+    weight: its share of the rows drawn.
+    rows: of each split.
+    counts: of each split.
+  """
+
+  source: sources.Source
+  weight: float
+  rows: dict[str, packing.Rows | packing.Table]
+  counts: dict[str, Counts]
+
+
 def load(
   *,
   source: str,
   path: str = "",
+  text_key: str = "text",
   tokenizer: str = "bytes",
   sequence_length: int,
   batch_size: int,
@@ -105,9 +124,12 @@ def load(
   """Loads, tokenises and packs a source; the config group `data`.
 
   Args:
-    source: "embedded", "text" or "synthetic" (`sources.load`).
-    path: file or folder of source "text".
-    tokenizer: "bytes", or the path of a SentencePiece model.
+    source: one of `NAMES`: a source (`sources.load`), "prepared" (a folder of
+      experiments.prepare) or "mixture".
+    path: of the source; of "mixture" its parts with their weights:
+      "jsonl:web.jsonl=0.7,text:books=0.3".
+    text_key: field or column with the text.
+    tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
     sequence_length: tokens in a row, a multiple of alignment.
     batch_size: rows of a batch over all processes.
     seed: of the order, and of the documents of "synthetic".
@@ -126,42 +148,144 @@ def load(
   packing.check_lengths(sequence_length, alignment)
   pipeline.check_batch(batch_size, process_index, process_count)
   pipeline.check_seed(seed)
+  if source not in NAMES:
+    raise errors.unknown_name("data.source", source, NAMES)
   ids = tokenizers.load(tokenizer)
   if vocab_size is not None:
     tokenizers.check_vocabulary(ids, vocab_size)
-  text = sources.load(source, path, seed)
-  rows, counts = {}, {}
-  for split in sources.SPLITS:
-    rows[split], counts[split] = _pack(
-      text.documents(split), ids, sequence_length, alignment
+  open_part = lambda name, where, weight: _part(
+    name, where, weight, seed, text_key, ids, sequence_length, alignment
+  )
+  if source == "mixture":
+    parts = [open_part(*part) for part in parse_mixture(path)]
+  else:
+    parts = [open_part(source, path, 1.0)]
+  rows = {
+    split: packing.join([part.rows[split] for part in parts])
+    for split in sources.SPLITS
+  }
+  counts = {
+    split: Counts(*map(sum, zip(*(part.counts[split] for part in parts))))
+    for split in sources.SPLITS
+  }
+  for part in parts:
+    pipeline.check_rows(
+      part.rows["train"], batch_size, alignment, process_count
     )
-  pipeline.check_rows(rows["train"], batch_size, alignment, process_count)
   if not counts["validation"].rows:
     raise ValueError(
       f"the text held out of data.source={source!r} data.path={path!r} has no "
       "tokens; give more text"
     )
-  order = pipeline.order_sample(rows["train"], seed)
+  mix = pipeline.Mix(
+    tuple(packing.count(part.rows["train"]) for part in parts),
+    tuple(part.weight for part in parts),
+  )
   train = pipeline.batches(
     rows["train"],
     batch_size=batch_size,
     seed=seed,
+    mix=mix,
     process_index=process_index,
     process_count=process_count,
   )
-  parts = [_FORMAT, text.fingerprint, ids.fingerprint]
-  parts += [sequence_length, alignment, order]
+  whole = _whole(source, path, parts)
+  decides = [_FORMAT, whole.fingerprint, ids.fingerprint]
+  decides += [sequence_length, alignment, pipeline.order_sample(mix, seed)]
   return Dataset(
-    source=text,
+    source=whole,
     tokenizer=ids,
     train=train,
-    fingerprint=hashlib.sha256(json.dumps(parts).encode()).hexdigest(),
+    fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest(),
     counts=counts,
     rows=rows,
     batch_size=batch_size,
     process_index=process_index,
     process_count=process_count,
   )
+
+
+def parse_mixture(path: str) -> list[tuple[str, str, float]]:
+  """(source, path, weight) of each part of "source:path=weight,...".
+
+  Raises:
+    ValueError: not of that form, or a weight that is not positive.
+  """
+  parts = []
+  for text in path.split(","):
+    body, equals, weight = text.strip().rpartition("=")
+    name, _, where = body.partition(":")
+    known = [n for n in NAMES if n != "mixture"]
+    if equals and name not in known:
+      raise errors.unknown_name("source in data.path", name, known)
+    try:
+      parts.append((name, where, float(weight)))
+    except ValueError:
+      equals = ""
+    if not equals or not 0 < parts[-1][2] < float("inf"):
+      raise ValueError(
+        "data.source=mixture needs data.path=source:path=weight,... with "
+        f"weights above 0, as in jsonl:web.jsonl=0.7,text:books=0.3; got "
+        f"{text!r}"
+      )
+  return parts
+
+
+def _part(
+  name: str,
+  path: str,
+  weight: float,
+  seed: int,
+  text_key: str,
+  tokenizer: tokenizers.Tokenizer,
+  sequence_length: int,
+  alignment: int,
+) -> _Part:
+  if name == "prepared":
+    return _prepared(path, weight, tokenizer, sequence_length, alignment)
+  source = sources.load(name, path, seed, text_key)
+  rows, counts = {}, {}
+  for split in sources.SPLITS:
+    rows[split], counts[split] = _pack(
+      source.documents(split), tokenizer, sequence_length, alignment
+    )
+  return _Part(source, weight, rows, counts)
+
+
+def _prepared(
+  path: str,
+  weight: float,
+  tokenizer: tokenizers.Tokenizer,
+  sequence_length: int,
+  alignment: int,
+) -> _Part:
+  manifest = prepared.read_manifest(path)
+  prepared.check(
+    manifest,
+    sequence_length=sequence_length,
+    alignment=alignment,
+    tokenizer_fingerprint=tokenizer.fingerprint,
+  )
+  folder = pathlib.Path(path).expanduser()
+  tables = {s: prepared.Table(folder, s, manifest) for s in sources.SPLITS}
+  counts = {s: Counts(**manifest["counts"][s]) for s in sources.SPLITS}
+  fingerprint = prepared.manifest_hash(manifest)
+  opening = (manifest["opening"],)
+  source = sources.Source("prepared", path, fingerprint, (), opening)
+  return _Part(source, weight, tables, counts)
+
+
+def _whole(source: str, path: str, parts: list[_Part]) -> sources.Source:
+  """The source of all parts."""
+  if len(parts) == 1 and source != "mixture":
+    return parts[0].source
+  prints = [[part.source.fingerprint, part.weight] for part in parts]
+  fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
+  bodies = [
+    tuple(body for part in parts for body in part.source.documents(split))
+    for split in sources.SPLITS
+  ]
+  return sources.Source("mixture", path, fingerprint, *bodies)
 
 
 def _pack(

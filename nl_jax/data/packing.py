@@ -152,6 +152,48 @@ def concatenate(parts: Sequence[Rows]) -> Rows:
   return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
+def join(parts: Sequence["Rows | Table"]) -> "Rows | Table":
+  """One table of several, their rows one behind the other."""
+  if len(parts) == 1:
+    return parts[0]
+  if all(isinstance(part, dict) for part in parts):
+    return concatenate(parts)
+  return _Joined(parts)
+
+
+class _Joined:
+  """Tables one behind the other."""
+
+  def __init__(self, parts: Sequence["Rows | Table"]):
+    self._parts = parts
+    self._ends = np.cumsum([count(part) for part in parts])
+    self.sequence_length = width(parts[0])
+
+  def __len__(self) -> int:
+    return int(self._ends[-1])
+
+  def take(self, index_B: np.ndarray) -> Rows:
+    owner_B = np.searchsorted(self._ends, index_B, side="right")
+    taken = {}
+    for owner in np.unique(owner_B):
+      chosen_B = owner_B == owner
+      start = self._ends[owner - 1] if owner else 0
+      some = take(self._parts[owner], index_B[chosen_B] - start)
+      for key, x in some.items():
+        whole = taken.setdefault(
+          key, np.zeros((len(index_B), x.shape[1]), x.dtype)
+        )
+        whole[chosen_B] = x
+    return taken
+
+
+def width(rows: "Rows | Table") -> int:
+  """T."""
+  if isinstance(rows, dict):
+    return rows["inputs"].shape[1]
+  return rows.sequence_length
+
+
 def count(rows: "Rows | Table") -> int:
   """Number of rows."""
   return len(rows["inputs"]) if isinstance(rows, dict) else len(rows)

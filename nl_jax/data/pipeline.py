@@ -1,10 +1,13 @@
 """The pipeline: packed rows to batches, sharded by process, resumed in O(1).
 
-The order is a function of (seed, number of rows) alone: epochs of a seeded
-shuffle, batch k being rows k * batch_size and on. A process takes its slice of
-each batch, so the global batches are the same for any number of processes, and
-the whole state is one integer, the number of batches drawn.
+The order is a function of the seed and of the numbers of rows alone: epochs of
+a seeded shuffle, of each part of a mixture its own, batch k being rows k *
+batch_size and on. A process takes its slice of each batch, so the global
+batches are the same for any number of processes, and the whole state is one
+integer, the number of batches drawn.
 """
+
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -12,6 +15,20 @@ import numpy as np
 from nl_jax.data import errors, packing, sources, tokenizers
 
 Batch = dict[str, np.ndarray]  # {inputs, targets, weights, segment_ids} [B,T].
+_READERS = 4  # Threads that read rows from disk.
+_AHEAD = 4  # Batches that they read before they are asked for.
+
+
+class Mix(NamedTuple):
+  """Parts of a table, one behind the other, and how often each is drawn.
+
+  Attributes:
+    counts: rows of each part.
+    weights: shares of the rows drawn, up to a factor.
+  """
+
+  counts: tuple[int, ...]
+  weights: tuple[float, ...] = (1.0,)
 
 
 def make(
@@ -40,19 +57,21 @@ def make(
 
 
 def batches(
-  rows: packing.Rows,
+  rows: packing.Rows | packing.Table,
   *,
   batch_size: int,
   seed: int,
+  mix: Mix | None = None,
   process_index: int = 0,
   process_count: int = 1,
 ) -> grain.DatasetIterator:
   """Endless shuffled batches; every row once an epoch, in a new order each.
 
   Args:
-    rows: arrays [N,T] of the packer, on every process the same.
+    rows: arrays [N,T] of the packer, or a table; on every process the same.
     batch_size: rows of a global batch, a multiple of process_count.
     seed: of the shuffle, in [0, 2**32).
+    mix: the parts of rows, each with epochs of its own; None: one part.
     process_index: which slice of each batch to give.
     process_count: number of slices.
 
@@ -65,16 +84,20 @@ def batches(
   """
   check_batch(batch_size, process_index, process_count)
   take, size = _slice_of(batch_size, process_index, process_count)
-  indices = _order(len(rows["inputs"]), seed).batch(batch_size)
+  mix = Mix((packing.count(rows),)) if mix is None else mix
+  indices = _order(mix, seed).batch(batch_size)
   dataset = indices.map(lambda index_B: _gather(rows, index_B[take], size))
-  # Rows are in memory: a prefetch thread would cost more than it hides, and
-  # the state would have to leave out what waits in its buffer.
-  options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+  in_memory = isinstance(rows, dict)
+  # From memory, a thread would cost more than it hides.
+  options = grain.ReadOptions(
+    num_threads=0 if in_memory else _READERS,
+    prefetch_buffer_size=0 if in_memory else _AHEAD,
+  )
   return iter(dataset.to_iter_dataset(options))
 
 
 def eval_batches(
-  rows: packing.Rows,
+  rows: packing.Rows | packing.Table,
   *,
   batch_size: int,
   limit: int = 0,
@@ -84,7 +107,7 @@ def eval_batches(
   """All rows in order, once; the last batch is filled with empty rows.
 
   Args:
-    rows: arrays [N,T] of the packer.
+    rows: arrays [N,T] of the packer, or a table.
     batch_size: rows of a global batch, a multiple of process_count.
     limit: number of batches, their rows spread evenly over all; 0: all rows.
     process_index: which slice of each batch to give.
@@ -100,7 +123,7 @@ def eval_batches(
   check_batch(batch_size, process_index, process_count)
   if limit < 0:
     raise ValueError(f"eval.batches must be 0 (all) or more, got {limit}")
-  count = len(rows["inputs"])
+  count = packing.count(rows)
   index_N = np.arange(count)
   if 0 < limit * batch_size < count:
     index_N = np.linspace(0, count, limit * batch_size, endpoint=False)
@@ -133,16 +156,22 @@ def check_seed(seed: int) -> None:
 
 
 def check_rows(
-  rows: packing.Rows, batch_size: int, alignment: int, process_count: int
+  rows: packing.Rows | packing.Table,
+  batch_size: int,
+  alignment: int,
+  process_count: int,
 ) -> None:
   """Raises ValueError where there are fewer rows than a batch takes."""
-  count, sequence_length = rows["inputs"].shape
+  count, sequence_length = packing.count(rows), packing.width(rows)
   if count >= batch_size:
     return
   advice = []
   if smaller := count // process_count * process_count:
     advice.append(f"data.batch_size to {smaller}")
-  extent = int(np.flatnonzero(rows["segment_ids"])[-1]) + 1 if count else 0
+  extent = 0
+  if count:
+    segments = packing.take(rows, np.arange(count))["segment_ids"]
+    extent = int(np.flatnonzero(segments)[-1]) + 1
   if shorter := extent // batch_size // alignment * alignment:
     advice.append(f"data.sequence_length to {shorter}")
   lower = f"lower {' or '.join(advice)}, or " if advice else ""
@@ -152,19 +181,27 @@ def check_rows(
   )
 
 
-def order_sample(rows: packing.Rows, seed: int) -> list[int]:
+def order_sample(mix: Mix, seed: int) -> list[int]:
   """Some row numbers of the order, to notice when grain shuffles otherwise."""
-  count = len(rows["inputs"])
-  order = _order(count, seed)
+  count = sum(mix.counts)
+  order = _order(mix, seed)
   return [
     int(order[i]) for start in (0, count) for i in range(start, start + 8)
   ]
 
 
-def _order(count: int, seed: int) -> grain.MapDataset:
-  """Row numbers, endless: a new permutation each epoch."""
+def _order(mix: Mix, seed: int) -> grain.MapDataset:
+  """Row numbers, endless: a new permutation of each part each epoch."""
   check_seed(seed)
-  return grain.MapDataset.range(count).shuffle(seed=seed).repeat()
+  parts, start = [], 0
+  for number, count in enumerate(mix.counts):
+    part = grain.MapDataset.range(start, start + count)
+    # Parts of the same length must not go in step.
+    parts.append(part.shuffle(seed=(seed + number) % 2**32).repeat())
+    start += count
+  if len(parts) == 1:
+    return parts[0]
+  return grain.MapDataset.mix(parts, list(mix.weights))
 
 
 def _slice_of(
@@ -175,7 +212,10 @@ def _slice_of(
   return slice(process_index * size, (process_index + 1) * size), size
 
 
-def _gather(rows: packing.Rows, index_B: np.ndarray, size: int) -> Batch:
+def _gather(
+  rows: packing.Rows | packing.Table, index_B: np.ndarray, size: int
+) -> Batch:
   """Copies rows, and lays empty ones behind them to make `size`."""
   padding = ((0, size - len(index_B)), (0, 0))
-  return {key: np.pad(x[index_B], padding) for key, x in rows.items()}
+  taken = packing.take(rows, index_B)
+  return {key: np.pad(x, padding) for key, x in taken.items()}

@@ -2,9 +2,10 @@
 
 A source is its documents, already split into train and validation, and the
 SHA-256 of their content; a run keeps the fingerprint, and refuses to go on with
-other text. Three functions make one: `embedded` (standard-library Python, no
-download), `text` (files), `synthetic` (generated). All hold their text in
-memory.
+other text. These make one: `embedded` (standard-library Python, no download),
+`synthetic` (generated), and `files`, `array_record` and `hugging_face` (the
+user's own). All hold their text in memory; what is too large for that is
+prepared once (`prepared`).
 """
 
 import dataclasses
@@ -12,9 +13,11 @@ import hashlib
 import pathlib
 import sysconfig
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
+from nl_jax.data import documents as documents_lib
 from nl_jax.data import errors
 
 # Packages of every CPython 3.11-3.13, in every distribution's base install;
@@ -42,11 +45,18 @@ EMBEDDED_PACKAGES = (
   "zoneinfo",
 )
 EMBEDDED_VALIDATION_PERCENT = 8
-TEXT_VALIDATION_PERCENT = 10
-TEXT_MIN_FILES_TO_SPLIT_BY_PATH = 10
+VALIDATION_PERCENT = 10
+MIN_DOCUMENTS_TO_SPLIT_BY_NAME = 10
 SYNTHETIC_DOCUMENTS = 1024  # About 0.5 MB.
 SYNTHETIC_LENGTH = 512  # Characters of the longest document.
 SPLITS = ("train", "validation")
+NAMES = (
+  "embedded",
+  "synthetic",
+  *documents_lib.SUFFIXES,
+  "array_record",
+  "hugging_face",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +67,10 @@ class Source:
     name: the key of `load`.
     origin: where the text is from, in words.
     fingerprint: SHA-256 (hex) over paths and content of both splits.
-    train: documents to learn from, in a fixed order.
-    validation: documents held out, in a fixed order.
+    train: documents to learn from, in a fixed order; () of a corpus that was
+      prepared.
+    validation: documents held out, in a fixed order; of a corpus that was
+      prepared, the beginning of one.
   """
 
   name: str
@@ -75,31 +87,39 @@ class Source:
 
   def describe(self) -> str:
     """One line for logs: name, origin, sizes, start of the fingerprint."""
-    sizes = ", ".join(
+    sizes = "".join(
       f"{split} {len(self.documents(split))} documents"
-      f" {sum(map(len, self.documents(split))):,} characters"
+      f" {sum(map(len, self.documents(split))):,} characters, "
       for split in SPLITS
+      if self.train
     )
-    return f"{self.name} ({self.origin}): {sizes}, {self.fingerprint[:12]}"
+    return f"{self.name} ({self.origin}): {sizes}{self.fingerprint[:12]}"
 
 
-def load(name: str, path: str = "", seed: int = 0) -> Source:
-  """The source of config fields data.source, data.path and data.seed.
+def load(
+  name: str, path: str = "", seed: int = 0, text_key: str = "text"
+) -> Source:
+  """The source of config fields data.source, data.path and so on.
 
   Args:
-    name: "embedded", "text" or "synthetic".
-    path: file or folder of "text"; must be empty for the others.
+    name: one of `NAMES`.
+    path: file or folder; must be empty for "embedded" and "synthetic".
     seed: makes the documents of "synthetic"; the others do not depend on it.
+    text_key: field or column with the text, of jsonl, parquet and
+      hugging_face.
 
   Raises:
     ValueError: unknown name, a path that nothing reads, unusable text.
     FileNotFoundError: nothing at path.
   """
-  known = ("embedded", "text", "synthetic")
-  if name not in known:
-    raise errors.unknown_name("data.source", name, known)
-  if name == "text":
-    return text(path)
+  if name not in NAMES:
+    raise errors.unknown_name("data.source", name, NAMES)
+  if name in documents_lib.SUFFIXES:
+    return files(path, name, text_key)
+  if name == "array_record":
+    return array_record(path)
+  if name == "hugging_face":
+    return hugging_face(path, text_key)
   if path:
     raise ValueError(
       f"data.path={path!r} is not read by data.source={name!r}; leave it "
@@ -136,53 +156,123 @@ def embedded(
         "install the full Python library, or set data.source=text and data.path"
       )
     files += found
-  named = _read(folder, files)
+  named = [
+    (path.relative_to(folder).as_posix(), documents_lib.decode(body, path))
+    for path in files
+    for body in (path.read_bytes(),)
+  ]
+  named.sort()
   origin = f"Python {sysconfig.get_python_version()} standard library"
   train, validation = _split_by_path(named, EMBEDDED_VALIDATION_PERCENT)
   return Source("embedded", origin, _fingerprint(named), train, validation)
 
 
-def text(path: str) -> Source:
-  """A text file, or the *.txt files of a folder and its sub-folders, UTF-8.
+def files(path: str, kind: str, text_key: str = "text") -> Source:
+  """A file, or those of a folder and its sub-folders.
 
-  Each file is a document. A folder of at least ten files is split by a hash of
-  their paths; of fewer, and of a single file, the last tenth of each file, cut
-  at a line edge, is validation.
+  A text file is one document, jsonl and parquet have one a line or row. At
+  least ten documents are split by a hash of their names; of fewer, the last
+  tenth of each, cut at a line edge, is validation.
+
+  Args:
+    path: file or folder.
+    kind: "text", "jsonl" or "parquet".
+    text_key: field or column with the text.
 
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: no path, no text files, empty files, bytes that are not UTF-8.
+    ValueError: no path, no such files, no text in them, or unusable.
   """
-  if not path:
-    raise ValueError(
-      "data.source=text needs data.path: a UTF-8 text file, or a folder with "
-      ".txt files"
-    )
+  found = documents_lib.find(path, kind)
+  named = [
+    tuple(document)
+    for file in found.paths
+    for document in documents_lib.read(found, file, text_key)
+  ]
+  if kind == "text" and pathlib.Path(path).expanduser().is_file():
+    named = [("", body) for _, body in named]  # Whatever the file is called.
+  return _split(kind, path, named)
+
+
+def array_record(path: str) -> Source:
+  """ArrayRecord files of UTF-8 documents: one, or those of a folder.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: no such files, or no text in them.
+  """
+  import grain
+
   where = pathlib.Path(path).expanduser()
-  if not where.exists():
+  if not path or not where.exists():
     raise FileNotFoundError(
-      f"nothing at data.path={path!r}; give a UTF-8 text file, or a folder "
-      "with .txt files"
+      f"nothing at data.path={path!r}; data.source=array_record needs an "
+      "ArrayRecord file or a folder with .array_record files"
     )
-  folder = where if where.is_dir() else where.parent
-  files = [where]
-  if where.is_dir():
-    files = [file for file in where.rglob("*.txt") if file.is_file()]
-  if not files:
+  found = [where] if where.is_file() else sorted(where.rglob("*.array_record*"))
+  if not found:
+    raise ValueError(f"no .array_record file in the folder data.path={path!r}")
+  named = []
+  for file in found:
+    try:
+      records = grain.sources.ArrayRecordDataSource([str(file)])
+      contents = [records[i] for i in range(len(records))]
+    except (ValueError, RuntimeError) as error:
+      raise ValueError(f"{file} is no ArrayRecord file ({error})") from error
+    named += [
+      (f"{file.name}:{i}", documents_lib.decode(content, file))
+      for i, content in enumerate(contents)
+    ]
+  return _split("array_record", path, named)
+
+
+def hugging_face(path: str, text_key: str = "text") -> Source:
+  """A folder that Hugging Face `datasets` wrote with `save_to_disk`.
+
+  Of a DatasetDict, "validation" (or else "test") is held out; a Dataset alone
+  is split like files.
+
+  Raises:
+    ModuleNotFoundError: `datasets` is not installed.
+    FileNotFoundError: nothing there.
+    ValueError: no such folder, or no such column.
+  """
+  where = pathlib.Path(path).expanduser()
+  if not path or not where.is_dir():
+    raise FileNotFoundError(
+      f"no folder data.path={path!r}; data.source=hugging_face needs a folder "
+      "that save_to_disk of the library datasets wrote"
+    )
+  import datasets
+
+  try:
+    loaded = datasets.load_from_disk(str(where))
+  except (FileNotFoundError, ValueError) as error:
     raise ValueError(
-      f"no .txt file in the folder data.path={path!r}; give a folder with "
-      "some, or one text file of any name"
+      f"data.path={path!r} is no folder of save_to_disk ({error})"
+    ) from error
+  if not isinstance(loaded, datasets.DatasetDict):
+    return _split("hugging_face", path, _column(loaded, path, text_key))
+  held_out = [x for x in ("validation", "test") if x in loaded]
+  if "train" not in loaded or not held_out:
+    raise ValueError(
+      f"data.path={path!r} has the splits {', '.join(loaded)}; it needs train "
+      "and validation or test"
     )
-  named = [(name, body) for name, body in _read(folder, files) if body]
-  if not named:
-    raise ValueError(f"data.path={path!r} is empty; give files with text")
-  if where.is_file():
-    named = [("", named[0][1])]  # The fingerprint is of the content alone.
-  if len(named) >= TEXT_MIN_FILES_TO_SPLIT_BY_PATH:
-    train, validation = _split_by_path(named, TEXT_VALIDATION_PERCENT)
-  else:
-    train, validation = _split_tails(named, path)
-  return Source("text", str(path), _fingerprint(named), train, validation)
+  train = _column(loaded["train"], path, text_key)
+  validation = _column(loaded[held_out[0]], path, text_key)
+  bodies = [tuple(body for _, body in x) for x in (train, validation)]
+  mark = [*train, ("", ""), *validation]
+  return Source("hugging_face", path, _fingerprint(mark), *bodies)
+
+
+def _column(rows: Any, path: str, key: str) -> list[tuple[str, str]]:
+  if key not in rows.column_names:
+    raise ValueError(
+      f"data.path={path!r} has no column {key!r} (it has: "
+      f"{', '.join(rows.column_names)}); set data.text_key"
+    )
+  return [(str(i), str(body)) for i, body in enumerate(rows[key]) if body]
 
 
 def synthetic(seed: int = 0, documents: int = SYNTHETIC_DOCUMENTS) -> Source:
@@ -222,23 +312,6 @@ def _path_hash(path: str) -> int:
   return int(hashlib.sha256(path.encode("utf-8")).hexdigest()[:8], 16)
 
 
-def _read(
-  folder: pathlib.Path, files: Iterable[pathlib.Path]
-) -> list[tuple[str, str]]:
-  """(relative path with '/', text) of each file, sorted by path."""
-  named = []
-  for file in files:
-    try:
-      body = file.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-      raise ValueError(
-        f"{file} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
-        f"{error.start}; convert the file (iconv -t UTF-8) or leave it out"
-      ) from None
-    named.append((file.relative_to(folder).as_posix(), body))
-  return sorted(named)
-
-
 def _fingerprint(named: Iterable[tuple[str, str]]) -> str:
   digest = hashlib.sha256()
   for name, body in named:
@@ -247,6 +320,18 @@ def _fingerprint(named: Iterable[tuple[str, str]]) -> str:
     digest.update(f"{name}\0{len(content)}\0".encode())
     digest.update(content)
   return digest.hexdigest()
+
+
+def _split(kind: str, path: str, named: list[tuple[str, str]]) -> Source:
+  """A source of documents that come without a split."""
+  named = [(name, body) for name, body in named if body]
+  if not named:
+    raise ValueError(f"data.path={path!r} is empty; give files with text")
+  if len(named) >= MIN_DOCUMENTS_TO_SPLIT_BY_NAME:
+    train, validation = _split_by_path(named, VALIDATION_PERCENT)
+  else:
+    train, validation = _split_tails(named, path)
+  return Source(kind, str(path), _fingerprint(named), train, validation)
 
 
 def _split_by_path(
@@ -278,7 +363,7 @@ def _split_tails(
 
 def _cut(body: str) -> int:
   """Where validation starts: the line edge nearest to nine tenths of body."""
-  goal = len(body) - len(body) * TEXT_VALIDATION_PERCENT // 100
+  goal = len(body) - len(body) * VALIDATION_PERCENT // 100
   goal = min(goal, max(1, len(body) - 1))
   after = body.find("\n", goal - 1) + 1
   before = body.rfind("\n", 0, goal - 1) + 1

@@ -1,15 +1,16 @@
 """Tokenizers: text to ids and back, whole or as it streams.
 
-`load` gives bytes (no file needed) or a SentencePiece model. Which positions
-are padding says `segment_ids` of a batch, never the id: SentencePiece models
-often use 0 for a real token.
+`load` gives bytes (no file needed), a SentencePiece model or a tokenizer.json
+of Hugging Face. Which positions are padding says `segment_ids` of a batch,
+never the id: many tokenizers use 0 for a real token.
 """
 
 import codecs
 import hashlib
+import json
 import pathlib
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -17,6 +18,16 @@ from nl_jax.data import errors
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UTF8_BYTES = 4
+# Names of the end of a document where no tokenizer_config.json says it.
+_ENDS = (
+  "</s>",
+  "<|endoftext|>",
+  "<|end_of_text|>",
+  "<|im_end|>",
+  "<eos>",
+  "[EOS]",
+  "[SEP]",
+)
 
 
 class TextStream(Protocol):
@@ -101,7 +112,7 @@ class SentencePiece:
     if not file.is_file():
       raise FileNotFoundError(
         f"no tokenizer file at data.tokenizer={path!r}; give the path of a "
-        "SentencePiece .model file, or bytes"
+        "SentencePiece .model file or a tokenizer.json, or bytes"
       )
     content = file.read_bytes()
     self._pieces = sentencepiece.SentencePieceProcessor()
@@ -153,21 +164,84 @@ class SentencePiece:
     return _PieceStream(self)
 
 
+class HuggingFace:
+  """A `tokenizer.json` of Hugging Face; special tokens are not added.
+
+  The end of a document is `eos_token` of a tokenizer_config.json beside it,
+  else the first usual name that the vocabulary has.
+
+  Args:
+    path: the file.
+
+  Raises:
+    ValueError: not such a file, or one without an end id.
+  """
+
+  def __init__(self, path: str):
+    import tokenizers  # Not part of the base install.
+
+    file = pathlib.Path(path).expanduser()
+    content = file.read_bytes()
+    _check_json(path, content)
+    self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+    self.name = str(path)
+    self.vocab_size = max(vocabulary.values()) + 1
+    end = _end_token(file, vocabulary)
+    if end is None:
+      raise ValueError(
+        f"data.tokenizer={path!r} has no end of document; put a "
+        "tokenizer_config.json with eos_token beside it"
+      )
+    self.end_id = vocabulary[end]
+    padding = self._tokenizer.padding or {}
+    self.pad_id = padding.get("pad_id", vocabulary.get("<pad>", 0))
+    mark = content + b"\0" + end.encode("utf-8")
+    self.fingerprint = hashlib.sha256(mark).hexdigest()
+
+  def encode(self, text: str) -> np.ndarray:
+    """The int32 ids [tokens of text]."""
+    encoded = self._tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(encoded.ids, np.int32)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """The text of ids; ids beyond the vocabulary become U+FFFD."""
+    text, known = [], []
+    for i in ids:
+      if 0 <= i < self.vocab_size:
+        known.append(int(i))
+        continue
+      text += [self._tokenizer.decode(known), _REPLACEMENT]
+      known = []
+    return "".join([*text, self._tokenizer.decode(known)])
+
+  def stream(self) -> TextStream:
+    """A new incremental decoder."""
+    return _HuggingFaceStream(self, self._tokenizer)
+
+
 def load(name_or_path: str) -> Tokenizer:
   """The tokenizer of the config field data.tokenizer.
 
   Args:
-    name_or_path: "bytes", or the path of a SentencePiece `.model` file.
+    name_or_path: "bytes", or the path of a SentencePiece `.model` file or of a
+      `tokenizer.json` of Hugging Face.
 
   Raises:
-    ValueError: neither a known name nor a path of a model file.
+    ValueError: neither a known name nor a path of a tokenizer.
     FileNotFoundError: a path with nothing there.
   """
   if name_or_path == Bytes.name:
     return Bytes()
-  if name_or_path.endswith(".model") or pathlib.Path(name_or_path).is_file():
+  is_file = pathlib.Path(name_or_path).expanduser().is_file()
+  if name_or_path.endswith(".json") and is_file:
+    return HuggingFace(name_or_path)
+  if name_or_path.endswith((".model", ".json")) or is_file:
     return SentencePiece(name_or_path)
-  known = (Bytes.name, "<path of a SentencePiece .model file>")
+  known = (
+    Bytes.name,
+    "<path of a SentencePiece .model file or a tokenizer.json>",
+  )
   raise errors.unknown_name("data.tokenizer", name_or_path, known)
 
 
@@ -195,6 +269,64 @@ class _ByteStream:
     text = self._decoder.decode(b"", final=True)
     self._decoder.reset()
     return text
+
+
+class _HuggingFaceStream:
+  """The library's own incremental decoder."""
+
+  def __init__(self, tokenizer: HuggingFace, raw: Any):
+    import tokenizers
+
+    self._make = lambda: tokenizers.decoders.DecodeStream(
+      skip_special_tokens=True
+    )
+    self._tokenizer, self._raw = tokenizer, raw
+    self._stream, self._held = self._make(), []
+
+  def push(self, ids: Iterable[int]) -> str:
+    return "".join(map(self._push_one, ids))
+
+  def flush(self) -> str:
+    held, self._held, self._stream = self._held, [], self._make()
+    return self._tokenizer.decode(held)
+
+  def _push_one(self, token: int) -> str:
+    if not 0 <= token < self._tokenizer.vocab_size:
+      return self.flush() + _REPLACEMENT
+    self._held.append(int(token))
+    text = self._stream.step(self._raw, int(token))
+    if text is None:
+      return ""
+    self._held = []
+    return text
+
+
+def _check_json(path: str, content: bytes) -> None:
+  """The library raises bare Exceptions; this finds the usual mistakes."""
+  try:
+    model = json.loads(content)["model"]
+    known = isinstance(model["vocab"], (dict, list))
+  except (ValueError, KeyError, TypeError):
+    known = False
+  if not known:
+    raise ValueError(
+      f"data.tokenizer={path!r} is no tokenizer.json of Hugging Face: it has "
+      "no model with a vocab"
+    )
+
+
+def _end_token(file: pathlib.Path, vocabulary: dict[str, int]) -> str | None:
+  """The token that ends a document; None where none is known."""
+  beside = file.with_name("tokenizer_config.json")
+  if beside.is_file():
+    try:
+      said = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+    except (json.JSONDecodeError, AttributeError) as error:
+      raise ValueError(f"{beside} is no JSON object ({error})") from error
+    said = said.get("content") if isinstance(said, dict) else said
+    if said in vocabulary:
+      return said
+  return next((end for end in _ENDS if end in vocabulary), None)
 
 
 class _PieceStream:

@@ -63,8 +63,10 @@ def test_split_is_the_documented_hash_of_the_path():
 
 def test_split_of_a_file_does_not_depend_on_other_files(tmp_path):
   files = {f"{i}.txt": f"document {i}" for i in range(60)}
-  before = sources.text(_write(tmp_path, files))
-  after = sources.text(_write(tmp_path, {"new.txt": "new", "z/n.txt": "more"}))
+  before = sources.files(_write(tmp_path, files), "text")
+  after = sources.files(
+    _write(tmp_path, {"new.txt": "new", "z/n.txt": "more"}), "text"
+  )
   assert set(before.train) <= set(after.train)
   assert set(before.validation) <= set(after.validation)
   assert before.fingerprint != after.fingerprint
@@ -74,7 +76,7 @@ def test_split_of_a_file_does_not_depend_on_other_files(tmp_path):
 def test_a_small_folder_has_both_splits(tmp_path, count):
   for trial in range(20):
     files = {f"{trial}_{i}.txt": f"text {i}\n" for i in range(count)}
-    source = sources.text(_write(tmp_path / str(trial), files))
+    source = sources.files(_write(tmp_path / str(trial), files), "text")
     assert source.train and source.validation
     assert len(source.train + source.validation) == count
 
@@ -94,7 +96,7 @@ def test_a_small_folder_has_both_splits(tmp_path, count):
   ],
 )
 def test_a_single_file_is_cut_once(tmp_path, body):
-  source = sources.text(_write(tmp_path, {"t.md": body}) + "/t.md")
+  source = sources.files(_write(tmp_path, {"t.md": body}) + "/t.md", "text")
   (train,), (validation,) = source.train, source.validation
   assert train + validation == body
   assert train and validation
@@ -105,7 +107,7 @@ def test_a_single_file_is_cut_once(tmp_path, body):
 
 def test_a_folder_of_few_files_is_cut_file_by_file(tmp_path):
   files = {f"{i}.txt": f"{i}\n" * 50 for i in range(3)} | {"skip.md": "x"}
-  source = sources.text(_write(tmp_path, files))
+  source = sources.files(_write(tmp_path, files), "text")
   assert [a + b for a, b in zip(source.train, source.validation)] == [
     files[f"{i}.txt"] for i in range(3)
   ]
@@ -114,9 +116,14 @@ def test_a_folder_of_few_files_is_cut_file_by_file(tmp_path):
 def test_fingerprint_is_of_the_content_not_of_the_place(tmp_path):
   one = _write(tmp_path / "one", {"a.txt": "text\n" * 9, "b/c.txt": "c\n" * 9})
   two = _write(tmp_path / "two", {"a.txt": "text\n" * 9, "b/c.txt": "c\n" * 9})
-  assert sources.text(one).fingerprint == sources.text(two).fingerprint
+  assert (
+    sources.files(one, "text").fingerprint
+    == sources.files(two, "text").fingerprint
+  )
   three = _write(tmp_path / "three", {"a.txt": "text\n" * 9 + "c\n" * 9})
-  prints = {sources.text(p).fingerprint for p in (one, three, one + "/a.txt")}
+  prints = {
+    sources.files(p, "text").fingerprint for p in (one, three, one + "/a.txt")
+  }
   assert len(prints) == 3
 
 
@@ -152,7 +159,7 @@ def test_describe_names_origin_and_sizes():
 def test_unusable_text_is_refused(tmp_path, files, path, error, words):
   _write(tmp_path, files)
   with pytest.raises(error, match=words) as caught:
-    sources.text(path and str(tmp_path / path))
+    sources.files(path and str(tmp_path / path), "text")
   assert "\n" not in str(caught.value)
 
 
@@ -160,7 +167,7 @@ def test_undecodable_bytes_name_file_and_offset(tmp_path):
   (tmp_path / "good.txt").write_text("fine")
   (tmp_path / "bad.txt").write_bytes(b"12345\xff67")
   with pytest.raises(ValueError, match=r"bad.txt is not UTF-8.*0xff.*offset 5"):
-    sources.text(str(tmp_path))
+    sources.files(str(tmp_path), "text")
 
 
 def test_names_and_ignored_paths_are_refused():
