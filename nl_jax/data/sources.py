@@ -334,15 +334,21 @@ def _split(kind: str, path: str, named: list[tuple[str, str]]) -> Source:
   return Source(kind, str(path), _fingerprint(named), train, validation)
 
 
+def held_out(names: Iterable[str], percent: int) -> set[str]:
+  """The names that a hash holds out: about so many percent, at least one."""
+  names = list(names)
+  chosen = {name for name in names if in_validation(name, percent)}
+  return chosen | {min(names, key=_path_hash)}
+
+
 def _split_by_path(
   named: list[tuple[str, str]], percent: int
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-  """Splits documents by a hash of their paths; at least one is held out."""
-  held_out = {name for name, _ in named if in_validation(name, percent)}
-  held_out.add(min((name for name, _ in named), key=_path_hash))
+  """Splits documents by a hash of their names; at least one is held out."""
+  chosen = held_out((name for name, _ in named), percent)
   return (
-    tuple(body for name, body in named if name not in held_out),
-    tuple(body for name, body in named if name in held_out),
+    tuple(body for name, body in named if name not in chosen),
+    tuple(body for name, body in named if name in chosen),
   )
 
 
