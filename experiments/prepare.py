@@ -16,6 +16,7 @@ import concurrent.futures
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ _VOCAB = flags.DEFINE_integer(
 )
 _READ = 0.2  # Seconds between two looks at what the workers have done.
 _done: Any = None  # Of a worker: bytes that all of them have done.
+_stopped: Any = None  # Of a worker: whether it is to end.
 
 
 def main() -> int:
@@ -83,7 +85,7 @@ def main() -> int:
     for i, pieces in enumerate(shards)
   ]
   size = sum(piece.size for job in jobs for piece in job.pieces)
-  _run(jobs, size)
+  made = _run(jobs, size)
   manifest = preparation.finish(out, settings, about, tokenizer, len(jobs))
   seconds = time.monotonic() - begin
   for split, counts in manifest["counts"].items():
@@ -91,6 +93,9 @@ def main() -> int:
       f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
       f"{counts['tokens']:,} tokens in {counts['rows']:,} rows"
     )
+  if len(made) < len(jobs):
+    print(f"{len(jobs) - len(made)} of {len(jobs)} shards were there")
+  size = sum(piece.size for i in made for piece in jobs[i].pieces)
   print(f"{size / 2**20 / seconds:.1f} MiB/s with {_workers(jobs)} workers")
   print(f"manifest: {prepared.manifest_hash(manifest)}")
   print(_next_command(settings, tokenizer.vocab_size))
@@ -131,13 +136,13 @@ def _workers(jobs: list) -> int:
   return min(_WORKERS.value or cores, len(jobs))
 
 
-def _run(jobs: list, size: int) -> None:
-  """All jobs, in processes of their own, with a bar."""
+def _run(jobs: list, size: int) -> list[int]:
+  """All jobs, in processes of their own, with a bar; those made now."""
   # Spawned: a fork would carry threads of libraries along.
   context = multiprocessing.get_context("spawn")
-  done = context.Value("q", 0)
+  done, stopped = context.Value("q", 0), context.Value("b", 0)
   pool = concurrent.futures.ProcessPoolExecutor(
-    _workers(jobs), mp_context=context, initializer=_begin, initargs=(done,)
+    _workers(jobs), context, initializer=_begin, initargs=(done, stopped)
   )
   try:
     futures = [pool.submit(_work, job) for job in jobs]
@@ -150,29 +155,36 @@ def _run(jobs: list, size: int) -> None:
         show(done.value)
         for future in finished:
           future.result()
+  except (ValueError, OSError) as error:
+    raise ValueError(str(error)) from error  # Said here, not in the worker.
   except concurrent.futures.process.BrokenProcessPool as error:
     raise ChildProcessError(
       "a worker was killed, perhaps for want of memory; start the same command "
       "again, with fewer --workers: it goes on"
     ) from error
   finally:
+    stopped.value = 1
     pool.shutdown(wait=True, cancel_futures=True)
+  return [job.number for job, future in zip(jobs, futures) if future.result()]
 
 
-def _begin(done: Any) -> None:
+def _begin(done: Any, stopped: Any) -> None:
   """Of a worker, before its first job."""
-  global _done
-  _done = done
+  global _done, _stopped
+  _done, _stopped = done, stopped
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Its parent tells it.
 
 
-def _work(job: Any) -> None:
+def _work(job: Any) -> bool:
   from nl_jax.data import preparation
 
   def advance(size: int) -> None:
+    if _stopped.value:
+      raise InterruptedError("the command was stopped")
     with _done.get_lock():
       _done.value += size
 
-  preparation.run_job(job, advance)
+  return preparation.run_job(job, advance)
 
 
 class _bar:
@@ -204,7 +216,7 @@ class _bar:
 def _next_command(settings: Any, vocab_size: int) -> str:
   """The command that trains on what was prepared."""
   parts = [
-    f"train: python -m experiments.lm --config={_CONFIG.value or '<name>'}",
+    f"next: python -m experiments.lm --config={_CONFIG.value or '<name>'}",
     f"--config.data.source=prepared --config.data.path={_OUT.value}",
   ]
   if settings.tokenizer != "bytes":

@@ -7,6 +7,7 @@ ArrayRecord file, and then leaves a note in `notes/`; a shard with a note that
 holds is not done again. The manifest is written last.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from nl_jax.data import tokenizers as tokenizers_lib
 PLAN = "plan.json"
 _NOTES = "notes"
 _FLUSH_TOKENS = 2**18  # Documents are packed when they have so many.
+_TELL_BYTES = 2**20
 _PERCENT = 10_000  # Names are hashed to hundredths of a percent.
 _OPENING = 2000  # Characters of a held-out document that the manifest keeps.
 
@@ -178,12 +180,15 @@ def _line_edge(path: pathlib.Path, goal: int, stop: int) -> int:
     return min(file.tell(), stop)
 
 
-def run_job(job: Job, advance: Callable[[int], None]) -> None:
+def run_job(job: Job, advance: Callable[[int], None]) -> bool:
   """Makes a shard and its note, unless both are there.
 
   Args:
     job: the shard.
-    advance: told the bytes of input that are done.
+    advance: told the bytes of input that are done, every now and then.
+
+  Returns:
+    Whether it was made now.
 
   Raises:
     ValueError: unusable text.
@@ -193,20 +198,25 @@ def run_job(job: Job, advance: Callable[[int], None]) -> None:
   files = documents.find(job.settings.path, job.settings.kind)
   if _holds(out, job, files):
     advance(sum(piece.size for piece in job.pieces))
-    return
+    return False
   tokenizer = tokenizers_lib.load(job.settings.tokenizer)
   writers = {
     split: _Writer(out, split, job, tokenizer) for split in sources.SPLITS
   }
   digest = hashlib.sha256()
   for piece in job.pieces:
+    told = read = 0
     for document in _documents(files, piece, job.settings):
       content = document.text.encode("utf-8")
+      read += len(content)
+      if read - told > _TELL_BYTES and read <= piece.size:
+        advance(read - told)
+        told = read
       digest.update(f"{document.name}\0{len(content)}\0".encode())
       digest.update(content)
       split = piece.split or _split_of(document.name, job.settings)
       writers[split].add(document.text, len(content))
-    advance(piece.size)
+    advance(piece.size - told)
   note = {
     "documents_sha256": digest.hexdigest(),
     "shards": [x for split in writers.values() for x in split.close()],
@@ -214,6 +224,7 @@ def run_job(job: Job, advance: Callable[[int], None]) -> None:
     "opening": writers["validation"].opening,
   }
   _write_json(_note(out, job.number), note)
+  return True
 
 
 def _documents(
@@ -273,9 +284,10 @@ class _Writer:
       self._writer = array_record_module.ArrayRecordWriter(
         str(self._temporary), "group_size:1"
       )
-    for record in self._layout.records(rows):
-      self._writer.write(record)
-      self._digest.update(record)
+    with self._told():
+      for record in self._layout.records(rows):
+        self._writer.write(record)
+        self._digest.update(record)
     self.counts["tokens"] += int(np.count_nonzero(rows["segment_ids"]))
     self.counts["rows"] += len(rows["inputs"])
 
@@ -289,12 +301,11 @@ class _Writer:
     self._push(self._packer.flush())
     if self._writer is None:
       return []
-    self._writer.close()
+    with self._told():
+      self._writer.close()
     with self._temporary.open("rb+") as file:
       os.fsync(file.fileno())
     size = self._temporary.stat().st_size
-    # The writer tells of a full disk by what is missing, not by an error.
-    self._check_readable()
     self._temporary.replace(self._path)
     return [
       {
@@ -306,20 +317,18 @@ class _Writer:
       }
     ]
 
-  def _check_readable(self) -> None:
-    from array_record.python import array_record_module
-
+  @contextlib.contextmanager
+  def _told(self) -> Iterator[None]:
+    """What the writer says of a full disk, as a sentence."""
     try:
-      reader = array_record_module.ArrayRecordReader(str(self._temporary))
-      found = reader.num_records()
-      reader.close()
-    except (RuntimeError, ValueError):
-      found = 0
-    if found != self.counts["rows"]:
+      yield
+    except RuntimeError as error:
+      full = "No space left on device"
+      reason = full if full in str(error) else error
       raise OSError(
-        f"{self._path} cannot be written: the disk is full, or gone; free "
-        "space and start the same command again: it goes on"
-      )
+        f"{self._path} cannot be written: {reason}; free space and start the "
+        "same command again: it goes on"
+      ) from error
 
 
 def _holds(out: pathlib.Path, job: Job, files: documents.Files) -> bool:

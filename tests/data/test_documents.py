@@ -1,0 +1,168 @@
+"""Files of documents: what is read, from anywhere, and what is refused."""
+
+import gzip
+import json
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from nl_jax.data import documents, sources
+
+TEXTS = ["one\nline", "zwei", "", "日本", "four " * 9] * 4
+
+
+def write_jsonl(path, texts=TEXTS, key="text"):
+  lines = [json.dumps({"id": i, key: t}) for i, t in enumerate(texts)]
+  content = ("\n".join(lines) + "\n").encode()
+  opened = gzip.open if path.name.endswith(".gz") else open
+  with opened(path, "wb") as file:
+    file.write(content)
+  return path
+
+
+def write_parquet(path, texts=TEXTS, key="text", group=3):
+  table = pa.table({"id": list(range(len(texts))), key: texts})
+  parquet.write_table(table, path, row_group_size=group)
+  return path
+
+
+def texts_of(path, kind, *place, key="text"):
+  files = documents.find(str(path), kind)
+  read = documents.read(files, files.paths[0], key, *place)
+  return [document.text for document in read]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+def test_every_document_in_order(tmp_path, name):
+  kind = "parquet" if name.endswith("parquet") else "jsonl"
+  write = write_parquet if kind == "parquet" else write_jsonl
+  assert texts_of(write(tmp_path / name), kind) == TEXTS
+
+
+def test_jsonl_from_any_line_on(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl")
+  edges = [0]
+  for line in path.read_bytes().splitlines(keepends=True):
+    edges.append(edges[-1] + len(line))
+  for cut in edges:
+    both = texts_of(path, "jsonl", 0, cut) + texts_of(path, "jsonl", cut)
+    assert both == TEXTS
+  whole = documents.read(documents.find(str(path), "jsonl"), path, "text")
+  assert [d.name for d in whole] == [f"a.jsonl:{e}" for e in edges[:-1]]
+
+
+def test_parquet_from_any_group_on(tmp_path):
+  path = write_parquet(tmp_path / "a.parquet")
+  files = documents.find(str(path), "parquet")
+  groups = documents.row_groups(path, "text")
+  assert sum(rows for rows, _ in groups) == len(TEXTS)
+  read = [
+    document
+    for i in range(len(groups))
+    for document in documents.read(files, path, "text", i, i + 1)
+  ]
+  assert [d.text for d in read] == TEXTS
+  assert [d.name for d in read] == [f"a.parquet:{i}" for i in range(20)]
+
+
+def test_a_folder_is_searched_and_sorted(tmp_path):
+  (tmp_path / "b").mkdir()
+  for name in ("b/z.jsonl", "a.jsonl", "c.jsonl.gz"):
+    write_jsonl(tmp_path / name, ["x"])
+  (tmp_path / "notes.md").write_text("no")
+  found = documents.find(str(tmp_path), "jsonl")
+  names = [found.name(path) for path in found.paths]
+  assert names == ["a.jsonl", "b/z.jsonl", "c.jsonl.gz"]
+
+
+@pytest.mark.parametrize("line,words", [
+  (b'{"text": "a"\n', "line 3: no JSON"),
+  (b'["a"]\n', "line 3: no field 'text'"),
+  (b'{"body": "a", "id": 1}\n', "it has: body, id.*data.text_key"),
+  (b'{"text": 5}\n', "'text' is int, expected text"),
+  (b'{"text": "\xff"}\n', "not UTF-8: byte 0xff"),
+])  # fmt: skip
+def test_a_bad_line_is_named(tmp_path, line, words):
+  path = tmp_path / "a.jsonl"
+  path.write_bytes(b'{"text": "x"}\n\n' + line)
+  with pytest.raises(ValueError, match=words):
+    texts_of(path, "jsonl")
+
+
+def test_bad_parquet_is_named(tmp_path):
+  path = write_parquet(tmp_path / "a.parquet", key="body")
+  with pytest.raises(ValueError, match="no column 'text'.*id, body"):
+    texts_of(path, "parquet")
+  path.write_bytes(b"PAR1 no")
+  with pytest.raises(ValueError, match="is no parquet file"):
+    texts_of(path, "parquet")
+  numbers = write_parquet(tmp_path / "n.parquet")
+  with pytest.raises(ValueError, match="row 0: 'id' is int"):
+    texts_of(numbers, "parquet", key="id")
+
+
+@pytest.mark.parametrize("kind", list(documents.SUFFIXES))
+def test_nothing_there(tmp_path, kind):
+  with pytest.raises(ValueError, match="needs data.path"):
+    documents.find("", kind)
+  with pytest.raises(FileNotFoundError, match="nothing at data.path"):
+    documents.find(str(tmp_path / "no"), kind)
+  with pytest.raises(ValueError, match=f"no {documents.SUFFIXES[kind][0]}"):
+    documents.find(str(tmp_path), kind)
+
+
+@pytest.mark.parametrize("kind,write", [
+  ("jsonl", write_jsonl), ("parquet", write_parquet)
+])  # fmt: skip
+def test_a_source_of_many_documents_is_split_by_their_names(
+  tmp_path, kind, write
+):
+  texts = [f"document {i}" for i in range(300)]
+  write(tmp_path / f"a.{kind}", texts)
+  source = sources.load(kind, str(tmp_path))
+  assert sorted(source.train + source.validation) == sorted(texts)
+  assert 10 <= len(source.validation) <= 60
+  again = sources.load(kind, str(tmp_path / f"a.{kind}"))
+  assert again.fingerprint == source.fingerprint
+
+
+def test_array_records_of_documents(tmp_path):
+  from array_record.python import array_record_module
+
+  path = tmp_path / "a.array_record"
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  texts = [f"record {i} ü" for i in range(40)]
+  for text in texts:
+    writer.write(text.encode())
+  writer.close()
+  source = sources.load("array_record", str(tmp_path))
+  assert sorted(source.train + source.validation) == sorted(texts)
+  path.write_bytes(b"none")
+  with pytest.raises(ValueError, match="no ArrayRecord file"):
+    sources.load("array_record", str(path))
+  with pytest.raises(FileNotFoundError, match="nothing at"):
+    sources.load("array_record", "")
+
+
+def test_hugging_face_folders(tmp_path):
+  datasets = pytest.importorskip("datasets")
+  rng = np.random.default_rng(0)
+  texts = ["".join(map(chr, rng.integers(97, 123, 9))) for _ in range(50)]
+  table = datasets.Dataset.from_dict({"text": texts})
+  table.save_to_disk(tmp_path / "one")
+  source = sources.load("hugging_face", str(tmp_path / "one"))
+  assert sorted(source.train + source.validation) == sorted(texts)
+  split = datasets.DatasetDict(
+    train=table.select(range(40)), test=table.select(range(40, 50))
+  )
+  split.save_to_disk(tmp_path / "two")
+  source = sources.load("hugging_face", str(tmp_path / "two"))
+  assert (source.train, source.validation) == (
+    tuple(texts[:40]), tuple(texts[40:])
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="no column 'body'"):
+    sources.load("hugging_face", str(tmp_path / "one"), text_key="body")
+  with pytest.raises(ValueError, match="no folder of save_to_disk"):
+    sources.load("hugging_face", str(tmp_path))

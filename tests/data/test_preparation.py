@@ -1,0 +1,232 @@
+"""Prepared corpora: the same rows as in memory, whoever makes them."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from nl_jax import data
+from nl_jax.data import packing, preparation, prepared, tokenizers
+from tests.data import test_documents
+
+LENGTH, ALIGNMENT = 32, 4
+
+
+def texts(count=60, seed=0):
+  rng = np.random.default_rng(seed)
+  words = lambda: "".join(map(chr, rng.integers(97, 123, 5)))
+  return [
+    " ".join(words() for _ in range(rng.integers(1, 30))) for _ in range(count)
+  ]
+
+
+def prepare(out, path, kind="jsonl", **changes):
+  values = dict(
+    kind=kind, path=str(path), tokenizer="bytes", sequence_length=LENGTH,
+    alignment=ALIGNMENT, validation_percent=20.0, shard_bytes=1000,
+  )  # fmt: skip
+  settings = preparation.Settings(**values | changes)
+  tokenizer = preparation.check(settings)
+  about = preparation.claim(settings, tokenizer)
+  shards = preparation.plan(settings)
+  preparation.open_folder(out, about)
+  made = [
+    preparation.run_job(
+      preparation.Job(i, pieces, settings, str(out)), lambda size: None
+    )
+    for i, pieces in enumerate(shards)
+  ]
+  return (
+    preparation.finish(out, settings, about, tokenizer, len(shards)),
+    made,
+  )
+
+
+def load(path, **changes):
+  values = dict(
+    source="prepared", path=str(path), sequence_length=LENGTH, batch_size=4,
+    alignment=ALIGNMENT, seed=3,
+  )  # fmt: skip
+  return data.load(**values | changes)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("corpus")
+  test_documents.write_jsonl(folder / "a.jsonl", texts(60, 0))
+  test_documents.write_jsonl(folder / "b.jsonl", texts(40, 1))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def made(corpus, tmp_path_factory):
+  out = tmp_path_factory.mktemp("made") / "out"
+  manifest, _ = prepare(out, corpus)
+  return out, manifest
+
+
+def all_rows(table):
+  return packing.take(table, np.arange(packing.count(table)))
+
+
+def test_every_document_is_there_once(corpus, made):
+  out, manifest = made
+  assert len(manifest["shards"]) > 4
+  whole = load(out)
+  read = []
+  for split in ("train", "validation"):
+    rows = all_rows(whole.rows[split])
+    real = rows["segment_ids"] > 0
+    targets = rows["targets"][real]
+    read += tokenizers.Bytes().to_bytes(targets[targets != 1])
+    assert whole.counts[split].tokens == real.sum()
+    assert whole.counts[split].rows == len(real)
+  # Inputs leave the end id out, targets the first byte of each document.
+  every = [t for seed, n in ((0, 60), (1, 40)) for t in texts(n, seed)]
+  expected = "".join(t[1:] for t in every).encode()
+  assert sorted(read) == sorted(expected)
+  sizes = [whole.counts[s].bytes for s in ("train", "validation")]
+  assert sum(sizes) == len("".join(every))
+  assert sizes[1] > 0
+
+
+def test_rows_are_those_of_the_packer_in_memory(tmp_path):
+  """A text file in one shard: split, rows and order of the source `text`."""
+  body = "\n".join(texts(200))
+  (tmp_path / "a.txt").write_text(body)
+  prepare(tmp_path / "out", tmp_path / "a.txt", "text", shard_bytes=2**20)
+  one = load(tmp_path / "out")
+  two = load(tmp_path / "a.txt", source="text")
+  for split in ("train", "validation"):
+    for key, x in all_rows(two.rows[split]).items():
+      np.testing.assert_array_equal(all_rows(one.rows[split])[key], x)
+  for _ in range(7):
+    a, b = next(one.train), next(two.train)
+    for key in b:
+      np.testing.assert_array_equal(a[key], b[key])
+  assert one.train.get_state() == two.train.get_state() == {"next_index": 7}
+  assert one.counts == two.counts
+
+
+def test_drawing_goes_on_from_one_integer_on_any_process_count(made):
+  out, _ = made
+  whole = load(out)
+  batches = [next(whole.train) for _ in range(20)]
+  half = [load(out, process_index=i, process_count=2) for i in (0, 1)]
+  for part in half:
+    part.train.set_state({"next_index": 11})
+  for batch in batches[11:]:
+    parts = [next(part.train) for part in half]
+    for key, x in batch.items():
+      joined = np.concatenate([part[key] for part in parts])
+      np.testing.assert_array_equal(joined, x)
+
+
+def test_stopped_and_damaged_shards_are_made_again_and_no_others(
+  corpus, made, tmp_path
+):
+  _, manifest = made
+  out = tmp_path / "out"
+  again, first = prepare(out, corpus)
+  assert all(first)
+  assert prepared.manifest_hash(again) == prepared.manifest_hash(manifest)
+  _, second = prepare(out, corpus)
+  assert not any(second)
+  shard = out / "train-00003.array_record"
+  content = bytearray(shard.read_bytes())
+  content[100:400] = bytes(255 ^ x for x in content[100:400])
+  shard.write_bytes(bytes(content))
+  (out / "notes" / "00001.json").write_text("{")
+  mended, third = prepare(out, corpus)
+  assert sum(third) == 2 and third[1] and third[3]
+  assert prepared.manifest_hash(mended) == prepared.manifest_hash(manifest)
+
+
+def test_newer_input_is_read_again(tmp_path):
+  source = test_documents.write_jsonl(tmp_path / "a.jsonl", texts(60))
+  before, _ = prepare(tmp_path / "out", source)
+  body = source.read_text().replace("a", "b")
+  source.write_text(body)
+  after, made = prepare(tmp_path / "out", source)
+  assert all(made)
+  assert before["counts"] == after["counts"] and before != after
+
+
+@pytest.mark.parametrize("change,words", [
+  ({"alignment": 8}, "alignment: 4 -> 8"),
+  ({"sequence_length": 64}, "sequence_length: 32 -> 64"),
+  ({"validation_percent": 30.0}, "validation_percent"),
+])  # fmt: skip
+def test_another_preparation_is_refused(corpus, made, change, words):
+  with pytest.raises(ValueError, match=f"holds another preparation.*{words}"):
+    prepare(made[0], corpus, **change)
+
+
+def test_a_strangers_folder_is_refused(corpus, tmp_path):
+  (tmp_path / "precious").write_text("x")
+  with pytest.raises(ValueError, match="not empty"):
+    prepare(tmp_path, corpus)
+  assert [p.name for p in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("change,words", [
+  ({"sequence_length": 64}, "prepared for data.sequence_length=32, got 64"),
+  ({"alignment": 8}, "prepared for alignment 4.*--alignment=8"),
+  ({"path": "nowhere"}, "no folder data.path='nowhere'"),
+  ({"path": "."}, "has no manifest.json"),
+])  # fmt: skip
+def test_runs_that_do_not_fit(made, change, words, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises((ValueError, FileNotFoundError), match=words):
+    load(**{"path": made[0]} | change)
+
+
+def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
+  out = tmp_path / "out"
+  manifest, _ = prepare(out, corpus)
+  shard = out / manifest["shards"][0]["file"]
+  content = shard.read_bytes()
+  shard.write_bytes(content[:-100])
+  with pytest.raises(ValueError, match=f"{shard.name} is .* bytes, expected"):
+    load(out)
+  shard.unlink()
+  with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+    load(out)
+  (out / "manifest.json").write_text("{")
+  with pytest.raises(ValueError, match="no JSON"):
+    load(out)
+
+
+def test_the_tokenizer_must_be_the_same(made, tmp_path):
+  manifest = dict(made[1])
+  manifest["tokenizer"] = {"name": "words.model", "fingerprint": "0"}
+  with pytest.raises(ValueError, match="data.tokenizer is not the one"):
+    prepared.check(
+      manifest, sequence_length=LENGTH, alignment=1,
+      tokenizer_fingerprint=tokenizers.Bytes.fingerprint,
+    )  # fmt: skip
+
+
+def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
+  """What a worker holds: tokens of a flush, less than a row behind it."""
+  held = []
+  push = packing.Packer.push
+
+  def watched(self, documents):
+    held.append(sum(map(len, documents)))
+    return push(self, documents)
+
+  monkeypatch.setattr(packing.Packer, "push", watched)
+  monkeypatch.setattr(preparation, "_FLUSH_TOKENS", 2000)
+  test_documents.write_jsonl(tmp_path / "a.jsonl", texts(2000))
+  prepare(tmp_path / "out", tmp_path / "a.jsonl", shard_bytes=2**20)
+  assert len(held) > 50 and max(held) < 2400
+
+
+def test_no_path_of_this_machine_is_in_the_manifest(made):
+  out, _ = made
+  text = json.dumps([
+    json.loads(path.read_text()) for path in out.rglob("*.json")
+  ])  # fmt: skip
+  assert str(pathlib.Path(out).parent) not in text

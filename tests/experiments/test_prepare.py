@@ -1,0 +1,139 @@
+"""From files to a running training in three commands, stopped anywhere."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from nl_jax.data import tokenizers
+from tests.data import test_preparation
+from tests.experiments import test_commands
+
+COMMAND = [sys.executable, "-m", "experiments.prepare"]
+
+
+def start(*args):
+  return subprocess.Popen(
+    [*COMMAND, *args], cwd=test_commands.ROOT, stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE, text=True, start_new_session=True,
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
+  )  # fmt: skip
+
+
+def finish(process):
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  return out
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+  """Some megabytes in a few files."""
+  folder = tmp_path_factory.mktemp("corpus")
+  lines = [json.dumps({"text": text}) for text in test_preparation.texts(4000)]
+  for i in range(12):
+    (folder / f"{i}.jsonl").write_text("\n".join(lines) + "\n")
+  return folder
+
+
+def args_of(corpus, out):
+  return (
+    "--source=jsonl", f"--path={corpus}", f"--out={out}",
+    "--sequence_length=64", "--shard_megabytes=1",
+  )  # fmt: skip
+
+
+def test_killed_twice_gives_the_same_manifest_with_any_workers(
+  corpus, tmp_path
+):
+  whole = start(*args_of(corpus, tmp_path / "whole"), "--workers=1")
+  killed = tmp_path / "killed"
+  for done in (1, 2):
+    process = start(*args_of(corpus, killed), "--workers=2")
+    limit = time.monotonic() + 60
+    while len(list((killed / "notes").glob("0*.json"))) < done:
+      assert process.poll() is None and time.monotonic() < limit
+      time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (killed / "manifest.json").exists()
+  said = finish(start(*args_of(corpus, killed), "--workers=2"))
+  assert "shards were there" in said
+  manifests = [
+    [line for line in text.splitlines() if line.startswith("manifest: ")]
+    for text in (finish(whole), said)
+  ]
+  assert manifests[0] == manifests[1] and manifests[0]
+  names = lambda folder: sorted(
+    (p.name, p.read_bytes()) for p in folder.glob("*.array_record")
+  )
+  assert names(tmp_path / "whole") == names(killed)
+  assert not list(killed.glob("manifest*.tmp"))
+
+
+def test_ctrl_c_stops_all_processes(corpus, tmp_path):
+  process = start(*args_of(corpus, tmp_path / "out"), "--workers=2")
+  while not list((tmp_path / "out" / "notes").glob("0*.json")):
+    assert process.poll() is None
+    time.sleep(0.002)
+  os.killpg(process.pid, signal.SIGINT)
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 130, err
+  assert "stopped by Ctrl-C" in err and "Traceback" not in err
+
+
+def test_three_commands_from_files_to_training(corpus, tmp_path):
+  one = corpus / "0.jsonl"
+  model, out = tmp_path / "words.model", tmp_path / "out"
+  first = finish(start(
+    f"--train_tokenizer={model}", "--vocab_size=400", "--source=jsonl",
+    f"--path={one}",
+  ))  # fmt: skip
+  assert "400 pieces" in first and "--tokenizer=" in first
+  words = tokenizers.load(str(model))
+  for text in ("abc def", "ünïcode 日本\n", "  two  spaces "):
+    assert words.decode(words.encode(text)) == text
+  second = finish(start(
+    "--source=jsonl", f"--path={one}", f"--out={out}", "--workers=1",
+    f"--tokenizer={model}", "--for_config=transformer_tiny:smoke",
+  ))  # fmt: skip
+  command = [line for line in second.splitlines() if line.startswith("next:")]
+  args = command[0].split("experiments.lm ")[1].split()
+  assert "--config.model.vocab_size=448" in args
+  third = test_commands.run(
+    "lm", *args, f"--workdir={tmp_path / 'run'}", "--config.train.steps=2",
+    "--config.eval.batches=1",
+  )  # fmt: skip
+  assert third.returncode == 0, third.stderr
+  assert "data: prepared" in third.stderr and "nat per byte" in third.stdout
+
+
+@pytest.mark.parametrize("args,sentence", [
+  ((), "--path is required"),
+  (("--path=x",), "--out is required"),
+  (("--path=x", "--out=y"), "--sequence_length is required"),
+  (("--path=x", "--out=y", "--for_config=hope_tinny"), "Did you mean"),
+  (("--path=x", "--out=y", "--sequence_length=8"), "nothing at data.path='x'"),
+  (("--path=x", "--out=y", "--sequence_length=8", "--source=csv"),
+   "Known: text, jsonl, parquet"),
+  (("--path=x", "--out=y", "--sequence_length=8", "--alignment=3"),
+   "must be a multiple"),
+  (("--path=x", "--out=y", "--sequence_length=8", "--tokenizer=words"),
+   "no data.tokenizer 'words'"),
+  (("--path=setup.py", "--train_tokenizer=README.md"), "README.md exists"),
+  (("--path=setup.py", "--train_tokenizer=no.model", "--vocab_size=9"),
+   "must be at least 300"),
+  (("--path=setup.py", "--train_tokenizer=no.model", "--vocab_size=30000"),
+   "can be trained on this text"),
+])  # fmt: skip
+def test_mistakes_are_one_sentence(args, sentence):
+  process = start(*args)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 1
+  assert sentence in err and "Traceback" not in err
+  assert not pathlib.Path(test_commands.ROOT, "no.model").exists()
