@@ -167,3 +167,67 @@ def test_a_model_needs_the_tokenizers_ids():
   words = "model.vocab_size=258 .* 259 ids of data.tokenizer='bytes'"
   with pytest.raises(ValueError, match=words):
     tokenizers.check_vocabulary(tokenizers.Bytes(), 258)
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory) -> str:
+  """A byte-level tokenizer.json, trained here."""
+  import tokenizers as library
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  made = library.Tokenizer(models.BPE())
+  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  made.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=400, special_tokens=["<pad>", "<|endoftext|>"],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+  )  # fmt: skip
+  made.train_from_iterator(["the cat sat on the mat " * 9], trainer)
+  path = tmp_path_factory.mktemp("words") / "tokenizer.json"
+  made.save(str(path))
+  return str(path)
+
+
+@pytest.mark.parametrize("text", ["", "the cat", " two  spaces\n", "日本 ü"])
+def test_tokenizer_json_round_trip(words, text):
+  made = tokenizers.load(words)
+  ids = made.encode(text)
+  assert ids.dtype == np.int32 and made.decode(ids) == text
+  stream = made.stream()
+  assert "".join(stream.push([i]) for i in ids) + stream.flush() == text
+  assert (made.end_id, made.pad_id) == (1, 0)
+  assert made.end_id not in ids
+
+
+def test_tokenizer_json_shows_no_half_character_and_takes_any_id(words):
+  made = tokenizers.load(words)
+  ids = list(made.encode("日"))
+  stream = made.stream()
+  assert [stream.push([i]) for i in ids[:-1]] == [""] * (len(ids) - 1)
+  assert stream.flush() == "\N{REPLACEMENT CHARACTER}"
+  assert stream.push(ids) == "日"
+  assert "\N{REPLACEMENT CHARACTER}" in made.decode([5, 10**6, 7])
+  assert "\N{REPLACEMENT CHARACTER}" in made.stream().push([10**6])
+
+
+def test_the_end_is_what_the_config_beside_it_says(words):
+  path = pathlib.Path(words)
+  beside = path.with_name("tokenizer_config.json")
+  before = tokenizers.load(words).fingerprint
+  beside.write_text('{"eos_token": {"content": "<pad>"}}')
+  made = tokenizers.load(words)
+  assert made.end_id == 0 and made.fingerprint != before
+  beside.write_text("[")
+  with pytest.raises(ValueError, match="tokenizer_config.json is no JSON"):
+    tokenizers.load(words)
+  beside.unlink()
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {}}'])
+def test_json_of_something_else_is_refused(tmp_path, content):
+  path = tmp_path / "tokenizer.json"
+  path.write_text(content)
+  with pytest.raises(ValueError, match="is no tokenizer.json"):
+    tokenizers.load(str(path))
+  with pytest.raises(FileNotFoundError, match="no tokenizer file"):
+    tokenizers.load("no.json")
