@@ -2,7 +2,7 @@
 
 The same command goes on where an earlier one stopped. The workdir holds
 everything: config.json, metrics.jsonl, events/ (TensorBoard), checkpoints/,
-sample.txt and, at the end, results.json.
+sample.txt and, at the end, results.json, report.html and report.png.
 """
 
 import os
@@ -172,15 +172,27 @@ def _finish(
   print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)
   print("-" * 72)
+  report = _report_or_why_not(workdir)
   loss = metrics.get("eval/validation/nat_per_byte")
   if loss is not None:
     print(f"validation: {loss:.4f} nat per byte")
   print(f"metrics:    {workdir}/metrics.jsonl, tensorboard --logdir {workdir}")
   print(f"results:    {workdir}/results.json")
+  print(f"report:     {report}")
   print(
     "more text:  python -m experiments.sample "
     f"--workdir={workdir} --prompt='def '"
   )
+
+
+def _report_or_why_not(workdir: pathlib.Path) -> str:
+  """Draws the run; a report that cannot be drawn is no reason to fail."""
+  from experiments import _report
+
+  try:
+    return str(_report.write([str(workdir)], workdir)[0])
+  except (ModuleNotFoundError, OSError, ValueError) as error:
+    return f"not drawn: {error}"
 
 
 if __name__ == "__main__":

@@ -1,0 +1,228 @@
+"""The charts of a report: one drawing function, many panels."""
+
+import io
+import math
+from typing import Any, NamedTuple
+
+from experiments import _report_runs as runs_lib
+
+# Both readable on white and on near-black.
+_COLOURS = (
+  "#3b7dd8", "#e07b39", "#2a9d68", "#c44e8b", "#8a6fd1", "#b8912b", "#4aa6b5",
+)  # fmt: skip
+_INK = "#7d858f"
+_STYLES = ("-", "--", ":", "-.")
+_MARKERS = ("o", "^", "s", "x")
+
+
+class Curve(NamedTuple):
+  """A line of a panel.
+
+  Attributes:
+    label: in the legend; "" for none.
+    xs, ys: numbers; nan is a gap.
+    run: number of the run: its colour.
+    style: number of the kind of line or dot.
+    dots: whether the points are not joined.
+  """
+
+  label: str
+  xs: list
+  ys: list
+  run: int
+  style: int = 0
+  dots: bool = False
+
+
+class Panel(NamedTuple):
+  """One chart.
+
+  Attributes:
+    title: what is shown, with its unit.
+    x: label of the x axis.
+    curves: the lines.
+    log: whether the y axis is logarithmic.
+  """
+
+  title: str
+  x: str
+  curves: list[Curve]
+  log: bool = False
+
+
+def panels(runs: list[runs_lib.Run]) -> list[Panel]:
+  """All charts that the runs have something to show in."""
+  made = [
+    _loss(runs, "tokens", "tokens"),
+    _loss(runs, "seconds", "seconds of training"),
+    *_levels(runs),
+    *_optimizer(runs),
+    *_speed(runs),
+  ]
+  return [panel for panel in made if panel.curves]
+
+
+def _loss(runs: list[runs_lib.Run], x: str, label: str) -> Panel:
+  curves = []
+  for i, run in enumerate(runs):
+    name = _name(runs, run, "train")
+    curves += _curve(run, i, "train/loss", x, name)
+    for key in run.keys("eval/"):
+      if key.endswith("/loss"):
+        name = _name(runs, run, key.split("/")[1])
+        curves += _curve(run, i, key, x, name, dots=True)
+  return Panel(f"Loss over {label} (nat per token)", label, curves)
+
+
+def _curve(
+  run: runs_lib.Run,
+  number: int,
+  key: str,
+  x: str,
+  label: str,
+  style: int = 0,
+  dots: bool = False,
+) -> list[Curve]:
+  xs, ys = run.series(key, x)
+  known = any(math.isfinite(y) for y in ys)
+  return [Curve(label, xs, ys, number, style, dots)] if known else []
+
+
+def _levels(runs: list[runs_lib.Run]) -> list[Panel]:
+  """Inner loss, norms and gates of the memories."""
+  kinds = (
+    ("inner_loss", "Inner loss of the memories (surprise)", False),
+    ("memory_norm", "Norm of the fast weights", False),
+    ("update_norm", "Norm of a write (per token)", True),
+  )
+  made = []
+  for field, title, log in kinds:
+    curves = []
+    for i, run in enumerate(runs):
+      for j, level in enumerate(run.levels()):
+        key = f"memory/{level}/{field}"
+        curves += _curve(run, i, key, "tokens", _name(runs, run, level), j)
+    made.append(Panel(title, "tokens", curves, log))
+  for field, title in (
+    ("eta_mean", "Learning rate of the memories (mean gate)"),
+    ("alpha_mean", "Retention of the memories (mean gate)"),
+    ("beta_mean", "Momentum of the memories (mean gate)"),
+  ):
+    curves = []
+    for i, run in enumerate(runs):
+      for j, level in enumerate(run.levels()):
+        key = f"memory/{level}/{field}"
+        if any(y > 0 for y in run.series(key)[1]):
+          curves += _curve(run, i, key, "tokens", _name(runs, run, level), j)
+    made.append(Panel(title, "tokens", curves))
+  return made
+
+
+def _optimizer(runs: list[runs_lib.Run]) -> list[Panel]:
+  norms, updates, rates = [], [], []
+  for i, run in enumerate(runs):
+    norms += _curve(run, i, "opt/grad_norm", "tokens", run.name)
+    rates += _curve(run, i, "opt/learning_rate", "tokens", run.name)
+    keys = [k for k in run.keys("opt/") if k.endswith("/update_norm")]
+    keys = [k for k in keys if k != "opt/update_norm"] or ["opt/update_norm"]
+    for j, key in enumerate(keys):
+      level = key.removeprefix("opt/").removesuffix("update_norm").strip("/")
+      name = _name(runs, run, level or "all")
+      # Between two updates of a level its norm is 0: dots, not lines.
+      xs, ys = run.series(key)
+      ys = [y if y > 0 else math.nan for y in ys]
+      if any(math.isfinite(y) for y in ys):
+        dots = level.startswith("cms")
+        updates.append(Curve(name, xs, ys, i, j, dots))
+  return [
+    Panel("Norm of the outer gradient", "tokens", norms, True),
+    Panel("Norm of an outer update, by level", "tokens", updates, True),
+    Panel("Outer learning rate", "tokens", rates),
+  ]
+
+
+def _speed(runs: list[runs_lib.Run]) -> list[Panel]:
+  speed, wait = [], []
+  for i, run in enumerate(runs):
+    speed += _curve(run, i, "perf/tokens_per_s", "tokens", run.name)
+    xs, ys = run.series("perf/data_wait")
+    wait.append(Curve(run.name, xs, [100 * y for y in ys], i))
+  return [
+    Panel("Tokens per second", "tokens", speed),
+    Panel("Time spent waiting for data (%)", "tokens", wait),
+  ]
+
+
+def _name(runs: list[runs_lib.Run], run: runs_lib.Run, part: str) -> str:
+  return part if len(runs) == 1 else f"{run.name}, {part}"
+
+
+def draw(axes: Any, panel: Panel, ink: str) -> None:
+  """One panel on matplotlib axes."""
+  alone = len({curve.run for curve in panel.curves}) == 1
+  for number, curve in enumerate(panel.curves):
+    colour = _COLOURS[(number if alone else curve.run) % len(_COLOURS)]
+    if curve.dots:
+      marker = _MARKERS[curve.style % len(_MARKERS)]
+      look = dict(linestyle="none", marker=marker, markersize=3.5)
+    else:
+      look = dict(linestyle=_STYLES[curve.style % 4], linewidth=1.4)
+      if len(curve.xs) == 1:
+        look = dict(linestyle="none", marker="s", markersize=4)
+    axes.plot(curve.xs, curve.ys, color=colour, label=curve.label, **look)
+  axes.set_title(panel.title, fontsize=10, color=ink, loc="left", pad=8)
+  axes.set_xlabel(panel.x, fontsize=8, color=ink)
+  if panel.log:
+    axes.set_yscale("log")
+  axes.xaxis.set_major_formatter(_engineering())
+  axes.tick_params(labelsize=8, colors=ink, which="both")
+  axes.grid(True, color=ink, alpha=0.22, linewidth=0.6)
+  for side, spine in axes.spines.items():
+    spine.set_visible(side in ("left", "bottom"))
+    spine.set_color(ink)
+  axes.patch.set_alpha(0)
+  if len(panel.curves) > 1:
+    axes.legend(fontsize=7, frameon=False, labelcolor=ink, loc="best", ncols=1)
+
+
+def _engineering() -> Any:
+  from matplotlib import ticker
+
+  return ticker.EngFormatter(sep="")
+
+
+def svg(panel: Panel) -> str:
+  """A panel as an SVG element, without background."""
+  figure = _figure((6.0, 3.1))
+  draw(figure.add_subplot(), panel, _INK)
+  text = io.StringIO()
+  # No date: the same run gives the same page.
+  figure.savefig(text, format="svg", transparent=True, metadata={"Date": None})
+  source = text.getvalue()
+  return source[source.index("<svg") :]
+
+
+def png(shown: list[Panel], title: str, path: Any) -> None:
+  """All panels as one picture."""
+  columns = 2
+  rows = math.ceil(len(shown) / columns)
+  figure = _figure((12.0, 3.2 * rows + 0.6))
+  ink = "#333a42"
+  for number, panel in enumerate(shown):
+    draw(figure.add_subplot(rows, columns, number + 1), panel, ink)
+  figure.suptitle(title, fontsize=13, color=ink, x=0.01, ha="left")
+  figure.savefig(path, format="png", dpi=110, facecolor="white")
+
+
+def _figure(size: tuple[float, float]) -> Any:
+  """A figure that needs no display."""
+  import matplotlib
+  from matplotlib import figure
+  from matplotlib.backends import backend_agg
+
+  # Text stays text; names of elements do not depend on chance.
+  matplotlib.rcParams["svg.fonttype"] = "none"
+  matplotlib.rcParams["svg.hashsalt"] = "nl_jax"
+  made = figure.Figure(figsize=size, layout="constrained")
+  backend_agg.FigureCanvasAgg(made)
+  return made
