@@ -12,19 +12,14 @@ shards do not depend on the number of workers. Without a tokenizer of one's own:
         --vocab_size=32000 --source=jsonl --path=corpus
 """
 
-import concurrent.futures
-import multiprocessing
-import os
 import pathlib
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
-from experiments import _flags, _main
+from experiments import _flags, _main, _prepare_pool
 
 _SOURCE = flags.DEFINE_string("source", "text", "text, jsonl or parquet.")
 _PATH = flags.DEFINE_string("path", "", "A file, or a folder with such files.")
@@ -59,9 +54,6 @@ _TRAIN = flags.DEFINE_string(
 _VOCAB = flags.DEFINE_integer(
   "vocab_size", 32_000, "Pieces of the model that is trained."
 )
-_READ = 0.2  # Seconds between two looks at what the workers have done.
-_done: Any = None  # Of a worker: bytes that all of them have done.
-_stopped: Any = None  # Of a worker: whether it is to end.
 
 
 def main() -> int:
@@ -85,7 +77,8 @@ def main() -> int:
     for i, pieces in enumerate(shards)
   ]
   size = sum(piece.size for job in jobs for piece in job.pieces)
-  made = _run(jobs, size)
+  workers = _prepare_pool.size(_WORKERS.value, jobs)
+  made = _prepare_pool.run(jobs, size, workers)
   manifest = preparation.finish(out, settings, about, tokenizer, len(jobs))
   seconds = time.monotonic() - begin
   for split, counts in manifest["counts"].items():
@@ -96,7 +89,7 @@ def main() -> int:
   if len(made) < len(jobs):
     print(f"{len(jobs) - len(made)} of {len(jobs)} shards were there")
   size = sum(piece.size for i in made for piece in jobs[i].pieces)
-  print(f"{size / 2**20 / seconds:.1f} MiB/s with {_workers(jobs)} workers")
+  print(f"{size / 2**20 / seconds:.1f} MiB/s with {workers} workers")
   print(f"manifest: {prepared.manifest_hash(manifest)}")
   print(_next_command(settings, tokenizer.vocab_size))
   return _main.DONE
@@ -129,88 +122,6 @@ def _settings() -> Any:
     validation_percent=_PERCENT.value,
     shard_bytes=_SHARD.value * 2**20,
   )
-
-
-def _workers(jobs: list) -> int:
-  cores = len(os.sched_getaffinity(0))
-  return min(_WORKERS.value or cores, len(jobs))
-
-
-def _run(jobs: list, size: int) -> list[int]:
-  """All jobs, in processes of their own, with a bar; those made now."""
-  # Spawned: a fork would carry threads of libraries along.
-  context = multiprocessing.get_context("spawn")
-  done, stopped = context.Value("q", 0), context.Value("b", 0)
-  pool = concurrent.futures.ProcessPoolExecutor(
-    _workers(jobs), context, initializer=_begin, initargs=(done, stopped)
-  )
-  try:
-    futures = [pool.submit(_work, job) for job in jobs]
-    with _bar(size) as show:
-      waiting = set(futures)
-      while waiting:
-        finished, waiting = concurrent.futures.wait(
-          waiting, _READ, concurrent.futures.FIRST_EXCEPTION
-        )
-        show(done.value)
-        for future in finished:
-          future.result()
-  except (ValueError, OSError) as error:
-    raise ValueError(str(error)) from error  # Said here, not in the worker.
-  except concurrent.futures.process.BrokenProcessPool as error:
-    raise ChildProcessError(
-      "a worker was killed, perhaps for want of memory; start the same command "
-      "again, with fewer --workers: it goes on"
-    ) from error
-  finally:
-    stopped.value = 1
-    pool.shutdown(wait=True, cancel_futures=True)
-  return [job.number for job, future in zip(jobs, futures) if future.result()]
-
-
-def _begin(done: Any, stopped: Any) -> None:
-  """Of a worker, before its first job."""
-  global _done, _stopped
-  _done, _stopped = done, stopped
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Its parent tells it.
-
-
-def _work(job: Any) -> bool:
-  from nl_jax.data import preparation
-
-  def advance(size: int) -> None:
-    if _stopped.value:
-      raise InterruptedError("the command was stopped")
-    with _done.get_lock():
-      _done.value += size
-
-  return preparation.run_job(job, advance)
-
-
-class _bar:
-  """A progress bar on a terminal, and silence elsewhere."""
-
-  def __init__(self, size: int):
-    import rich.console
-    import rich.progress
-
-    console = rich.console.Console(stderr=True)
-    self._bar = rich.progress.Progress(
-      rich.progress.BarColumn(),
-      rich.progress.DownloadColumn(),
-      rich.progress.TransferSpeedColumn(),
-      rich.progress.TimeRemainingColumn(),
-      console=console,
-      disable=not sys.stderr.isatty(),
-    )
-    self._task = self._bar.add_task("", total=size)
-
-  def __enter__(self) -> Any:
-    self._bar.start()
-    return lambda done: self._bar.update(self._task, completed=done)
-
-  def __exit__(self, *error: object) -> None:
-    self._bar.stop()
 
 
 def _next_command(settings: Any, vocab_size: int) -> str:

@@ -1,0 +1,107 @@
+"""The workers of experiments.prepare: processes that make shards."""
+
+import concurrent.futures
+import multiprocessing
+import os
+import signal
+import sys
+from typing import Any
+
+from nl_jax.data import preparation
+
+_READ = 0.2  # Seconds between two looks at what the workers have done.
+_done: Any = None  # Of a worker: bytes that all of them have done.
+_stopped: Any = None  # Of a worker: whether it is to end.
+
+
+def size(asked: int, jobs: list) -> int:
+  """Number of workers: as asked, or one a core, and none without a job."""
+  return min(asked or len(os.sched_getaffinity(0)), len(jobs))
+
+
+def run(jobs: list, total: int, workers: int) -> list[int]:
+  """Makes all shards, with a bar.
+
+  Args:
+    jobs: of `preparation`.
+    total: bytes of all.
+    workers: number of processes.
+
+  Returns:
+    Numbers of the shards made now; the others were there.
+
+  Raises:
+    ValueError: what a worker raised.
+    ChildProcessError: a worker was killed.
+  """
+  # Spawned: a fork would carry threads of libraries along.
+  context = multiprocessing.get_context("spawn")
+  done, stopped = context.Value("q", 0), context.Value("b", 0)
+  pool = concurrent.futures.ProcessPoolExecutor(
+    workers, context, initializer=_begin, initargs=(done, stopped)
+  )
+  try:
+    futures = [pool.submit(_work, job) for job in jobs]
+    with _Bar(total) as show:
+      waiting = set(futures)
+      while waiting:
+        finished, waiting = concurrent.futures.wait(
+          waiting, _READ, concurrent.futures.FIRST_EXCEPTION
+        )
+        show(done.value)
+        for future in finished:
+          future.result()
+  except (ValueError, OSError) as error:
+    raise ValueError(str(error)) from error  # Said here, not in the worker.
+  except concurrent.futures.process.BrokenProcessPool as error:
+    raise ChildProcessError(
+      "a worker was killed, perhaps for want of memory; start the same command "
+      "again, with fewer --workers: it goes on"
+    ) from error
+  finally:
+    stopped.value = 1
+    pool.shutdown(wait=True, cancel_futures=True)
+  return [job.number for job, future in zip(jobs, futures) if future.result()]
+
+
+def _begin(done: Any, stopped: Any) -> None:
+  """Of a worker, before its first job."""
+  global _done, _stopped
+  _done, _stopped = done, stopped
+  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Its parent tells it.
+
+
+def _work(job: Any) -> bool:
+  def advance(size: int) -> None:
+    if _stopped.value:
+      raise InterruptedError("the command was stopped")
+    with _done.get_lock():
+      _done.value += size
+
+  return preparation.run_job(job, advance)
+
+
+class _Bar:
+  """A progress bar on a terminal, and silence elsewhere."""
+
+  def __init__(self, size: int):
+    import rich.console
+    import rich.progress
+
+    console = rich.console.Console(stderr=True)
+    self._bar = rich.progress.Progress(
+      rich.progress.BarColumn(),
+      rich.progress.DownloadColumn(),
+      rich.progress.TransferSpeedColumn(),
+      rich.progress.TimeRemainingColumn(),
+      console=console,
+      disable=not sys.stderr.isatty(),
+    )
+    self._task = self._bar.add_task("", total=size)
+
+  def __enter__(self) -> Any:
+    self._bar.start()
+    return lambda done: self._bar.update(self._task, completed=done)
+
+  def __exit__(self, *error: object) -> None:
+    self._bar.stop()
