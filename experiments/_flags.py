@@ -140,8 +140,10 @@ def _check_config(argv: Sequence[str]) -> None:
     return
   chosen = [(i, m) for i, a in enumerate(argv) if (m := _CHOICE.match(a))]
   if not chosen:
+    bare = [a for a in argv[1:] if a.partition(":")[0] in config_names()]
+    hint = f"Did you mean --config={bare[0]}? " if bare else ""
     raise ValueError(
-      f"--config is required. Known: {', '.join(config_names())}"
+      f"--config is required. {hint}Known: {', '.join(config_names())}"
     )
   index, match = chosen[-1]
   value = match["value"] or "".join(argv[index + 1 : index + 2])
@@ -203,5 +205,6 @@ def _line_of(error: Exception, path: pathlib.Path) -> int:
   if isinstance(error, SyntaxError):
     return error.lineno or 0
   frames = traceback.extract_tb(error.__traceback__)
-  lines = [frame.lineno for frame in frames if frame.filename == str(path)]
+  names = (str(path), str(path.resolve()))
+  lines = [frame.lineno for frame in frames if frame.filename in names]
   return lines[-1] if lines else 0

@@ -50,7 +50,7 @@ class CMSConfig:
     if not count or len(self.widths) != count or len(self.periods) != count:
       raise ValueError(
         "cms.levels, cms.widths and cms.periods must have one entry a level, "
-        f"got {count}, {len(self.widths)} and {len(self.periods)}"
+        f"got {self.levels}, {self.widths} and {self.periods}"
       )
     self._check_names()
     for name, values in (("widths", self.widths), ("periods", self.periods)):

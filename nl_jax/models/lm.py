@@ -75,9 +75,9 @@ class LanguageModel:
 
   def __post_init__(self):
     for field, value, known in (
-      ("arch", self.arch, tuple(MIXERS)),
-      ("dtype", self.dtype, _DTYPES),
-      ("remat", self.remat, _REMAT),
+      ("model.arch", self.arch, tuple(MIXERS)),
+      ("train.dtype", self.dtype, _DTYPES),
+      ("train.remat", self.remat, _REMAT),
     ):
       _check_name(field, value, known)
     for field in ("width", "layers", "heads", "head_dim", "vocab_size"):
@@ -314,7 +314,7 @@ def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
   close = difflib.get_close_matches(str(value), known, n=1)
   hint = f" Did you mean {close[0]!r}?" if close else ""
   raise ValueError(
-    f"model.{field} must be one of {', '.join(known)}; got {value!r}.{hint}"
+    f"{field} must be one of {', '.join(known)}; got {value!r}.{hint}"
   )
 
 

@@ -56,8 +56,11 @@ def make_workdir(workdir: pathlib.Path) -> None:
   """Makes the folder of a run.
 
   Raises:
-    StorageError: a file is in the way, or the system refuses.
+    ValueError: a file is in the way.
+    StorageError: the system refuses.
   """
+  if workdir.is_file():
+    raise ValueError(f"{workdir} is a file; give --workdir a folder")
   with writing(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
 

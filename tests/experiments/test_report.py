@@ -163,7 +163,7 @@ def test_mistakes_are_sentences(tmp_path):
     _report.write([str(empty)], tmp_path)
   run = make_run(tmp_path / "b")
   (tmp_path / "file").write_text("precious")
-  with pytest.raises(OSError, match="cannot be written"):
+  with pytest.raises(ValueError, match="file is a file"):
     _report.write([str(run)], tmp_path / "file")
   assert (tmp_path / "file").read_text() == "precious"
 

@@ -186,7 +186,7 @@ def test_labels_name_the_levels():
   (dict(heads=3), "heads \\* model.head_dim must be model.width"),
   (dict(arch="hopes"), "Did you mean 'hope'"),
   (dict(layers=0), "layers must be an integer"),
-  (dict(dtype="float16"), "model.dtype must be one of"),
+  (dict(dtype="float16"), "train.dtype must be one of"),
   (dict(memory=None), "model.memory belongs to"),
   (dict(arch="transformer", memory=None), "one feed-forward level"),
 ])  # fmt: skip
