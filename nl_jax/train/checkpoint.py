@@ -357,6 +357,41 @@ def read_newest(workdir: str, like: Any) -> Restored:
   return restored
 
 
+def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
+  """Finds early that another run's newest checkpoint cannot be started from.
+
+  Args:
+    workdir: of the other run.
+    like: the abstract state.
+    params_only: only the parameters will be taken.
+
+  Raises:
+    ValueError: no checkpoint there.
+    LeavesMismatchError: it is of another model or optimizer.
+  """
+  step = latest_step(workdir)
+  if step is None:
+    raise _no_checkpoint(workdir)
+  try:
+    saved = _leaves(pathlib.Path(workdir), step)
+  except _DAMAGE:
+    return  # An older one may be whole: reading finds it.
+  expected = describe_leaves(like)
+  if params_only:
+    saved, expected = (
+      {k: v for k, v in leaves.items() if k.startswith("params/")}
+      for leaves in (saved, expected)
+    )
+  _check_leaves(step, saved, expected)
+
+
+def _leaves(workdir: pathlib.Path, step: int) -> dict[str, str]:
+  """What `describe_leaves` said of the state of a checkpoint."""
+  place = workdir / files.CHECKPOINTS / str(step)
+  meta = json.loads((place / "meta" / "metadata").read_text(encoding="utf-8"))
+  return meta["leaves"]
+
+
 def _no_checkpoint(workdir: str) -> ValueError:
   return ValueError(
     f"no checkpoint in {workdir}: train first, or give another workdir"
@@ -430,8 +465,8 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
   place = folder / files.CHECKPOINTS / str(step)
-  meta = json.loads((place / "meta" / "metadata").read_text(encoding="utf-8"))
-  saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
+  leaves = _leaves(folder, step)
+  saved = {k: v for k, v in leaves.items() if k.startswith("params/")}
   item = {"params": like}
   _check_leaves(step, saved, describe_leaves(item))
   with ocp.PyTreeCheckpointer() as checkpointer:

@@ -211,4 +211,8 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
       raise ValueError(
         f"another process is training in {workdir}; wait for it or stop it"
       ) from error
-    yield
+    try:
+      yield
+    finally:
+      if not (workdir / CONFIG).exists():  # It was not made this run's.
+        (workdir / _LOCK).unlink(missing_ok=True)

@@ -194,6 +194,10 @@ def train(
   sharding.check_batch(mesh, batch_size, sequence_length, settings.accumulate)
   like = state_lib.abstract(model, optimizer.tx, mesh)
   folder = pathlib.Path(workdir).resolve()
+  if checkpoint.latest_step(workdir) is None and (resume_from or init_from):
+    checkpoint.check_origin(
+      resume_from or init_from, like, params_only=not resume_from
+    )
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     if jax.process_index() == 0:

@@ -1,0 +1,90 @@
+"""Runs many commands in one process that has imported what they need.
+
+Each command is a fork of it, before any device is touched: a second a command,
+where a process of its own takes several.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import NamedTuple
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+class Done(NamedTuple):
+  """How a command ended."""
+
+  returncode: int
+  stdout: str
+  stderr: str
+
+
+def run(commands: list[list[str]], cwd: pathlib.Path) -> list[Done]:
+  """Runs commands one after the other in a folder.
+
+  Args:
+    commands: the module below experiments, and its arguments.
+    cwd: the folder.
+  """
+  done = subprocess.run(
+    [sys.executable, "-W", "ignore", "-m", "tests.experiments.forked"],
+    input=json.dumps({"cwd": str(cwd), "commands": commands}),
+    capture_output=True, text=True, cwd=ROOT, timeout=600,
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  return [Done(*x) for x in json.loads(done.stdout)]
+
+
+def _main() -> None:
+  import jax  # noqa: F401
+  import orbax.checkpoint  # noqa: F401
+
+  import experiments._setup  # noqa: F401
+  import nl_jax.data.pipeline  # noqa: F401
+  import nl_jax.train.loop  # noqa: F401
+
+  asked = json.load(sys.stdin)
+  results = [_one(command, asked["cwd"]) for command in asked["commands"]]
+  print(json.dumps(results))
+
+
+def _one(command: list[str], cwd: str) -> list:
+  with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+    pid = os.fork()
+    if not pid:
+      _child(command, cwd, out.fileno(), err.fileno())
+    _, status = os.waitpid(pid, 0)
+    texts = []
+    for file in (out, err):
+      file.seek(0)
+      texts.append(file.read())
+  return [os.waitstatus_to_exitcode(status), *texts]
+
+
+def _child(command: list[str], cwd: str, out: int, err: int) -> None:
+  import runpy
+
+  os.dup2(out, 1)
+  os.dup2(err, 2)
+  os.chdir(cwd)
+  sys.argv = [command[0], *command[1:]]
+  code = 0
+  try:
+    runpy.run_module(f"experiments.{command[0]}", run_name="__main__")
+  except SystemExit as error:
+    code = error.code
+    if isinstance(code, str):
+      print(code, file=sys.stderr)
+      code = 1
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code or 0)
+
+
+if __name__ == "__main__":
+  _main()
