@@ -71,8 +71,10 @@ def chosen_name(flag_values: flags.FlagValues = flags.FLAGS) -> str:
   return pathlib.Path(name).stem + colon + arg
 
 
-def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines --config and --list_configs."""
+def define_config(
+  flag_values: flags.FlagValues = flags.FLAGS, *, required: bool = True
+) -> None:
+  """Defines --config and --list_configs; --config may be left out or not."""
   config_flags.DEFINE_config_file(
     "config",
     None,
@@ -80,6 +82,7 @@ def define_config(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     flag_values=flag_values,
   )
   flag_values["config"].parser = _ConfigByName("config")
+  flag_values["config"].parser.required = required
   flags.DEFINE_boolean(
     "list_configs",
     False,
@@ -108,7 +111,10 @@ def parse(
     sys.exit(0)
   try:
     if "config" in flag_values:
-      _check_config(flag_values.read_flags_from_files(argv, force_gnu=False))
+      _check_config(
+        flag_values.read_flags_from_files(argv, force_gnu=False),
+        flag_values["config"].parser.required,
+      )
     rest = flag_values(argv)
   except (flags.Error, ValueError) as error:
     sys.exit(f"FATAL Flags parsing error: {' '.join(str(error).split())}")
@@ -123,6 +129,7 @@ class _ConfigByName(config_flags.config_flags.ConfigFileFlagParser):
   """The stock parser takes every name for a path and hides what fails."""
 
   chosen = ""  # The value that was parsed last.
+  required = True
 
   def parse(self, value: str) -> config_dict.ConfigDict:
     """Loads the config; absl turns its ValueError into a sentence."""
@@ -130,7 +137,7 @@ class _ConfigByName(config_flags.config_flags.ConfigFileFlagParser):
     return load_config(value)
 
 
-def _check_config(argv: Sequence[str]) -> None:
+def _check_config(argv: Sequence[str], required: bool) -> None:
   """Checks that --config is there, and that the keys of all overrides exist.
 
   Absl and ml_collections would raise an AttributeError of their own for an
@@ -139,6 +146,8 @@ def _check_config(argv: Sequence[str]) -> None:
   if {"--help", "--helpshort", "--helpfull", "-?", "-h"} & set(argv):
     return
   chosen = [(i, m) for i, a in enumerate(argv) if (m := _CHOICE.match(a))]
+  if not chosen and not required:
+    return
   if not chosen:
     bare = [a for a in argv[1:] if a.partition(":")[0] in config_names()]
     hint = f"Did you mean --config={bare[0]}? " if bare else ""

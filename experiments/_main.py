@@ -23,6 +23,7 @@ INTERRUPTED = 130
 _DEBUG = flags.DEFINE_boolean(
   "debug", False, "Show the traceback of an error, not only its sentence."
 )
+_EXTRAS = {"datasets": "hf"}  # Of setup.py, where it is not `train`.
 _ROOT = pathlib.Path(__file__).parents[1]
 # What a room raises for a user's mistake, and what the system refuses.
 _MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
@@ -65,8 +66,9 @@ def _missing_module(error: ModuleNotFoundError) -> str:
   name = (error.name or "").partition(".")[0]
   if name == "nl_jax":
     return f"error: nl_jax is not installed: run `pip install -e .` in {_ROOT}"
+  extra = _EXTRAS.get(name, "train")
   return (
-    f"error: {name or error} is not installed: run `pip install -e .[train]` "
+    f"error: {name or error} is not installed: run `pip install -e .[{extra}]` "
     f"in {_ROOT}"
   )
 

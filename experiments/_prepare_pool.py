@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 from nl_jax.data import preparation
@@ -69,6 +70,13 @@ def _begin(done: Any, stopped: Any) -> None:
   global _done, _stopped
   _done, _stopped = done, stopped
   signal.signal(signal.SIGINT, signal.SIG_IGN)  # Its parent tells it.
+  threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+  """A worker of a killed command would write beside the next start's."""
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 def _work(job: Any) -> bool:

@@ -1,46 +1,47 @@
 """Prepares a corpus for training: tokenised, packed rows in shards, once.
 
-    python -m experiments.prepare --source=jsonl --path=corpus --out=prepared \\
-        --tokenizer=words.model --for_config=hope_1b3
+    python -m experiments.prepare --config=hope_1b3 --tokenizer=words.model \\
+        --source=jsonl --path=corpus --out=prepared
     python -m experiments.lm --config=hope_1b3 --config.data.source=prepared \\
         --config.data.path=prepared --config.data.tokenizer=words.model
 
-The same command goes on where it was stopped, and mends damaged shards. The
-shards do not depend on the number of workers. Without a tokenizer of one's own:
+The config gives sequence length, alignment and, where it names one, tokenizer;
+flags of these names come first. The same command goes on where it was stopped,
+and mends damaged shards. The shards do not depend on the number of workers.
+Before that, a tokenizer of one's own:
 
     python -m experiments.prepare --train_tokenizer=words.model \\
         --vocab_size=32000 --source=jsonl --path=corpus
 """
 
 import pathlib
+import re
+import shlex
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from absl import flags
 
-from experiments import _flags, _main, _prepare_pool
+from experiments import _flags, _main
 
+_flags.define_config(required=False)
 _SOURCE = flags.DEFINE_string("source", "text", "text, jsonl or parquet.")
 _PATH = flags.DEFINE_string("path", "", "A file, or a folder with such files.")
 _OUT = flags.DEFINE_string("out", "", "Folder of the prepared corpus.")
 _TOKENIZER = flags.DEFINE_string(
-  "tokenizer", "bytes", "bytes, a SentencePiece .model or a tokenizer.json."
+  "tokenizer", "", "bytes, a SentencePiece .model or a tokenizer.json."
 )
 _TEXT_KEY = flags.DEFINE_string(
   "text_key", "text", "Field of jsonl, or column of parquet, with the text."
 )
-_CONFIG = flags.DEFINE_string(
-  "for_config", "", "A config's name: its sequence length and alignment."
-)
 _LENGTH = flags.DEFINE_integer(
-  "sequence_length", 0, "Tokens of a row; 0: of --for_config."
+  "sequence_length", 0, "Tokens of a row; 0: of --config."
 )
 _ALIGNMENT = flags.DEFINE_integer(
-  "alignment", 0, "Documents start at multiples; 0: of --for_config."
+  "alignment", 0, "Documents start at multiples; 0: of --config, or 1."
 )
 _PERCENT = flags.DEFINE_float(
-  "validation_percent", 10.0, "Of the documents of jsonl and parquet, held out."
+  "validation_percent", 10.0, "Of the text, held out."
 )
 _SHARD = flags.DEFINE_integer(
   "shard_megabytes", 64, "Of input in a shard, about.", lower_bound=1
@@ -56,66 +57,96 @@ _VOCAB = flags.DEFINE_integer(
 )
 
 
+# Fields that the library's sentences name, and that are flags here.
+_FIELDS = re.compile(
+  r"\bdata\.(source|path|text_key|tokenizer|sequence_length)\b"
+)
+
+
 def main() -> int:
   """Runs the command; returns its exit status."""
-  if not _PATH.value:
-    raise ValueError("--path is required: a file, or a folder with files")
-  if _TRAIN.value:
-    return _train_tokenizer()
-  from nl_jax.data import preparation, prepared
+  try:
+    _require_path()
+    return _train_tokenizer() if _TRAIN.value else _prepare()
+  except ValueError as error:
+    raise ValueError(_FIELDS.sub(r"--\1", str(error))) from error
+  except FileNotFoundError as error:
+    raise FileNotFoundError(_FIELDS.sub(r"--\1", str(error))) from error
+
+
+def _prepare() -> int:
+  from experiments import _prepare_pool
+  from nl_jax.data import partition, preparation
 
   if not _OUT.value:
     raise ValueError("--out is required: the folder of the prepared corpus")
-  begin, out = time.monotonic(), pathlib.Path(_OUT.value)
+  begin, out = time.monotonic(), pathlib.Path(_OUT.value).expanduser()
   settings = _settings()
   tokenizer = preparation.check(settings)
   about = preparation.claim(settings, tokenizer)
-  shards = preparation.plan(settings)
-  preparation.open_folder(out, about)
   jobs = [
     preparation.Job(i, pieces, settings, str(out))
-    for i, pieces in enumerate(shards)
+    for i, pieces in enumerate(partition.plan(settings))
   ]
-  size = sum(piece.size for job in jobs for piece in job.pieces)
   workers = _prepare_pool.size(_WORKERS.value, jobs)
-  made = _prepare_pool.run(jobs, size, workers)
-  manifest = preparation.finish(out, settings, about, tokenizer, len(jobs))
-  seconds = time.monotonic() - begin
+  preparation.open_folder(out, about)
+  with preparation.lock(out):
+    made = _prepare_pool.run(jobs, _bytes(jobs), workers)
+    manifest = preparation.finish(out, settings, about, tokenizer, len(jobs))
+  _report(manifest)
+  if len(made) < len(jobs):
+    print(f"{len(jobs) - len(made)} of {len(jobs)} shards were there")
+  speed = _bytes([jobs[i] for i in made]) / 2**20 / (time.monotonic() - begin)
+  print(f"{speed:.1f} MiB/s with {workers} workers")
+  print(_next_command(settings, tokenizer.vocab_size))
+  return _main.DONE
+
+
+def _bytes(jobs: list) -> int:
+  return sum(piece.size for job in jobs for piece in job.pieces)
+
+
+def _report(manifest: dict[str, Any]) -> None:
+  from nl_jax.data import prepared
+
   for split, counts in manifest["counts"].items():
     print(
       f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
       f"{counts['tokens']:,} tokens in {counts['rows']:,} rows"
     )
-  if len(made) < len(jobs):
-    print(f"{len(jobs) - len(made)} of {len(jobs)} shards were there")
-  size = sum(piece.size for i in made for piece in jobs[i].pieces)
-  print(f"{size / 2**20 / seconds:.1f} MiB/s with {workers} workers")
   print(f"manifest: {prepared.manifest_hash(manifest)}")
-  print(_next_command(settings, tokenizer.vocab_size))
-  return _main.DONE
 
 
 def _settings() -> Any:
-  """The settings of the flags and of --for_config."""
-  from nl_jax.data import preparation
+  """The settings of the flags and of --config."""
+  from nl_jax.data import partition
 
   length, alignment = _LENGTH.value, _ALIGNMENT.value
-  if _CONFIG.value:
+  tokenizer, config = _TOKENIZER.value, flags.FLAGS.config
+  if config:
     from experiments import _setup
 
-    config = _flags.load_config(_CONFIG.value)
-    net = _setup.model(_setup.resolve(config))
+    # Any: to ask for the one of this machine would take its accelerator.
+    config.train.dtype = "float32"
+    net = _setup.model(config)
     length = length or config.data.sequence_length
     alignment = alignment or net.alignment
+    tokenizer = tokenizer or config.data.tokenizer
   if not length:
     raise ValueError(
-      "--sequence_length is required, or --for_config=<name> to take it from a "
+      "--sequence_length is required, or --config=<name> to take it from a "
       f"config: {', '.join(_flags.config_names())}"
     )
-  return preparation.Settings(
+  if not tokenizer and config:
+    raise ValueError(
+      f"--tokenizer is required: --config={_flags.chosen_name()} names none; "
+      "give bytes, a SentencePiece .model or a tokenizer.json, or train one "
+      "with --train_tokenizer"
+    )
+  return partition.Settings(
     kind=_SOURCE.value,
     path=_PATH.value,
-    tokenizer=_TOKENIZER.value,
+    tokenizer=tokenizer or "bytes",
     sequence_length=length,
     alignment=alignment or 1,
     text_key=_TEXT_KEY.value,
@@ -124,15 +155,22 @@ def _settings() -> Any:
   )
 
 
+def _require_path() -> None:
+  if not _PATH.value:
+    raise ValueError("--path is required: a file, or a folder with files")
+
+
 def _next_command(settings: Any, vocab_size: int) -> str:
   """The command that trains on what was prepared."""
+  config = flags.FLAGS.config
+  name = _flags.chosen_name() if config else "<name>"
   parts = [
-    f"next: python -m experiments.lm --config={_CONFIG.value or '<name>'}",
-    f"--config.data.source=prepared --config.data.path={_OUT.value}",
+    f"next: python -m experiments.lm --config={name}",
+    "--config.data.source=prepared",
+    f"--config.data.path={shlex.quote(_OUT.value)}",
   ]
-  if settings.tokenizer != "bytes":
-    parts.append(f"--config.data.tokenizer={settings.tokenizer}")
-  config = _flags.load_config(_CONFIG.value) if _CONFIG.value else None
+  if not config or config.data.tokenizer != settings.tokenizer:
+    parts.append(f"--config.data.tokenizer={shlex.quote(settings.tokenizer)}")
   if not config or config.data.sequence_length != settings.sequence_length:
     parts.append(f"--config.data.sequence_length={settings.sequence_length}")
   if not config or config.model.vocab_size < vocab_size:
@@ -142,30 +180,25 @@ def _next_command(settings: Any, vocab_size: int) -> str:
 
 
 def _train_tokenizer() -> int:
-  from nl_jax.data import documents, tokenizer_training
+  from nl_jax.data import errors, partition, tokenizer_training
 
-  out = pathlib.Path(_TRAIN.value)
+  out, kind = pathlib.Path(_TRAIN.value).expanduser(), _SOURCE.value
   if out.exists():
     raise ValueError(f"{out} exists; give --train_tokenizer a new file")
-  if _SOURCE.value not in documents.SUFFIXES:
-    raise ValueError(
-      f"--source must be one of {', '.join(documents.SUFFIXES)}; got "
-      f"{_SOURCE.value!r}"
-    )
-  files = documents.find(_PATH.value, _SOURCE.value)
-
-  def texts() -> Iterator[str]:
-    for path in files.paths:
-      for document in documents.read(files, path, _TEXT_KEY.value):
-        yield document.text
-
-  size = sum(path.stat().st_size for path in files.paths)
-  pieces = tokenizer_training.train(texts(), size, out, _VOCAB.value)
+  if kind not in partition.KINDS:
+    raise errors.unknown_name("data.source", kind, partition.KINDS)
+  settings = partition.Settings(
+    kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value
+  )
+  size = sum(p.size for pieces in partition.plan(settings) for p in pieces)
+  pieces = tokenizer_training.train(
+    partition.training_texts(settings), size, out, _VOCAB.value
+  )
   print(f"{out}: {pieces:,} pieces")
   print(
-    f"next: python -m experiments.prepare --tokenizer={out} "
-    f"--source={_SOURCE.value} --path={_PATH.value} --out=<folder> "
-    "--for_config=<name>"
+    "next: python -m experiments.prepare --config=<name> "
+    f"--tokenizer={shlex.quote(_TRAIN.value)} --source={kind} "
+    f"--path={shlex.quote(_PATH.value)} --out=<folder>"
   )
   return _main.DONE
 

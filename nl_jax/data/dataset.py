@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -63,7 +64,7 @@ class Dataset:
   process_index: int
   process_count: int
 
-  def validation(self, batches: int = 0) -> list[dict[str, np.ndarray]]:
+  def validation(self, batches: int = 0) -> Sequence[dict[str, np.ndarray]]:
     """The held-out batches of this process, always the same.
 
     Args:
@@ -153,30 +154,13 @@ def load(
   ids = tokenizers.load(tokenizer)
   if vocab_size is not None:
     tokenizers.check_vocabulary(ids, vocab_size)
-  open_part = lambda name, where, weight: _part(
-    name, where, weight, seed, text_key, ids, sequence_length, alignment
-  )
-  if source == "mixture":
-    parts = [open_part(*part) for part in parse_mixture(path)]
-  else:
-    parts = [open_part(source, path, 1.0)]
-  rows = {
-    split: packing.join([part.rows[split] for part in parts])
-    for split in sources.SPLITS
-  }
-  counts = {
-    split: Counts(*map(sum, zip(*(part.counts[split] for part in parts))))
-    for split in sources.SPLITS
-  }
-  for part in parts:
-    pipeline.check_rows(
-      part.rows["train"], batch_size, alignment, process_count
-    )
-  if not counts["validation"].rows:
-    raise ValueError(
-      f"the text held out of data.source={source!r} data.path={path!r} has no "
-      "tokens; give more text"
-    )
+  mixed = source == "mixture"
+  named = parse_mixture(path) if mixed else [(source, path, 1.0)]
+  how = _How(ids, sequence_length, alignment, seed, text_key)
+  parts = [_part(*part, how) for part in named]
+  rows, counts = _joined(parts)
+  _check_text(parts, counts, source, path)
+  pipeline.check_rows(rows["train"], batch_size, alignment, process_count)
   mix = pipeline.Mix(
     tuple(packing.count(part.rows["train"]) for part in parts),
     tuple(part.weight for part in parts),
@@ -189,7 +173,7 @@ def load(
     process_index=process_index,
     process_count=process_count,
   )
-  whole = _whole(source, path, parts)
+  whole = _mixed(path, parts) if mixed else parts[0].source
   decides = [_FORMAT, whole.fingerprint, ids.fingerprint]
   decides += [sequence_length, alignment, pipeline.order_sample(mix, seed)]
   return Dataset(
@@ -203,6 +187,16 @@ def load(
     process_index=process_index,
     process_count=process_count,
   )
+
+
+class _How(NamedTuple):
+  """How a part becomes rows: arguments of `load`, and the tokenizer."""
+
+  tokenizer: tokenizers.Tokenizer
+  sequence_length: int
+  alignment: int
+  seed: int
+  text_key: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -231,40 +225,23 @@ def parse_mixture(path: str) -> list[tuple[str, str, float]]:
   return parts
 
 
-def _part(
-  name: str,
-  path: str,
-  weight: float,
-  seed: int,
-  text_key: str,
-  tokenizer: tokenizers.Tokenizer,
-  sequence_length: int,
-  alignment: int,
-) -> _Part:
+def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
-    return _prepared(path, weight, tokenizer, sequence_length, alignment)
-  source = sources.load(name, path, seed, text_key)
+    return _prepared(path, weight, how)
+  source = sources.load(name, path, how.seed, how.text_key)
   rows, counts = {}, {}
   for split in sources.SPLITS:
-    rows[split], counts[split] = _pack(
-      source.documents(split), tokenizer, sequence_length, alignment
-    )
+    rows[split], counts[split] = _pack(source.documents(split), how)
   return _Part(source, weight, rows, counts)
 
 
-def _prepared(
-  path: str,
-  weight: float,
-  tokenizer: tokenizers.Tokenizer,
-  sequence_length: int,
-  alignment: int,
-) -> _Part:
+def _prepared(path: str, weight: float, how: _How) -> _Part:
   manifest = prepared.read_manifest(path)
   prepared.check(
     manifest,
-    sequence_length=sequence_length,
-    alignment=alignment,
-    tokenizer_fingerprint=tokenizer.fingerprint,
+    sequence_length=how.sequence_length,
+    alignment=how.alignment,
+    tokenizer_fingerprint=how.tokenizer.fingerprint,
   )
   folder = pathlib.Path(path).expanduser()
   tables = {s: prepared.Table(folder, s, manifest) for s in sources.SPLITS}
@@ -275,10 +252,41 @@ def _prepared(
   return _Part(source, weight, tables, counts)
 
 
-def _whole(source: str, path: str, parts: list[_Part]) -> sources.Source:
+def _joined(
+  parts: list[_Part],
+) -> tuple[dict[str, packing.Rows | packing.Table], dict[str, Counts]]:
+  """The rows of all parts, one behind the other, and their sizes."""
+  rows = {
+    split: packing.join([part.rows[split] for part in parts])
+    for split in sources.SPLITS
+  }
+  counts = {
+    split: Counts(*map(sum, zip(*(part.counts[split] for part in parts))))
+    for split in sources.SPLITS
+  }
+  return rows, counts
+
+
+def _check_text(
+  parts: list[_Part], counts: dict[str, Counts], source: str, path: str
+) -> None:
+  """Raises ValueError where a part gives nothing to train on, or no one."""
+  empty = [part for part in parts if not part.counts["train"].rows]
+  if empty and len(parts) > 1:
+    name, where = empty[0].source.name, empty[0].source.origin
+    raise ValueError(
+      f"{name}:{where} of data.path has no tokens to train on; give it more "
+      "text, or leave it out"
+    )
+  if not counts["validation"].rows:
+    raise ValueError(
+      f"the text held out of data.source={source!r} data.path={path!r} has no "
+      "tokens; give more text"
+    )
+
+
+def _mixed(path: str, parts: list[_Part]) -> sources.Source:
   """The source of all parts."""
-  if len(parts) == 1 and source != "mixture":
-    return parts[0].source
   prints = [[part.source.fingerprint, part.weight] for part in parts]
   fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
   bodies = [
@@ -288,17 +296,12 @@ def _whole(source: str, path: str, parts: list[_Part]) -> sources.Source:
   return sources.Source("mixture", path, fingerprint, *bodies)
 
 
-def _pack(
-  documents: tuple[str, ...],
-  tokenizer: tokenizers.Tokenizer,
-  sequence_length: int,
-  alignment: int,
-) -> tuple[packing.Rows, Counts]:
+def _pack(documents: tuple[str, ...], how: _How) -> tuple[packing.Rows, Counts]:
   rows = packing.pack(
-    packing.tokenize(documents, tokenizer),
-    sequence_length,
-    alignment,
-    tokenizer.pad_id,
+    packing.tokenize(documents, how.tokenizer),
+    how.sequence_length,
+    how.alignment,
+    how.tokenizer.pad_id,
   )
   counts = Counts(
     documents=len(documents),

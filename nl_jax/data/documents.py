@@ -8,8 +8,9 @@ parquet). What is held out is decided by names, so that every reader agrees.
 import gzip
 import json
 import pathlib
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO, NamedTuple
 
 SUFFIXES = {
   "text": (".txt",),
@@ -17,6 +18,7 @@ SUFFIXES = {
   "parquet": (".parquet",),
 }
 _GZIP = ".gz"
+_ROWS = 1024  # Of parquet that are held as text at once.
 
 
 class Document(NamedTuple):
@@ -68,14 +70,14 @@ def find(path: str, kind: str) -> Files:
       f"data.source={kind} needs data.path: {what}, or a folder with {shown} "
       "files"
     )
-  where = pathlib.Path(path).expanduser()
+  where, folder = pathlib.Path(path).expanduser(), root(path)
   if not where.exists():
     raise FileNotFoundError(
       f"nothing at data.path={path!r}; give a {kind} file, or a folder with "
       f"{shown} files"
     )
   if not where.is_dir():
-    return Files(kind, where.parent, (where,))
+    return Files(kind, folder, (where,))
   found = [p for p in where.rglob("*") if p.name.endswith(suffixes)]
   found = sorted(p for p in found if p.is_file())
   if not found:
@@ -83,7 +85,13 @@ def find(path: str, kind: str) -> Files:
       f"no {shown} file in the folder data.path={path!r}; give a folder with "
       f"some, or one {kind} file of any name"
     )
-  return Files(kind, where, tuple(found))
+  return Files(kind, folder, tuple(found))
+
+
+def root(path: str) -> pathlib.Path:
+  """The folder that the names of documents are relative to."""
+  where = pathlib.Path(path).expanduser()
+  return where if where.is_dir() else where.parent
 
 
 def read(
@@ -145,17 +153,30 @@ def _text(path: pathlib.Path, start: int, stop: int | None) -> str:
 def _jsonl(
   path: pathlib.Path, name: str, key: str, start: int, stop: int | None
 ) -> Iterator[Document]:
-  opened = gzip.open(path) if compressed(path) else path.open("rb")
   offset = start
-  with opened as file:
-    file.seek(start)
-    for line in file:
-      if stop is not None and offset >= stop:
-        return
-      if line.strip():
-        text = _field(path, offset, line, key)
-        yield Document(f"{name}:{offset}", text)
-      offset += len(line)
+  for line in _lines(path, start):
+    if stop is not None and offset >= stop:
+      return
+    if line.strip():
+      text = _field(path, offset, line, key)
+      yield Document(f"{name}:{offset}", text)
+    offset += len(line)
+
+
+def _lines(path: pathlib.Path, start: int) -> Iterator[bytes]:
+  with _open(path) as file:
+    try:
+      file.seek(start)
+      yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+      raise ValueError(
+        f"{path} is not a whole gzip file ({error}); get it again or leave it "
+        "out"
+      ) from error
+
+
+def _open(path: pathlib.Path) -> BinaryIO:
+  return gzip.open(path) if compressed(path) else path.open("rb")
 
 
 def _field(path: pathlib.Path, offset: int, line: bytes, key: str) -> str:
@@ -170,21 +191,39 @@ def _field(path: pathlib.Path, offset: int, line: bytes, key: str) -> str:
     raise ValueError(
       f"{where()}: no field {key!r} (it has: {has}); set data.text_key"
     )
-  return _string(value[key], key, where)
+  return string(value[key], key, where)
 
 
 def _line_number(path: pathlib.Path, offset: int) -> int:
   """Counted only for an error: a reader may start anywhere."""
-  with gzip.open(path) if compressed(path) else path.open("rb") as file:
-    return file.read(offset).count(b"\n") + 1
+  count, number = 0, 1
+  with _open(path) as file:
+    while count < offset:
+      line = file.readline()
+      count, number = count + len(line), number + 1
+  return number
 
 
-def _string(value: Any, key: str, where: Any) -> str:
+def string(value: Any, key: str, where: Callable[[], str]) -> str:
+  """A value as the text of a document.
+
+  Raises:
+    ValueError: it is something else, or has half a character; the sentence
+      begins with where().
+  """
   if not isinstance(value, str):
     raise ValueError(
       f"{where()}: {key!r} is {type(value).__name__}, expected text; set "
       "data.text_key to the field with the text"
     )
+  try:
+    if not value.isascii():
+      value.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"{where()}: {key!r} has half a character, "
+      f"{value[error.start]!r}; mend the line or leave it out"
+    ) from None
   return value
 
 
@@ -221,8 +260,8 @@ def _parquet(
   file = _open_parquet(path, key)
   groups = range(file.num_row_groups)[start:stop]
   row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-  for batch in file.iter_batches(row_groups=list(groups), columns=[key]):
+  for batch in file.iter_batches(_ROWS, list(groups), columns=[key]):
     for value in batch.column(0).to_pylist():
       where = lambda row=row: f"{path}, row {row}"
-      yield Document(f"{name}:{row}", _string(value, key, where))
+      yield Document(f"{name}:{row}", string(value, key, where))
       row += 1

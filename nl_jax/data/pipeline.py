@@ -7,6 +7,7 @@ batches are the same for any number of processes, and the whole state is one
 integer, the number of batches drawn.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import grain
@@ -103,8 +104,10 @@ def eval_batches(
   limit: int = 0,
   process_index: int = 0,
   process_count: int = 1,
-) -> list[Batch]:
+) -> Sequence[Batch]:
   """All rows in order, once; the last batch is filled with empty rows.
+
+  A batch is made when it is asked for: of a large corpus none is kept.
 
   Args:
     rows: arrays [N,T] of the packer, or a table.
@@ -129,10 +132,28 @@ def eval_batches(
     index_N = np.linspace(0, count, limit * batch_size, endpoint=False)
     index_N = index_N.astype(np.int64)
   take, size = _slice_of(batch_size, process_index, process_count)
-  return [
-    _gather(rows, index_N[start : start + batch_size][take], size)
-    for start in range(0, len(index_N), batch_size)
-  ]
+  starts = range(0, len(index_N), batch_size)
+  return _Batches(
+    rows, [index_N[i : i + batch_size][take] for i in starts], size
+  )
+
+
+class _Batches(Sequence):
+  """Batches of given rows, read one by one."""
+
+  def __init__(
+    self,
+    rows: packing.Rows | packing.Table,
+    chosen: list[np.ndarray],
+    size: int,
+  ):
+    self._rows, self._chosen, self._size = rows, chosen, size
+
+  def __len__(self) -> int:
+    return len(self._chosen)
+
+  def __getitem__(self, index: int) -> Batch:
+    return _gather(self._rows, self._chosen[index], self._size)
 
 
 def check_batch(

@@ -1,75 +1,42 @@
 """Prepares a corpus: files to packed rows in shards, once, by many processes.
 
-The input is cut into shards by its bytes alone, so the shards are the same
-whatever the number of workers and however often the work was stopped. A worker
-streams the documents of a shard through the tokenizer and the packer to an
-ArrayRecord file, and then leaves a note in `notes/`; a shard with a note that
-holds is not done again. The manifest is written last.
+The input is cut into shards by its bytes alone (`partition`), so the shards are
+the same whatever the number of workers and however often the work was stopped.
+A worker streams the documents of a shard through the tokenizer and the packer
+to an ArrayRecord file, and then leaves a note in `notes/`; a shard with a note
+that holds is not done again. The manifest is written last, and goes before a
+shard is made anew: where it is, it is true.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nl_jax.data import documents, errors, packing, prepared, sources
+from nl_jax.data import (
+  documents,
+  errors,
+  packing,
+  partition,
+  prepared,
+  sources,
+)
 from nl_jax.data import tokenizers as tokenizers_lib
 
 PLAN = "plan.json"
 _NOTES = "notes"
+_LOCK = ".lock"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FLUSH_TOKENS = 2**18  # Documents are packed when they have so many.
 _TELL_BYTES = 2**20
-_PERCENT = 10_000  # Names are hashed to hundredths of a percent.
 _OPENING = 2000  # Characters of a held-out document that the manifest keeps.
-
-
-class Settings(NamedTuple):
-  """What decides the shards.
-
-  Attributes:
-    kind: of the files: a key of `documents.SUFFIXES`.
-    path: file or folder.
-    tokenizer: "bytes" or a path.
-    sequence_length: T.
-    alignment: documents start at its multiples.
-    text_key: field or column with the text.
-    validation_percent: of the documents, held out.
-    shard_bytes: of input in a shard, about.
-    document_bytes: a longer text file is cut into documents at line edges.
-  """
-
-  kind: str
-  path: str
-  tokenizer: str
-  sequence_length: int
-  alignment: int
-  text_key: str = "text"
-  validation_percent: float = 10.0
-  shard_bytes: int = 2**26
-  document_bytes: int = 2**22
-
-
-class Piece(NamedTuple):
-  """A part of a file.
-
-  Attributes:
-    file: its number.
-    start, stop: bytes, or row groups of parquet; stop None: to the end.
-    size: bytes.
-    split: that it belongs to; "" where each document has its own.
-  """
-
-  file: int
-  start: int
-  stop: int | None
-  size: int
-  split: str = ""
 
 
 class Job(NamedTuple):
@@ -83,101 +50,22 @@ class Job(NamedTuple):
   """
 
   number: int
-  pieces: tuple[Piece, ...]
-  settings: Settings
+  pieces: tuple[partition.Piece, ...]
+  settings: partition.Settings
   out: str
 
 
-def check(settings: Settings) -> tokenizers_lib.Tokenizer:
+def check(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
   """The tokenizer; raises ValueError for settings that do not fit."""
-  if settings.kind not in documents.SUFFIXES:
-    raise errors.unknown_name("source", settings.kind, documents.SUFFIXES)
+  if settings.kind not in partition.KINDS:
+    raise errors.unknown_name("data.source", settings.kind, partition.KINDS)
   packing.check_lengths(settings.sequence_length, settings.alignment)
   if not 0 < settings.validation_percent < 100:
     raise ValueError(
-      "validation_percent must be between 0 and 100, got "
+      "--validation_percent must be between 0 and 100, got "
       f"{settings.validation_percent}"
     )
   return tokenizers_lib.load(settings.tokenizer)
-
-
-def plan(settings: Settings) -> list[tuple[Piece, ...]]:
-  """The input of each shard, by the sizes and line edges of the files alone."""
-  files = documents.find(settings.path, settings.kind)
-  pieces = list(_pieces(files, settings))
-  if not sum(piece.size for piece in pieces):
-    raise ValueError(f"{settings.path!r} is empty; give files with text")
-  shards, held, size = [], [], 0
-  for piece in pieces:
-    held.append(piece)
-    size += piece.size
-    if size >= settings.shard_bytes:
-      shards.append(tuple(held))
-      held, size = [], 0
-  return [*shards, tuple(held)] if held else shards
-
-
-def _pieces(files: documents.Files, settings: Settings) -> Iterator[Piece]:
-  splits = _text_splits(files) if files.kind == "text" else {}
-  for number, path in enumerate(files.paths):
-    if files.kind == "parquet":
-      groups = documents.row_groups(path, settings.text_key)
-      for i, (_, size) in enumerate(groups):
-        yield Piece(number, i, i + 1, size)
-      continue
-    size = path.stat().st_size
-    if documents.compressed(path):
-      yield Piece(number, 0, None, size)
-      continue
-    for start, stop, split in splits.get(number, [(0, size, "")]):
-      is_text = files.kind == "text"
-      limit = settings.document_bytes if is_text else settings.shard_bytes
-      for low, high in _cut(path, start, stop, limit):
-        yield Piece(number, low, high, high - low, split)
-
-
-def _text_splits(
-  files: documents.Files,
-) -> dict[int, list[tuple[int, int, str]]]:
-  """(start, stop, split) of the parts of each text file.
-
-  Many files are split by their names, of few the last tenth is held out, as in
-  `sources.files`.
-  """
-  sizes = [path.stat().st_size for path in files.paths]
-  if len(sizes) >= sources.MIN_DOCUMENTS_TO_SPLIT_BY_NAME:
-    names = [files.name(path) for path in files.paths]
-    held_out = sources.held_out(names, sources.VALIDATION_PERCENT)
-    return {
-      i: [(0, size, "validation" if names[i] in held_out else "train")]
-      for i, size in enumerate(sizes)
-    }
-  parts = {}
-  for i, (path, size) in enumerate(zip(files.paths, sizes)):
-    goal = size - size * sources.VALIDATION_PERCENT // 100
-    edge = _line_edge(path, goal, size)
-    parts[i] = [(0, edge, "train"), (edge, size, "validation")]
-  return parts
-
-
-def _cut(
-  path: pathlib.Path, start: int, stop: int, limit: int
-) -> Iterator[tuple[int, int]]:
-  """Ranges of at most about `limit` bytes, cut behind line ends."""
-  while start < stop:
-    edge = stop
-    if stop - start > limit:
-      edge = min(_line_edge(path, start + limit, stop), stop)
-    yield start, edge
-    start = edge
-
-
-def _line_edge(path: pathlib.Path, goal: int, stop: int) -> int:
-  """The first line edge at or behind a byte; `stop` where there is none."""
-  with path.open("rb") as file:
-    file.seek(max(goal - 1, 0))
-    file.readline()
-    return min(file.tell(), stop)
 
 
 def run_job(job: Job, advance: Callable[[int], None]) -> bool:
@@ -195,18 +83,33 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
     OSError: the disk is full, or gone.
   """
   out = pathlib.Path(job.out)
-  files = documents.find(job.settings.path, job.settings.kind)
-  if _holds(out, job, files):
+  if _holds(out, job):
     advance(sum(piece.size for piece in job.pieces))
     return False
+  (out / prepared.MANIFEST).unlink(missing_ok=True)
   tokenizer = tokenizers_lib.load(job.settings.tokenizer)
   writers = {
     split: _Writer(out, split, job, tokenizer) for split in sources.SPLITS
   }
+  try:
+    note = _write(job, writers, advance)
+  finally:
+    for writer in writers.values():
+      writer.discard()
+  _write_json(_note(out, job.number), note)
+  return True
+
+
+def _write(
+  job: Job,
+  writers: Mapping[str, "_Writer"],
+  advance: Callable[[int], None],
+) -> dict[str, Any]:
+  """Writes the rows of a shard; returns its note."""
   digest = hashlib.sha256()
   for piece in job.pieces:
     told = read = 0
-    for document in _documents(files, piece, job.settings):
+    for document, split in partition.read(piece, job.settings):
       content = document.text.encode("utf-8")
       read += len(content)
       if read - told > _TELL_BYTES and read <= piece.size:
@@ -214,30 +117,14 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
         told = read
       digest.update(f"{document.name}\0{len(content)}\0".encode())
       digest.update(content)
-      split = piece.split or _split_of(document.name, job.settings)
       writers[split].add(document.text, len(content))
     advance(piece.size - told)
-  note = {
+  return {
     "documents_sha256": digest.hexdigest(),
     "shards": [x for split in writers.values() for x in split.close()],
     "counts": {split: w.counts for split, w in writers.items()},
     "opening": writers["validation"].opening,
   }
-  _write_json(_note(out, job.number), note)
-  return True
-
-
-def _documents(
-  files: documents.Files, piece: Piece, settings: Settings
-) -> Iterator[documents.Document]:
-  path = files.paths[piece.file]
-  return documents.read(files, path, settings.text_key, piece.start, piece.stop)
-
-
-def _split_of(name: str, settings: Settings) -> str:
-  share = zlib.crc32(name.encode("utf-8")) % _PERCENT
-  held_out = share < settings.validation_percent * _PERCENT / 100
-  return "validation" if held_out else "train"
 
 
 class _Writer:
@@ -284,7 +171,7 @@ class _Writer:
       self._writer = array_record_module.ArrayRecordWriter(
         str(self._temporary), "group_size:1"
       )
-    with self._told():
+    with _writing(self._path):
       for record in self._layout.records(rows):
         self._writer.write(record)
         self._digest.update(record)
@@ -301,10 +188,10 @@ class _Writer:
     self._push(self._packer.flush())
     if self._writer is None:
       return []
-    with self._told():
+    with _writing(self._path):
       self._writer.close()
-    with self._temporary.open("rb+") as file:
-      os.fsync(file.fileno())
+      with self._temporary.open("rb+") as file:
+        os.fsync(file.fileno())
     size = self._temporary.stat().st_size
     self._temporary.replace(self._path)
     return [
@@ -317,29 +204,40 @@ class _Writer:
       }
     ]
 
-  @contextlib.contextmanager
-  def _told(self) -> Iterator[None]:
-    """What the writer says of a full disk, as a sentence."""
-    try:
-      yield
-    except RuntimeError as error:
-      full = "No space left on device"
-      reason = full if full in str(error) else error
-      raise OSError(
-        f"{self._path} cannot be written: {reason}; free space and start the "
-        "same command again: it goes on"
-      ) from error
+  def discard(self) -> None:
+    """Frees the space of a file that was not finished."""
+    self._temporary.unlink(missing_ok=True)
 
 
-def _holds(out: pathlib.Path, job: Job, files: documents.Files) -> bool:
+@contextlib.contextmanager
+def _writing(path: pathlib.Path) -> Iterator[None]:
+  """What the system, or the writer of records, says of a disk, as a sentence.
+
+  Raises:
+    OSError: instead of what was raised.
+  """
+  try:
+    yield
+  except (OSError, RuntimeError) as error:
+    full = os.strerror(errno.ENOSPC)
+    is_full = getattr(error, "errno", 0) in _FULL or full in str(error)
+    reason, advice = (full, "free space and ") if is_full else (error, "")
+    raise OSError(
+      f"{path} cannot be written: {reason}; {advice}start the same command "
+      "again: it goes on"
+    ) from error
+
+
+def _holds(out: pathlib.Path, job: Job) -> bool:
   """Whether a shard is done, whole, and younger than its input."""
   path = _note(out, job.number)
   try:
     note = json.loads(path.read_text(encoding="utf-8"))
-  except (FileNotFoundError, json.JSONDecodeError):
+  except (FileNotFoundError, ValueError):
     return False
-  made = path.stat().st_mtime_ns
-  if any(files.paths[p.file].stat().st_mtime_ns > made for p in job.pieces):
+  made, folder = path.stat().st_mtime_ns, documents.root(job.settings.path)
+  names = {piece.name for piece in job.pieces}
+  if any((folder / name).stat().st_mtime_ns > made for name in names):
     return False
   return all(
     _rows_hash(out / shard["file"]) == shard["rows_sha256"]
@@ -364,7 +262,9 @@ def _rows_hash(path: pathlib.Path) -> str:
   return digest.hexdigest()
 
 
-def claim(settings: Settings, tokenizer: tokenizers_lib.Tokenizer) -> dict:
+def claim(
+  settings: partition.Settings, tokenizer: tokenizers_lib.Tokenizer
+) -> dict[str, Any]:
   """What an --out folder must agree on: settings, tokenizer, input files.
 
   Returns:
@@ -389,29 +289,65 @@ def open_folder(out: pathlib.Path, about: Mapping[str, Any]) -> None:
   """
   path = out / PLAN
   if path.exists():
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if before == about:
-      return
-    keys = [k for k in {**before, **about} if before.get(k) != about.get(k)]
-    shown = "; ".join(
-      f"{key}: {_short(before.get(key))} -> {_short(about.get(key))}"
-      for key in keys
+    _compare(out, _read_plan(path), about)
+  # A command that was killed at once leaves a hidden file at most.
+  elif out.exists() and any(p.name[0] != "." for p in out.iterdir()):
+    raise ValueError(
+      f"{out} is not empty and holds no preparation; give another --out"
     )
+  with _writing(out):
+    out.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+      _write_json(path, about)
+    (out / _NOTES).mkdir(exist_ok=True)
+
+
+def _compare(
+  out: pathlib.Path, before: Mapping[str, Any], about: Mapping[str, Any]
+) -> None:
+  keys = [k for k in {**before, **about} if before.get(k) != about.get(k)]
+  shown = "; ".join(
+    f"{key}: {_short(before.get(key))} -> {_short(about.get(key))}"
+    for key in keys
+  )
+  if keys:
     raise ValueError(
       f"{out} holds another preparation ({shown}); give another --out or move "
       "it away"
     )
-  if out.exists() and any(out.iterdir()):
+
+
+@contextlib.contextmanager
+def lock(out: pathlib.Path) -> Iterator[None]:
+  """Holds a folder for this process; the system frees it on any death.
+
+  Raises:
+    ValueError: another process prepares there.
+  """
+  with contextlib.ExitStack() as stack:
+    with _writing(out / _LOCK):
+      file = stack.enter_context((out / _LOCK).open("w", encoding="utf-8"))
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise ValueError(
+        f"another process is preparing {out}; wait for it or stop it"
+      ) from error
+    yield
+
+
+def _read_plan(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    return json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:
     raise ValueError(
-      f"{out} is not empty and holds no preparation; give another --out"
-    )
-  (out / _NOTES).mkdir(parents=True, exist_ok=True)
-  _write_json(path, about)
+      f"{path} is damaged ({error}); give another --out"
+    ) from error
 
 
 def finish(
   out: pathlib.Path,
-  settings: Settings,
+  settings: partition.Settings,
   about: Mapping[str, Any],
   tokenizer: tokenizers_lib.Tokenizer,
   shards: int,
@@ -434,8 +370,8 @@ def finish(
   for split in sources.SPLITS:
     if not counts[split]["rows"]:
       raise ValueError(
-        f"no document fell to {split} with --validation_percent="
-        f"{settings.validation_percent}; give more documents or another share"
+        f"no text fell to {split} with --validation_percent="
+        f"{settings.validation_percent:g}; give more text or another share"
       )
   manifest = {
     **about,
@@ -461,8 +397,9 @@ def _note(out: pathlib.Path, number: int) -> pathlib.Path:
 def _write_json(path: pathlib.Path, value: Any) -> None:
   """As a whole or not at all."""
   temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("w", encoding="utf-8") as file:
-    file.write(json.dumps(value, indent=1) + "\n")
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  with _writing(path):
+    with temporary.open("w", encoding="utf-8") as file:
+      file.write(json.dumps(value, indent=1) + "\n")
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)

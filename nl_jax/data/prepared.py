@@ -9,7 +9,7 @@ fingerprint of the corpus. `preparation` writes both.
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -87,14 +87,8 @@ class Table:
     for shard in self._shards:
       self._check(folder / shard["file"], shard["bytes"])
     paths = [str(folder / shard["file"]) for shard in self._shards]
-    try:
-      self._source = grain.sources.ArrayRecordDataSource(paths)
-      found = len(self._source)
-    except (ValueError, RuntimeError) as error:
-      raise ValueError(
-        f"the shards of {folder} cannot be read ({error}); run "
-        "experiments.prepare again: it mends them"
-      ) from error
+    self._source = _open(grain.sources.ArrayRecordDataSource, paths)
+    found = len(self._source)
     self._count = sum(shard["rows"] for shard in self._shards)
     if found != self._count:
       raise ValueError(
@@ -124,12 +118,37 @@ class Table:
       return self._layout.rows([])
     try:
       records = self._source.__getitems__([int(i) for i in index_B])
-    except (ValueError, RuntimeError) as error:
-      raise ValueError(
-        f"a row of {self._folder} cannot be read ({error}); run "
-        "experiments.prepare again: it mends the folder"
-      ) from error
+    except (ValueError, RuntimeError):
+      records = [self._record(int(i)) for i in index_B]
     return self._layout.rows(records)
+
+  def _record(self, index: int) -> bytes:
+    """One record alone, to know which of many is damaged."""
+    ends = np.cumsum([shard["rows"] for shard in self._shards])
+    shard = self._shards[int(np.searchsorted(ends, index, side="right"))]
+    try:
+      return self._source.__getitems__([index])[0]
+    except (ValueError, RuntimeError) as error:
+      raise _damaged(self._folder / shard["file"], error) from error
+
+
+def _open(reader: Callable[[list[str]], Any], paths: list[str]) -> Any:
+  """A reader of all files; of one that is damaged, an error."""
+  try:
+    return reader(paths)
+  except (ValueError, RuntimeError) as error:
+    if len(paths) == 1:
+      raise _damaged(paths[0], error) from error
+  for path in paths:
+    _open(reader, [path])
+  return reader(paths)
+
+
+def _damaged(path: pathlib.Path | str, error: Exception) -> ValueError:
+  return ValueError(
+    f"the shard {path} is damaged ({error}); run experiments.prepare again: it "
+    "mends the folder"
+  )
 
 
 def read_manifest(path: str) -> dict[str, Any]:

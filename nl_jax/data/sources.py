@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from nl_jax.data import documents as documents_lib
-from nl_jax.data import errors
+from nl_jax.data import errors, prepared
 
 # Packages of every CPython 3.11-3.13, in every distribution's base install;
 # without those that some ship apart (curses, dbm, distutils, ensurepip,
@@ -212,6 +212,11 @@ def array_record(path: str) -> Source:
   found = [where] if where.is_file() else sorted(where.rglob("*.array_record*"))
   if not found:
     raise ValueError(f"no .array_record file in the folder data.path={path!r}")
+  if (found[0].parent / prepared.MANIFEST).exists():
+    raise ValueError(
+      f"data.path={path!r} holds prepared rows, not text; set "
+      f"data.source=prepared and data.path={str(found[0].parent)!r}"
+    )
   named = []
   for file in found:
     try:
@@ -261,7 +266,7 @@ def hugging_face(path: str, text_key: str = "text") -> Source:
     )
   train = _column(loaded["train"], path, text_key)
   validation = _column(loaded[held_out[0]], path, text_key)
-  bodies = [tuple(body for _, body in x) for x in (train, validation)]
+  bodies = [tuple(body for _, body in x if body) for x in (train, validation)]
   mark = [*train, ("", ""), *validation]
   return Source("hugging_face", path, _fingerprint(mark), *bodies)
 
@@ -272,7 +277,11 @@ def _column(rows: Any, path: str, key: str) -> list[tuple[str, str]]:
       f"data.path={path!r} has no column {key!r} (it has: "
       f"{', '.join(rows.column_names)}); set data.text_key"
     )
-  return [(str(i), str(body)) for i, body in enumerate(rows[key]) if body]
+  where = lambda: f"data.path={path!r}"
+  return [
+    (str(i), documents_lib.string(body, key, where))
+    for i, body in enumerate(rows[key])
+  ]
 
 
 def synthetic(seed: int = 0, documents: int = SYNTHETIC_DOCUMENTS) -> Source:
@@ -303,9 +312,10 @@ def synthetic(seed: int = 0, documents: int = SYNTHETIC_DOCUMENTS) -> Source:
   )
 
 
-def in_validation(path: str, percent: int) -> bool:
+def in_validation(path: str, percent: float) -> bool:
   """Whether a document is held out, from the SHA-256 of its relative path."""
-  return _path_hash(path) % 100 < percent
+  number = _path_hash(path)
+  return number % 100 + number // 100 % 100 / 100 < percent
 
 
 def _path_hash(path: str) -> int:
@@ -334,7 +344,7 @@ def _split(kind: str, path: str, named: list[tuple[str, str]]) -> Source:
   return Source(kind, str(path), _fingerprint(named), train, validation)
 
 
-def held_out(names: Iterable[str], percent: int) -> set[str]:
+def held_out(names: Iterable[str], percent: float) -> set[str]:
   """The names that a hash holds out: about so many percent, at least one."""
   names = list(names)
   chosen = {name for name in names if in_validation(name, percent)}

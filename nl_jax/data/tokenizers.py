@@ -183,7 +183,16 @@ class HuggingFace:
     file = pathlib.Path(path).expanduser()
     content = file.read_bytes()
     _check_json(path, content)
-    self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    try:
+      self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
+    except ValueError as error:
+      raise ValueError(
+        f"data.tokenizer={path!r} is a broken tokenizer.json ({error})"
+      ) from error
+    padding = self._tokenizer.padding or {}
+    # A file may ask for rows of one length: packing does that here.
+    self._tokenizer.no_padding()
+    self._tokenizer.no_truncation()
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     self.name = str(path)
     self.vocab_size = max(vocabulary.values()) + 1
@@ -194,7 +203,6 @@ class HuggingFace:
         "tokenizer_config.json with eos_token beside it"
       )
     self.end_id = vocabulary[end]
-    padding = self._tokenizer.padding or {}
     self.pad_id = padding.get("pad_id", vocabulary.get("<pad>", 0))
     mark = content + b"\0" + end.encode("utf-8")
     self.fingerprint = hashlib.sha256(mark).hexdigest()
@@ -302,10 +310,10 @@ class _HuggingFaceStream:
 
 
 def _check_json(path: str, content: bytes) -> None:
-  """The library raises bare Exceptions; this finds the usual mistakes."""
+  """Finds the usual mistakes, in plainer words than the library's."""
   try:
     model = json.loads(content)["model"]
-    known = isinstance(model["vocab"], (dict, list))
+    known = isinstance(model["vocab"], (dict, list)) and model["vocab"]
   except (ValueError, KeyError, TypeError):
     known = False
   if not known:

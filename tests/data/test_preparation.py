@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nl_jax import data
-from nl_jax.data import packing, preparation, prepared, tokenizers
+from nl_jax.data import packing, partition, preparation, prepared, tokenizers
 from tests.data import test_documents
 
 LENGTH, ALIGNMENT = 32, 4
@@ -26,10 +26,10 @@ def prepare(out, path, kind="jsonl", **changes):
     kind=kind, path=str(path), tokenizer="bytes", sequence_length=LENGTH,
     alignment=ALIGNMENT, validation_percent=20.0, shard_bytes=1000,
   )  # fmt: skip
-  settings = preparation.Settings(**values | changes)
+  settings = partition.Settings(**values | changes)
   tokenizer = preparation.check(settings)
   about = preparation.claim(settings, tokenizer)
-  shards = preparation.plan(settings)
+  shards = partition.plan(settings)
   preparation.open_folder(out, about)
   made = [
     preparation.run_job(
@@ -91,13 +91,18 @@ def test_every_document_is_there_once(corpus, made):
   assert sizes[1] > 0
 
 
-def test_rows_are_those_of_the_packer_in_memory(tmp_path):
-  """A text file in one shard: split, rows and order of the source `text`."""
-  body = "\n".join(texts(200))
-  (tmp_path / "a.txt").write_text(body)
-  prepare(tmp_path / "out", tmp_path / "a.txt", "text", shard_bytes=2**20)
-  one = load(tmp_path / "out")
-  two = load(tmp_path / "a.txt", source="text")
+@pytest.mark.parametrize("files", [1, 3, 40])
+def test_rows_are_those_of_the_packer_in_memory(tmp_path, files):
+  """Text in one shard: split, rows, counts and order of the source itself."""
+  folder = tmp_path / "corpus"
+  folder.mkdir()
+  (folder / "empty.txt").write_text("")
+  for i in range(files):
+    (folder / f"{i}.txt").write_text("\n".join(texts(200 // files, i)))
+  prepare(
+    tmp_path / "out", folder, "text", shard_bytes=2**20, validation_percent=10.0
+  )
+  one, two = load(tmp_path / "out"), load(folder, source="text")
   for split in ("train", "validation"):
     for key, x in all_rows(two.rows[split]).items():
       np.testing.assert_array_equal(all_rows(one.rows[split])[key], x)

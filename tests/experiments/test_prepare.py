@@ -100,7 +100,7 @@ def test_three_commands_from_files_to_training(corpus, tmp_path):
     assert words.decode(words.encode(text)) == text
   second = finish(start(
     "--source=jsonl", f"--path={one}", f"--out={out}", "--workers=1",
-    f"--tokenizer={model}", "--for_config=transformer_tiny:smoke",
+    f"--tokenizer={model}", "--config=transformer_tiny:smoke",
   ))  # fmt: skip
   command = [line for line in second.splitlines() if line.startswith("next:")]
   args = command[0].split("experiments.lm ")[1].split()
@@ -117,14 +117,14 @@ def test_three_commands_from_files_to_training(corpus, tmp_path):
   ((), "--path is required"),
   (("--path=x",), "--out is required"),
   (("--path=x", "--out=y"), "--sequence_length is required"),
-  (("--path=x", "--out=y", "--for_config=hope_tinny"), "Did you mean"),
-  (("--path=x", "--out=y", "--sequence_length=8"), "nothing at data.path='x'"),
+  (("--path=x", "--out=y", "--config=hope_tinny"), "Did you mean"),
+  (("--path=x", "--out=y", "--sequence_length=8"), "nothing at --path='x'"),
   (("--path=x", "--out=y", "--sequence_length=8", "--source=csv"),
    "Known: text, jsonl, parquet"),
   (("--path=x", "--out=y", "--sequence_length=8", "--alignment=3"),
    "must be a multiple"),
   (("--path=x", "--out=y", "--sequence_length=8", "--tokenizer=words"),
-   "no data.tokenizer 'words'"),
+   "no --tokenizer 'words'"),
   (("--path=setup.py", "--train_tokenizer=README.md"), "README.md exists"),
   (("--path=setup.py", "--train_tokenizer=no.model", "--vocab_size=9"),
    "must be at least 300"),
