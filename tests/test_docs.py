@@ -1,0 +1,81 @@
+"""The pages: every command runs, every field and file is there."""
+
+import ast
+import json
+import os
+import pathlib
+import re
+import shlex
+
+import pytest
+
+from experiments import _report_runs, _setup
+from experiments.configs import hope_tiny
+from tests.experiments import forked
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+_SMALL = ("--config.train.steps=2", "--config.eval.batches=1")
+_RUN = "python -m experiments."
+
+
+def commands(page: pathlib.Path) -> list[list[str]]:
+  """The commands of a page's sh blocks, at the smallest size."""
+  blocks = re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.S)
+  lines = "".join(blocks).replace("\\\n", " ").splitlines()
+  found = [part for line in lines for part in line.split("&&") if _RUN in part]
+  return [_small(shlex.split(part.split(_RUN)[1])) for part in found]
+
+
+def _small(command: list[str]) -> list[str]:
+  """At the test size, and with the model that compiles fastest.
+
+  HOPE's own way through the same commands: tests/experiments/test_commands.py.
+  """
+  name, *args = [x.replace("hope_tiny", "transformer_tiny") for x in command]
+  for i, arg in enumerate(args):
+    if re.fullmatch(r"--config=\w+", arg):
+      args[i] = f"{arg}:smoke"
+  if name == "lm" and not {"--describe", "--list_configs"} & set(args):
+    folder = [a.split("=")[1].removesuffix(":smoke") for a in args
+              if a.startswith("--config=")]  # fmt: skip
+    if not any(a.startswith("--workdir") for a in args):
+      args.append(f"--workdir=runs/{folder[0]}")
+    cache = os.environ.get("NL_TEST_CACHE")
+    args += [*_SMALL, *([f"--compilation_cache={cache}"] if cache else [])]
+  return [name, *args]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs(page, tmp_path):
+  found = commands(page)
+  if page.name in ("README.md", "guide.md"):
+    assert found
+  if not found:
+    return
+  (tmp_path / "corpus").mkdir()
+  text = (ROOT / "docs" / "guide.md").read_text("utf-8")
+  lines = [json.dumps({"text": text[i:]}) for i in range(0, 400, 8)]
+  (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(lines))
+  for command, done in zip(found, forked.run(found, tmp_path)):
+    assert done.returncode == 0, (command, done.stderr[-2000:])
+
+
+def test_every_field_of_a_config_is_explained_with_its_value():
+  config = _setup.plain(hope_tiny.get_config())
+  text = (ROOT / "docs" / "config.md").read_text("utf-8")
+  rows = re.findall(r"^\| `([\w.]+)` \| `(.*?)` \| \S", text, re.M)
+  said = {key: ast.literal_eval(value) for key, value in rows}
+  said = {k: list(v) if isinstance(v, tuple) else v for k, v in said.items()}
+  assert said == _report_runs.flat(config)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_and_links_of_a_page_are_there(page):
+  text = page.read_text("utf-8")
+  links = [x for x in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in x]
+  for link in links:
+    assert (page.parent / link).exists(), link
+  for file in re.findall(r"`((?:nl_jax|kernels|tests|experiments)/[^`*<]+)`",
+                         text):  # fmt: skip
+    assert (ROOT / file).exists(), file
