@@ -5,9 +5,10 @@
 
 One JSON file a trial lies in the folder: a trial that is there is not run
 again, so a killed command goes on where it stopped. First every arm at every
-rate with one seed, then three seeds at its best rate. `--full` is the whole
-grid: all arms, two more rates, every b1, three seeds. `--table` writes the page
-from what is in the folder.
+rate with one seed, and up to two rates further while the best is at an edge;
+then three seeds at its best rate. `--full` is the whole grid: all arms, two
+more rates, every b1, three seeds. `--table` writes the page from what is in the
+folder.
 """
 
 import itertools
@@ -29,6 +30,7 @@ _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps, to see it run.")
 _FOLDER = flags.DEFINE_string("folder", "runs/optimizers", "Results, as JSON.")
 _TABLE = flags.DEFINE_string("table", "", "Write the tables (Markdown) here.")
 _SEEDS = (0, 1, 2)
+_EXTENSIONS = 2  # Rates tried beyond the grid while the best is at its edge.
 
 
 def _trial_path(folder: pathlib.Path, trial: dict) -> pathlib.Path:
@@ -69,7 +71,7 @@ def _value(result: dict) -> float:
 
 def _compare(
   folder: pathlib.Path, names: Iterable[str], run: Callable[..., dict],
-  full: bool, seeds: tuple[int, ...],
+  full: bool, seeds: tuple[int, ...], extensions: int = _EXTENSIONS,
 ) -> None:  # fmt: skip
   from experiments import _optimizer_arms as arms
 
@@ -87,9 +89,28 @@ def _compare(
     ]
     results = [_run_trial(folder, trial, run) for trial in grid]
     best = min(results, key=_value)
+    for _ in range(extensions):
+      rate = _beyond(best["rate"], [result["rate"] for result in results])
+      if rate is None:
+        break
+      results.append(_run_trial(folder, {**_key(best), "rate": rate}, run))
+      best = min(results, key=_value)
     for seed in seeds:
-      again = {k: best[k] for k in ("arm", "rate", "b1")} | {"seed": seed}
-      _run_trial(folder, again, run)
+      _run_trial(folder, {**_key(best), "seed": seed}, run)
+
+
+def _key(trial: dict) -> dict:
+  """What names a trial."""
+  return {k: trial[k] for k in ("arm", "rate", "b1", "seed")}
+
+
+def _beyond(best: float, rates: Iterable[float]) -> float | None:
+  """The next rate where the best one is at the edge of those tried."""
+  low, high = min(rates), max(rates)
+  if low < best < high:
+    return None
+  factor = 10**0.5 if best == high else 10**-0.5
+  return float(f"{best * factor:.1g}")
 
 
 def _load(folder: pathlib.Path) -> list[dict]:
@@ -255,7 +276,8 @@ def main() -> int:
       run = lambda *args: lm.run_topics(*args, *sizes)
     seeds = _SEEDS[:2] if smoke else _SEEDS
     names = names[:2] if smoke else names
-    _compare(folder / _SUITE.value, names, run, full, seeds)
+    further = 0 if smoke else _EXTENSIONS
+    _compare(folder / _SUITE.value, names, run, full, seeds, further)
   if _TABLE.value:
     path = pathlib.Path(_TABLE.value)
     plot = path.with_suffix(".png")
