@@ -9,7 +9,6 @@ import jax
 from ml_collections import config_dict
 
 from nl_jax import data, sharding
-from nl_jax.memory import self_modifying
 from nl_jax.models import cms, lm
 from nl_jax.train import loop, optimizer
 
@@ -49,10 +48,7 @@ def model(config: ConfigDict) -> lm.LanguageModel:
     ValueError: shapes or switches that do not fit.
   """
   values = config.model.to_dict()
-  memory = values.pop("memory", None)
-  if memory is not None:
-    generators = self_modifying.Generators(**memory.pop("generators"))
-    memory = self_modifying.Config(**memory, generators=generators)
+  memory = lm.options(values["arch"], values.pop("memory", None))
   return lm.LanguageModel(
     **values | {"cms": cms.CMSConfig(**values["cms"])},
     memory=memory,

@@ -9,6 +9,7 @@ the cache of their row without gaps, so rows may be out of step; padding takes
 no slot. Positions restart at each document and no token sees another document.
 """
 
+import functools
 from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
@@ -21,6 +22,10 @@ from nl_jax.models import layers
 
 if TYPE_CHECKING:
   from nl_jax.models import lm
+
+
+Options = None  # No switches in model.memory.
+check = functools.partial(layers.check_heads, even=True)
 
 
 class AttentionState(NamedTuple):

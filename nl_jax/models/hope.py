@@ -24,6 +24,10 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 
+Options = self_modifying.Config
+check = layers.check_heads
+
+
 class HopeState(NamedTuple):
   """What one layer carries from call to call; its size does not grow.
 

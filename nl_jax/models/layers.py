@@ -5,7 +5,7 @@ Layout: kernels are (d_in, d_out), `y = x @ w`; no biases.
 Reductions run in float32 at least, products in the dtype of the activations.
 """
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -14,9 +14,25 @@ import jax.numpy as jnp
 from nl_jax import types
 from nl_jax.kernels.rank_one import segments
 
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
 INIT_STD = 0.02  # model.md §5: kernels and embedding.
 EPSILON = 1e-6  # Of every RMSNorm.
 CONV_WIDTH = 4  # Paper §8.2: "local convolutions with window 4".
+
+
+def check_heads(model: "lm.LanguageModel", *, even: bool = False) -> None:
+  """Raises ValueError unless the heads fill the width; `even`: for RoPE."""
+  if model.heads * model.head_dim != model.width:
+    raise ValueError(
+      "model.heads * model.head_dim must be model.width, got "
+      f"{model.heads} * {model.head_dim} != {model.width}"
+    )
+  if even and model.head_dim % 2:
+    raise ValueError(
+      f"model.head_dim must be even for RoPE, got {model.head_dim}"
+    )
 
 
 def residual_std(layers: int) -> float:

@@ -10,14 +10,13 @@ leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
 
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nl_jax import card, sharding, types
-from nl_jax.memory import self_modifying
 from nl_jax.models import attention, cms, hope, layers
 
 MIXERS = {
@@ -41,6 +40,42 @@ class LMState(NamedTuple):
   position_B: types.Array
 
 
+def options(arch: str, values: Mapping[str, Any] | None) -> Any:
+  """The switches of an arch, from the config group `model.memory`.
+
+  Args:
+    arch: a key of `MIXERS`.
+    values: by name; groups in it are mappings. None where there is no group.
+
+  Raises:
+    ValueError: an unknown arch, a switch that it does not have, or a value
+      that it does not take.
+  """
+  _check_name("model.arch", arch, tuple(MIXERS))
+  made = MIXERS[arch].Options
+  if values is None or made is None:
+    return values
+  return _filled(made, values, f"model.arch={arch!r} has no model.memory.")
+
+
+def _filled(made: type, values: Mapping[str, Any], missing: str) -> Any:
+  """A dataclass from values by name; groups are filled by their default's."""
+  known = {field.name: field for field in dataclasses.fields(made)}
+  for name in values:
+    if name not in known:
+      close = difflib.get_close_matches(name, known, n=1)
+      hint = f" Did you mean {close[0]!r}?" if close else ""
+      raise ValueError(f"{missing}{name}; it has {', '.join(known)}.{hint}")
+  return made(
+    **{
+      name: _filled(type(known[name].default), value, f"{missing}{name}.")
+      if isinstance(value, Mapping)
+      else value
+      for name, value in values.items()
+    }
+  )
+
+
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
   """A decoder-only language model; a value of shapes with pure functions.
@@ -54,7 +89,8 @@ class LanguageModel:
     vocab_size: rows of the embedding.
     sequence_length: slots of an unbounded attention cache by default.
     cms: the feed-forward part; one level for the plain block.
-    memory: switches of the memories, for arch "hope" and no other.
+    memory: switches of the mixer, its module's `Options`; None for archs
+      without.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
     remat: "layer" recomputes each layer in the backward pass, "none" keeps
@@ -69,7 +105,7 @@ class LanguageModel:
   vocab_size: int
   sequence_length: int
   cms: cms.CMSConfig
-  memory: self_modifying.Config | None = None
+  memory: Any = None
   dtype: str = "float32"
   remat: str = "layer"
 
@@ -83,27 +119,22 @@ class LanguageModel:
     for field in ("width", "layers", "heads", "head_dim", "vocab_size"):
       _check_size(field, getattr(self, field))
     _check_size("sequence_length", self.sequence_length)
-    self._check_heads()
     if self.arch == "transformer" and len(self.cms.levels) > 1:
       raise ValueError(
         "model.arch='transformer' has one feed-forward level, got cms.levels="
         f"{self.cms.levels}: use model.arch='hope_attention'"
       )
-    if (self.arch == "hope") != (self.memory is not None):
-      raise ValueError(
-        "model.memory belongs to model.arch='hope' and to no other, got "
-        f"arch={self.arch!r} with memory={self.memory!r}"
-      )
+    self._check_memory()
+    self.mixer.check(self)
 
-  def _check_heads(self) -> None:
-    if self.heads * self.head_dim != self.width:
+  def _check_memory(self) -> None:
+    wanted = self.mixer.Options
+    if type(self.memory) is not (wanted or type(None)):
+      having = [name for name, mixer in MIXERS.items() if mixer.Options]
       raise ValueError(
-        "model.heads * model.head_dim must be model.width, got "
-        f"{self.heads} * {self.head_dim} != {self.width}"
-      )
-    if self.head_dim % 2 and self.arch != "hope":
-      raise ValueError(
-        f"model.head_dim must be even for RoPE, got {self.head_dim}"
+        f"model.memory belongs to model.arch={', '.join(having)}, each with "
+        f"switches of its own, got arch={self.arch!r} with "
+        f"memory={self.memory!r}"
       )
 
   @property
