@@ -215,7 +215,10 @@ def walk(
       ids[:, None] if exact else None, carried,
     )  # fmt: skip
     ys, w, s, metrics = body(block, xs)
-    anchor = _select(closes, w, left if exact else now)
+    # After a row's last token only its clocks stand still: w is no edge.
+    left = left if exact else now
+    kept = _select((ids != 0).any(axis=1), left, anchor) if fresh else left
+    anchor = _select(closes, w, kept)
     return (anchor, w, s), (ys, metrics)
 
   xs = (grid.ids, grid.resets, grid.closes, jax.tree.map(lay, xs))

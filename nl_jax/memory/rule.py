@@ -26,7 +26,7 @@ INPUT_LAYERS = ("w", "w_in", "w_gate")  # Layers whose input is the key.
 _CHOICES = {
   "objective": tuple(objectives.OBJECTIVES),
   "dgd_scope": ("per_layer", "input_layer", "none"),
-  "dgd_coef": ("prox", "raw"),
+  "dgd_coef": ("prox", "raw", "decayed"),
   "momentum": ("off", "ema", "sum"),
   "retention_target": ("init", "zero"),
   "erase_of": rank_one.api.ERASES,
@@ -43,7 +43,9 @@ class Rule:
     objective: inner loss, a key of `objectives.OBJECTIVES`.
     dgd_scope: layers that also erase (delta gradient descent, eq. 56):
       "per_layer", "input_layer" (those fed with the key), "none" (plain GD).
-    dgd_coef: "prox", eta / (1 + eta |u|^2), or "raw", eta (literal eq. 88).
+    dgd_coef: "prox", eta / (1 + eta |u|^2), "raw", eta (literal eq. 88), or
+      "decayed", which erases alpha eta: from the memory as it has decayed, the
+      gated delta rule alpha (I - eta k^T k).
     momentum: "off", "ema" or "sum" (literal Titans).
     retention_target: "init" decays to the learned start, "zero" to 0.
     erase_of: "deviation" from the retention target, or the "whole" memory.
@@ -210,6 +212,8 @@ def coefficients(
     kept = gates.log_beta
     kept = kept[..., None, None] if rate.ndim > kept.ndim else kept
     write = rate * -jnp.expm1(kept)
+  if rule.dgd_coef == "decayed":
+    rate = rate * jnp.exp(gates.log_alpha)
   return write, rate if erases else None
 
 

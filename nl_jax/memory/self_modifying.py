@@ -148,7 +148,7 @@ class Config:
     if self.eta_max <= 0:
       raise ValueError(f"memory.eta_max must be > 0, got {self.eta_max}")
     if self.momentum != "off" and self.objective == "dot":
-      if self.dgd_coef == "raw" and self.dgd_scope != "none":
+      if self.dgd_coef != "prox" and self.dgd_scope != "none":
         raise ValueError(
           "memory.momentum with objective='dot' and the raw erase amplifies "
           "what it erases: use dgd_coef='prox' or objective='l2'"

@@ -106,16 +106,14 @@ def apply(
   if fresh:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   heads = (*x_BxTxD.shape[:2], model.heads, model.head_dim)
-  z, convs = {}, {}
-  for name in _projected(model):
-    projected = layers.dense(x_BxTxD, params[f"w_{name}"])
-    y, convs[name] = layers.conv_apply(
-      params[f"conv_{name}"],
-      projected,
-      None if fresh else state.convs[name],
-      segment_ids,
-    )
-    z[name] = jax.nn.silu(y).reshape(heads)
+  z, convs = layers.short_convs(
+    params,
+    x_BxTxD,
+    _projected(model),
+    model.heads,
+    None if fresh else state.convs,
+    segment_ids,
+  )
   sliced = x_BxTxD.reshape(heads) if config.gen_input == "slice" else None
   y_BxTxHxK, memory, metrics = self_modifying.update(
     params["memory"],

@@ -80,6 +80,13 @@ def rms_norm(x: types.Array, scale: types.Array) -> types.Array:
   return (normed * scale).astype(x.dtype)
 
 
+def l2_norm(x: types.Array) -> types.Array:
+  """x · rsqrt(Σ x² + 1e-6) over the last axis, in float32 at least."""
+  wide = x.astype(at_least_float32(x.dtype))
+  size = jnp.sum(jnp.square(wide), axis=-1, keepdims=True)
+  return wide * jax.lax.rsqrt(size + EPSILON)
+
+
 def swiglu(
   x: types.Array, w_gate: types.Array, w_up: types.Array, w_down: types.Array
 ) -> types.Array:
@@ -189,6 +196,39 @@ def conv_apply(
   return y_BxTxE, ConvState(cut(buffer, end), last_ids)
 
 
+def short_convs(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  names: tuple[str, ...],
+  heads: int,
+  windows: dict[str, ConvState] | None,
+  segment_ids: types.Array | None,
+) -> tuple[dict[str, types.Array], dict[str, ConvState]]:
+  """SiLU(conv4(x w_<name>)) for each name (Titans sec. 4.4).
+
+  Args:
+    params: with w_<name> (D,E) and conv_<name> (4,E).
+    x_BxTxD: inputs.
+    names: what to project to.
+    heads: H, divides every E.
+    windows: of the call before, by name; None at the start of a sequence.
+    segment_ids: as `conv_apply`.
+
+  Returns:
+    By name: the projections [B,T,H,E/H] and the new windows.
+  """
+  z, after = {}, {}
+  for name in names:
+    y, after[name] = conv_apply(
+      params[f"conv_{name}"],
+      dense(x_BxTxD, params[f"w_{name}"]),
+      None if windows is None else windows[name],
+      segment_ids,
+    )
+    z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
+  return z, after
+
+
 def _taps(
   w_4xE: types.Array, buffer: types.Array, index: types.Array | None
 ) -> types.Array:
@@ -223,6 +263,23 @@ def _lay(
     row, part, i, axis=0
   )
   return jax.vmap(move)(buffer, carried, begin)
+
+
+def size_of_state(model: "lm.LanguageModel", length: int = 0) -> int:
+  """Bytes that the mixers of all layers carry for one sequence.
+
+  Args:
+    model: a language model.
+    length: slots of an unbounded cache.
+  """
+  params = jax.eval_shape(
+    lambda key: model.mixer.init(key, model), jax.random.key(0)
+  )
+  state = jax.eval_shape(
+    lambda p: model.mixer.init_state(p, 1, length, model=model), params
+  )
+  sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+  return model.layers * sum(sizes)
 
 
 class RMSNorm(nn.Module):

@@ -17,9 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, sharding, types
-from nl_jax.models import attention, cms, hope, layers
+from nl_jax.models import attention, cms, deltanet, hope, layers
 
 MIXERS = {
+  "deltanet": deltanet,
+  "gated_deltanet": deltanet,
   "hope": hope,
   "hope_attention": attention,
   "transformer": attention,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from nl_jax.memory import self_modifying
-from nl_jax.models import cms, lm
+from nl_jax.models import cms, deltanet, lm
 
 _LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
@@ -12,14 +12,21 @@ _DELTA = dict(
 )  # fmt: skip
 
 
+_PLAIN = cms.CMSConfig(("ffn",), (128,), (0,))
+
+
 def _model(name, levels=_LEVELS, **memory):
   config = None
   if name == "hope":
     chunks = dict(chunk_memory=8, chunk_gen=8)
     config = self_modifying.Config(**chunks | memory)
+  return _shaped(name, config, levels)
+
+
+def _shaped(name, options, levels=_PLAIN):
   return lm.LanguageModel(
     name, width=64, layers=2, heads=4, head_dim=16, vocab_size=320,
-    sequence_length=64, cms=levels, memory=config,
+    sequence_length=64, cms=levels, memory=options,
   )  # fmt: skip
 
 
@@ -43,5 +50,12 @@ MODELS = {
   ),
   "hope_static": lambda: _model(
     "hope", gate_source="static", adaptive=("k", "v"), arch="glu"
+  ),
+  "deltanet": lambda: _shaped(
+    "deltanet", deltanet.Options(chunk=8, allow_neg_eigval=True)
+  ),
+  "gated_deltanet": lambda: _shaped(
+    "gated_deltanet",
+    deltanet.Options(chunk=8, value_dim=32, output_gate=True),
   ),
 }  # fmt: skip
