@@ -159,7 +159,11 @@ def load(
   how = _How(ids, sequence_length, alignment, seed, text_key)
   parts = [_part(*part, how) for part in named]
   rows, counts = _joined(parts)
-  _check_text(parts, counts, source, path)
+  if not counts["validation"].rows:
+    raise ValueError(
+      f"the text held out of data.source={source!r} data.path={path!r} has no "
+      "tokens; give more text"
+    )
   pipeline.check_rows(rows["train"], batch_size, alignment, process_count)
   mix = pipeline.Mix(
     tuple(packing.count(part.rows["train"]) for part in parts),
@@ -265,24 +269,6 @@ def _joined(
     for split in sources.SPLITS
   }
   return rows, counts
-
-
-def _check_text(
-  parts: list[_Part], counts: dict[str, Counts], source: str, path: str
-) -> None:
-  """Raises ValueError where a part gives nothing to train on, or no one."""
-  empty = [part for part in parts if not part.counts["train"].rows]
-  if empty and len(parts) > 1:
-    name, where = empty[0].source.name, empty[0].source.origin
-    raise ValueError(
-      f"{name}:{where} of data.path has no tokens to train on; give it more "
-      "text, or leave it out"
-    )
-  if not counts["validation"].rows:
-    raise ValueError(
-      f"the text held out of data.source={source!r} data.path={path!r} has no "
-      "tokens; give more text"
-    )
 
 
 def _mixed(path: str, parts: list[_Part]) -> sources.Source:

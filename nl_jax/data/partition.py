@@ -36,7 +36,7 @@ class Settings(NamedTuple):
   text_key: str = "text"
   validation_percent: float = float(sources.VALIDATION_PERCENT)
   shard_bytes: int = 2**26
-  document_bytes: int = 2**22
+  document_bytes: int = 2**20
 
 
 class Piece(NamedTuple):

@@ -267,6 +267,10 @@ def hugging_face(path: str, text_key: str = "text") -> Source:
   train = _column(loaded["train"], path, text_key)
   validation = _column(loaded[held_out[0]], path, text_key)
   bodies = [tuple(body for _, body in x if body) for x in (train, validation)]
+  if not all(bodies):
+    raise ValueError(
+      f"data.path={path!r} has a split without text; give both some"
+    )
   mark = [*train, ("", ""), *validation]
   return Source("hugging_face", path, _fingerprint(mark), *bodies)
 

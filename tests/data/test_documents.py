@@ -83,11 +83,24 @@ def test_a_folder_is_searched_and_sorted(tmp_path):
   (b'{"body": "a", "id": 1}\n', "it has: body, id.*data.text_key"),
   (b'{"text": 5}\n', "'text' is int, expected text"),
   (b'{"text": "\xff"}\n', "not UTF-8: byte 0xff"),
+  (b'{"text": "a\\ud83d"}\n', "line 3: 'text' has half a character"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, words):
   path = tmp_path / "a.jsonl"
   path.write_bytes(b'{"text": "x"}\n\n' + line)
   with pytest.raises(ValueError, match=words):
+    texts_of(path, "jsonl")
+
+
+@pytest.mark.parametrize("damage", [
+  lambda content: content[:-20],
+  lambda content: content[:40] + b"xxxx" + content[44:],
+  lambda content: b"no gzip at all",
+])  # fmt: skip
+def test_damaged_gzip_is_named(tmp_path, damage):
+  path = write_jsonl(tmp_path / "a.jsonl.gz", TEXTS * 20)
+  path.write_bytes(damage(path.read_bytes()))
+  with pytest.raises(ValueError, match="a.jsonl.gz is not a whole gzip file"):
     texts_of(path, "jsonl")
 
 
@@ -164,5 +177,13 @@ def test_hugging_face_folders(tmp_path):
   )  # fmt: skip
   with pytest.raises(ValueError, match="no column 'body'"):
     sources.load("hugging_face", str(tmp_path / "one"), text_key="body")
+  numbers = datasets.Dataset.from_dict({"text": list(range(50))})
+  numbers.save_to_disk(tmp_path / "numbers")
+  with pytest.raises(ValueError, match="'text' is int, expected text"):
+    sources.load("hugging_face", str(tmp_path / "numbers"))
+  bare = datasets.Dataset.from_dict({"text": ["", ""]})
+  datasets.DatasetDict(train=bare, test=table).save_to_disk(tmp_path / "bare")
+  with pytest.raises(ValueError, match="a split without text"):
+    sources.load("hugging_face", str(tmp_path / "bare"))
   with pytest.raises(ValueError, match="no folder of save_to_disk"):
     sources.load("hugging_face", str(tmp_path))

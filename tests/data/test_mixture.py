@@ -80,6 +80,14 @@ def test_prepared_parts_mix_with_others(parts, tmp_path):
   assert mixture.train.get_state() == {"next_index": 100}
 
 
+def test_a_part_may_have_fewer_rows_than_a_batch(parts, tmp_path):
+  (tmp_path / "small.txt").write_text("c" * 9)
+  path = f"jsonl:{parts}/a.jsonl=1,text:{tmp_path}/small.txt=1"
+  mixture = load(parts, path=path)
+  firsts = [next(mixture.train)["inputs"][:, 0] for _ in range(50)]
+  assert np.mean(np.concatenate(firsts) == ord("c") + 3) == 0.5
+
+
 @pytest.mark.parametrize("path,words", [
   ("", "needs data.path=source:path=weight"),
   ("jsonl:a", "needs data.path=source:path=weight"),

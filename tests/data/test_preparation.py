@@ -1,7 +1,12 @@
 """Prepared corpora: the same rows as in memory, whoever makes them."""
 
+import errno
 import json
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +16,7 @@ from nl_jax.data import packing, partition, preparation, prepared, tokenizers
 from tests.data import test_documents
 
 LENGTH, ALIGNMENT = 32, 4
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 def texts(count=60, seed=0):
@@ -201,6 +207,143 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
   (out / "manifest.json").write_text("{")
   with pytest.raises(ValueError, match="no JSON"):
     load(out)
+
+
+def test_a_damaged_row_is_told_where_it_is_read(corpus, tmp_path):
+  out = tmp_path / "out"
+  manifest, _ = prepare(out, corpus)
+  shard = [s for s in manifest["shards"] if s["split"] == "train"][3]
+  path = out / shard["file"]
+  content = bytearray(path.read_bytes())
+  content[300:900] = bytes(255 ^ x for x in content[300:900])
+  path.write_bytes(bytes(content))
+  loaded = load(out)
+  with pytest.raises(ValueError, match=f"{shard['file']} is damaged"):
+    for _ in range(loaded.counts["train"].rows):
+      next(loaded.train)
+  path.write_bytes(b"x" * len(content))
+  with pytest.raises(ValueError, match=f"{shard['file']} is damaged"):
+    load(out)
+
+
+def test_prepared_rows_are_no_text(made):
+  out, _ = made
+  with pytest.raises(ValueError, match="set data.source=prepared and"):
+    load(out, source="array_record")
+
+
+def test_a_large_validation_is_read_batch_by_batch(made, monkeypatch):
+  loaded = load(made[0])
+  taken = []
+  take = prepared.Table.take
+  monkeypatch.setattr(
+    prepared.Table, "take", lambda *args: taken.append(1) or take(*args)
+  )
+  batches = loaded.validation()
+  assert len(batches) > 3 and not taken
+  weight = sum(batch["weights"].sum() for batch in batches)
+  assert weight == loaded.counts["validation"].tokens
+  assert len(taken) == len(batches)
+
+
+def test_a_full_disk_is_told_and_gone_on_from(
+  corpus, made, tmp_path, monkeypatch
+):
+  out = tmp_path / "out"
+  fsync, calls = os.fsync, []
+
+  def full(descriptor):
+    calls.append(descriptor)
+    if len(calls) > 7:
+      raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="No space left.*free space and start the"):
+    prepare(out, corpus)
+  monkeypatch.undo()
+  assert not list(out.glob(".*.tmp")) and list(out.glob("*.array_record"))
+  manifest, again = prepare(out, corpus)
+  assert not all(again) and any(again)
+  assert manifest == made[1]
+
+
+def test_a_full_disk_as_the_writer_of_records_says_it(
+  corpus, tmp_path, monkeypatch
+):
+  records = prepared.Layout.records
+
+  def full(self, rows):
+    if len(rows["inputs"]):
+      raise RuntimeError("RESOURCE_EXHAUSTED: No space left on device; at 9")
+    return records(self, rows)
+
+  monkeypatch.setattr(prepared.Layout, "records", full)
+  words = "array_record cannot be written: No space left on device; free space"
+  with pytest.raises(OSError, match=words):
+    prepare(tmp_path / "out", corpus)
+  assert not list((tmp_path / "out").glob("*.array_record"))
+
+
+@pytest.mark.parametrize("place", [
+  "packing.Packer.push", "os.fsync", "pathlib.Path.replace",
+  "packing.Packer.flush",
+])  # fmt: skip
+def test_killed_twice_at_any_place_gives_the_same(
+  corpus, made, tmp_path, place
+):
+  """The n-th call of a function is a SIGKILL, in the middle of a shard."""
+  out = tmp_path / "out"
+  for call in (4, 9):
+    code = (
+      "import os, pathlib, signal, sys\n"
+      "from nl_jax.data import packing\n"
+      "from tests.data import test_preparation\n"
+      f"was, left = {place}, [{call}]\n"
+      "def killing(*args):\n"
+      "  left[0] -= 1\n"
+      "  if not left[0]: os.kill(os.getpid(), signal.SIGKILL)\n"
+      "  return was(*args)\n"
+      f"{place} = killing\n"
+      f"test_preparation.prepare(pathlib.Path({str(out)!r}), "
+      f"{str(corpus)!r})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    assert not (out / "manifest.json").exists()
+  manifest, again = prepare(out, corpus)
+  assert not all(again)
+  assert manifest == made[1]
+  for shard in manifest["shards"]:
+    name = shard["file"]
+    assert (out / name).read_bytes() == (made[0] / name).read_bytes()
+
+
+def test_the_manifest_goes_before_a_shard_is_made_anew(
+  corpus, tmp_path, monkeypatch
+):
+  out = tmp_path / "out"
+  manifest, _ = prepare(out, corpus)
+  (out / manifest["shards"][2]["file"]).unlink()
+
+  def stopped(*args):
+    assert not (out / "manifest.json").exists()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(preparation, "_write", stopped)
+  with pytest.raises(KeyboardInterrupt):
+    prepare(out, corpus)
+  with pytest.raises(ValueError, match="has no manifest.json"):
+    load(out)
+
+
+def test_one_process_a_folder(made):
+  with preparation.lock(made[0]):
+    with pytest.raises(ValueError, match="another process is preparing"):
+      with preparation.lock(made[0]):
+        pass
+  with preparation.lock(made[0]):
+    pass
 
 
 def test_the_tokenizer_must_be_the_same(made, tmp_path):

@@ -1,5 +1,6 @@
 """Tokenizers: round trips, streams that never split a character, errors."""
 
+import json
 import pathlib
 
 import numpy as np
@@ -223,7 +224,38 @@ def test_the_end_is_what_the_config_beside_it_says(words):
   beside.unlink()
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", '{"model": {}}'])
+def test_a_file_that_asks_for_rows_of_one_length_is_not_obeyed(words):
+  content = json.loads(pathlib.Path(words).read_text())
+  content["padding"] = {
+    "strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None,
+    "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
+  }  # fmt: skip
+  content["truncation"] = {
+    "max_length": 64, "strategy": "LongestFirst", "stride": 0,
+    "direction": "Right",
+  }  # fmt: skip
+  path = pathlib.Path(words).with_name("padded.json")
+  path.write_text(json.dumps(content))
+  plain, padded = tokenizers.load(words), tokenizers.load(str(path))
+  for text in ("the cat", "the mat " * 99):
+    np.testing.assert_array_equal(padded.encode(text), plain.encode(text))
+
+
+@pytest.mark.parametrize("merges,words_of_it", [
+  (["a b"], "a broken tokenizer.json .*`b` out of vocabulary"),
+  ([], "has no end of document; put a tokenizer_config.json"),
+])  # fmt: skip
+def test_half_a_tokenizer_json_is_refused(tmp_path, merges, words_of_it):
+  model = {"type": "BPE", "vocab": {"a": 0}, "merges": merges}
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps({"model": model}))
+  with pytest.raises(ValueError, match=words_of_it):
+    tokenizers.load(str(path))
+
+
+@pytest.mark.parametrize(
+  "content", ["", "{}", "[]", '{"model": {}}', '{"model": {"vocab": {}}}']
+)
 def test_json_of_something_else_is_refused(tmp_path, content):
   path = tmp_path / "tokenizer.json"
   path.write_text(content)

@@ -31,6 +31,25 @@ def finish(process):
   return out
 
 
+def status_of(pid):
+  """(state, parent) of a process; None where there is none."""
+  try:
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  except FileNotFoundError:
+    return None
+  state, parent = stat.rpartition(")")[2].split()[:2]
+  return state, int(parent)
+
+
+def alive(pid):
+  return (status_of(pid) or ("Z",))[0] != "Z"
+
+
+def children(parent):
+  pids = [int(p.name) for p in pathlib.Path("/proc").glob("[0-9]*")]
+  return [pid for pid in pids if (status_of(pid) or (0, 0))[1] == parent]
+
+
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
   """Some megabytes in a few files."""
@@ -76,6 +95,29 @@ def test_killed_twice_gives_the_same_manifest_with_any_workers(
   assert not list(killed.glob("manifest*.tmp"))
 
 
+def test_workers_end_with_their_command_and_no_second_one_starts(
+  corpus, tmp_path
+):
+  out = tmp_path / "out"
+  process = start(*args_of(corpus, out), "--workers=2")
+  while not list((out / "notes").glob("0*.json")):
+    assert process.poll() is None
+    time.sleep(0.002)
+  # Stopped, so that it still holds the folder when the second one comes.
+  process.send_signal(signal.SIGSTOP)
+  _, err = (second := start(*args_of(corpus, out))).communicate(timeout=60)
+  assert second.returncode == 1
+  assert f"another process is preparing {out}" in err
+  workers = children(process.pid)
+  assert len(workers) >= 2
+  process.kill()
+  process.communicate(timeout=60)
+  limit = time.monotonic() + 30
+  while any(map(alive, workers)):
+    assert time.monotonic() < limit
+    time.sleep(0.01)
+
+
 def test_ctrl_c_stops_all_processes(corpus, tmp_path):
   process = start(*args_of(corpus, tmp_path / "out"), "--workers=2")
   while not list((tmp_path / "out" / "notes").glob("0*.json")):
@@ -96,6 +138,12 @@ def test_three_commands_from_files_to_training(corpus, tmp_path):
   ))  # fmt: skip
   assert "400 pieces" in first and "--tokenizer=" in first
   words = tokenizers.load(str(model))
+  again = tmp_path / "again.model"
+  finish(start(
+    f"--train_tokenizer={again}", "--vocab_size=400", "--source=jsonl",
+    f"--path={one}",
+  ))  # fmt: skip
+  assert again.read_bytes() == model.read_bytes()
   for text in ("abc def", "ünïcode 日本\n", "  two  spaces "):
     assert words.decode(words.encode(text)) == text
   second = finish(start(
@@ -118,6 +166,9 @@ def test_three_commands_from_files_to_training(corpus, tmp_path):
   (("--path=x",), "--out is required"),
   (("--path=x", "--out=y"), "--sequence_length is required"),
   (("--path=x", "--out=y", "--config=hope_tinny"), "Did you mean"),
+  (("--path=x", "--out=y", "--config=hope_1b3"), "--tokenizer is required"),
+  (("--path=x", "--out=y", "--sequence_length=8", "--validation_percent=0"),
+   "--validation_percent must be between 0 and 100, got 0"),
   (("--path=x", "--out=y", "--sequence_length=8"), "nothing at --path='x'"),
   (("--path=x", "--out=y", "--sequence_length=8", "--source=csv"),
    "Known: text, jsonl, parquet"),
