@@ -70,6 +70,10 @@ SCALES = {
 }
 
 
+# Peak rate of the other preset, that of GDN's and Titans' baselines.
+PRESET_A = 4e-4
+
+
 def size_of(size: str, arg: str, *, options: tuple[str, ...] = ()) -> str:
   """The scale that a config's argument asks for, the config's own or smoke.
 
@@ -159,6 +163,37 @@ def language_model(
       ),
     )
   )
+
+
+def baseline(
+  arch: str,
+  size: str,
+  shape: presets.Shape,
+  memory: ConfigDict | None = None,
+  *,
+  learning_rate: float | None = PRESET_A,
+) -> ConfigDict:
+  """A whole config of a mixer with a plain feed-forward block.
+
+  Args:
+    arch: a key of models.lm.MIXERS.
+    size: a key of SCALES.
+    shape: heads, head width, feed-forward width.
+    memory: the group `model.memory`, of archs that have one.
+    learning_rate: peak at the paper's scales; None: the scale's own.
+  """
+  model = ConfigDict(
+    dict(
+      arch=arch,
+      heads=shape.heads,
+      head_dim=shape.head_dim,
+      cms=cms(("ffn",), shape.widths, (0,)),
+    )
+  )
+  if memory is not None:
+    model.memory = memory
+  rate = None if size in ("smoke", "tiny") else learning_rate
+  return language_model(size, model, learning_rate=rate)
 
 
 def _data(scale: Scale, source: str, tokenizer: str) -> ConfigDict:

@@ -34,6 +34,7 @@ class Shape(NamedTuple):
     widths: F of each feed-forward level, fastest first.
     hidden: M of an MLP memory; 0 where there is none.
     chunk: tokens a chunk of a memory; 0 where there is none.
+    value_dim: V where it is not K; else 0.
   """
 
   heads: int
@@ -41,6 +42,7 @@ class Shape(NamedTuple):
   widths: tuple[int, ...]
   hidden: int = 0
   chunk: int = 0
+  value_dim: int = 0
 
 
 SCALES = {
@@ -65,6 +67,22 @@ SHAPES = {
     "340m": Shape(16, 64, (960,) * 3),
     "760m": Shape(12, 128, (1472,) * 3),
     "1b3": Shape(16, 128, (1856,) * 3),
+  },
+  # The chunk is no part of the delta rule: it says what is computed at once.
+  "deltanet": {
+    "smoke": Shape(4, 16, (170,), chunk=8),
+    "tiny": Shape(4, 32, (344,), chunk=16),
+    "340m": Shape(8, 128, (2816,), chunk=64),
+    "760m": Shape(12, 128, (4352,), chunk=64),
+    "1b3": Shape(16, 128, (5632,), chunk=64),
+  },
+  # HK = 3/4 D and V = 2 K, as its authors have it.
+  "gated_deltanet": {
+    "smoke": Shape(3, 16, (124,), chunk=8, value_dim=32),
+    "tiny": Shape(3, 32, (254,), chunk=16, value_dim=64),
+    "340m": Shape(6, 128, (2112,), chunk=64, value_dim=256),
+    "760m": Shape(9, 128, (3328,), chunk=64, value_dim=256),
+    "1b3": Shape(12, 128, (4288,), chunk=64, value_dim=256),
   },
   # K = 128, M = K, C = 64: the parameters and state of K = 64, M = 2K at half
   # the time of a step (model.md 9).

@@ -13,7 +13,10 @@ from experiments import _flags, _setup
 from nl_jax.models import presets
 
 NAMES = _flags.config_names()
-ARCHS = ("hope", "hope_linear", "hope_attention", "transformer")
+ARCHS = (
+  "hope", "hope_linear", "hope_attention", "transformer",
+  "deltanet", "gated_deltanet",
+)  # fmt: skip
 
 
 def parse(*args):
