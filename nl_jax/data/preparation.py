@@ -273,6 +273,7 @@ def claim(
   files = documents.find(settings.path, settings.kind)
   values = settings._asdict()
   del values["path"]
+  values = {"source": values.pop("kind"), **values}
   values["tokenizer"] = {
     "name": pathlib.Path(tokenizer.name).name,
     "fingerprint": tokenizer.fingerprint,

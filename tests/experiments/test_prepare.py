@@ -161,6 +161,28 @@ def test_three_commands_from_files_to_training(corpus, tmp_path):
   assert "data: prepared" in third.stderr and "nat per byte" in third.stdout
 
 
+@pytest.mark.parametrize("name,extra", [
+  ("datasets", "hf"), ("pyarrow", "train"), ("tokenizers.models", "train"),
+])  # fmt: skip
+def test_a_missing_library_names_what_to_install(name, extra):
+  code = (
+    "import sys; from absl import flags; from experiments import _main\n"
+    "flags.FLAGS(['x'])\n"
+    "def main():\n"
+    f"  raise ModuleNotFoundError(name={name!r})\n"
+    "sys.exit(_main._guarded(main))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code], cwd=test_commands.ROOT, capture_output=True,
+    text=True,
+  )  # fmt: skip
+  assert done.returncode == 1
+  top = name.split(".")[0]
+  assert f"{top} is not installed: run `pip install -e .[{extra}]`" in (
+    done.stderr
+  )
+
+
 @pytest.mark.parametrize("args,sentence", [
   ((), "--path is required"),
   (("--path=x",), "--out is required"),
