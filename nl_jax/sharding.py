@@ -52,14 +52,14 @@ PARAMETERS = (
   (_MIXER + r"norm/scale", ("head_dim",)),
   (_MIXER + r"w_(a|beta)", ("embed", "heads")),
   (_MIXER + r"(A_log|dt_bias)", ("heads",)),
-  (_MIXER + r"static_gate/w_(eta|alpha)", ("embed", "heads")),
-  (_MIXER + r"static_gate/b_(eta|alpha)", ("heads",)),
+  (_MIXER + r"(static_)?gate/w_(eta|alpha|beta)", ("embed", "heads")),
+  (_MIXER + r"(static_)?gate/b_(eta|alpha|beta)", ("heads",)),
   (_MIXER + r"memory/gate/w_(eta|alpha)", ("heads", "head_dim")),
   (_MIXER + r"memory/gate/b_(eta|alpha|beta)", ("heads",)),
   # Gates of a channel.
   (_MIXER + r"memory/gate/b_(eta|alpha)", ("heads", "head_dim")),
   (
-    _MIXER + r"memory/(?!gate/)\w+/w(_in|_out|_gate)?",
+    _MIXER + r"memory/((?!gate/)\w+/)?w(_in|_out|_gate)?",
     ("heads", "mem_in", "mem_out"),
   ),
 )

@@ -17,13 +17,14 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, sharding, types
-from nl_jax.models import attention, cms, deltanet, hope, layers
+from nl_jax.models import attention, cms, deltanet, hope, layers, titans
 
 MIXERS = {
   "deltanet": deltanet,
   "gated_deltanet": deltanet,
   "hope": hope,
   "hope_attention": attention,
+  "titans_lmm": titans,
   "transformer": attention,
 }
 _DTYPES = ("float32", "bfloat16")

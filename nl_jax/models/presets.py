@@ -84,6 +84,14 @@ SHAPES = {
     "760m": Shape(9, 128, (3328,), chunk=64, value_dim=256),
     "1b3": Shape(12, 128, (4288,), chunk=64, value_dim=256),
   },
+  # M = 2 K.
+  "titans_lmm": {
+    "smoke": Shape(4, 16, (128,), 32, 8),
+    "tiny": Shape(4, 32, (258,), 64, 16),
+    "340m": Shape(16, 64, (2368,), 128, 16),
+    "760m": Shape(24, 64, (3776,), 128, 16),
+    "1b3": Shape(32, 64, (4864,), 128, 16),
+  },
   # K = 128, M = K, C = 64: the parameters and state of K = 64, M = 2K at half
   # the time of a step (model.md 9).
   "hope": {

@@ -3,7 +3,7 @@
 import dataclasses
 
 from nl_jax.memory import self_modifying
-from nl_jax.models import cms, deltanet, lm
+from nl_jax.models import cms, deltanet, lm, titans
 
 _LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
@@ -57,5 +57,8 @@ MODELS = {
   "gated_deltanet": lambda: _shaped(
     "gated_deltanet",
     deltanet.Options(chunk=8, value_dim=32, output_gate=True),
+  ),
+  "titans_lmm": lambda: _shaped(
+    "titans_lmm", titans.Options(chunk=8, hidden=32)
   ),
 }  # fmt: skip

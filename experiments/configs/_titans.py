@@ -1,0 +1,46 @@
+"""Builders of the Titans configs (arXiv 2501.00663).
+
+Deep memories that learn by momentum; shapes, chunks and gates' starts are
+ours, unstated there (model.md sections 6, 7.2 and 9).
+"""
+
+from experiments.configs import _common
+from nl_jax.models import presets
+
+ConfigDict = _common.ConfigDict
+
+
+def lmm(size: str, arg: str) -> ConfigDict:
+  """Titans (LMM) at a scale; preset B's rate, as HOPE."""
+  size = _common.size_of(size, arg)
+  shape = presets.SHAPES["titans_lmm"][size]
+  memory = _memory(shape)
+  return _common.baseline("titans_lmm", size, shape, memory, learning_rate=None)
+
+
+def _memory(shape: presets.Shape) -> ConfigDict:
+  """The group `model.memory`: `models.titans.Options`."""
+  return ConfigDict(
+    dict(
+      arch="mlp",  # Or linear, mlp_ln, glu.
+      hidden=shape.hidden,  # M, hidden units of an MLP memory; 0: head_dim.
+      residual=True,  # The memory adds its input.
+      objective="l2",  # Inner loss; or dot, huber, huber_norm, lp.
+      dgd_scope="none",  # Plain gradient descent; or per_layer, input_layer.
+      dgd_coef="prox",  # Of the erase, where there is one; or raw, decayed.
+      momentum="ema",  # Or sum (as printed, diverges on repeats), off.
+      retention_target="zero",  # Decay to zero, or to the learned start.
+      erase_of="whole",  # Of an erase: the memory, or its deviation.
+      read="after",  # Own write seen; or before, chunk_start.
+      residual_clip=1.0,  # Largest norm of an inner error; 0: off.
+      inner_mean=False,  # Inner loss divided by the value width.
+      remat_group=4,  # Chunks that the backward pass recomputes at once.
+      stop_grad_writes=False,  # Outer gradient stops at inner writes.
+      chunk=shape.chunk,  # Tokens that share one gradient point.
+      value_norm="none",  # Of values; or l2.
+      eta_max=0.1,  # Largest inner learning rate per token.
+      eta_bias=0.0,  # eta = eta_max sigmoid(. + eta_bias).
+      alpha_bias=4.0,  # Retention alpha = sigmoid(. + alpha_bias).
+      beta_bias=2.2,  # Momentum beta = sigmoid(. + beta_bias): 0.9.
+    )
+  )

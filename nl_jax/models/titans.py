@@ -1,0 +1,278 @@
+"""Titans (LMM): a deep memory that learns by momentum, as the whole mixer.
+
+    q, k, v = SiLU(conv4(x W));  q, k to unit norm       (Titans sec. 4.4)
+    alpha, beta = sigmoid(x w + b);  eta = eta_max sigmoid(x w + b)
+    S <- beta S - (1 - beta) eta grad l(M; k, v);  M <- alpha M + S
+    out = (RMSNorm_K(M(q)) * SiLU(x W_g)) W_o
+
+Titans, arXiv 2501.00663, with its (eta, theta, 1 - alpha) our (beta, write
+rate, alpha). It is the layer of HOPE without generators and with gates straight
+from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
+"""
+
+import dataclasses
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, memory, types
+from nl_jax.memory import linear, mlp
+from nl_jax.models import layers
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+PROJECTED = ("q", "k", "v")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(memory.Rule):
+  """The switches of the long-term memory: its rule, and these.
+
+  Attributes:
+    arch: "linear", "mlp", "mlp_ln" or "glu".
+    hidden: M of the MLP forms; 0 = the key width.
+    residual: the memory adds its input.
+    value_norm: "none", or "l2": values of unit norm.
+    eta_max, eta_bias, alpha_bias, beta_bias: eta = eta_max sigmoid(. +
+      eta_bias), alpha = sigmoid(. + alpha_bias), beta likewise.
+  """
+
+  dgd_scope: str = "none"
+  # Deviation from Titans ("sum"): a re-parametrisation of its step; the sum
+  # diverges on repeated tokens (model.md 2.8).
+  momentum: str = "ema"
+  retention_target: str = "zero"
+  erase_of: str = "whole"
+  residual_clip: float = 1.0
+  arch: str = "mlp"
+  hidden: int = 0
+  residual: bool = True
+  value_norm: str = "none"
+  eta_max: float = 0.1
+  eta_bias: float = 0.0
+  alpha_bias: float = 4.0
+  beta_bias: float = math.log(9.0)  # beta = 0.9 at the start.
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name, allowed in (
+      ("arch", ("linear", *mlp.ARCHITECTURES)),
+      ("value_norm", ("none", "l2")),
+    ):
+      if getattr(self, name) not in allowed:
+        raise ValueError(
+          f"memory.{name} must be one of {', '.join(allowed)}; got "
+          f"{getattr(self, name)!r}"
+        )
+    if self.eta_max <= 0:
+      raise ValueError(f"memory.eta_max must be > 0, got {self.eta_max}")
+
+  @property
+  def forward(self) -> memory.rule.Forward:
+    """The architecture of the memory."""
+    if self.arch == "linear":
+      return linear.forward_residual if self.residual else linear.forward
+    return mlp.forward(self.arch, self.residual)
+
+  @property
+  def gates(self) -> tuple[str, ...]:
+    """Names of the gates, beta only with momentum."""
+    return ("eta", "alpha", "beta") if self.has_momentum else ("eta", "alpha")
+
+
+class TitansState(NamedTuple):
+  """What one layer carries from call to call; its size does not grow.
+
+  Attributes:
+    convs: {"q", "k", "v"} windows of the short convolutions.
+    memory: fast weights and their clocks.
+  """
+
+  convs: dict[str, layers.ConvState]
+  memory: memory.MemoryState
+
+
+check = layers.check_heads
+
+
+def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Parameters of one layer.
+
+  Returns:
+    w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK),
+    norm {scale (K,)}, gate {w_eta, w_alpha, w_beta (D,H), b_eta, b_alpha,
+    b_beta (H,)}, memory (H,·,·), the learned start.
+  """
+  inner = model.heads * model.head_dim
+  keys = iter(jax.random.split(key, 12))
+  params = {}
+  for name in PROJECTED:
+    params[f"w_{name}"] = layers.normal(next(keys), (model.width, inner))
+    params[f"conv_{name}"] = layers.conv_init(next(keys), inner)
+  params["w_g"] = layers.normal(next(keys), (model.width, inner))
+  std = layers.residual_std(model.layers)
+  params["w_o"] = layers.normal(next(keys), (inner, model.width), std)
+  params["norm"] = {"scale": jnp.ones((model.head_dim,))}
+  params["gate"] = gate_init(next(keys), model)
+  params["memory"] = memory_init(next(keys), model)
+  return params
+
+
+def gate_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Heads of the gates, straight from the layer's input."""
+  options, gate = model.memory, {}
+  for name, one in zip(options.gates, jax.random.split(key, 3)):
+    gate[f"w_{name}"] = layers.normal(one, (model.width, model.heads))
+    bias = getattr(options, f"{name}_bias")
+    gate[f"b_{name}"] = jnp.full((model.heads,), bias, jnp.float32)
+  return gate
+
+
+def memory_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """The learned start of the memory; its keys and queries have unit norm."""
+  options, heads, head_dim = model.memory, model.heads, model.head_dim
+  if options.arch == "linear":
+    return linear.init(key, heads, head_dim, head_dim)
+  hidden = options.hidden or head_dim
+  return mlp.init(key, heads, head_dim, hidden, arch=options.arch)
+
+
+def apply(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  state: TitansState | None,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
+  """Mixes the tokens of one layer.
+
+  Args:
+    params: of `init`.
+    x_BxTxD: normalised input.
+    state: fast weights to go on from; None at the start of a sequence. From
+      there packed documents must begin at multiples of `alignment`; later
+      calls take them anywhere.
+    segment_ids: int32 [B,T], 0 is padding; None continues the document.
+    model: shapes and switches.
+
+  Returns:
+    y_BxTxD, the state after the call, and sums over real tokens for the level
+    "memory", leaves [B,H].
+  """
+  options, fresh = model.memory, state is None
+  if fresh:
+    state = init_state(params, x_BxTxD.shape[0], 0, model=model)
+  z, convs = layers.short_convs(
+    params,
+    x_BxTxD,
+    PROJECTED,
+    model.heads,
+    None if fresh else state.convs,
+    segment_ids,
+  )
+  y_BxTxHxK, fast, metrics = memory.chunked.update(
+    options.forward,
+    params["memory"],
+    state.memory,
+    layers.l2_norm(z["q"]),
+    layers.l2_norm(z["k"]),
+    layers.l2_norm(z["v"]) if options.value_norm == "l2" else z["v"],
+    gates(params["gate"], x_BxTxD, options),
+    rule=options,
+    segment_ids=segment_ids,
+    fresh=fresh,
+    aligned=fresh,
+  )
+  y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
+  y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)
+  gate = jax.nn.silu(layers.dense(x_BxTxD, params["w_g"]))
+  out = layers.dense(y_BxTxHK * gate, params["w_o"])
+  return out, TitansState(convs, fast), {"memory": metrics}
+
+
+def gates(
+  gate: types.Params, x_BxTxD: types.Array, options: Options
+) -> memory.Gates:
+  """eta, log alpha and log beta, [B,T,H], float32 at least."""
+  wide = layers.at_least_float32(x_BxTxD.dtype)
+  logit = {
+    name: layers.dense(x_BxTxD, gate[f"w_{name}"]).astype(wide)
+    + gate[f"b_{name}"].astype(wide)[None, None]
+    for name in options.gates
+  }
+  eta = options.eta_max * jax.nn.sigmoid(logit["eta"])
+  log_beta = None
+  if options.has_momentum:
+    log_beta = jax.nn.log_sigmoid(logit["beta"])
+  return memory.Gates(eta, jax.nn.log_sigmoid(logit["alpha"]), log_beta)
+
+
+def init_state(
+  params: types.Params,
+  batch_size: int,
+  length: int,
+  *,
+  model: "lm.LanguageModel",
+) -> TitansState:
+  """The state of one layer at the start of a sequence; no use of `length`."""
+  del length
+  dtype = layers.activation_dtype(model.dtype, params)
+  inner = model.heads * model.head_dim
+  window = layers.conv_state(batch_size, inner, dtype)
+  return TitansState(
+    dict.fromkeys(PROJECTED, window),
+    memory.chunked.start(params["memory"], batch_size, model.memory),
+  )
+
+
+def alignment(model: "lm.LanguageModel") -> int:
+  """The chunk: documents begin at its edges."""
+  return model.memory.chunk
+
+
+def memory_size(model: "lm.LanguageModel") -> int:
+  """Parameters of the memories of one layer's heads."""
+  options, K = model.memory, model.head_dim
+  if options.arch == "linear":
+    return model.heads * K * K
+  count = 3 if options.arch == "glu" else 2
+  return model.heads * count * K * (options.hidden or K)
+
+
+def parameter_count(model: "lm.LanguageModel") -> int:
+  """5 D² + 12 D + 3 H (D+1) + 2 H K M + K of one layer."""
+  D, options = model.width, model.memory
+  count = 5 * D * D + len(PROJECTED) * layers.CONV_WIDTH * D + model.head_dim
+  count += len(options.gates) * model.heads * (D + 1)
+  return count + memory_size(model)
+
+
+def rule_name(options: Options) -> str:
+  """The rule in the words of the level card."""
+  erases = f"DGD ({options.dgd_coef})"
+  name = "GD" if options.dgd_scope == "none" else erases
+  if options.has_momentum:
+    name += f" + {options.momentum} momentum"
+  return name + ", retention"
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The memory; its start is learned."""
+  options = model.memory
+  return [
+    card.Row(
+      name="Titans memory",
+      kind="memory",
+      chunk=options.chunk,
+      bptt=1 if options.stop_grad_writes else None,
+      objective=options.objective,
+      rule=rule_name(options),
+      transfer="init",
+      state_bytes=layers.size_of_state(model),
+      parameters=model.layers * memory_size(model),
+    )
+  ]
