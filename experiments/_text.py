@@ -19,8 +19,7 @@ def opening(dataset: Any) -> str:
 
 
 def generate(
-  net: Any,
-  params: Any,
+  reader: stream.Stream,
   tokenizer: Any,
   prompt: str,
   tokens: int,
@@ -32,19 +31,17 @@ def generate(
   """Yields pieces of text that follow the prompt, each as soon as it is whole.
 
   Args:
-    net, params: the model.
+    reader: the model, with what it has read.
     tokenizer: of `nl_jax.data.tokenizers`.
-    prompt: may be empty: then the text follows an end of document.
+    prompt: read first. May be empty: then the text follows what was read
+      before, and a line break where that is nothing. (How a document begins is
+      no target of training, so there is no token to start from.)
     tokens: how many at most; the end of a document ends the text.
     temperature, top_p, seed: of `stream.Stream.sample`.
   """
-  ids = np.asarray(tokenizer.encode(prompt), np.int32)
-  if not ids.size:
-    ids = np.asarray([tokenizer.end_id], np.int32)
-  # Beyond the trained length where that is asked for: an attention cache
-  # takes any number of slots, other states need none.
-  reader = stream.start(net, params, length=ids.size + tokens)
-  reader.read(ids[None])
+  ids = encode(tokenizer, prompt or ("\n" if reader.logits is None else ""))
+  if ids.size:
+    reader.read(ids[None])
   pieces = tokenizer.stream()
   for drawn in reader.sample(
     tokens,
@@ -58,3 +55,18 @@ def generate(
       break
     yield pieces.push(drawn)
   yield pieces.flush()
+
+
+def encode(tokenizer: Any, text: str) -> np.ndarray:
+  """The int32 ids of a text.
+
+  Raises:
+    ValueError: it is not UTF-8.
+  """
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"the prompt is not UTF-8 at character {error.start}"
+    ) from None
+  return np.asarray(tokenizer.encode(text), np.int32)

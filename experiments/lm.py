@@ -162,10 +162,13 @@ def _finish(
 ) -> None:
   """A sample of text, the result, and where to look next."""
   from experiments import _text
+  from nl_jax import stream
 
   prompt = _text.opening(dataset)
+  size = _text.encode(dataset.tokenizer, prompt).size
+  reader = stream.start(net, params, length=size + _SAMPLE_TOKENS)
   text = prompt + "".join(
-    _text.generate(net, params, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
+    _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
   (workdir / _SAMPLE).write_text(text, encoding="utf-8")
   logging.flush()

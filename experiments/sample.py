@@ -1,6 +1,9 @@
 """Writes text with a trained model, token by token as it comes.
 
-python -m experiments.sample --workdir=runs/hope_tiny --prompt="def "
+    python -m experiments.sample --workdir=runs/hope_tiny --prompt="def "
+
+With --memory_out the model's memory of prompt and text is kept in a file, and
+with --memory_in it goes on from there, in another process or on another day.
 """
 
 import pathlib
@@ -19,6 +22,11 @@ _TEMPERATURE = flags.DEFINE_float(
 _TOP_P = flags.DEFINE_float(
   "top_p", 1.0, "Mass of the most likely tokens to draw from, in (0, 1]."
 )
+_FILE = flags.DEFINE_string(
+  "prompt_file", "", "A UTF-8 file to read before the prompt."
+)
+_IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
+_OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 
@@ -30,7 +38,8 @@ def main() -> int:
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
   logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
   from experiments import _setup, _text
-  from nl_jax.data import tokenizers
+  from nl_jax import stream
+  from nl_jax.data import documents, tokenizers
   from nl_jax.train import checkpoint
 
   config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
@@ -38,12 +47,23 @@ def main() -> int:
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  prompt = _PROMPT.value
+  if _FILE.value:
+    path = pathlib.Path(_FILE.value)
+    prompt = documents.decode(path.read_bytes(), path) + prompt
+  if _IN.value:
+    reader, manifest = stream.go_on(net, params, _IN.value)
+    _main.say(f"a memory of {max(manifest['tokens_seen']):,} tokens")
+  else:
+    # Beyond the trained length where that is asked for: an attention cache
+    # takes any number of slots, other states need none.
+    size = _text.encode(tokenizer, prompt).size + 1
+    reader = stream.start(net, params, length=size + _TOKENS.value)
   sys.stdout.write(_PROMPT.value)
   for piece in _text.generate(
-    net,
-    params,
+    reader,
     tokenizer,
-    _PROMPT.value,
+    prompt,
     _TOKENS.value,
     temperature=_TEMPERATURE.value,
     top_p=_TOP_P.value,
@@ -52,6 +72,11 @@ def main() -> int:
     sys.stdout.write(piece)
     sys.stdout.flush()
   sys.stdout.write("\n")
+  if _OUT.value:
+    stream.save_memory(
+      _OUT.value, net, params, reader.state, logits=reader.logits
+    )
+    _main.say(f"memory: {_OUT.value}")
   return _main.DONE
 
 

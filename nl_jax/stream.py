@@ -1,21 +1,34 @@
-"""One model, one state: prefill, decode, sample.
+"""One model, one state: prefill, decode, sample, save and load a memory.
 
 A stream reads tokens through `LMState`, the state that training uses too, so
 what it says equals one call over all tokens. A token costs the same however
 many came before, unless the model has an unbounded attention cache.
+
+A memory is a file: `save_memory` writes the state, without the weights, and
+`load_memory` gives it back to the model that it came from.
 """
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+import hashlib
+import json
+import os
+import pathlib
+import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax import sharding
 from nl_jax.models import lm
 
+FORMAT = 1
+_FREE = ("sequence_length", "remat")  # Fields that change no number.
+_KEY = "nl_jax"  # Of the manifest, in the file's metadata.
+_LOGITS = "logits"
 # Prompts are read in pieces of these lengths, so that few shapes compile.
 _PIECES = (256, 16, 1)
 
@@ -27,6 +40,21 @@ def _read(
   """Logits after the last token [B,Vocab], and the state."""
   logits, state, _ = model.apply(params, tokens, state)
   return logits[:, -1], state
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=3)
+def _score(
+  model: lm.LanguageModel,
+  params: Any,
+  tokens: jax.Array,
+  state: lm.LMState,
+  before: jax.Array,
+) -> tuple[jax.Array, jax.Array, lm.LMState]:
+  """Nats of each token [B,T], logits after the last [B,Vocab], the state."""
+  logits, state, _ = model.apply(params, tokens, state)
+  ahead = jnp.concatenate([before[:, None], logits[:, :-1]], axis=1)
+  chosen = jnp.take_along_axis(ahead, tokens[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(ahead, -1) - chosen, logits[:, -1], state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4))
@@ -81,6 +109,35 @@ class Stream:
     Raises:
       ValueError: no token, or more than the attention cache has room for.
     """
+    for piece in self._pieces(tokens):
+      self.logits, self.state = _read(
+        self.model, self.params, piece, self.state
+      )
+    return self.logits
+
+  def score(self, tokens: np.ndarray) -> np.ndarray:
+    """Reads tokens [B,T] and returns the nats of each [B,T], float32.
+
+    The first token of a stream has nothing before it: NaN.
+
+    Raises:
+      ValueError: as `read`.
+    """
+    scores = []
+    for piece in self._pieces(tokens):
+      first = self.logits is None
+      before = self.logits
+      if first:
+        vocab_size = self.model.vocab_size
+        before = jnp.full((piece.shape[0], vocab_size), jnp.nan)
+      nats, self.logits, self.state = _score(
+        self.model, self.params, piece, self.state, before
+      )
+      scores.append(np.asarray(nats, np.float32))
+    return np.concatenate(scores, axis=1)
+
+  def _pieces(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
+    """The tokens in pieces of the lengths that are compiled."""
     tokens = np.asarray(tokens, np.int32)
     length = tokens.shape[1]
     if not length:
@@ -93,12 +150,9 @@ class Stream:
     at = 0
     while at < length:
       size = next(p for p in _PIECES if p <= length - at)
-      self.logits, self.state = _read(
-        self.model, self.params, tokens[:, at : at + size], self.state
-      )
+      yield tokens[:, at : at + size]
       at += size
     self._seen += length
-    return self.logits
 
   def sample(
     self,
@@ -171,3 +225,262 @@ def start(
   # Copied: anchors and weights start as one buffer, which cannot be donated.
   state = jax.tree.map(jnp.copy, model.init_state(params, batch_size, slots))
   return Stream(model, params, state, slots)
+
+
+def go_on(
+  model: lm.LanguageModel,
+  params: Any,
+  path: str | os.PathLike,
+  *,
+  other_weights: bool = False,
+) -> tuple[Stream, dict[str, Any]]:
+  """A stream that goes on from a memory file, and the file's manifest.
+
+  Args and errors: as of `load_memory`.
+  """
+  state, logits, manifest = load_memory(
+    path, model, params, other_weights=other_weights
+  )
+  seen = int(np.max(np.asarray(state.position_B)))
+  reader = Stream(model, params, state, manifest["slots"], logits, seen)
+  return reader, manifest
+
+
+def save_memory(
+  path: str | os.PathLike,
+  model: lm.LanguageModel,
+  params: Any,
+  state: lm.LMState,
+  *,
+  logits: jax.Array | None = None,
+  about: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Writes a memory to one safetensors file, as a whole or not at all.
+
+  The weights are not in it, only their hash. A memory of the same model at the
+  path is replaced.
+
+  Args:
+    path: of the file.
+    model: that the state belongs to.
+    params: the weights that it was learned with.
+    state: what was read, B rows.
+    logits: [B,Vocab] after the last token, to sample on without a token.
+    about: JSON values to keep in the manifest.
+
+  Returns:
+    The manifest: format, hashes of model and weights, tokens seen by each row,
+    clocks by level, leaves, slots of an attention cache, time, `about`.
+
+  Raises:
+    ValueError: the path holds something else.
+  """
+  from safetensors import flax as safetensors
+
+  path = pathlib.Path(path)
+  manifest = {
+    "format": FORMAT,
+    "model": model_hash(model),
+    "weights": weights_hash(params),
+    "rows": int(state.position_B.shape[0]),
+    "slots": _slots(model, state),
+    "tokens_seen": [int(x) for x in np.asarray(state.position_B)],
+    "clocks": _clocks(state),
+    "leaves": _describe(state),
+    "time": round(time.time(), 3),
+    "about": dict(about or {}),
+  }
+  if path.exists():
+    before = read_manifest(path)
+    if before["model"] != manifest["model"]:
+      raise ValueError(
+        f"{path} holds the memory of another model; give another file"
+      )
+  leaves = {name: jnp.asarray(x) for name, x in _named(state)}
+  if logits is not None:
+    leaves[_LOGITS] = logits
+  content = safetensors.save(leaves, {_KEY: json.dumps(manifest)})
+  temporary = path.with_name(f".{path.name}.tmp")
+  with temporary.open("wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  temporary.replace(path)
+  return manifest
+
+
+def load_memory(
+  path: str | os.PathLike,
+  model: lm.LanguageModel,
+  params: Any,
+  *,
+  other_weights: bool = False,
+) -> tuple[lm.LMState, jax.Array | None, dict[str, Any]]:
+  """Reads a memory file.
+
+  Args:
+    path: of `save_memory`.
+    model: that it belongs to.
+    params: the weights.
+    other_weights: take a memory that was learned with other weights.
+
+  Returns:
+    The state, the logits after its last token (None if they were not kept),
+    and the manifest.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: no memory file, a torn one, or one of another model or weights.
+  """
+  from safetensors import flax as safetensors
+
+  manifest = read_manifest(path)
+  if manifest["model"] != model_hash(model):
+    raise ValueError(
+      f"{path} is the memory of another model (hash "
+      f"{manifest['model'][:12]}, this one {model_hash(model)[:12]}); give the "
+      "run that wrote it"
+    )
+  if manifest["weights"] != weights_hash(params) and not other_weights:
+    raise ValueError(
+      f"{path} was learned with other weights of this model (another "
+      "checkpoint or run); give that one, or allow other weights"
+    )
+  leaves = safetensors.load(pathlib.Path(path).read_bytes())
+  like = jax.eval_shape(
+    lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
+  )
+  wanted = _describe(like)
+  found = {
+    k: f"{x.dtype}{list(x.shape)}" for k, x in leaves.items() if k != _LOGITS
+  }
+  wrong = [
+    f"{k} is {found.get(k, 'missing')}, expected {wanted.get(k, 'nothing')}"
+    for k in sorted({*found, *wanted})
+    if found.get(k) != wanted.get(k)
+  ]
+  if wrong:
+    raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
+  names = [name for name, _ in _named(like)]
+  tree = jax.tree.structure(like)
+  state = jax.tree.unflatten(tree, [leaves[name] for name in names])
+  return state, leaves.get(_LOGITS), manifest
+
+
+def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
+  """The manifest of a memory file; its arrays are not read.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: no memory file, or a torn one.
+  """
+  import safetensors
+
+  path = pathlib.Path(path)
+  if not path.is_file():
+    raise FileNotFoundError(f"no memory file {path}")
+  try:
+    with safetensors.safe_open(str(path), "numpy") as file:
+      metadata = file.metadata() or {}
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} is no memory file, or a torn one ({error})"
+    ) from error
+  manifest = json.loads(metadata.get(_KEY, "{}"))
+  if manifest.get("format") != FORMAT:
+    raise ValueError(
+      f"{path} is a safetensors file but no memory of format {FORMAT}"
+    )
+  return manifest
+
+
+def model_hash(model: lm.LanguageModel) -> str:
+  """SHA-256 (hex) of all that decides the shape and meaning of a state.
+
+  Not in it: `sequence_length` and `remat`, which change no number of it.
+  """
+  values = dataclasses.asdict(model)
+  values = {k: v for k, v in values.items() if k not in _FREE}
+  text = json.dumps(values, sort_keys=True, default=str)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def weights_hash(params: Any) -> str:
+  """SHA-256 (hex) of all weights, by name."""
+  digest = hashlib.sha256()
+  for name, x in _named(params):
+    digest.update(f"{name}\0{x.dtype}{x.shape}\0".encode())
+    digest.update(np.ascontiguousarray(np.asarray(x)).tobytes())
+  return digest.hexdigest()
+
+
+def reset(
+  model: lm.LanguageModel, params: Any, state: lm.LMState, rows_B: np.ndarray
+) -> lm.LMState:
+  """Some rows at the start of a sequence; the others bit for bit as they were.
+
+  Args:
+    model, params: that the state belongs to.
+    state: B rows.
+    rows_B: bool, which rows.
+  """
+  batch = state.position_B.shape[0]
+  fresh = model.init_state(params, batch, _slots(model, state))
+  rows_B = jnp.asarray(rows_B, bool)
+  if rows_B.shape != (batch,):
+    raise ValueError(f"rows_B must be bool [{batch}], got {rows_B.shape}")
+
+  def choose(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
+    axis = _batch_axis(path)
+    shape = [1] * old.ndim
+    shape[axis] = batch
+    return jnp.where(rows_B.reshape(shape), new, old)
+
+  return jax.tree_util.tree_map_with_path(choose, fresh, state)
+
+
+def take(state: lm.LMState, rows: np.ndarray) -> lm.LMState:
+  """Rows of a state, in the order given; a row may be taken several times."""
+  rows = jnp.asarray(rows, jnp.int32)
+  pick = lambda path, x: jnp.take(x, rows, axis=_batch_axis(path))
+  return jax.tree_util.tree_map_with_path(pick, state)
+
+
+def clone(state: lm.LMState) -> lm.LMState:
+  """A copy with buffers of its own: a stream gives its state's away."""
+  return jax.tree.map(jnp.copy, state)
+
+
+def detach(state: lm.LMState) -> lm.LMState:
+  """The same state, through which no gradient flows."""
+  return jax.lax.stop_gradient(state)
+
+
+def _batch_axis(path: Any) -> int:
+  """Leaves of layers are [L,B,...], the position is [B]."""
+  return 1 if path[0].name == "layers" else 0
+
+
+def _slots(model: lm.LanguageModel, state: lm.LMState) -> int | None:
+  """Tokens that an unbounded attention cache has room for."""
+  if not model.grows:
+    return None
+  return max(x.shape[2] for x in jax.tree.leaves(state.layers) if x.ndim > 2)
+
+
+def _clocks(state: lm.LMState) -> dict[str, list[int]]:
+  """Each row's place in the open chunks, of the first layer."""
+  return {
+    name: [int(x) for x in np.asarray(leaf)[0]]
+    for name, leaf in _named(state)
+    if name.endswith("phase") and leaf.ndim == 2
+  }
+
+
+def _describe(tree: Any) -> dict[str, str]:
+  return {name: f"{x.dtype}{list(x.shape)}" for name, x in _named(tree)}
+
+
+def _named(tree: Any) -> list[tuple[str, Any]]:
+  leaves = jax.tree_util.tree_leaves_with_path(tree)
+  return [(sharding.path_name(path), x) for path, x in leaves]

@@ -30,11 +30,13 @@ def run(commands: list[list[str]], cwd: pathlib.Path) -> list[Done]:
     commands: the module below experiments, and its arguments.
     cwd: the folder.
   """
+  cache = os.environ.get("NL_TEST_CACHE")
+  more = {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-m", "tests.experiments.forked"],
     input=json.dumps({"cwd": str(cwd), "commands": commands}),
     capture_output=True, text=True, cwd=ROOT, timeout=600,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **more},
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return [Done(*x) for x in json.loads(done.stdout)]

@@ -1,0 +1,249 @@
+"""Reading a text of any length, in constant memory, and what it showed."""
+
+import codecs
+import dataclasses
+import hashlib
+import pathlib
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from nl_jax import stream
+from nl_jax.data import documents
+
+_BLOCK = 2**16  # Bytes of text that are read at once.
+_BINS = 128  # Points of the curve, at most twice as many while it grows.
+_PLACES = 8  # Parts of a chunk whose surprise is told apart.
+
+
+class Curve:
+  """A mean over tokens in bins, whose width doubles when there are too many."""
+
+  def __init__(self):
+    self.width = 64
+    self.sums: list[float] = []
+    self.counts: list[int] = []
+
+  def add(self, first: int, nats: np.ndarray) -> None:
+    """Values of the tokens from number `first` on."""
+    bins = (first + np.arange(len(nats))) // self.width
+    for number in np.unique(bins):
+      chosen = nats[bins == number]
+      while len(self.sums) <= number:
+        self.sums.append(0.0)
+        self.counts.append(0)
+      self.sums[number] += float(np.nansum(chosen))
+      self.counts[number] += int(np.isfinite(chosen).sum())
+    if len(self.sums) > 2 * _BINS:
+      self.sums, self.counts = (
+        [sum(x[i : i + 2]) for i in range(0, len(x), 2)]
+        for x in (self.sums, self.counts)
+      )
+      self.width *= 2
+
+  def points(self) -> tuple[list[int], list[float]]:
+    """(token numbers, means)."""
+    kept = [i for i, count in enumerate(self.counts) if count]
+    middle = [int((i + 0.5) * self.width) for i in kept]
+    return middle, [self.sums[i] / self.counts[i] for i in kept]
+
+
+@dataclasses.dataclass
+class Result:
+  """What a reading showed.
+
+  Attributes:
+    tokens: read now.
+    bytes: read now.
+    nats: their sum; the first token of a stream has none.
+    seconds: of reading.
+    place: {"bytes", "sha256"} of the text read so far.
+    curve: nat per token over the text.
+    chunks: by the names of the levels of a period: the period in tokens, and
+      [sum, count] of nats by the part of it that a token stands in.
+  """
+
+  tokens: int = 0
+  bytes: int = 0
+  nats: float = 0.0
+  seconds: float = 0.0
+  place: dict[str, Any] = dataclasses.field(default_factory=dict)
+  curve: Curve = dataclasses.field(default_factory=Curve)
+  chunks: dict[str, tuple[int, np.ndarray]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def summary(self) -> str:
+    """A line of figures, and one a level."""
+    if not self.tokens:
+      return "nothing left to read"
+    lines = [
+      f"{self.bytes:,} bytes, {self.tokens:,} tokens: "
+      f"{self.nats / self.bytes:.4f} nat per byte, "
+      f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens a second"
+    ]
+    for name, (period, parts) in self.chunks.items():
+      means = parts[:, 0] / np.maximum(parts[:, 1], 1)
+      lines.append(
+        f"{name}, every {period} tokens: {means[-1]:.4f} nat per token before "
+        f"an update, {means[0]:.4f} after it"
+      )
+    return "\n".join(lines)
+
+
+def place(text: pathlib.Path, before: dict[str, Any] | None) -> int:
+  """The byte to go on from: 0, unless the text begins as what was read."""
+  if not before:
+    return 0
+  digest, left = hashlib.sha256(), before["bytes"]
+  with text.open("rb") as file:
+    while left and (block := file.read(min(_BLOCK, left))):
+      digest.update(block)
+      left -= len(block)
+  same = not left and digest.hexdigest() == before["sha256"]
+  return before["bytes"] if same else 0
+
+
+def read(
+  reader: stream.Stream,
+  tokenizer: Any,
+  text: pathlib.Path,
+  start: int,
+  net: Any,
+  asked: Any,
+) -> Result:
+  """Reads a text from a byte on, until its end or until it is asked to stop.
+
+  The text is cut behind line ends (where a block has one), and its pieces are
+  tokenised one by one.
+
+  Args:
+    reader: the stream.
+    tokenizer: of its model.
+    text: the file.
+    start: byte to go on from.
+    net: the model: for its levels.
+    asked: of `stop.listen`.
+
+  Raises:
+    ValueError: the text is not UTF-8.
+  """
+  done = Result()
+  by_period: dict[int, list[str]] = {}
+  for row in net.levels()[0]:
+    if row.kind == "memory" and row.chunk > 1:
+      by_period.setdefault(row.chunk, []).append(row.name)
+  done.chunks = {
+    "; ".join(names): (period, np.zeros((_PLACES, 2)))
+    for period, names in by_period.items()
+  }
+  digest, begin = hashlib.sha256(), time.monotonic()
+  size = text.stat().st_size
+  with text.open("rb") as file, _Bar(start, size) as bar:
+    for _ in range(0, start, _BLOCK):
+      digest.update(file.read(min(_BLOCK, start - file.tell())))
+    while not asked.reason and (block := _piece(file)):
+      ids = tokenizer.encode(documents.decode(block, text, file.tell()))
+      digest.update(block)
+      done.bytes += len(block)
+      if len(ids):
+        _add(done, reader, np.asarray(ids, np.int32))
+      bar(start + done.bytes, done)
+    done.place = {"bytes": start + done.bytes, "sha256": digest.hexdigest()}
+  done.seconds = time.monotonic() - begin
+  return done
+
+
+def _piece(file: Any) -> bytes:
+  """The next bytes: whole characters, and whole lines where there is one."""
+  block = file.read(_BLOCK)
+  if len(block) < _BLOCK:
+    return block
+  cut = block.rfind(b"\n") + 1
+  if not cut:
+    # Whole characters: a decoder holds the bytes of one that is not.
+    held = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    held.decode(block)
+    cut = len(block) - len(held.getstate()[0])
+  file.seek(cut - len(block), 1)
+  return block[:cut]
+
+
+def _add(done: Result, reader: stream.Stream, ids: np.ndarray) -> None:
+  """Reads tokens and notes how much each surprised."""
+  first = int(reader.state.position_B[0])
+  nats = reader.score(ids[None])[0]
+  done.curve.add(done.tokens, nats)
+  done.tokens += len(ids)
+  done.nats += float(np.nansum(nats))
+  known = np.isfinite(nats)
+  # A token is predicted from the one before: after chunk c's last token.
+  at = first + np.arange(len(ids)) - 1
+  for period, parts in done.chunks.values():
+    part = (at % period) * _PLACES // period
+    for i in range(_PLACES):
+      chosen = nats[known & (part == i)]
+      parts[i] += (chosen.sum(), len(chosen))
+
+
+def draw(done: Result, path: pathlib.Path) -> None:
+  """Surprise over the text, and within the chunks of each memory."""
+  from experiments import _report_charts as charts
+
+  xs, ys = done.curve.points()
+  panels = [
+    charts.Panel(
+      "Surprise over the text (nat per token)", "tokens read",
+      [charts.Curve("", xs, ys, 0)],
+    )
+  ]  # fmt: skip
+  curves = []
+  for number, (name, (period, parts)) in enumerate(done.chunks.items()):
+    means = parts[:, 0] / np.maximum(parts[:, 1], 1)
+    # Two periods, to show the update between them.
+    place = [100 * (i + 0.5) / _PLACES for i in range(2 * _PLACES)]
+    label = f"{name} (every {period} tokens)"
+    curves.append(charts.Curve(label, place, [*means, *means], number))
+  panels.append(
+    charts.Panel(
+      "Surprise within a chunk, two in a row; an update at 100 %",
+      "place in the chunk (%)", curves,
+    )
+  )  # fmt: skip
+  charts.png([p for p in panels if p.curves], path.stem, path)
+
+
+class _Bar:
+  """A progress bar on a terminal; elsewhere a line now and then."""
+
+  def __init__(self, start: int, size: int):
+    import rich.console
+    import rich.progress
+
+    self._plain = not sys.stderr.isatty()
+    self._size, self._told = size, time.monotonic()
+    self._bar = rich.progress.Progress(
+      rich.progress.BarColumn(),
+      rich.progress.DownloadColumn(),
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.TimeRemainingColumn(),
+      console=rich.console.Console(stderr=True),
+      disable=self._plain,
+    )
+    self._task = self._bar.add_task("", total=size, completed=start)
+
+  def __enter__(self) -> Any:
+    self._bar.start()
+    return self._show
+
+  def __exit__(self, *error: object) -> None:
+    self._bar.stop()
+
+  def _show(self, read: int, done: Result) -> None:
+    text = f"{done.nats / max(done.bytes, 1):.3f} nat/byte"
+    self._bar.update(self._task, completed=read, description=text)
+    if self._plain and time.monotonic() - self._told > 10:
+      self._told = time.monotonic()
+      print(f"{read:,} of {self._size:,} bytes, {text}", file=sys.stderr)

@@ -1,0 +1,153 @@
+"""Reading a long text, stopped anywhere, and sampling from a memory."""
+
+import hashlib
+import os
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import _reading
+from nl_jax import stream
+from nl_jax.data import tokenizers
+from tests.experiments import forked
+from tests.laws.models import MODELS
+
+TEXT = "".join(
+  f"line {i} of a long text, ünïcode {i * i}\n" for i in range(300)
+)
+SMOKE = ["--config.train.steps=2", "--config.eval.batches=1"]
+if CACHE := os.environ.get("NL_TEST_CACHE"):
+  SMOKE.append(f"--compilation_cache={CACHE}")
+
+
+@pytest.fixture
+def model():
+  net = MODELS["hope_linear"]()
+  return net, net.init(jax.random.key(0))
+
+
+def read(model, path, start=0, stop_after=None, reader=None):
+  net, params = model
+  reader = reader or stream.start(net, params)
+  asked = types.SimpleNamespace(reason="")
+  if stop_after is not None:
+    inner = reader.score
+
+    def score(tokens):
+      asked.reason = "interrupted"
+      return inner(tokens)
+
+    reader.score = score
+  done = _reading.read(reader, tokenizers.Bytes(), path, start, net, asked)
+  return done, reader
+
+
+def test_the_sum_is_the_loss_of_the_text(model, tmp_path, monkeypatch):
+  monkeypatch.setattr(_reading, "_BLOCK", 1000)
+  path = tmp_path / "a.txt"
+  path.write_text(TEXT)
+  done, reader = read(model, path)
+  ids = tokenizers.Bytes().encode(TEXT)
+  again = stream.start(*model)
+  np.testing.assert_allclose(
+    done.nats, np.nansum(again.score(ids[None])), rtol=1e-5
+  )
+  assert done.tokens == done.bytes == len(ids)
+  assert int(reader.state.position_B[0]) == len(ids)
+  _, means = done.curve.points()
+  np.testing.assert_allclose(np.mean(means), done.nats / len(ids), rtol=0.02)
+  for period, parts in done.chunks.values():
+    assert period == 8 and parts[:, 1].sum() == len(ids) - 1
+
+
+def test_stopped_and_gone_on_is_one_reading(model, tmp_path, monkeypatch):
+  monkeypatch.setattr(_reading, "_BLOCK", 1000)
+  path = tmp_path / "a.txt"
+  path.write_text(TEXT)
+  whole, reader = read(model, path)
+  first, half = read(model, path, stop_after=1)
+  assert 0 < first.bytes < 1000
+  start = _reading.place(path, first.place)
+  assert start == first.bytes
+  del half.score
+  rest, half = read(model, path, start, reader=half)
+  assert rest.place == whole.place
+  assert whole.place["sha256"] == hashlib.sha256(TEXT.encode()).hexdigest()
+  np.testing.assert_allclose(first.nats + rest.nats, whole.nats, rtol=1e-6)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+    half.state, reader.state,
+  )  # fmt: skip
+  path.write_text("x" + TEXT)
+  assert _reading.place(path, first.place) == 0
+
+
+def test_memory_does_not_grow_with_the_text():
+  curve = _reading.Curve()
+  for i in range(0, 10**6, 5000):
+    curve.add(i, np.full(5000, 2.0))
+  assert len(curve.sums) <= 2 * _reading._BINS
+  xs, means = curve.points()
+  assert means == [2.0] * len(xs) and sum(curve.counts) == 10**6
+
+
+@pytest.mark.parametrize("text", ["é" * 5000, "a" * 5001 + "日本" * 900])
+def test_long_lines_are_cut_between_characters(tmp_path, monkeypatch, text):
+  monkeypatch.setattr(_reading, "_BLOCK", 100)
+  path = tmp_path / "a.txt"
+  path.write_text(text)
+  with path.open("rb") as file:
+    pieces = []
+    while block := _reading._piece(file):
+      pieces.append(block.decode("utf-8"))
+  assert "".join(pieces) == text and max(map(len, pieces)) <= 100
+
+
+def test_the_commands(tmp_path):
+  (tmp_path / "book.txt").write_text(TEXT)
+  (tmp_path / "other.txt").write_text(TEXT[50:])
+  (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+  (tmp_path / "poem").write_text("not a memory")
+  run, read_ = "--workdir=h", ["read", "--workdir=h", "--memory_out=a.memory"]
+  results = forked.run([
+    ["lm", "--config=hope_linear_tiny:smoke", run, *SMOKE],
+    ["lm", "--config=transformer_tiny:smoke", "--workdir=t", *SMOKE],
+    [*read_, "--text=book.txt"],
+    [*read_, "--text=book.txt", "--memory_in=a.memory"],
+    [*read_, "--text=other.txt", "--memory_in=a.memory"],
+    ["sample", run, "--tokens=5", "--memory_in=a.memory",
+     "--memory_out=b.memory"],
+    ["sample", run, "--tokens=5", "--prompt_file=book.txt"],
+    ["sample", run, "--tokens=5"],
+    # Mistakes.
+    ["read"],
+    ["read", "--workdir=t", "--text=book.txt", "--memory_out=c"],
+    [*read_, "--text=no.txt"],
+    [*read_, "--text=latin.txt"],
+    [*read_, "--text=book.txt", "--memory_in=poem"],
+    ["sample", "--workdir=t", "--memory_in=a.memory"],
+    ["sample", run, "--memory_out=poem", "--tokens=1"],
+  ], tmp_path)  # fmt: skip
+  for done in results[:8]:
+    assert done.returncode == 0, done.stderr
+  size = f"{len(TEXT.encode()):,}"
+  assert f"{size} bytes" in results[2].stdout
+  assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+  assert "nothing left to read" in results[3].stdout
+  assert "another text: reading this one from its beginning" in (
+    results[4].stderr
+  )
+  assert "a memory of" in results[5].stderr
+  said = [done.stderr.strip().splitlines()[-1] for done in results[8:]]
+  for line, words in zip(said, (
+    "--workdir is required", "keeps every token that it reads",
+    "no file --text=no.txt", "latin.txt is not UTF-8",
+    "no memory file, or a torn one", "the memory of another model",
+    "no memory file, or a torn one",
+  )):  # fmt: skip
+    assert words in line, line
+  assert all(done.returncode == 1 for done in results[8:])
+  assert all("Traceback" not in done.stderr for done in results)
+  assert (tmp_path / "poem").read_text() == "not a memory"
