@@ -23,6 +23,7 @@ def rank_one(
   anchor: jax.Array | None = None,
   start: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  row: jax.Array | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """Writes one chunk into one weight matrix, and reads it (model.md 2.3, 2.5).
@@ -44,6 +45,10 @@ def rank_one(
     start: [B or 1, H, a, b], the state in which a new document begins.
     segment_ids: int32 [B, 1, C], 0 is padding; the first document is the one
       that W, S and anchor belong to. Needs `start`.
+    row: [B or 1, H or 1, C], a factor on what token t reads of the changes
+      since the anchor: it sees anchor + row_t (W_t - anchor), TTT's step
+      sizes. W and S carry no factor: at the end of its chunk the caller
+      scales them.
     implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
 
   Returns:
@@ -75,5 +80,5 @@ def rank_one(
   return form.rank_one(
     U, Delta, Q, gates, W, S, R,
     read=read, erase_of=erase_of, anchor=anchor, start=start,
-    segment_ids=segment_ids,
+    segment_ids=segment_ids, row=row,
   )  # fmt: skip

@@ -35,6 +35,7 @@ def rank_one(
   anchor: jax.Array | None = None,
   start: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  row: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The token loop; arguments and results as `api.rank_one`.
 
@@ -50,13 +51,13 @@ def rank_one(
     first = segment_ids[..., :1] * 0
     index = segments.running_index(segment_ids, first[..., 0])
     begins = jnp.diff(index, axis=-1, prepend=first) > 0
-  xs = (U, Delta, Q, log_alpha, log_beta, write, erase, mask, begins)
+  xs = (U, Delta, Q, log_alpha, log_beta, write, erase, mask, begins, row)
   xs = jax.tree.map(lambda x: jnp.moveaxis(x, token_axis, 0), xs)
   scalar = log_alpha.ndim == U.ndim - 1
 
   def token(carry, x):
     W, S, anchor = carry
-    u, delta, q, log_alpha, log_beta, write, erase, real, begins = x
+    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x
     real, begins = real[..., None, None], begins[..., None, None]
     if segment_ids is not None:
       W = jnp.where(begins, start, W)
@@ -79,6 +80,8 @@ def rank_one(
     y = None
     if q is not None:
       seen = {"after": W_new, "before": W, "chunk_start": anchor}[read]
+      if row is not None:
+        seen = anchor + _columns(row, True) * (seen - anchor)
       y = jnp.einsum("...a,...ab->...b", q, seen)
     return (W_new, S_new, anchor), y
 

@@ -205,14 +205,19 @@ def rank_one(
   anchor: jax.Array | None = None,
   start: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
+  row: jax.Array | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The exact chunk form; arguments and results as `api.rank_one`."""
   chunk = _Chunk(U, Delta, gates, W, S, R, start, segment_ids)
   recalled = None if gates[3] is None else chunk.recall(erase_of)
+  anchor = W if anchor is None else anchor
   reads = None
   if Q is not None and read == "chunk_start":
-    reads = chunk.read_anchor(Q, W if anchor is None else anchor)
+    reads = chunk.read_anchor(Q, anchor)
   elif Q is not None:
     gain = chunk.after if read == "after" else chunk.before
     reads = chunk.read(Q, gain, recalled)
+    if row is not None:
+      still = chunk.read_anchor(Q, anchor)
+      reads = still + row[..., None] * (reads - still)
   return reads, *chunk.end(recalled)

@@ -22,7 +22,8 @@ class MemoryState(NamedTuple):
   Attributes:
     anchor: dict of [B, H, a, b], at least float32: the weights at the last
       chunk edge, where gradients are taken.
-    w: the same, the weights now.
+    w: the same, the weights now; with a row factor (see `walk`) without it,
+      until the chunk is full.
     s: momentum, the same; an empty dict without it.
     phase: int32 [B], tokens in the open chunk.
     segment: int32 [B], id of the last real token; 0 where there was none.
@@ -55,6 +56,7 @@ class _Grid(NamedTuple):
 
   Attributes:
     offset: int32 [B], masked tokens before the call's own, < c.
+    place: int32 [B], tokens in the row's open chunk before the call.
     ids: int32 [N, B, c], documents of the call, counted from 1; 0 = masked.
     resets: bool [N, B], the row begins a new document with this block.
     closes: bool [N, B], the row's open chunk is full after this block.
@@ -62,6 +64,7 @@ class _Grid(NamedTuple):
   """
 
   offset: jax.Array
+  place: jax.Array
   ids: jax.Array
   resets: jax.Array
   closes: jax.Array
@@ -96,6 +99,32 @@ def _unlay(y: jax.Array, offset: jax.Array | None, T: int) -> jax.Array:
   return jax.vmap(take)(y, offset)
 
 
+def _first(state: MemoryState, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """[B]: place of the call's first real token, and if it begins a document."""
+  real = ids != 0
+  lead = jnp.argmax(real, axis=1)
+  first = jnp.take_along_axis(ids, lead[:, None], axis=1)[:, 0]
+  return lead, real.any(axis=1) & (first != state.segment)
+
+
+def places(
+  state: MemoryState, segment_ids: jax.Array | None, tokens: int, chunk: int
+) -> jax.Array:
+  """int32 [B, T], the place of each token in its chunk, 0 to C - 1.
+
+  Args:
+    state: where the sequences stand before the call.
+    segment_ids: int32 [B, T] or None, as `walk`.
+    tokens: T.
+    chunk: C.
+  """
+  begin = state.phase
+  if segment_ids is not None:
+    lead, new = _first(state, segment_ids)
+    begin = jnp.where(new, -lead % chunk, begin)
+  return (begin[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None]) % chunk
+
+
 def _grid(
   state: MemoryState,
   ids: jax.Array,
@@ -112,9 +141,8 @@ def _grid(
   def id_at(position: jax.Array) -> jax.Array:
     return jnp.take_along_axis(ids, position[:, None], axis=1)[:, 0]
 
-  lead = jnp.argmax(real, axis=1)
+  lead, new = _first(state, ids)
   last = T - 1 - jnp.argmax(real[:, ::-1], axis=1)
-  new = any_real & (id_at(lead) != state.segment)
   phase = jnp.where(new, -lead % chunk if shifts else 0, state.phase)
   consumed = phase + jnp.where(any_real, last + 1, 0)
   offset = phase.astype(jnp.int32) if shifts else jnp.zeros_like(phase)
@@ -128,6 +156,7 @@ def _grid(
   edges = chunk * (1 + jnp.arange(blocks)[:, None])
   return _Grid(
     offset=offset,
+    place=phase.astype(jnp.int32),
     ids=jnp.moveaxis(jnp.where(laid != 0, index + 1, 0), 1, 0),
     resets=((laid != 0).any(axis=2) & (head != ends)).T,
     closes=any_real[None] & (consumed[None] >= edges),
@@ -155,6 +184,7 @@ def walk(
   segment_ids: jax.Array | None = None,
   fresh: bool = False,
   aligned: bool = False,
+  row: jax.Array | None = None,
 ) -> tuple[Any, MemoryState, rules.Metrics]:
   """Runs `body` over the chunks of a call.
 
@@ -171,6 +201,9 @@ def walk(
     aligned: the caller knows that documents begin at multiples of C of the
       grid: spares a second gradient point a chunk. A document that begins
       elsewhere would read the one before it until the next edge.
+    row: [C], by place in the chunk: a token sees anchor + row_t (w - anchor),
+      the next chunk begins from anchor + row_C (w - anchor). TTT's step size,
+      which shrinks as more tokens of a chunk are summed. None is 1.
 
   Returns:
     (ys [B, T, H, ...], state, metrics summed over the call).
@@ -187,6 +220,9 @@ def walk(
     ids = jnp.broadcast_to(ids, (B, T))
   grid = _grid(state, ids, C, blocks, c, shifts)
   begin = jax.tree.map(lambda W, w: W[None].astype(w.dtype), params, state.w)
+  factor = None
+  if row is not None:
+    factor = row[None, None] if c == C else row[grid.place][:, None, None]
 
   def lay(x: jax.Array) -> jax.Array:
     x = _lay(x, grid.offset, blocks, c) if shifts else _fold(x, blocks, c)
@@ -212,12 +248,15 @@ def walk(
       left = _select(index[:, -1] != 0, begin, now)
     block = rules.Block(
       now, w, s, begin, (ids != 0)[:, None],
-      ids[:, None] if exact else None, carried,
+      ids[:, None] if exact else None, carried, factor,
     )  # fmt: skip
     ys, w, s, metrics = body(block, xs)
     # After a row's last token only its clocks stand still: w is no edge.
     left = left if exact else now
     kept = _select((ids != 0).any(axis=1), left, anchor) if fresh else left
+    if row is not None:
+      edge = jax.tree.map(lambda a, b: a + row[-1] * (b - a), left, w)
+      w = _select(closes, edge, w)
     anchor = _select(closes, w, kept)
     return (anchor, w, s), (ys, metrics)
 
@@ -253,6 +292,7 @@ def update(
   implementation: str | None = None,
   fresh: bool = False,
   aligned: bool = False,
+  row: jax.Array | None = None,
 ) -> tuple[jax.Array, MemoryState, rules.Metrics]:
   """Writes T tokens into a memory and reads it at each (model.md 2.3-2.7).
 
@@ -264,7 +304,7 @@ def update(
     gates: raw, [B, T, H] each.
     rule: how it learns.
     target: (block, v [B, H, C, V]) -> what the memory is to learn; default v.
-    segment_ids, fresh, aligned: as `walk`.
+    segment_ids, fresh, aligned, row: as `walk`.
     implementation: of `rank_one`.
 
   Returns:
@@ -292,4 +332,5 @@ def update(
   return walk(
     body, state, params, xs,
     rule=rule, segment_ids=segment_ids, fresh=fresh, aligned=aligned,
+    row=None if row is None else row.astype(dtype),
   )  # fmt: skip

@@ -133,6 +133,8 @@ class Block(NamedTuple):
     segment_ids: int32 [B, 1, C] where documents may begin inside the block.
     carried: bool [B, 1, C, 1], tokens of the document that the block begins
       in, with `segment_ids`; else None.
+    row: [B or 1, 1, C], factor on what is read of the open chunk's changes
+      (see `rank_one`), or None.
   """
 
   anchor: Weights
@@ -142,6 +144,7 @@ class Block(NamedTuple):
   mask: jax.Array
   segment_ids: jax.Array | None = None
   carried: jax.Array | None = None
+  row: jax.Array | None = None
 
   def at_anchor(self, name: str, x: jax.Array) -> jax.Array:
     """x [B, H, C, a] through the anchor of each token's own document."""
@@ -274,6 +277,7 @@ def write_and_read(
       anchor=block.anchor[name],
       start=block.start[name],
       segment_ids=block.segment_ids,
+      row=block.row,
       implementation=implementation,
     )
     if momentum is not None:

@@ -80,6 +80,22 @@ def rms_norm(x: types.Array, scale: types.Array) -> types.Array:
   return (normed * scale).astype(x.dtype)
 
 
+def layer_norm(
+  x: types.Array, scale: types.Array, bias: types.Array
+) -> types.Array:
+  """Layer norm over the last axis, in float32 at least.
+
+  Args:
+    x: [..., E].
+    scale, bias: of the rank of x, broadcast against it.
+  """
+  wide = x.astype(at_least_float32(x.dtype))
+  centred = wide - wide.mean(axis=-1, keepdims=True)
+  variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
+  normed = centred * jax.lax.rsqrt(variance + EPSILON)
+  return normed * scale.astype(wide.dtype) + bias.astype(wide.dtype)
+
+
 def l2_norm(x: types.Array) -> types.Array:
   """x · rsqrt(Σ x² + 1e-6) over the last axis, in float32 at least."""
   wide = x.astype(at_least_float32(x.dtype))

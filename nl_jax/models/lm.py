@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, sharding, types
-from nl_jax.models import attention, cms, deltanet, hope, layers, titans
+from nl_jax.models import attention, cms, deltanet, hope, layers, titans, ttt
 
 MIXERS = {
   "deltanet": deltanet,
@@ -26,6 +26,8 @@ MIXERS = {
   "hope_attention": attention,
   "titans_lmm": titans,
   "transformer": attention,
+  "ttt_linear": ttt,
+  "ttt_mlp": ttt,
 }
 _DTYPES = ("float32", "bfloat16")
 _REMAT = ("layer", "none")
@@ -272,12 +274,26 @@ class LanguageModel:
       x_BxTxD: the residual stream.
       segment_ids: as in `apply`.
     """
+    x_BxTxD, state, metrics = self._mix(params, x_BxTxD, state, segment_ids)
+    return cms.apply(params["cms"], x_BxTxD, self.cms), state, metrics
+
+  def _mix(
+    self,
+    params: types.Params,
+    x_BxTxD: types.Array,
+    state: Any,
+    segment_ids: types.Array | None,
+  ) -> tuple[types.Array, Any, dict[str, Any]]:
+    """x + Mixer(RMSNorm(x)), or what the mixer's module has as `residual`."""
+    if hasattr(self.mixer, "residual"):
+      return self.mixer.residual(
+        params, x_BxTxD, state, segment_ids, model=self
+      )
     normed = layers.rms_norm(x_BxTxD, params["mixer_norm"]["scale"])
     y_BxTxD, state, metrics = self.mixer.apply(
       params["mixer"], normed, state, segment_ids, model=self
     )
-    x_BxTxD = cms.apply(params["cms"], x_BxTxD + y_BxTxD, self.cms)
-    return x_BxTxD, state, metrics
+    return x_BxTxD + y_BxTxD, state, metrics
 
   def parameter_count(self) -> int:
     """Vocab·D + L (mixer + D + feed-forward) + D (model.md §7.2)."""

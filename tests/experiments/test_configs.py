@@ -15,7 +15,7 @@ from nl_jax.models import presets
 NAMES = _flags.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
-  "deltanet", "gated_deltanet", "titans_lmm",
+  "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
 )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 import dataclasses
 
 from nl_jax.memory import self_modifying
-from nl_jax.models import cms, deltanet, lm, titans
+from nl_jax.models import cms, deltanet, lm, titans, ttt
 
 _LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
@@ -60,5 +60,9 @@ MODELS = {
   ),
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
+  ),
+  "ttt_linear": lambda: _shaped("ttt_linear", ttt.Options(chunk=8)),
+  "ttt_mlp": lambda: _shaped(
+    "ttt_mlp", ttt.Options(chunk=8, base_lr=0.1, pre_conv=False)
   ),
 }  # fmt: skip

@@ -1,0 +1,17 @@
+"""TTT-Linear (arXiv 2407.04620) at the scale 340m of Table 1.
+
+Unstated in the paper: linear or MLP, shapes, optimizer, data; ours here.
+Parameters: 338.9M in total, of these 1.6M initial states of memories.
+Tokens: 15B tokens, 2^19 a step, sequences of 4096.
+Chunks and periods: memories 16; no CMS.
+Command: python -m experiments.lm --config=ttt_linear_340m
+Hardware: a TPU slice; not run.
+Expected: no row in the paper; ours: not run.
+"""
+
+from experiments.configs import _ttt
+
+
+def get_config(arg: str = "") -> _ttt.ConfigDict:
+  """See above; `smoke` in arg gives the test size."""
+  return _ttt.linear("340m", arg)
