@@ -220,12 +220,20 @@ def optimizers() -> list[dict]:
   return _bench_optimizers.run()
 
 
+def data() -> list[dict]:
+  """Preparing a corpus, and reading it while training."""
+  from experiments import _bench_data
+
+  return _bench_data.run(_Stepper("hope_tiny"), 256, 8)
+
+
 SUITES = {
   "memories": memories,
   "steps": steps,
   "temporaries": temporaries,
   "compile": compile_seconds,
   "optimizers": optimizers,
+  "data": data,
 }
 _SUITE = flags.DEFINE_list(
   "suite", ["memories", "steps", "temporaries", "compile"],
