@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -40,6 +41,14 @@ def test_training_shows_what_a_newcomer_wants(workdir):
                "--- sample", "validation:", "experiments.sample"):  # fmt: skip
     assert text in done.stdout, text
   assert "Traceback" not in done.stderr
+  for text in ("first batch: ", "its first row reads", "compiled the training",
+               "memory of a step on each device", "starting from scratch",
+               "checkpoint of step 4 begun in"):  # fmt: skip
+    assert text in done.stderr, text
+  about = json.loads((folder / "config.json").read_text())
+  assert about["versions"]["jax"] and "git" in about
+  assert (folder / "report.html").stat().st_size > 10_000
+  assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
   lines = [
     json.loads(line)
     for line in (folder / "metrics.jsonl").read_text().splitlines()
@@ -53,11 +62,24 @@ def test_training_shows_what_a_newcomer_wants(workdir):
   assert (folder / "sample.txt").read_text()
 
 
+def test_every_measured_name_is_in_the_guide(workdir):
+  folder, _, _ = workdir
+  guide = (ROOT / "docs" / "guide.md").read_text("utf-8")
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  names = {name for line in lines for name in json.loads(line)}
+  assert len(names) > 15
+  for name in names:
+    # A level stands for all: memory/<level>/x, opt/<level>/update_norm.
+    general = re.sub(r"^(memory|opt)/.+/(\w+)$", r"\1/<level>/\2", name)
+    assert f"`{general}`" in guide, name
+
+
 def test_the_same_command_again_changes_nothing(workdir):
   folder, args, _ = workdir
   before = (folder / "metrics.jsonl").read_bytes()
   again = run("lm", *args)
   assert again.returncode == 0, again.stderr
+  assert "going on from step 8 in" in again.stderr
   assert (folder / "metrics.jsonl").read_bytes() == before
 
 

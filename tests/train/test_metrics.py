@@ -140,6 +140,7 @@ def test_rates_of_an_interval():
   assert got["perf/tokens_per_s"] == 50
   assert got["perf/eta_seconds"] == 20
   assert got["perf/data_wait"] == pytest.approx(0.1)
+  assert 0.05 < got["perf/peak_memory_gib"] < 1000
   assert rates.read(10, timer.Interval(0, 1.0, 0.0)) == {}
 
 
