@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from experiments import _report_runs as runs_lib
 
 # Both readable on white and on near-black.
-_COLOURS = (
+COLOURS = (
   "#3b7dd8", "#e07b39", "#2a9d68", "#c44e8b", "#8a6fd1", "#b8912b", "#4aa6b5",
 )  # fmt: skip
 _INK = "#7d858f"
@@ -161,7 +161,7 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
   """One panel on matplotlib axes."""
   alone = len({curve.run for curve in panel.curves}) == 1
   for number, curve in enumerate(panel.curves):
-    colour = _COLOURS[(number if alone else curve.run) % len(_COLOURS)]
+    colour = COLOURS[(number if alone else curve.run) % len(COLOURS)]
     if curve.dots:
       marker = _MARKERS[curve.style % len(_MARKERS)]
       look = dict(linestyle="none", marker=marker, markersize=3.5)
@@ -193,7 +193,7 @@ def _engineering() -> Any:
 
 def svg(panel: Panel) -> str:
   """A panel as an SVG element, without background."""
-  figure = _figure((6.0, 3.1))
+  figure = new_figure((6.0, 3.1))
   draw(figure.add_subplot(), panel, _INK)
   text = io.StringIO()
   # No date: the same run gives the same page.
@@ -206,7 +206,7 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
   """All panels as one picture."""
   columns = 2
   rows = math.ceil(len(shown) / columns)
-  figure = _figure((12.0, 3.2 * rows + 0.6))
+  figure = new_figure((12.0, 3.2 * rows + 0.6))
   ink = "#333a42"
   for number, panel in enumerate(shown):
     draw(figure.add_subplot(rows, columns, number + 1), panel, ink)
@@ -214,7 +214,7 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 
-def _figure(size: tuple[float, float]) -> Any:
+def new_figure(size: tuple[float, float]) -> Any:
   """A figure that needs no display."""
   import matplotlib
   from matplotlib import figure

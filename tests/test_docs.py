@@ -32,7 +32,7 @@ def _small(command: list[str]) -> list[str]:
 
   HOPE's own way through the same commands: tests/experiments/test_commands.py.
   """
-  memories = any(x.startswith("--memory") for x in command)
+  memories = any(x.startswith(("--memory", "raster")) for x in command)
   fast = "hope_linear_tiny" if memories else "transformer_tiny"
   name, *args = [x.replace("hope_tiny", fast) for x in command]
   for i, arg in enumerate(args):

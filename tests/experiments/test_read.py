@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _reading
+from experiments import _raster, _reading
 from nl_jax import stream
 from nl_jax.data import tokenizers
 from tests.experiments import forked
@@ -121,7 +121,9 @@ def test_the_commands(tmp_path):
      "--memory_out=b.memory"],
     ["sample", run, "--tokens=5", "--prompt_file=book.txt"],
     ["sample", run, "--tokens=5"],
+    ["raster", run, "--text=book.txt", "--tokens=40"],
     # Mistakes.
+    ["raster", "--workdir=t", "--text=book.txt"],
     ["read"],
     ["read", "--workdir=t", "--text=book.txt", "--memory_out=c"],
     [*read_, "--text=no.txt"],
@@ -130,7 +132,7 @@ def test_the_commands(tmp_path):
     ["sample", "--workdir=t", "--memory_in=a.memory"],
     ["sample", run, "--memory_out=poem", "--tokens=1"],
   ], tmp_path)  # fmt: skip
-  for done in results[:8]:
+  for done in results[:9]:
     assert done.returncode == 0, done.stderr
   size = f"{len(TEXT.encode()):,}"
   assert f"{size} bytes" in results[2].stdout
@@ -140,14 +142,34 @@ def test_the_commands(tmp_path):
     results[4].stderr
   )
   assert "a memory of" in results[5].stderr
-  said = [done.stderr.strip().splitlines()[-1] for done in results[8:]]
+  said = [done.stderr.strip().splitlines()[-1] for done in results[9:]]
+  assert "memory: changed in 5 of 5 chunks" in results[8].stdout
+  assert (tmp_path / "h" / "raster.png").read_bytes().startswith(b"\x89PNG")
   for line, words in zip(said, (
-    "--workdir is required", "keeps every token that it reads",
+    "has no memory that changes", "--workdir is required",
+    "keeps every token that it reads",
     "no file --text=no.txt", "latin.txt is not UTF-8",
     "no memory file, or a torn one", "the memory of another model",
     "no memory file, or a torn one",
   )):  # fmt: skip
     assert words in line, line
-  assert all(done.returncode == 1 for done in results[8:])
+  assert all(done.returncode == 1 for done in results[9:])
   assert all("Traceback" not in done.stderr for done in results)
   assert (tmp_path / "poem").read_text() == "not a memory"
+
+
+def test_a_trace_is_what_one_pass_measures(model):
+  net, params = model
+  ids = np.random.default_rng(0).integers(3, 259, 45)
+  shown = _raster.trace(net, params, ids)
+  assert shown.ends == [8, 16, 24, 32, 40]
+  whole = stream.start(net, params)
+  np.testing.assert_allclose(
+    shown.nats[1:], whole.score(ids[None, :40])[0, 1:], atol=3e-5
+  )
+  _, _, metrics = jax.jit(net.apply)(params, ids[None, :40])
+  for name, level in shown.levels.items():
+    total = metrics[name].update_norm.sum() / metrics[name].count.sum()
+    np.testing.assert_allclose(np.mean(level["update_norm"]), total, rtol=1e-4)
+  with pytest.raises(ValueError, match="a chunk takes 8"):
+    _raster.trace(net, params, ids[:5])
