@@ -122,6 +122,30 @@ def test_documents_inside_a_chunk(rule, read):
   close(chunk, reference)
 
 
+@pytest.mark.parametrize(
+  "rule,read", [("gd", "after"), *(("dgd_momentum", read) for read in READS)]
+)
+def test_a_row_factor_scales_what_changed_since_the_anchor(rule, read):
+  """Both forms, documents included; and reads are affine in the factor."""
+  ids = jnp.asarray([[3, 3, 0, 5, 5, 0, 6], [0, 2, 2, 2, 2, 4, 0]])[:, None]
+  with jax.enable_x64(True):
+    args, gates, extra = make(8, target=True, **RULES[rule])
+    gates = (*gates[:-1], ids != 0)
+    options = dict(read=read, erase_of="deviation", segment_ids=ids)
+    row = jnp.asarray(np.random.default_rng(9).random((1, 1, C)))
+    extra["row"] = row
+    reference, chunk = both(args, gates, extra, **options)
+    close(chunk, reference)
+    at = lambda r: run(args, gates, extra | {"row": r}, **options)
+    (none, W, S), (full, W1, S1) = at(0.0 * row), at(jnp.ones_like(row))
+    plain, W2, S2 = run(
+      args, gates, {k: v for k, v in extra.items() if k != "row"}, **options
+    )
+    close((full, W1, S1, W, S), (plain, W2, S2, W2, S2))
+    expected = none + row[..., None] * (full - none)
+    close(reference[0][0], expected)
+
+
 def test_new_document_forgets_the_old_one():
   ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2]] * B)[:, None]
   with jax.enable_x64(True):
