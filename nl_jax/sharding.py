@@ -41,6 +41,7 @@ _LEVEL = r"blocks/cms/\w+/"
 # (pattern of the whole path, axes); `layer` stands before those in blocks/.
 PARAMETERS = (
   (r"embed", ("vocab", "embed")),
+  (r"head", ("embed", "vocab")),
   (r"(blocks/mixer_norm|final_norm)/scale", ("act_embed",)),
   (_LEVEL + r"norm/scale", ("act_embed",)),
   (_LEVEL + r"w_(gate|up)", ("embed", "mlp")),
@@ -49,11 +50,11 @@ PARAMETERS = (
   (_MIXER + r"w_[qkvg]", ("embed", "heads")),
   (_MIXER + r"w_o", ("heads", "embed")),
   (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
-  (_MIXER + r"norm/scale", ("head_dim",)),
+  (_MIXER + r"([qk]_)?norm/scale", ("head_dim",)),
   # TTT.
   (_MIXER + r"w_qk", ("embed", "heads")),
   (_MIXER + r"w_lr", ("embed", "heads")),
-  (_MIXER + r"b_(lr|q|k)", ("heads",)),
+  (_MIXER + r"b_(lr|q|k|v)", ("heads",)),
   (_MIXER + r"(pre_norm/scale|b_pre)", ("act_embed",)),
   (_MIXER + r"conv_pre", ("chunk", "act_embed")),
   (_MIXER + r"token_rate", ("chunk",)),

@@ -101,17 +101,19 @@ class Level(nn.Module):
     hidden: F.
     down_std: start of w_down.
     norm: whether there is a norm.
+    epsilon: of the norm.
   """
 
   hidden: int
   down_std: float
   norm: bool
+  epsilon: float = layers.EPSILON
 
   @nn.compact
   def __call__(self, x: types.Array) -> types.Array:
     """x [..., D] to the same shape."""
     if self.norm:
-      x = layers.RMSNorm(name="norm")(x)
+      x = layers.RMSNorm(self.epsilon, name="norm")(x)
     shape = (x.shape[-1], self.hidden)
     init = nn.initializers.normal
     return layers.swiglu(
@@ -128,10 +130,12 @@ class CMS(nn.Module):
   Attributes:
     config: see `CMSConfig`.
     depth: layers L of the model, for the start of w_down.
+    epsilon: of the norms.
   """
 
   config: CMSConfig
   depth: int
+  epsilon: float = layers.EPSILON
 
   @nn.compact
   def __call__(self, x_BxTxD: types.Array) -> types.Array:
@@ -139,7 +143,7 @@ class CMS(nn.Module):
     config = self.config
     down_std = layers.residual_std(self.depth)
     blocks = [
-      Level(hidden, down_std, config.norm, name=name)
+      Level(hidden, down_std, config.norm, self.epsilon, name=name)
       for name, hidden in zip(config.levels, config.widths)
     ]
     if config.variant == "independent":
@@ -178,10 +182,20 @@ def init(
 
 
 def apply(
-  params: types.Params, x_BxTxD: types.Array, config: CMSConfig
+  params: types.Params,
+  x_BxTxD: types.Array,
+  config: CMSConfig,
+  epsilon: float = layers.EPSILON,
 ) -> types.Array:
-  """The feed-forward part of one layer, its residual included."""
-  return CMS(config, 1).apply({"params": params}, x_BxTxD)
+  """The feed-forward part of one layer, its residual included.
+
+  Args:
+    params: of `init`.
+    x_BxTxD: the residual stream.
+    config: the levels.
+    epsilon: of the norms.
+  """
+  return CMS(config, 1, epsilon).apply({"params": params}, x_BxTxD)
 
 
 def label(path: tuple[jax.tree_util.DictKey, ...], config: CMSConfig) -> str:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 INIT_STD = 0.02  # model.md §5: kernels and embedding.
-EPSILON = 1e-6  # Of every RMSNorm.
+EPSILON = 1e-6  # Of every norm, unless a model says another.
 CONV_WIDTH = 4  # Paper §8.2: "local convolutions with window 4".
 
 
@@ -64,16 +64,19 @@ def dense(x: types.Array, w: types.Array) -> types.Array:
   return x @ w.astype(x.dtype)
 
 
-def rms_norm(x: types.Array, scale: types.Array) -> types.Array:
-  """x · rsqrt(mean x² + 1e-6) · scale over the last axis, in x's dtype.
+def rms_norm(
+  x: types.Array, scale: types.Array, epsilon: float = EPSILON
+) -> types.Array:
+  """x · rsqrt(mean x² + epsilon) · scale over the last axis, in x's dtype.
 
   Args:
     x: [..., E].
     scale: [E].
+    epsilon: added to the mean square.
   """
   wide = x.astype(at_least_float32(x.dtype))
   mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-  normed = wide * jax.lax.rsqrt(mean + EPSILON)
+  normed = wide * jax.lax.rsqrt(mean + epsilon)
   scale = jax.lax.broadcast_in_dim(
     scale.astype(wide.dtype), wide.shape, (wide.ndim - 1,)
   )
@@ -299,9 +302,16 @@ def size_of_state(model: "lm.LanguageModel", length: int = 0) -> int:
 
 
 class RMSNorm(nn.Module):
-  """`rms_norm` with its scale, started at 1."""
+  """`rms_norm` with its scale, started at 1.
+
+  Attributes:
+    epsilon: as there.
+  """
+
+  epsilon: float = EPSILON
 
   @nn.compact
   def __call__(self, x: types.Array) -> types.Array:
     """x [..., E] to the same shape."""
-    return rms_norm(x, self.param("scale", nn.initializers.ones, x.shape[-1:]))
+    scale = self.param("scale", nn.initializers.ones, x.shape[-1:])
+    return rms_norm(x, scale, self.epsilon)

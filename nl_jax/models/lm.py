@@ -1,8 +1,9 @@
-"""The language model: embedding, a scanned stack of blocks, tied output.
+"""The language model: embedding, a scanned stack of blocks, output.
 
     layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)          (model.md §5)
 
-then a final RMSNorm and logits against the embedding. The mixer is the module
+then a final RMSNorm and logits against the embedding, or, untied, against a
+head of its own. The mixer is the module
 that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
 of one level is the plain block. Parameters of the layers are stacked on a
 leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
@@ -100,6 +101,8 @@ class LanguageModel:
       are float32 at least.
     remat: "layer" recomputes each layer in the backward pass, "none" keeps
       what it needs.
+    tied: the output weights are those of the embedding.
+    norm_epsilon: of the norms of blocks, levels and output.
   """
 
   arch: str
@@ -113,6 +116,8 @@ class LanguageModel:
   memory: Any = None
   dtype: str = "float32"
   remat: str = "layer"
+  tied: bool = True
+  norm_epsilon: float = layers.EPSILON
 
   def __post_init__(self):
     for field, value, known in (
@@ -124,6 +129,12 @@ class LanguageModel:
     for field in ("width", "layers", "heads", "head_dim", "vocab_size"):
       _check_size(field, getattr(self, field))
     _check_size("sequence_length", self.sequence_length)
+    if type(self.tied) is not bool:
+      raise ValueError(f"model.tied must be True or False, got {self.tied!r}")
+    if not self.norm_epsilon > 0:
+      raise ValueError(
+        f"model.norm_epsilon must be above 0, got {self.norm_epsilon}"
+      )
     if self.arch == "transformer" and len(self.cms.levels) > 1:
       raise ValueError(
         "model.arch='transformer' has one feed-forward level, got cms.levels="
@@ -160,15 +171,21 @@ class LanguageModel:
   def init(self, key: types.Array) -> types.Params:
     """Parameters {embed, blocks: {mixer_norm, mixer, cms}, final_norm}.
 
-    Leaves of `blocks` are stacked [L,...]; a plain nested dict.
+    Leaves of `blocks` are stacked [L,...]; a plain nested dict. `head`
+    (D,Vocab) is there too where the output is not tied.
     """
     embed_key, blocks_key = jax.random.split(key)
     keys = jax.random.split(blocks_key, self.layers)
-    return {
+    params = {
       "embed": layers.normal(embed_key, (self.vocab_size, self.width)),
       "blocks": jax.vmap(self._init_block)(keys),
       "final_norm": {"scale": jnp.ones((self.width,))},
     }
+    if not self.tied:
+      # A key that no tied model draws from: its numbers stay.
+      head_key = jax.random.fold_in(embed_key, 0)
+      params["head"] = layers.normal(head_key, (self.width, self.vocab_size))
+    return params
 
   def _init_block(self, key: types.Array) -> types.Params:
     mixer_key, cms_key = jax.random.split(key)
@@ -227,16 +244,23 @@ class LanguageModel:
     x_BxTxD, stacked, metrics = self._stack(
       params["blocks"], x_BxTxD, carried, segment_ids
     )
-    x_BxTxD = layers.rms_norm(x_BxTxD, params["final_norm"]["scale"])
-    logits = jnp.einsum(
-      "btd,vd->btv",
-      x_BxTxD,
-      params["embed"].astype(dtype),
-      preferred_element_type=layers.at_least_float32(dtype),
-    )
+    logits = self.logits(params, x_BxTxD)
     seen = _count(tokens_BxT, segment_ids)
     before = jnp.zeros_like(seen) if state is None else state.position_B
     return logits, LMState(stacked, before + seen), metrics
+
+  def logits(self, params: types.Params, x_BxTxD: types.Array) -> types.Array:
+    """Logits [B,T,Vocab] of the residual stream, in float32 at least."""
+    dtype = x_BxTxD.dtype
+    scale = params["final_norm"]["scale"]
+    x_BxTxD = layers.rms_norm(x_BxTxD, scale, self.norm_epsilon)
+    head = params["embed"] if self.tied else params["head"]
+    return jnp.einsum(
+      "btd,vd->btv" if self.tied else "btd,dv->btv",
+      x_BxTxD,
+      head.astype(dtype),
+      preferred_element_type=layers.at_least_float32(dtype),
+    )
 
   def _stack(
     self,
@@ -275,7 +299,8 @@ class LanguageModel:
       segment_ids: as in `apply`.
     """
     x_BxTxD, state, metrics = self._mix(params, x_BxTxD, state, segment_ids)
-    return cms.apply(params["cms"], x_BxTxD, self.cms), state, metrics
+    x_BxTxD = cms.apply(params["cms"], x_BxTxD, self.cms, self.norm_epsilon)
+    return x_BxTxD, state, metrics
 
   def _mix(
     self,
@@ -289,18 +314,20 @@ class LanguageModel:
       return self.mixer.residual(
         params, x_BxTxD, state, segment_ids, model=self
       )
-    normed = layers.rms_norm(x_BxTxD, params["mixer_norm"]["scale"])
+    scale = params["mixer_norm"]["scale"]
+    normed = layers.rms_norm(x_BxTxD, scale, self.norm_epsilon)
     y_BxTxD, state, metrics = self.mixer.apply(
       params["mixer"], normed, state, segment_ids, model=self
     )
     return x_BxTxD + y_BxTxD, state, metrics
 
   def parameter_count(self) -> int:
-    """Vocab·D + L (mixer + D + feed-forward) + D (model.md §7.2)."""
+    """Vocab·D (untied: twice) + L (mixer + D + feed-forward) + D (§7.2)."""
     mixer = self.mixer.parameter_count(self)
     feed_forward = cms.parameter_count(self.cms, self.width)
     block = mixer + self.width + feed_forward
-    return self.width * (self.vocab_size + 1) + self.layers * block
+    outside = self.width * (self.vocab_size * (1 if self.tied else 2) + 1)
+    return outside + self.layers * block
 
   def levels(
     self,

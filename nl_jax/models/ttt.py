@@ -188,12 +188,14 @@ def residual(
   if model.memory.pre_conv:
     y_BxTxD, convs["pre"] = layers.conv_apply(
       mixer["conv_pre"],
-      layers.rms_norm(x_BxTxD, mixer["pre_norm"]["scale"]),
+      layers.rms_norm(x_BxTxD, mixer["pre_norm"]["scale"], model.norm_epsilon),
       None if state is None else state.convs["pre"],
       segment_ids,
     )
     x_BxTxD = x_BxTxD + y_BxTxD + _vector(mixer["b_pre"], x_BxTxD)
-  normed = layers.rms_norm(x_BxTxD, params["mixer_norm"]["scale"])
+  normed = layers.rms_norm(
+    x_BxTxD, params["mixer_norm"]["scale"], model.norm_epsilon
+  )
   y_BxTxD, state, metrics = apply(
     mixer, normed, state, segment_ids, model=model
   )
