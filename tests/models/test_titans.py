@@ -192,6 +192,22 @@ def test_the_frozen_numbers_are_what_the_oracle_says():
     np.testing.assert_allclose(array, frozen[name], atol=1e-12, err_msg=name)
 
 
+def test_a_row_that_ended_keeps_its_gradient_point():
+  """From a fresh start too: the anchor is that of the last chunk edge."""
+  model = small()
+  with jax.enable_x64(True):
+    params = generic(titans.init(jax.random.key(0), model))
+    x, ids = draw(1, 16, 8), (jnp.arange(16) < 6).astype(jnp.int32)[None]
+    start = titans.init_state(params, 1, 0, model=model)
+    run = jax.jit(
+      lambda state: titans.apply(params, x, state, ids, model=model)[1].memory
+    )
+    fresh, later = run(None), run(start)
+  assert (later.anchor["w_in"] != later.w["w_in"]).any()
+  same = lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
+  jax.tree.map(same, fresh, later)
+
+
 @pytest.mark.parametrize("kind", ["random", "constant", "repeated"])
 def test_the_default_memory_stays_bounded(kind):
   """model.md 8.1, law 14, at 4096 tokens: no norm above 10 x its start."""
