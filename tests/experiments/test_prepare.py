@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,7 +120,11 @@ def test_workers_end_with_their_command_and_no_second_one_starts(
 
 
 def test_ctrl_c_stops_all_processes(corpus, tmp_path):
-  process = start(*args_of(corpus, tmp_path / "out"), "--workers=2")
+  many = tmp_path / "many"
+  many.mkdir()
+  for i in range(120):  # Work for seconds behind the first note.
+    shutil.copy(corpus / "0.jsonl", many / f"{i}.jsonl")
+  process = start(*args_of(many, tmp_path / "out"), "--workers=2")
   while not list((tmp_path / "out" / "notes").glob("0*.json")):
     assert process.poll() is None
     time.sleep(0.002)
