@@ -1,15 +1,16 @@
 """Causal softmax attention with RoPE: the mixer of Transformer++.
 
 Multi-head, theta 10000 on the full head width, scale K^-1/2, no biases
-(model.md §6). In the words of Nested Learning the cache is the one level of
-infinite frequency: it has no parameters, and every token is appended.
+(model.md §6); what pretrained models have besides are `Options`. In the words
+of Nested Learning the cache is the one level of infinite frequency: it has no
+parameters, and every token is appended.
 
 Training, prefill and decoding share one function. Real tokens are appended to
 the cache of their row without gaps, so rows may be out of step; padding takes
 no slot. Positions restart at each document and no token sees another document.
 """
 
-import functools
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
@@ -24,15 +25,68 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 
-Options = None  # No switches in model.memory.
-check = functools.partial(layers.check_heads, even=True)
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """What the Llama and Qwen families have beyond Transformer++; all off.
+
+  Attributes:
+    kv_heads: G, heads of keys and values, each shared by H/G query heads next
+      to each other; H K need not be D then. 0: H, and H K = D.
+    bias: biases of queries, keys and values (Qwen2).
+    qk_norm: RMSNorm over the K features of queries and keys, before RoPE
+      (Qwen3).
+    rope_theta: base of the wave lengths.
+    rope_scaling: for contexts beyond the trained length (Llama 3.1).
+  """
+
+  kv_heads: int = 0
+  bias: bool = False
+  qk_norm: bool = False
+  rope_theta: float = layers.ROPE_THETA
+  rope_scaling: layers.RopeScaling = layers.RopeScaling()
+
+  def __post_init__(self):
+    for field in ("bias", "qk_norm"):
+      value = getattr(self, field)
+      if type(value) is not bool:
+        raise ValueError(
+          f"model.memory.{field} must be True or False, got {value!r}"
+        )
+    if not self.rope_theta > 1:
+      raise ValueError(
+        f"model.memory.rope_theta must be above 1, got {self.rope_theta}"
+      )
+
+
+def check(model: "lm.LanguageModel") -> None:
+  """Raises ValueError for heads that do not fit each other or the width."""
+  kv_heads = options(model).kv_heads
+  if kv_heads == 0:
+    layers.check_heads(model, even=True)
+    return
+  layers.check_even(model)
+  if type(kv_heads) is not int or kv_heads < 0 or model.heads % kv_heads:
+    raise ValueError(
+      "model.memory.kv_heads must be an integer that divides model.heads="
+      f"{model.heads}, or 0 for as many, got {kv_heads!r}"
+    )
+
+
+def options(model: "lm.LanguageModel") -> Options:
+  """The switches of a model; without the group `model.memory`, all off."""
+  return Options() if model.memory is None else model.memory
+
+
+def _kv_heads(model: "lm.LanguageModel") -> int:
+  return options(model).kv_heads or model.heads
 
 
 class AttentionState(NamedTuple):
   """The cache of one layer.
 
   Attributes:
-    keys_BxSxHxK: rotated keys of the tokens seen, in order, then zeros.
+    keys_BxSxHxK: rotated keys of the tokens seen, in order, then zeros; H is
+      that of keys and values.
     values_BxSxHxK: their values.
     slot_document_BxS: int32, the document of each slot; 0 where it is empty.
     length_B: int32, slots in use.
@@ -72,12 +126,18 @@ class Attention(nn.Module):
   Attributes:
     heads: H.
     head_dim: K, even.
+    kv_heads: G.
     out_std: start of the output kernel.
+    options: the other switches.
+    epsilon: of the norms of queries and keys.
   """
 
   heads: int
   head_dim: int
+  kv_heads: int
   out_std: float
+  options: Options
+  epsilon: float
 
   @nn.compact
   def __call__(
@@ -87,17 +147,30 @@ class Attention(nn.Module):
     segment_ids: types.Array | None = None,
   ) -> tuple[types.Array, AttentionState]:
     """x_BxTxD to y_BxTxD and the cache after it; see `apply`."""
-    wide, inner = x_BxTxD.shape[-1], self.heads * self.head_dim
-    normal = nn.initializers.normal
-    w_q = self.param("w_q", normal(layers.INIT_STD), (wide, inner))
-    w_k = self.param("w_k", normal(layers.INIT_STD), (wide, inner))
-    w_v = self.param("w_v", normal(layers.INIT_STD), (wide, inner))
-    w_o = self.param("w_o", normal(self.out_std), (inner, wide))
-    heads = (*x_BxTxD.shape[:2], self.heads, self.head_dim)
-    q, k, v = (layers.dense(x_BxTxD, w).reshape(heads) for w in (w_q, w_k, w_v))
-    y_BxTxHxK, state = _attend(q, k, v, state, segment_ids)
-    y_BxTxHK = y_BxTxHxK.reshape(*heads[:2], inner)
+    q = self._project("q", x_BxTxD, self.heads)
+    k = self._project("k", x_BxTxD, self.kv_heads)
+    v = self._project("v", x_BxTxD, self.kv_heads)
+    if self.options.qk_norm:
+      q = layers.RMSNorm(self.epsilon, name="q_norm")(q)
+      k = layers.RMSNorm(self.epsilon, name="k_norm")(k)
+    y_BxTxHxK, state = _attend(q, k, v, state, segment_ids, self.options)
+    y_BxTxHK = y_BxTxHxK.reshape(*x_BxTxD.shape[:2], -1)
+    shape = (y_BxTxHK.shape[-1], x_BxTxD.shape[-1])
+    w_o = self.param("w_o", nn.initializers.normal(self.out_std), shape)
     return layers.dense(y_BxTxHK, w_o), state
+
+  def _project(
+    self, name: str, x_BxTxD: types.Array, heads: int
+  ) -> types.Array:
+    """[B,T,heads,K] of the kernel w_<name>, and the bias b_<name>."""
+    inner = heads * self.head_dim
+    normal = nn.initializers.normal(layers.INIT_STD)
+    w = self.param(f"w_{name}", normal, (x_BxTxD.shape[-1], inner))
+    y = layers.dense(x_BxTxD, w)
+    if self.options.bias:
+      b = self.param(f"b_{name}", nn.initializers.zeros, (inner,))
+      y = y + b.astype(y.dtype)[None, None]
+    return y.reshape(*y.shape[:2], heads, self.head_dim)
 
 
 def _attend(
@@ -106,9 +179,13 @@ def _attend(
   v: types.Array,
   state: AttentionState | None,
   segment_ids: types.Array | None,
+  options: Options = Options(),
 ) -> tuple[types.Array, AttentionState]:
-  """Rotates, appends to the cache and attends; q, k, v are [B,T,H,K]."""
-  batch, tokens, heads, head_dim = q.shape
+  """Rotates, appends to the cache and attends.
+
+  q is [B,T,H,K], k and v are [B,T,G,K].
+  """
+  batch, tokens, heads, head_dim = k.shape
   fresh = state is None
   if fresh:
     state = _empty(batch, tokens, heads, head_dim, q.dtype)
@@ -124,8 +201,8 @@ def _attend(
       ids = jnp.maximum(state.segment_B, 1)
       ids = jnp.broadcast_to(ids[:, None], (batch, tokens))
     places = _locate(ids, state)
-  q = layers.rope(q, places.position_BxT)
-  k = layers.rope(k, places.position_BxT)
+  turns = (places.position_BxT, options.rope_theta, options.rope_scaling)
+  q, k = layers.rope(q, *turns), layers.rope(k, *turns)
   new_state = _append(state, k, v, places, ids)
   if ids is None:
     return _softmax_attention(q, k, v, None), new_state
@@ -146,11 +223,15 @@ def _attend(
 def _softmax_attention(
   q: types.Array, k: types.Array, v: types.Array, mask: types.Array | None
 ) -> types.Array:
-  """softmax(q kᵀ K^-1/2) v; mask bool [B,1,T,S], None = causal."""
+  """softmax(q kᵀ K^-1/2) v; mask bool [B,1,T,S], None = causal.
+
+  Query head h attends to head h // (H/G) of k and v.
+  """
   if q.dtype != jnp.float64:
     causal = mask is None
     return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
   # The library's softmax is float32 whatever its inputs are.
+  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
   if mask is None:
     mask = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
   logits = jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
@@ -226,12 +307,21 @@ def _empty(
 
 
 def _module(model: "lm.LanguageModel") -> Attention:
-  std = layers.residual_std(model.layers)
-  return Attention(model.heads, model.head_dim, std)
+  return Attention(
+    model.heads,
+    model.head_dim,
+    _kv_heads(model),
+    layers.residual_std(model.layers),
+    options(model),
+    model.norm_epsilon,
+  )
 
 
 def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Kernels of one layer: w_q, w_k, w_v (D,HK) and w_o (HK,D)."""
+  """Kernels of one layer: w_q (D,HK), w_k, w_v (D,GK) and w_o (HK,D).
+
+  With `Options.bias` also b_q, b_k, b_v; with `qk_norm` q_norm and k_norm.
+  """
   x = jnp.zeros((1, 1, model.width))
   return _module(model).init(key, x)["params"]
 
@@ -273,12 +363,16 @@ def init_state(
 ) -> AttentionState:
   """An empty cache of one layer with `length` slots a row."""
   dtype = layers.activation_dtype(model.dtype, params)
-  return _empty(batch_size, length, model.heads, model.head_dim, dtype)
+  heads = _kv_heads(model)
+  return _empty(batch_size, length, heads, model.head_dim, dtype)
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
-  """4 D H K of one layer."""
-  return 4 * model.width * model.heads * model.head_dim
+  """2 D K (H + G) of one layer, biases (H + 2 G) K, norms 2 K."""
+  kv_heads, switches = _kv_heads(model), options(model)
+  both = model.heads + kv_heads
+  biases = (both + kv_heads) * switches.bias + 2 * switches.qk_norm
+  return model.head_dim * (2 * model.width * both + biases)
 
 
 def alignment(model: "lm.LanguageModel") -> int:
@@ -291,7 +385,11 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The cache; its projections are among the slow weights."""
   state = jax.eval_shape(
     lambda: _empty(
-      1, model.sequence_length, model.heads, model.head_dim, model.dtype
+      1,
+      model.sequence_length,
+      _kv_heads(model),
+      model.head_dim,
+      model.dtype,
     )
   )
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)

@@ -5,6 +5,7 @@ Layout: kernels are (d_in, d_out), `y = x @ w`; no biases.
 Reductions run in float32 at least, products in the dtype of the activations.
 """
 
+import dataclasses
 from typing import TYPE_CHECKING, NamedTuple
 
 import flax.linen as nn
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 INIT_STD = 0.02  # model.md §5: kernels and embedding.
 EPSILON = 1e-6  # Of every norm, unless a model says another.
+ROPE_THETA = 10000.0  # Base of the wave lengths of RoPE (model.md §6).
+ROPE_SCALINGS = ("none", "linear", "llama3")
 CONV_WIDTH = 4  # Paper §8.2: "local convolutions with window 4".
 
 
@@ -29,7 +32,13 @@ def check_heads(model: "lm.LanguageModel", *, even: bool = False) -> None:
       "model.heads * model.head_dim must be model.width, got "
       f"{model.heads} * {model.head_dim} != {model.width}"
     )
-  if even and model.head_dim % 2:
+  if even:
+    check_even(model)
+
+
+def check_even(model: "lm.LanguageModel") -> None:
+  """Raises ValueError unless RoPE can turn the features of a head in pairs."""
+  if model.head_dim % 2:
     raise ValueError(
       f"model.head_dim must be even for RoPE, got {model.head_dim}"
     )
@@ -113,8 +122,70 @@ def swiglu(
   return dense(jax.nn.silu(dense(x, w_gate)) * dense(x, w_up), w_down)
 
 
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How the rates of RoPE are lowered for contexts beyond the trained length.
+
+  Attributes:
+    kind: "none"; "linear": every rate is divided by `factor`; "llama3": that
+      of waves which fit fewer than `low` times into the trained length, none
+      of those which fit `high` times, and those between in part.
+    factor: at least 1.
+    low, high: waves in the trained length, low < high.
+    trained_length: tokens.
+  """
+
+  kind: str = "none"
+  factor: float = 1.0
+  low: float = 1.0
+  high: float = 4.0
+  trained_length: int = 8192
+
+  def __post_init__(self):
+    if self.kind not in ROPE_SCALINGS:
+      raise ValueError(
+        f"rope_scaling.kind must be one of {', '.join(ROPE_SCALINGS)}; got "
+        f"{self.kind!r}"
+      )
+    if not (self.factor >= 1 and 0 < self.low < self.high):
+      raise ValueError(
+        "rope_scaling must have factor >= 1 and 0 < low < high, got "
+        f"{self.factor}, {self.low} and {self.high}"
+      )
+    if type(self.trained_length) is not int or self.trained_length < 1:
+      raise ValueError(
+        "rope_scaling.trained_length must be an integer >= 1, got "
+        f"{self.trained_length!r}"
+      )
+
+
+def rope_rates(
+  half: int, theta: float, scaling: RopeScaling, dtype: jnp.dtype
+) -> types.Array:
+  """Radians a token of each pair of features, [half]: theta^(-i/half), scaled.
+
+  Args:
+    half: K/2.
+    theta: base of the wave lengths.
+    scaling: see `RopeScaling`.
+    dtype: of the result.
+  """
+  rates = theta ** (-jnp.arange(half, dtype=dtype) / half)
+  if scaling.kind == "none":
+    return rates
+  if scaling.kind == "linear":
+    return rates / scaling.factor
+  waves = scaling.trained_length * rates / (2 * jnp.pi)
+  kept = (waves - scaling.low) / (scaling.high - scaling.low)
+  kept = jnp.clip(kept, 0.0, 1.0)
+  return kept * rates + (1 - kept) * rates / scaling.factor
+
+
 def rope(
-  x_BxTxHxK: types.Array, positions_BxT: types.Array, theta: float = 10000.0
+  x_BxTxHxK: types.Array,
+  positions_BxT: types.Array,
+  theta: float = ROPE_THETA,
+  scaling: RopeScaling = RopeScaling(),
 ) -> types.Array:
   """Rotary positions over the full head width (arXiv 2104.09864).
 
@@ -125,10 +196,11 @@ def rope(
     x_BxTxHxK: queries or keys, K even.
     positions_BxT: int32, counted from the start of the document.
     theta: base of the wave lengths.
+    scaling: of the rates.
   """
   half = x_BxTxHxK.shape[-1] // 2
   wide = at_least_float32(x_BxTxHxK.dtype)
-  rates = theta ** (-jnp.arange(half, dtype=wide) / half)
+  rates = rope_rates(half, theta, scaling, wide)
   angles = positions_BxT.astype(wide)[:, :, None, None] * rates.reshape(
     1, 1, 1, half
   )

@@ -96,7 +96,7 @@ class LanguageModel:
     sequence_length: slots of an unbounded attention cache by default.
     cms: the feed-forward part; one level for the plain block.
     memory: switches of the mixer, its module's `Options`; None for archs
-      without.
+      without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
     remat: "layer" recomputes each layer in the backward pass, "none" keeps
@@ -145,6 +145,8 @@ class LanguageModel:
 
   def _check_memory(self) -> None:
     wanted = self.mixer.Options
+    if wanted is attention.Options and self.memory is None:
+      return  # All off: the attention of Transformer++.
     if type(self.memory) is not (wanted or type(None)):
       having = [name for name, mixer in MIXERS.items() if mixer.Options]
       raise ValueError(

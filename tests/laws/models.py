@@ -3,7 +3,15 @@
 import dataclasses
 
 from nl_jax.memory import self_modifying
-from nl_jax.models import cms, deltanet, lm, titans, ttt
+from nl_jax.models import (
+  attention,
+  cms,
+  deltanet,
+  layers,
+  lm,
+  titans,
+  ttt,
+)  # fmt: skip
 
 _LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
@@ -23,10 +31,10 @@ def _model(name, levels=_LEVELS, **memory):
   return _shaped(name, config, levels)
 
 
-def _shaped(name, options, levels=_PLAIN):
+def _shaped(name, options, levels=_PLAIN, head_dim=16, **more):
   return lm.LanguageModel(
-    name, width=64, layers=2, heads=4, head_dim=16, vocab_size=320,
-    sequence_length=64, cms=levels, memory=options,
+    name, width=64, layers=2, heads=4, head_dim=head_dim, vocab_size=320,
+    sequence_length=64, cms=levels, memory=options, **more,
   )  # fmt: skip
 
 
@@ -37,6 +45,15 @@ MODELS = {
   "hope_attention": lambda: _model("hope_attention"),
   "hope_attention_independent": lambda: _model(
     "hope_attention", dataclasses.replace(_LEVELS, variant="independent")
+  ),
+  # All that pretrained models have beyond Transformer++.
+  "hope_attention_pretrained": lambda: _shaped(
+    "hope_attention",
+    attention.Options(
+      kv_heads=2, bias=True, qk_norm=True, rope_theta=500.0,
+      rope_scaling=layers.RopeScaling("llama3", 4.0, 1.0, 4.0, 16),
+    ),
+    _LEVELS, head_dim=20, tied=False, norm_epsilon=1e-5,
   ),
   "hope": lambda: _model("hope", hidden=32),
   "hope_linear": lambda: _model("hope", **_DELTA),
