@@ -22,6 +22,8 @@ def start(*args):
   return subprocess.Popen(
     [*COMMAND, *args], cwd=test_commands.ROOT, stdout=subprocess.PIPE,
     stderr=subprocess.PIPE, text=True, start_new_session=True,
+    # A background job's children would ignore Ctrl-C.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     env={**os.environ, "JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
 
