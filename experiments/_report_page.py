@@ -10,9 +10,9 @@ from experiments import _report_runs as runs_lib
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2428; --soft: #66707a;
-  --line: #d9dee3; --page: #ffffff; --card: #f6f8fa; --mark: #fff3cf; }
+  --line: #d9dee3; --page: #ffffff; --card: #f6f8fa; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #98a2ad;
-  --line: #343b43; --page: #14171a; --card: #1c2025; --mark: #4a3f1c; } }
+  --line: #343b43; --page: #14171a; --card: #1c2025; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 1.5rem 1.2rem 4rem; max-width: 78rem;
   background: var(--page); color: var(--ink);
@@ -35,7 +35,6 @@ figure { margin: 0; padding: .6rem; background: var(--card);
 figure svg { width: 100%; height: auto; display: block; }
 pre { background: var(--card); padding: .8rem; border-radius: 8px;
   white-space: pre-wrap; overflow-wrap: anywhere; font-size: .84rem; }
-mark { background: var(--mark); color: inherit; }
 summary { cursor: pointer; }
 """
 
