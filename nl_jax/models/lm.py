@@ -18,13 +18,25 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, sharding, types
-from nl_jax.models import attention, cms, deltanet, hope, layers, titans, ttt
+from nl_jax.models import (
+  attention,
+  cms,
+  deltanet,
+  hope,
+  layers,
+  retnet,
+  samba,
+  titans,
+  ttt,
+)  # fmt: skip
 
 MIXERS = {
   "deltanet": deltanet,
   "gated_deltanet": deltanet,
   "hope": hope,
   "hope_attention": attention,
+  "retnet": retnet,
+  "samba": samba,
   "titans_lmm": titans,
   "transformer": attention,
   "ttt_linear": ttt,
@@ -161,6 +173,11 @@ class LanguageModel:
     return MIXERS[self.arch]
 
   @property
+  def units(self) -> int:
+    """Length of the stack: layers, or groups of them where a mixer is one."""
+    return self.layers // getattr(self.mixer, "LAYERS", 1)
+
+  @property
   def grows(self) -> bool:
     """Whether the state has an unbounded cache, of `length` slots."""
     return self.mixer is attention
@@ -177,7 +194,7 @@ class LanguageModel:
     (D,Vocab) is there too where the output is not tied.
     """
     embed_key, blocks_key = jax.random.split(key)
-    keys = jax.random.split(blocks_key, self.layers)
+    keys = jax.random.split(blocks_key, self.units)
     params = {
       "embed": layers.normal(embed_key, (self.vocab_size, self.width)),
       "blocks": jax.vmap(self._init_block)(keys),
@@ -329,7 +346,7 @@ class LanguageModel:
     feed_forward = cms.parameter_count(self.cms, self.width)
     block = mixer + self.width + feed_forward
     outside = self.width * (self.vocab_size * (1 if self.tied else 2) + 1)
-    return outside + self.layers * block
+    return outside + self.units * block
 
   def levels(
     self,

@@ -35,6 +35,7 @@ class Shape(NamedTuple):
     hidden: M of an MLP memory; 0 where there is none.
     chunk: tokens a chunk of a memory; 0 where there is none.
     value_dim: V where it is not K; else 0.
+    window: tokens that attention sees where it does not see all; else 0.
   """
 
   heads: int
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
   hidden: int = 0
   chunk: int = 0
   value_dim: int = 0
+  window: int = 0
 
 
 SCALES = {
@@ -67,6 +69,22 @@ SHAPES = {
     "340m": Shape(16, 64, (960,) * 3),
     "760m": Shape(12, 128, (1472,) * 3),
     "1b3": Shape(16, 128, (1856,) * 3),
+  },
+  # Heads of 256, V = 2 K; here too the chunk changes no number.
+  "retnet": {
+    "smoke": Shape(4, 16, (86,), chunk=8),
+    "tiny": Shape(4, 32, (176,), chunk=16),
+    "340m": Shape(4, 256, (1408,), chunk=64),
+    "760m": Shape(6, 256, (2304,), chunk=64),
+    "1b3": Shape(8, 256, (2880,), chunk=64),
+  },
+  # Mamba and attention in turn, a feed-forward part after each.
+  "samba": {
+    "smoke": Shape(4, 16, (128,), chunk=8, window=16),
+    "tiny": Shape(4, 32, (280,), chunk=16, window=64),
+    "340m": Shape(16, 64, (2368,), chunk=64, window=2048),
+    "760m": Shape(12, 128, (3776,), chunk=64, window=2048),
+    "1b3": Shape(16, 128, (4864,), chunk=64, window=2048),
   },
   # The chunk is no part of the delta rule: it says what is computed at once.
   "deltanet": {

@@ -16,6 +16,7 @@ NAMES = _flags.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
+  "retnet", "samba",
 )  # fmt: skip
 
 

@@ -9,6 +9,8 @@ from nl_jax.models import (
   deltanet,
   layers,
   lm,
+  retnet,
+  samba,
   titans,
   ttt,
 )  # fmt: skip
@@ -75,6 +77,8 @@ MODELS = {
     "gated_deltanet",
     deltanet.Options(chunk=8, value_dim=32, output_gate=True),
   ),
+  "retnet": lambda: _shaped("retnet", retnet.Options(chunk=8)),
+  "samba": lambda: _shaped("samba", samba.Options(window=16, chunk=8)),
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
   ),

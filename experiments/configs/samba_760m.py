@@ -1,0 +1,19 @@
+"""Samba (arXiv 2406.07522) at the scale 760m of Table 1.
+
+Unstated in the paper: shapes, optimizer, data; ours here.
+Parameters: 759.0M in total.
+Tokens: 30B tokens, 2^19 a step, sequences of 4096.
+Chunks and periods: Mamba at each token (computed 64 at once), attention to
+2048 tokens; no CMS.
+Command: python -m experiments.lm --config=samba_760m
+Hardware: a TPU slice; not run.
+Expected: Wiki perplexity 20.63, average accuracy 51.08 (camera-ready Table 1);
+ours: not run.
+"""
+
+from experiments.configs import _samba
+
+
+def get_config(arg: str = "") -> _samba.ConfigDict:
+  """See above; `smoke` in arg gives the test size."""
+  return _samba.samba("760m", arg)
