@@ -8,6 +8,7 @@ parameters, and every token is appended.
 Training, prefill and decoding share one function. Real tokens are appended to
 the cache of their row without gaps, so rows may be out of step; padding takes
 no slot. Positions restart at each document and no token sees another document.
+With a window the cache has W-1 slots, whatever the length of the text.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 
 from nl_jax import card, types
 from nl_jax.kernels.rank_one import segments
-from nl_jax.models import layers
+from nl_jax.models import layers, sliding_window, softmax
 
 if TYPE_CHECKING:
   from nl_jax.models import lm
@@ -27,11 +28,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """What the Llama and Qwen families have beyond Transformer++; all off.
+  """What attention may have beyond that of Transformer++; all off.
 
   Attributes:
+    window: W, tokens that each token sees, itself included; 0: all.
     kv_heads: G, heads of keys and values, each shared by H/G query heads next
-      to each other; H K need not be D then. 0: H, and H K = D.
+      to each other; H K need not be D then (Llama 2 and later). 0: H, and
+      H K = D.
     bias: biases of queries, keys and values (Qwen2).
     qk_norm: RMSNorm over the K features of queries and keys, before RoPE
       (Qwen3).
@@ -39,6 +42,7 @@ class Options:
     rope_scaling: for contexts beyond the trained length (Llama 3.1).
   """
 
+  window: int = 0
   kv_heads: int = 0
   bias: bool = False
   qk_norm: bool = False
@@ -52,6 +56,11 @@ class Options:
         raise ValueError(
           f"model.memory.{field} must be True or False, got {value!r}"
         )
+    if type(self.window) is not int or self.window < 0 or self.window == 1:
+      raise ValueError(
+        "model.memory.window must be an integer >= 2, or 0 for no window, got "
+        f"{self.window!r}"
+      )
     if not self.rope_theta > 1:
       raise ValueError(
         f"model.memory.rope_theta must be above 1, got {self.rope_theta}"
@@ -86,10 +95,11 @@ class AttentionState(NamedTuple):
 
   Attributes:
     keys_BxSxHxK: rotated keys of the tokens seen, in order, then zeros; H is
-      that of keys and values.
+      that of keys and values. With a window of W: the last S = W-1, in order,
+      after zeros where there were fewer.
     values_BxSxHxK: their values.
     slot_document_BxS: int32, the document of each slot; 0 where it is empty.
-    length_B: int32, slots in use.
+    length_B: int32, slots in use; with a window, tokens seen.
     document_B: int32, the current document, counted from 1.
     segment_B: int32, the segment id of the last token; 0 before the first.
     position_B: int32, tokens of the current document so far.
@@ -111,7 +121,7 @@ class _Places(NamedTuple):
     real_BxT: bool, no padding.
     document_BxT: int32, counted as in `AttentionState.document_B`.
     position_BxT: int32, from the start of the document.
-    slot_BxT: int32, in the cache; past its end for padding.
+    slot_BxT: int32, in a cache without a window; past its end for padding.
   """
 
   real_BxT: types.Array
@@ -188,7 +198,8 @@ def _attend(
   batch, tokens, heads, head_dim = k.shape
   fresh = state is None
   if fresh:
-    state = _empty(batch, tokens, heads, head_dim, q.dtype)
+    slots = options.window - 1 if options.window else tokens
+    state = empty(batch, slots, heads, head_dim, q.dtype)
   if fresh and segment_ids is None:  # Positions are the same in all rows.
     ids = None
     steps = jnp.arange(tokens, dtype=jnp.int32)
@@ -203,40 +214,65 @@ def _attend(
     places = _locate(ids, state)
   turns = (places.position_BxT, options.rope_theta, options.rope_scaling)
   q, k = layers.rope(q, *turns), layers.rope(k, *turns)
+  if options.window:
+    return _attend_window(q, k, v, state, places, ids, fresh)
   new_state = _append(state, k, v, places, ids)
-  if ids is None:
-    return _softmax_attention(q, k, v, None), new_state
   if fresh:  # The call's own tokens are all there is: no cache copy.
-    document = jnp.where(places.real_BxT, places.document_BxT, 0)
-    mask = jnp.tril(jnp.ones((1, tokens, tokens), bool))
-  else:
-    k, v = new_state.keys_BxSxHxK, new_state.values_BxSxHxK
-    document = new_state.slot_document_BxS
-    slots = jnp.arange(k.shape[1], dtype=jnp.int32)[None, None]
-    mask = slots <= places.slot_BxT[:, :, None]
-  mask &= document[:, None, :] == places.document_BxT[:, :, None]
-  y = _softmax_attention(q, k, v, mask[:, None])
-  # Padding sees nothing: where every logit is masked, softmax is uniform.
-  return jnp.where(places.real_BxT[:, :, None, None], y, 0), new_state
+    return _attend_own(q, k, v, places, ids), new_state
+  slots = jnp.arange(new_state.keys_BxSxHxK.shape[1], dtype=jnp.int32)
+  mask = slots[None, None] <= places.slot_BxT[:, :, None]
+  mask &= (
+    new_state.slot_document_BxS[:, None] == places.document_BxT[:, :, None]
+  )
+  y = softmax.attention(
+    q, new_state.keys_BxSxHxK, new_state.values_BxSxHxK, mask[:, None]
+  )
+  return _real(y, places), new_state
 
 
-def _softmax_attention(
-  q: types.Array, k: types.Array, v: types.Array, mask: types.Array | None
+def _attend_own(
+  q: types.Array,
+  k: types.Array,
+  v: types.Array,
+  places: _Places,
+  ids: types.Array | None,
 ) -> types.Array:
-  """softmax(q kᵀ K^-1/2) v; mask bool [B,1,T,S], None = causal.
+  """Causal attention among the tokens of a call."""
+  if ids is None:
+    return softmax.attention(q, k, v, None)
+  mask = jnp.tril(jnp.ones((1,) + 2 * (q.shape[1],), bool))
+  document = jnp.where(places.real_BxT, places.document_BxT, 0)
+  mask &= document[:, None] == places.document_BxT[:, :, None]
+  return _real(softmax.attention(q, k, v, mask[:, None]), places)
 
-  Query head h attends to head h // (H/G) of k and v.
-  """
-  if q.dtype != jnp.float64:
-    causal = mask is None
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=causal)
-  # The library's softmax is float32 whatever its inputs are.
-  k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
-  if mask is None:
-    mask = jnp.tril(jnp.ones((1, 1, q.shape[1], k.shape[1]), bool))
-  logits = jnp.einsum("bthk,bshk->bhts", q, k) * q.shape[-1] ** -0.5
-  weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
-  return jnp.einsum("bhts,bshk->bthk", weights, v)
+
+def _attend_window(
+  q: types.Array,
+  k: types.Array,
+  v: types.Array,
+  state: AttentionState,
+  places: _Places,
+  ids: types.Array | None,
+  fresh: bool,
+) -> tuple[types.Array, AttentionState]:
+  """Attention along the band, and the window after the call."""
+  document = jnp.where(places.real_BxT, places.document_BxT, 0)
+  lay = lambda carried, new: sliding_window.lay(carried, new, places.real_BxT)
+  keys, last_keys = lay(state.keys_BxSxHxK, k)
+  values, last_values = lay(state.values_BxSxHxK, v)
+  documents, last_documents = lay(state.slot_document_BxS, document)
+  new_state = AttentionState(
+    last_keys, last_values, last_documents, *_clocks(state, places, ids)
+  )
+  if fresh and q.shape[1] <= state.keys_BxSxHxK.shape[1] + 1:
+    return _attend_own(q, k, v, places, ids), new_state
+  y = sliding_window.attend(q, keys, values, places.document_BxT, documents)
+  return _real(y, places), new_state
+
+
+def _real(y_BxTxHxK: types.Array, places: _Places) -> types.Array:
+  """0 at padding, which sees nothing: there softmax is uniform."""
+  return jnp.where(places.real_BxT[:, :, None, None], y_BxTxHxK, 0)
 
 
 def _locate(ids: types.Array, state: AttentionState) -> _Places:
@@ -272,17 +308,28 @@ def _append(
   put = lambda cache, new: cache.at[rows, places.slot_BxT].set(
     new.astype(cache.dtype), mode="drop"
   )
+  return AttentionState(
+    put(state.keys_BxSxHxK, k),
+    put(state.values_BxSxHxK, v),
+    put(state.slot_document_BxS, places.document_BxT),
+    *_clocks(state, places, ids),
+  )
+
+
+def _clocks(
+  state: AttentionState, places: _Places, ids: types.Array | None
+) -> tuple[types.Array, ...]:
+  """length_B, document_B, segment_B and position_B after the call."""
   count = jnp.sum(places.real_BxT, axis=1, dtype=jnp.int32)
+  if ids is None:
+    ids = places.document_BxT
   last = jnp.max(
     jnp.where(places.real_BxT, jnp.arange(ids.shape[1])[None], 0), axis=1
   )
   at_last = lambda new, old: jnp.where(
     count > 0, jnp.take_along_axis(new, last[:, None], axis=1)[:, 0], old
   )
-  return AttentionState(
-    put(state.keys_BxSxHxK, k),
-    put(state.values_BxSxHxK, v),
-    put(state.slot_document_BxS, places.document_BxT),
+  return (
     state.length_B + count,
     at_last(places.document_BxT, state.document_B),
     at_last(ids, state.segment_B),
@@ -290,9 +337,10 @@ def _append(
   )
 
 
-def _empty(
+def empty(
   batch: int, slots: int, heads: int, head_dim: int, dtype: jnp.dtype
 ) -> AttentionState:
+  """A cache of no tokens; with a window of W, `slots` is W-1."""
   shape = (batch, slots, heads, head_dim)
   zero = jnp.zeros((batch,), jnp.int32)
   return AttentionState(
@@ -361,10 +409,17 @@ def init_state(
   *,
   model: "lm.LanguageModel",
 ) -> AttentionState:
-  """An empty cache of one layer with `length` slots a row."""
+  """An empty cache of one layer with `length` slots a row, or a window's."""
   dtype = layers.activation_dtype(model.dtype, params)
-  heads = _kv_heads(model)
-  return _empty(batch_size, length, heads, model.head_dim, dtype)
+  return _empty_of(model, batch_size, length, dtype)
+
+
+def _empty_of(
+  model: "lm.LanguageModel", batch_size: int, length: int, dtype: jnp.dtype
+) -> AttentionState:
+  window = options(model).window
+  slots = window - 1 if window else length
+  return empty(batch_size, slots, _kv_heads(model), model.head_dim, dtype)
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
@@ -384,13 +439,7 @@ def alignment(model: "lm.LanguageModel") -> int:
 def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The cache; its projections are among the slow weights."""
   state = jax.eval_shape(
-    lambda: _empty(
-      1,
-      model.sequence_length,
-      _kv_heads(model),
-      model.head_dim,
-      model.dtype,
-    )
+    lambda: _empty_of(model, 1, model.sequence_length, model.dtype)
   )
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
   return [

@@ -274,12 +274,12 @@ def conv_apply(
   if segment_ids is None:
     carried = jnp.maximum(state.segment_Bx3[:, -1:], 1)
     segment_ids = jnp.broadcast_to(carried, (batch, tokens))
-  begin, end = _real_span(segment_ids)
-  buffer = _lay(state.inputs_Bx3xE.astype(x_BxTxE.dtype), x_BxTxE, begin)
-  ids = _lay(state.segment_Bx3, segment_ids, begin)
+  begin, end = real_span(segment_ids > 0)
+  buffer = lay(state.inputs_Bx3xE.astype(x_BxTxE.dtype), x_BxTxE, begin)
+  ids = lay(state.segment_Bx3, segment_ids, begin)
   index = segments.running_index(segment_ids, previous=state.segment_Bx3[:, -1])
   carried_index = jnp.zeros_like(state.segment_Bx3)
-  index = jnp.where(ids > 0, _lay(carried_index, index, begin), -1)
+  index = jnp.where(ids > 0, lay(carried_index, index, begin), -1)
   y_BxTxE = _taps(w_4xE, buffer, index)
   cut = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(a, i, 3))
   last_ids, last_index = cut(ids, end), cut(index, end)
@@ -336,19 +336,25 @@ def _taps(
   return total
 
 
-def _real_span(segment_ids: types.Array) -> tuple[types.Array, types.Array]:
+def real_span(real_BxT: types.Array) -> tuple[types.Array, types.Array]:
   """[B] first real position and one past the last; 0, 0 if none is real."""
-  positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)[None]
-  real = segment_ids > 0
-  end = jnp.max(jnp.where(real, positions + 1, 0), axis=1)
-  first = jnp.min(jnp.where(real, positions, segment_ids.shape[1]), axis=1)
+  tokens = real_BxT.shape[1]
+  positions = jnp.arange(tokens, dtype=jnp.int32)[None]
+  end = jnp.max(jnp.where(real_BxT, positions + 1, 0), axis=1)
+  first = jnp.min(jnp.where(real_BxT, positions, tokens), axis=1)
   return jnp.where(end > 0, first, 0), end
 
 
-def _lay(
+def lay(
   carried: types.Array, new: types.Array, begin: types.Array
 ) -> types.Array:
-  """[B,3+T,...]: new after three places, carried just before its `begin`."""
+  """[B,S+T,...]: new [B,T,...] after S places, carried just before `begin`.
+
+  Args:
+    carried: [B,S,...], of calls before.
+    new: [B,T,...], of this call.
+    begin: int32 [B], the first real token of each row.
+  """
   buffer = jnp.concatenate([carried, new], axis=1)
   move = lambda row, part, i: jax.lax.dynamic_update_slice_in_dim(
     row, part, i, axis=0

@@ -180,7 +180,7 @@ class LanguageModel:
   @property
   def grows(self) -> bool:
     """Whether the state has an unbounded cache, of `length` slots."""
-    return self.mixer is attention
+    return self.mixer is attention and not attention.options(self).window
 
   @property
   def alignment(self) -> int:

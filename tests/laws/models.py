@@ -57,6 +57,10 @@ MODELS = {
     ),
     _LEVELS, head_dim=20, tied=False, norm_epsilon=1e-5,
   ),
+  # Two layers of 13 tokens before each: the first is seen by all 26.
+  "hope_attention_window": lambda: _shaped(
+    "hope_attention", attention.Options(window=14), _LEVELS
+  ),
   "hope": lambda: _model("hope", hidden=32),
   "hope_linear": lambda: _model("hope", **_DELTA),
   "hope_momentum": lambda: _model(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import attention, cms, layers, lm
+from nl_jax.models import attention, cms, layers, lm, softmax
 from tests.laws.models import MODELS
 
 
@@ -80,11 +80,9 @@ def test_attention_is_softmax_over_the_past():
 
 def test_float32_attention_is_the_librarys():
   q, k, v = (draw(1, 6, 2, 8, seed=i) for i in range(3))
-  short = attention._softmax_attention(
-    *(x.astype(jnp.float32) for x in (q, k, v)), None
-  )
+  short = softmax.attention(*(x.astype(jnp.float32) for x in (q, k, v)), None)
   with jax.enable_x64(True):
-    wide = attention._softmax_attention(
+    wide = softmax.attention(
       *(jnp.asarray(np.asarray(x), jnp.float64) for x in (q, k, v)), None
     )
   np.testing.assert_allclose(short, wide, atol=1e-6)

@@ -1,0 +1,88 @@
+"""Sliding-window attention: each token sees itself and W-1 before it.
+
+The cache is a window of W-1 tokens, the newest last; a call lays it just
+before its own first real token, attends along the band, and cuts the next
+window behind its last one. Time grows with T W and the state not at all.
+Padding between two real tokens of one document, which no packer makes, counts
+as tokens of the window.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import types
+from nl_jax.models import layers, softmax
+
+
+def lay(
+  carried: types.Array, new: types.Array, real_BxT: types.Array
+) -> tuple[types.Array, types.Array]:
+  """The window before the tokens of a call, and the window after it.
+
+  Args:
+    carried: [B,W-1,...], the newest last.
+    new: [B,T,...].
+    real_BxT: bool, no padding.
+
+  Returns:
+    [B,W-1+T,...], where token t stands at W-1+t, and the next window.
+  """
+  begin, end = layers.real_span(real_BxT)
+  buffer = layers.lay(carried, new.astype(carried.dtype), begin)
+  size = carried.shape[1]
+  cut = lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size)
+  return buffer, jax.vmap(cut)(buffer, end)
+
+
+def attend(
+  q_BxTxHxK: types.Array,
+  k: types.Array,
+  v: types.Array,
+  query_document_BxT: types.Array,
+  key_document: types.Array,
+) -> types.Array:
+  """Softmax attention along a band, in blocks of at most W queries.
+
+  Args:
+    q_BxTxHxK: rotated queries.
+    k, v: [B,W-1+T,G,K]; token t stands at W-1+t.
+    query_document_BxT: int32, the document of each token.
+    key_document: int32 [B,W-1+T], that of each key; 0 where there is none.
+
+  Returns:
+    y_BxTxHxK.
+  """
+  batch, tokens = q_BxTxHxK.shape[:2]
+  window = k.shape[1] - tokens + 1
+  block = min(tokens, window)
+  count = -(-tokens // block)
+  extra = count * block - tokens
+  queries = lambda x: _blocks(_pad(x, extra), block)
+  span = block + window - 1
+
+  def keys(x: types.Array) -> types.Array:
+    """[B count,span,...]: block i reads what stands at i block and after."""
+    x = _pad(x, extra)
+    if count == 1:
+      return x
+    # Here block = W: a span is two blocks, but for the last place.
+    x = _pad(x, 1)
+    x = x.reshape((batch, count + 1, block) + x.shape[2:])
+    x = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)[:, :, :span]
+    return x.reshape((batch * count,) + x.shape[2:])
+
+  ahead = jnp.arange(span)[None, None] - jnp.arange(block)[None, :, None]
+  mask = (ahead >= 0) & (ahead < window)
+  mask &= queries(query_document_BxT)[:, :, None] == keys(key_document)[:, None]
+  y = softmax.attention(queries(q_BxTxHxK), keys(k), keys(v), mask[:, None])
+  return y.reshape((batch, count * block) + y.shape[2:])[:, :tokens]
+
+
+def _pad(x: types.Array, count: int) -> types.Array:
+  """`count` zeros behind the tokens."""
+  return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _blocks(x: types.Array, block: int) -> types.Array:
+  """[B,count block,...] to [B count,block,...]."""
+  return x.reshape((-1, block) + x.shape[2:])
