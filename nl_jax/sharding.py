@@ -35,14 +35,18 @@ LOGICAL = {
   "chunk": None,
 }
 
-_MIXER = r"blocks/mixer/"
-_LEVEL = r"blocks/cms/\w+/"
+# Samba's mixer is a layer and the mixer of the next.
+_MIXER = r"blocks/mixer/((mamba|attention)/)?"
+_LEVEL = r"blocks/(mixer/)?cms/\w+/"
 
 # (pattern of the whole path, axes); `layer` stands before those in blocks/.
 PARAMETERS = (
   (r"embed", ("vocab", "embed")),
   (r"head", ("embed", "vocab")),
-  (r"(blocks/mixer_norm|final_norm)/scale", ("act_embed",)),
+  (
+    r"(blocks/(mixer|mixer/attention)_norm|final_norm)/scale",
+    ("act_embed",),
+  ),
   (_LEVEL + r"norm/scale", ("act_embed",)),
   (_LEVEL + r"w_(gate|up)", ("embed", "mlp")),
   (_LEVEL + r"w_down", ("mlp", "embed")),
@@ -61,6 +65,13 @@ PARAMETERS = (
   (_MIXER + r"memory/b_(w|in|out)", ("heads", "mem_out")),
   (_MIXER + r"memory_norm/(scale|bias)", ("heads", "head_dim")),
   (_MIXER + r"norm/bias", ("act_embed",)),
+  # Mamba; its channels are split as heads are.
+  (_MIXER + r"w_[xz]", ("embed", "heads")),
+  (_MIXER + r"conv_x", ("act_embed", "heads")),
+  (_MIXER + r"(b_x|b_dt|D_skip)", ("heads",)),
+  (_MIXER + r"w_dbc", ("heads", "head_dim")),
+  (_MIXER + r"w_dt", ("head_dim", "heads")),
+  (_MIXER + r"A_log", ("heads", "mem_in")),
   (_MIXER + r"w_(a|beta)", ("embed", "heads")),
   (_MIXER + r"(A_log|dt_bias)", ("heads",)),
   (_MIXER + r"(static_)?gate/w_(eta|alpha|beta)", ("embed", "heads")),
@@ -75,11 +86,15 @@ PARAMETERS = (
   ),
 )
 
+_CONVS = r"layers/(mamba/)?convs/\w+/"
+_CACHE = r"layers/(attention/)?"
+
 # The state of a language model: axes after `layer` and `batch`.
 STATES = (
   (r"position_B", ()),
-  (r"layers/convs/\w+/inputs_Bx3xE", ("chunk", "heads")),
-  (r"layers/convs/\w+/segment_Bx3", ("chunk",)),
+  (_CONVS + r"inputs_Bx3xE", ("chunk", "heads")),
+  (_CONVS + r"segment_Bx3", ("chunk",)),
+  (r"layers/mamba/h_BxIxN", ("heads", "mem_in")),
   (
     r"layers/memory/generators/(anchor|w|s)/\w+",
     ("heads", "level", "mem_in", "mem_out"),
@@ -87,9 +102,9 @@ STATES = (
   (r"layers/memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
   (r"layers/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
   (r"layers/memory/(\w+/)?(phase|segment)", ()),
-  (r"layers/(keys|values)_BxSxHxK", ("length", "heads", "head_dim")),
-  (r"layers/slot_document_BxS", ("length",)),
-  (r"layers/\w+_B", ()),
+  (_CACHE + r"(keys|values)_BxSxHxK", ("length", "heads", "head_dim")),
+  (_CACHE + r"slot_document_BxS", ("length",)),
+  (_CACHE + r"\w+_B", ()),
 )
 
 _LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.
