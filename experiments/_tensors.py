@@ -1,0 +1,183 @@
+"""Folders of safetensors files: read tensor by tensor, written whole.
+
+A model's weights are in `model.safetensors`, or in several files that
+`model.safetensors.index.json` names. Nothing is read before it is asked for,
+so that a model takes no more memory than the arrays made of it.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from nl_jax.train import files
+
+MODEL = "model.safetensors"
+_INDEX = f"{MODEL}.index.json"
+_READ = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_WRITTEN = {dtype: code for code, dtype in _READ.items()}
+_HEADER_MULTIPLE = 8  # The format's: bytes that the header is padded to.
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A tensor in a file; `np.asarray` reads it.
+
+  Attributes:
+    file: of safetensors.
+    name: in the file.
+    shape: of the tensor.
+    dtype: name of the stored dtype.
+  """
+
+  file: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    """The numbers, in float32 by default: exact from every stored dtype."""
+    del copy  # What is read is always new.
+    import safetensors
+
+    with safetensors.safe_open(str(self.file), "numpy") as file:
+      return file.get_tensor(self.name).astype(dtype or np.float32)
+
+
+def read_object(path: pathlib.Path) -> dict[str, Any]:
+  """The object of a JSON file.
+
+  Raises:
+    ValueError: it holds none.
+  """
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as error:  # Of the text or of its encoding.
+    raise ValueError(f"{path} is no JSON ({error})") from error
+  if not isinstance(value, dict):
+    raise ValueError(f"{path} must hold a JSON object, got {value!r:.60}")
+  return value
+
+
+def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
+  """All tensors of a folder, by name; their numbers are not read.
+
+  Raises:
+    ValueError: no weights there, a torn file, one that is missing, or numbers
+      of another dtype than float32, bfloat16 and float16.
+  """
+  found = {}
+  for path in _paths(folder):
+    for stored in _entries(path):
+      if stored.name in found:
+        raise ValueError(
+          f"{path} and {found[stored.name].file} both hold {stored.name}; keep "
+          "the files of one model in a folder"
+        )
+      found[stored.name] = stored
+  return found
+
+
+def _paths(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of the model in a folder."""
+  if (folder / MODEL).is_file():
+    return [folder / MODEL]
+  if not (folder / _INDEX).is_file():
+    raise ValueError(
+      f"{folder} has no {MODEL} and no {_INDEX}; give a folder with the "
+      "weights of a model as safetensors"
+    )
+  names = read_object(folder / _INDEX).get("weight_map")
+  if not isinstance(names, dict) or not names:
+    raise ValueError(f"{folder / _INDEX} has no weight_map of names to files")
+  paths = [folder / name for name in sorted(set(map(str, names.values())))]
+  missing = [path.name for path in paths if not path.is_file()]
+  if missing:
+    raise ValueError(
+      f"{folder} lacks {', '.join(missing)} of its {_INDEX}; fetch the model "
+      "again"
+    )
+  return paths
+
+
+def _entries(path: pathlib.Path) -> list[Stored]:
+  """What a file says that it holds."""
+  import safetensors
+
+  entries = []
+  try:
+    with safetensors.safe_open(str(path), "numpy") as file:
+      for name in file.keys():
+        part = file.get_slice(name)
+        shape, dtype = tuple(part.get_shape()), part.get_dtype()
+        entries.append(Stored(path, name, shape, _READ.get(dtype, dtype)))
+  except safetensors.SafetensorError as error:
+    raise ValueError(
+      f"{path} is no safetensors file, or a torn one ({error}); fetch it again"
+    ) from error
+  for stored in entries:
+    if stored.dtype not in _WRITTEN:
+      raise ValueError(
+        f"{path} holds {stored.name} as {stored.dtype}; weights must be "
+        f"{', '.join(_WRITTEN)}: quantized models are not read"
+      )
+  return entries
+
+
+def write(
+  path: pathlib.Path,
+  tensors: Mapping[str, np.ndarray],
+  dtype: str,
+  metadata: Mapping[str, str],
+) -> None:
+  """Writes a safetensors file; killed at any moment, it is whole or not there.
+
+  Tensors are made contiguous one by one, so views cost no memory.
+
+  Args:
+    path: of the file.
+    tensors: by name.
+    dtype: "float32", "bfloat16" or "float16".
+    metadata: texts for the file's header.
+
+  Raises:
+    StorageError: the system refuses.
+  """
+  temporary = path.with_name(f".{path.name}.tmp")
+  with files.writing(path):
+    with temporary.open("wb") as file:
+      file.write(_header(tensors, dtype, metadata))
+      file.writelines(_contents(tensors.values(), dtype))
+      file.flush()
+      os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _header(
+  tensors: Mapping[str, np.ndarray], dtype: str, metadata: Mapping[str, str]
+) -> bytes:
+  header: dict[str, Any] = {"__metadata__": dict(metadata)}
+  at, width = 0, jnp.dtype(dtype).itemsize
+  for name, x in tensors.items():
+    end = at + x.size * width
+    header[name] = {
+      "dtype": _WRITTEN[dtype],
+      "shape": list(x.shape),
+      "data_offsets": [at, end],
+    }
+    at = end
+  text = json.dumps(header).encode()
+  text += b" " * (-len(text) % _HEADER_MULTIPLE)
+  return len(text).to_bytes(8, "little") + text
+
+
+def _contents(tensors: Iterable[np.ndarray], dtype: str) -> Iterable[bytes]:
+  for x in tensors:
+    yield np.ascontiguousarray(x, jnp.dtype(dtype)).tobytes()

@@ -1,0 +1,141 @@
+"""Writes the weights of a run as safetensors, for other programs.
+
+    python -m experiments.export --workdir=runs/llama --out=llama_again
+
+What fits the Hugging Face format (softmax attention, and one MLP a layer or
+independent levels, which are summed into one) becomes a Llama, Qwen2 or Qwen3
+with the config.json that `transformers` reads. Any other model is written by
+our own names, its config in config.json. Nothing is written over.
+"""
+
+import pathlib
+import shutil
+from typing import Any
+
+from absl import flags, logging
+
+from experiments import _main
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+_OUT = flags.DEFINE_string("out", None, "The new folder.")
+_DTYPE = flags.DEFINE_enum(
+  "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights."
+)
+_CONFIG = "config.json"
+# Files of a pretrained model that go with its tokenizer.
+_BESIDE = (
+  "tokenizer.json",
+  "tokenizer.model",
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "generation_config.json",
+)
+# Fields of its config that change no logit, and that our config has not.
+_KEPT = (
+  "bos_token_id",
+  "eos_token_id",
+  "max_position_embeddings",
+  "pad_token_id",
+)
+
+
+def main() -> int:
+  """Runs the command; returns its exit status."""
+  for flag, what in ((_WORKDIR, "a trained run"), (_OUT, "the files to write")):
+    if not flag.value:
+      raise ValueError(f"--{flag.name} is required: the folder of {what}")
+  if not pathlib.Path(_WORKDIR.value).is_dir():
+    raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
+  out = pathlib.Path(_OUT.value)
+  _refuse_taken(out)
+  logging.set_verbosity(logging.WARNING)
+  import jax
+  import numpy as np
+
+  from experiments import _setup, _tensors
+  from nl_jax.train import checkpoint, files
+
+  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
+  net = _setup.model(config)
+  params, step = checkpoint.load_params(_WORKDIR.value, net)
+  params = jax.tree.map(np.asarray, params)
+  reason, about, tensors = _form(config, net, params)
+  files.make_workdir(out)
+  origin = {"format": "pt", "step": str(step), "workdir": _WORKDIR.value}
+  _tensors.write(out / _tensors.MODEL, tensors, _DTYPE.value, origin)
+  if not reason:
+    _copy_tokenizer(config, out)
+  # Last: a folder with a config is whole.
+  files.write_json(out / _CONFIG, about)
+  if reason:
+    print(f"by our own names, as no Hugging Face model: {reason}")
+  print(
+    f"{about['model_type']} at step {step}: {len(tensors)} tensors in {out}"
+  )
+  return _main.DONE
+
+
+def _refuse_taken(out: pathlib.Path) -> None:
+  """Raises ValueError where something is; what a killed export left is not."""
+  taken = out.exists() and not out.is_dir()
+  if taken or out.is_dir() and any(x.name[0] != "." for x in out.iterdir()):
+    raise ValueError(
+      f"--out={out} is not an empty folder, and nothing is written over: give "
+      "another"
+    )
+
+
+def _form(
+  config: Any, net: Any, params: Any
+) -> tuple[str, dict[str, Any], dict[str, Any]]:
+  """Why the model is no Hugging Face one ("" if it is), config and tensors."""
+  import jax
+
+  from experiments import _hf_config, _pretrained, _setup
+  from nl_jax import sharding
+
+  reason = _hf_config.misfit(net)
+  if reason:
+    about = {"model_type": "nl_jax", "config": _setup.plain(config)}
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return reason, about, {sharding.path_name(p): x for p, x in leaves}
+  about, tensors = _pretrained.revert(net, params)
+  about["max_position_embeddings"] = config.data.sequence_length
+  about["torch_dtype"] = _DTYPE.value
+  return "", about | _kept(config, about["model_type"]), tensors
+
+
+def _kept(config: Any, model_type: str) -> dict[str, Any]:
+  """What a pretrained model says besides, in the folder of its tokenizer.
+
+  Of another model its tokenizer's ids.
+  """
+  from experiments import _tensors
+  from nl_jax.data import tokenizers
+
+  if not config.data.tokenizer:
+    return {}
+  file = pathlib.Path(config.data.tokenizer)
+  beside = file.with_name(_CONFIG)
+  pretrained = file.is_file() and beside.is_file()
+  said = _tensors.read_object(beside) if pretrained else {}
+  if said.get("model_type") == model_type:
+    return {key: said[key] for key in _KEPT if key in said}
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  return {
+    "bos_token_id": None,
+    "eos_token_id": tokenizer.end_id,
+    "pad_token_id": tokenizer.pad_id,
+  }
+
+
+def _copy_tokenizer(config: Any, out: pathlib.Path) -> None:
+  """The files of the run's tokenizer, where it has any."""
+  folder = pathlib.Path(config.data.tokenizer)
+  for name in _BESIDE if folder.is_file() else ():
+    if folder.with_name(name).is_file():
+      shutil.copyfile(folder.with_name(name), out / name)
+
+
+if __name__ == "__main__":
+  _main.run(main)
