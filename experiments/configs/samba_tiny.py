@@ -3,7 +3,7 @@
 Unstated in the paper: shapes, optimizer, data; ours here.
 Parameters: 0.439M in total.
 Tokens: 614,400 tokens (300 steps), 2,048 a step, sequences of 256 bytes.
-Chunks and periods: Mamba at each token (computed 16 at once), attention to
+Chunks and periods: Mamba at each token (computed 8 at once), attention to
 64 tokens; no CMS.
 Command: python -m experiments.lm --config=samba_tiny
 Hardware: 2 CPU cores, minutes.

@@ -81,7 +81,7 @@ SHAPES = {
   # Mamba and attention in turn, a feed-forward part after each.
   "samba": {
     "smoke": Shape(4, 16, (128,), chunk=8, window=16),
-    "tiny": Shape(4, 32, (280,), chunk=16, window=64),
+    "tiny": Shape(4, 32, (280,), chunk=8, window=64),
     "340m": Shape(16, 64, (2368,), chunk=64, window=2048),
     "760m": Shape(12, 128, (3776,), chunk=64, window=2048),
     "1b3": Shape(16, 128, (4864,), chunk=64, window=2048),
