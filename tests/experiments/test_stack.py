@@ -561,7 +561,8 @@ def test_live(tmp_path, family):
   """With transformers itself: its files in, our files back."""
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
-  config = transformers.AutoConfig.for_model(family, **CONFIGS[family])
+  folder = write_folder(tmp_path / "frozen", family)
+  config = transformers.AutoConfig.from_pretrained(folder)
   auto = transformers.AutoModelForCausalLM
   torch.manual_seed(1)
   model = auto.from_config(config, dtype=torch.float32).eval()
