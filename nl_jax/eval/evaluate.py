@@ -2,17 +2,18 @@
 
     prepare (file, requests, rows)  ->  score  ->  record (what a result keeps)
 
-`run` does it for several tasks: one that fails is recorded, the others go on.
+A task that fails is recorded, and the others go on.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
+import os
 import pathlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
-
-from absl import logging
 
 from nl_jax.eval import encoding, files, metrics, requests, scoring
 
@@ -111,32 +112,87 @@ def prepare(
 
 
 def run(
-  prepared: Iterable[Prepared],
+  prepared: Prepared,
   score: Score,
-  *,
   through: Callable[[Prepared, Score], tuple[dict, scoring.Scores]],
-) -> Iterable[tuple[str, Result]]:
-  """Scores tasks one by one; a failure is the result of its task.
+) -> Result:
+  """Scores a task; a failure is its result.
 
   Args:
-    prepared: the tasks.
+    prepared: the task.
     score: pairs (inputs, targets) -> Scores.
-    through: `direct`, or a function that goes through seqio.
+    through: `direct`, or what `through_seqio` returned.
   """
-  for one in prepared:
-    begin = time.monotonic()
-    try:
-      values, scores = through(one, score)
-      targets = [row.about for row in one.rows.rows]
-      # In the form that metrics take.
-      taken = (scores.lls, {"is_greedy": scores.is_greedy})
-      samples = metrics.samples(targets, taken)
-      error = ""
-    except FAILURES as e:
-      values, samples, error = {}, [], sentence(e)
-      logging.warning("%s failed: %s", one.name, error)
-    seconds = time.monotonic() - begin
-    yield one.name, Result(record(one, values, seconds, error), samples)
+  begin = time.monotonic()
+  try:
+    values, scores = through(prepared, score)
+    about = [row.about for row in prepared.rows.rows]
+    samples = metrics.samples(about, _taken(scores))
+  except FAILURES as error:
+    result = failed(error)
+    return Result(record(prepared, {}, 0.0) | result.record, [])
+  seconds = time.monotonic() - begin
+  return Result(record(prepared, values, seconds), samples)
+
+
+def through_seqio(
+  prepared: Sequence[Prepared], tokenizer: Any
+) -> Callable[[Prepared, Score], tuple[dict, scoring.Scores]]:
+  """Registers tasks and the mixture; returns what scores one through seqio.
+
+  Args:
+    prepared: the tasks; those of Table 1 make the mixture.
+    tokenizer: of `nl_jax.data.tokenizers`.
+
+  Raises:
+    ModuleNotFoundError: seqio or TensorFlow is not installed.
+  """
+  tasks = _seqio_tasks()
+  rows = {one.name: one.rows.rows for one in prepared}
+  mixed = [name for name in rows if name in requests.TASKS]
+  tasks.register(rows, tokenizer, mixed)
+
+  def through(
+    one: Prepared, score: Score
+  ) -> tuple[dict[str, float], scoring.Scores]:
+    longest = max(one.protocol.max_length, one.protocol.window)
+    found = tasks.evaluate(tasks.name(one.name), longest, score)
+    return found[tasks.name(one.name)]
+
+  return through
+
+
+def versions() -> dict[str, str]:
+  """Of seqio and TensorFlow.
+
+  Raises:
+    ModuleNotFoundError: one is not installed.
+  """
+  return _seqio_tasks().VERSIONS
+
+
+def _seqio_tasks() -> Any:
+  """The module that needs seqio, imported here and nowhere else."""
+  with _hushed():
+    from nl_jax.eval import tasks
+  return tasks
+
+
+@contextlib.contextmanager
+def _hushed() -> Iterator[None]:
+  """Nothing on stderr: TensorFlow tells of every library that is not here.
+
+  Below Python: its C++ writes before it reads how much it shall say.
+  """
+  sys.stderr.flush()
+  kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nothing, 2)
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nothing)
 
 
 def direct(
@@ -146,15 +202,16 @@ def direct(
   rows = prepared.rows.rows
   scores = score([(row.inputs, row.targets) for row in rows])
   about = [row.about for row in rows]
-  taken = (scores.lls, {"is_greedy": scores.is_greedy})
-  return metrics.of(prepared.name)(about, taken), scores
+  return metrics.of(prepared.name)(about, _taken(scores)), scores
+
+
+def _taken(scores: scoring.Scores) -> metrics.Scores:
+  """Scores in the form that seqio gives them to metrics."""
+  return scores.lls, {"is_greedy": scores.is_greedy}
 
 
 def record(
-  prepared: Prepared,
-  values: dict[str, float],
-  seconds: float,
-  error: str = "",
+  prepared: Prepared, values: dict[str, float], seconds: float
 ) -> dict[str, Any]:
   """What a result file keeps of a task.
 
@@ -162,10 +219,9 @@ def record(
     prepared: the task.
     values: metrics, each with its standard error.
     seconds: of scoring.
-    error: why it failed; "".
   """
   loaded, rows = prepared.loaded, prepared.rows
-  kept = {
+  return {
     "source": prepared.task.source,
     "split": prepared.task.split,
     "file": str(loaded.path),
@@ -191,13 +247,11 @@ def record(
       if not key.endswith(metrics.SUFFIX)
     },
   }
-  return kept | ({"error": error} if error else {})
 
 
-def failed(name: str, error: BaseException) -> Result:
-  """The result of a task that could not be prepared."""
+def failed(error: BaseException) -> Result:
+  """The result of a task that failed."""
   said = sentence(error)
-  logging.warning("%s failed: %s", name, said)
   return Result({"error": said, "metrics": {}, "warnings": []}, [])
 
 

@@ -1,0 +1,131 @@
+"""Scores Table 1 with a trained model, beside the published row.
+
+    python -m experiments.table1 --workdir=runs/hope_tiny --data_dir=data
+
+The folder holds a file a task, `<task>.jsonl`, with the columns of its data set
+on Hugging Face; the nine tasks are scored zero-shot through the seqio mixture
+`nl_table1`, with the numbers of lm-evaluation-harness. The table is printed and
+kept in --out with all that it depends on. Exit status: 0 every task was scored;
+3 some failed, which the table says; 1 none was scored.
+
+With --config=<name> in the place of --workdir the weights are random: what
+chance is.
+"""
+
+import os
+import pathlib
+import shlex
+import sys
+
+from absl import flags, logging
+
+from experiments import _flags, _main
+
+_flags.define_config(required=False)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
+_DATA = flags.DEFINE_string(
+  "data_dir", os.environ.get("NL_DATA", ""),
+  "Folder of the tasks' files; default the variable NL_DATA.",
+)  # fmt: skip
+_STEP = flags.DEFINE_string("step", "latest", "Which checkpoint.")
+_TASKS = flags.DEFINE_list("tasks", [], "Some of the nine; default all.")
+_LIMIT = flags.DEFINE_integer(
+  "limit", 0, "Documents a task; 0: all.", lower_bound=0
+)
+_BOS = flags.DEFINE_enum(
+  "bos", "none", ("none", "always"), "The beginning before every request."
+)
+_MAX_LENGTH = flags.DEFINE_integer(
+  "max_length", 4096, "Tokens of a request that are read.", lower_bound=1
+)
+_WINDOWS = flags.DEFINE_list(
+  "wiki_max_length", [],
+  "Windows of WikiText, the first is shown; default the trained length, and "
+  "2048 below a longer one.",
+)  # fmt: skip
+_BATCH = flags.DEFINE_integer(
+  "batch_tokens", 65536, "Tokens of a batch, padding included.", lower_bound=1
+)
+_MEMORISE = flags.DEFINE_enum(
+  "memorise", "none", ("none", "prompt"),
+  "prompt: levels that learn from the task loss learn the prompt, never the "
+  "answer; marked in the table.",
+)  # fmt: skip
+_REFERENCE = flags.DEFINE_enum(
+  "reference", "neurips", ("neurips", "arxiv", "none"),
+  "Version of the paper whose row is shown.",
+)  # fmt: skip
+_ALL = flags.DEFINE_list("all", [], "Result files of other runs to show below.")
+_SAMPLES = flags.DEFINE_boolean(
+  "save_samples", False, "Keep samples/<task>.jsonl, a line a document."
+)
+_OUT = flags.DEFINE_string(
+  "out", "", "The result file; default table1_<step>.json in the workdir."
+)
+
+
+def main() -> int:
+  """Runs the command; returns its exit status."""
+  if bool(_WORKDIR.value) == bool(flags.FLAGS["config"].present):
+    raise ValueError(
+      "give --workdir, the folder of a trained run, or --config=<name> for "
+      "random weights"
+    )
+  if not pathlib.Path(_DATA.value or " ").is_dir():
+    raise ValueError(
+      f"no folder --data_dir={_DATA.value}: give the folder with the files of "
+      "the tasks, <task>.jsonl"
+    )
+  from experiments import _table1
+  from nl_jax.eval import evaluate
+
+  evaluate.check_names(_TASKS.value)
+  _table1.require_seqio()
+  asked = _table1.Asked(
+    workdir=_WORKDIR.value or "",
+    step=_step(),
+    data_dir=_DATA.value,
+    tasks=tuple(_TASKS.value),
+    limit=_LIMIT.value,
+    bos=_BOS.value,
+    max_length=_MAX_LENGTH.value,
+    windows=_windows(),
+    batch_tokens=_BATCH.value,
+    memorise=_MEMORISE.value,
+    reference=_REFERENCE.value,
+    samples=_SAMPLES.value,
+    out=_OUT.value,
+    command=shlex.join(["python", "-m", "experiments.table1", *sys.argv[1:]]),
+  )
+  others = [_table1.read(path) for path in _ALL.value]
+  logging.set_verbosity(logging.WARNING)
+  return _table1.run(asked, _chosen(), others)
+
+
+def _chosen() -> tuple[str, object] | None:
+  """Name and config of --config, where it was given."""
+  if _WORKDIR.value:
+    return None
+  return _flags.chosen_name(), flags.FLAGS.config
+
+
+def _step() -> int | None:
+  if _STEP.value == "latest":
+    return None
+  if not _STEP.value.isdigit():
+    raise ValueError(f"--step must be a number or latest, got {_STEP.value!r}")
+  return int(_STEP.value)
+
+
+def _windows() -> tuple[int, ...]:
+  try:
+    return tuple(map(int, _WINDOWS.value))
+  except ValueError:
+    raise ValueError(
+      "--wiki_max_length must be whole numbers with commas between, got "
+      f"{','.join(_WINDOWS.value)!r}"
+    ) from None
+
+
+if __name__ == "__main__":
+  _main.run(main)
