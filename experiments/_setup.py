@@ -3,13 +3,14 @@
 Everything that can be checked is checked here, before the first compile.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
 from ml_collections import config_dict
 
 from nl_jax import data, sharding
-from nl_jax.models import cms, lm
+from nl_jax.models import cms, incontext, lm
 from nl_jax.train import loop, optimizer
 
 ConfigDict = config_dict.ConfigDict
@@ -41,21 +42,31 @@ def resolve(config: ConfigDict) -> ConfigDict:
   return config.lock()
 
 
-def model(config: ConfigDict) -> lm.LanguageModel:
+def model(
+  config: ConfigDict,
+) -> lm.LanguageModel | incontext.InContextModel:
   """The model of the groups `model`, `data` and `train`.
+
+  Its levels learn in context where `model.cms` says how.
 
   Raises:
     ValueError: shapes or switches that do not fit.
   """
   values = config.model.to_dict()
   memory = lm.options(values["arch"], values.pop("memory", None))
-  return lm.LanguageModel(
-    **values | {"cms": cms.CMSConfig(**values["cms"])},
+  names = {field.name for field in dataclasses.fields(incontext.Options)}
+  learning = {k: v for k, v in values["cms"].items() if k in names}
+  chain = {k: v for k, v in values["cms"].items() if k not in names}
+  base = lm.LanguageModel(
+    **values | {"cms": cms.CMSConfig(**chain)},
     memory=memory,
     sequence_length=config.data.sequence_length,
     dtype=config.train.dtype,
     remat=config.train.remat,
   )
+  if not learning:
+    return base
+  return incontext.InContextModel(base, incontext.Options(**learning))
 
 
 def dataset(config: ConfigDict, net: lm.LanguageModel) -> data.Dataset:

@@ -20,7 +20,8 @@ import optax
 
 Tree = Any
 # (params by level, carry, x) -> (loss, (carry, weight, output)); the loss is
-# the weighted sum over the unit.
+# the weighted sum over the unit. A negative weight says that the unit is not
+# there for this sequence: nothing is gathered and no clock advances.
 LossFn = Callable[
   [dict[str, Tree], Tree, Tree],
   tuple[jax.Array, tuple[Tree, jax.Array, Tree]],
@@ -219,10 +220,12 @@ def _gather(
     grads = jax.lax.stop_gradient(grads)
   # A unit of padding adds exactly 0, whatever its gradient.
   real = weight > 0
+  there = (weight >= 0).astype(jnp.int32)
+  weight = jnp.maximum(weight, 0)
   new = {}
   for level in levels:
     at = state[level.name]
-    at = at._replace(clock=at.clock + 1)
+    at = at._replace(clock=at.clock + there)
     if level.period is not None:
       add = lambda sum_, g: sum_ + jnp.where(real, g, 0).astype(sum_.dtype)
       at = at._replace(
@@ -258,26 +261,29 @@ def _update(level: Level, at: LevelState) -> LevelState:
 
 def _restart(level: Level, at: LevelState) -> LevelState:
   """A level whose next slower one has updated (eq. 72)."""
-  if level.on_slower_update is None:
-    return at
   start, params = level.on_slower_update(at.start, at.params, at.gradient)
   return at._replace(start=start, params=params, rule=level.rule.init(params))
 
 
 def _update_due(levels: Sequence[Level], state: State) -> State:
   """The levels whose period is over, by their clocks."""
-  new, below = dict(state), None
+  below = None
   for level in levels:
-    if level.period is None:
-      continue
-    at = state[level.name]
-    due = at.clock >= level.period
-    new[level.name] = _where(due, _update(level, at), at)
-    if below is not None:
-      # Its period divides this one, so it has just updated.
-      now = new[below.name]
-      new[below.name] = _where(due, _restart(below, now), now)
-    below = level
+    if level.period is not None:
+      state = _update_if_due(level, below, state)
+      below = level
+  return state
+
+
+def _update_if_due(level: Level, below: Level | None, state: State) -> State:
+  """One level, and the restart of the next faster one, where due."""
+  at, new = state[level.name], dict(state)
+  due = at.clock >= level.period
+  new[level.name] = _where(due, _update(level, at), at)
+  if below is not None and below.on_slower_update is not None:
+    # Its period divides this one, so it has just updated.
+    now = state[below.name]
+    new[below.name] = _where(due, _restart(below, now), now)
   return new
 
 
@@ -301,11 +307,9 @@ def _nested(
 
   def period(held, xs):
     (state, carry), outputs = _nested(unit, faster, held, xs)
-    state = {**state, level.name: _update(level, state[level.name])}
-    for below in faster[-1:]:
-      again = _restart(below, state[below.name])
-      state = {**state, below.name: again}
-    return (state, carry), outputs
+    # Not due where a unit was not there.
+    below = faster[-1] if faster else None
+    return (_update_if_due(level, below, state), carry), outputs
 
   head = jax.tree.map(
     lambda x: x[: whole * level.period].reshape(

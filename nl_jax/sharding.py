@@ -51,6 +51,7 @@ PARAMETERS = (
   (_LEVEL + r"w_(gate|up)", ("embed", "mlp")),
   (_LEVEL + r"w_down", ("mlp", "embed")),
   (r"blocks/cms/mix", ("level",)),
+  (r"in_context/log_rate", ("level",)),
   (_MIXER + r"w_[qkvg]", ("embed", "heads")),
   (_MIXER + r"w_o", ("heads", "embed")),
   (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
@@ -86,25 +87,35 @@ PARAMETERS = (
   ),
 )
 
-_CONVS = r"layers/(mamba/)?convs/\w+/"
-_CACHE = r"layers/(attention/)?"
+# Of a model that learns in context: by where in its state they stand.
+_LAYERS = r"layers/((slow|begin|now)/)?"
+_CONVS = _LAYERS + r"(mamba/)?convs/\w+/"
+_CACHE = _LAYERS + r"(attention/)?"
+_FAST = r"levels/\w+/(params|start|gradient|gathered|rule/(\w+/)*)/?"
 
 # The state of a language model: axes after `layer` and `batch`.
 STATES = (
   (r"position_B", ()),
   (_CONVS + r"inputs_Bx3xE", ("chunk", "heads")),
   (_CONVS + r"segment_Bx3", ("chunk",)),
-  (r"layers/mamba/h_BxIxN", ("heads", "mem_in")),
+  (_LAYERS + r"mamba/h_BxIxN", ("heads", "mem_in")),
   (
-    r"layers/memory/generators/(anchor|w|s)/\w+",
+    _LAYERS + r"memory/generators/(anchor|w|s)/\w+",
     ("heads", "level", "mem_in", "mem_out"),
   ),
-  (r"layers/memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (r"layers/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (r"layers/memory/(\w+/)?(phase|segment)", ()),
+  (_LAYERS + r"memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (_LAYERS + r"memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (_LAYERS + r"memory/(\w+/)?(phase|segment)", ()),
   (_CACHE + r"(keys|values)_BxSxHxK", ("length", "heads", "head_dim")),
   (_CACHE + r"slot_document_BxS", ("length",)),
   (_CACHE + r"\w+_B", ()),
+  # Fast weights of feed-forward levels, split as the slow ones over `tensor`.
+  (_FAST + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
+  (_FAST + r"w_down", ("layer", "mlp", "act_embed")),
+  (r"levels/\w+/(weight|clock)", ()),
+  (r"buffer/x_BxCxD", ("chunk", "act_embed")),
+  (r"buffer/(tokens|ids|learn)_BxC", ("chunk",)),
+  (r"buffer/phase_B", ()),
 )
 
 _LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.

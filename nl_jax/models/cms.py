@@ -19,6 +19,7 @@ from nl_jax import types
 from nl_jax.models import layers
 
 VARIANTS = ("sequential", "nested", "independent")
+_READ = "read"  # Collection of what the kernels of a level read.
 MIX = "mix"  # Parameter of the weights w_ℓ of the independent variant.
 
 
@@ -116,12 +117,13 @@ class Level(nn.Module):
       x = layers.RMSNorm(self.epsilon, name="norm")(x)
     shape = (x.shape[-1], self.hidden)
     init = nn.initializers.normal
-    return layers.swiglu(
-      x,
-      self.param("w_gate", init(layers.INIT_STD), shape),
-      self.param("w_up", init(layers.INIT_STD), shape),
-      self.param("w_down", init(self.down_std), shape[::-1]),
-    )
+    w_gate = self.param("w_gate", init(layers.INIT_STD), shape)
+    w_up = self.param("w_up", init(layers.INIT_STD), shape)
+    w_down = self.param("w_down", init(self.down_std), shape[::-1])
+    hidden = layers.gated(x, w_gate, w_up)
+    self.sow(_READ, "x", x)
+    self.sow(_READ, "hidden", hidden)
+    return layers.dense(hidden, w_down)
 
 
 class CMS(nn.Module):
@@ -196,6 +198,31 @@ def apply(
     epsilon: of the norms.
   """
   return CMS(config, 1, epsilon).apply({"params": params}, x_BxTxD)
+
+
+def apply_and_tell(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  config: CMSConfig,
+  epsilon: float = layers.EPSILON,
+) -> tuple[types.Array, dict[str, dict[str, types.Array]]]:
+  """`apply`, and what the kernels of each level read.
+
+  Args:
+    params, x_BxTxD, config, epsilon: as of `apply`.
+
+  Returns:
+    y_BxTxD, and by level {"x": [B,T,D] of w_gate and w_up, "hidden": [B,T,F]
+    of w_down}.
+  """
+  y_BxTxD, made = CMS(config, 1, epsilon).apply(
+    {"params": params}, x_BxTxD, mutable=[_READ]
+  )
+  read = {
+    level: {name: value[0] for name, value in found.items()}
+    for level, found in made[_READ].items()
+  }
+  return y_BxTxD, read
 
 
 def label(path: tuple[jax.tree_util.DictKey, ...], config: CMSConfig) -> str:

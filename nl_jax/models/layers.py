@@ -115,11 +115,11 @@ def l2_norm(x: types.Array) -> types.Array:
   return wide * jax.lax.rsqrt(size + EPSILON)
 
 
-def swiglu(
-  x: types.Array, w_gate: types.Array, w_up: types.Array, w_down: types.Array
+def gated(
+  x: types.Array, w_gate: types.Array, w_up: types.Array
 ) -> types.Array:
-  """(SiLU(x w_gate) ∘ x w_up) w_down; x [..., D], w_gate, w_up (D,F)."""
-  return dense(jax.nn.silu(dense(x, w_gate)) * dense(x, w_up), w_down)
+  """SiLU(x w_gate) ∘ x w_up, the hidden units of SwiGLU; x [..., D]."""
+  return jax.nn.silu(dense(x, w_gate)) * dense(x, w_up)
 
 
 @dataclasses.dataclass(frozen=True)

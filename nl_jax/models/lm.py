@@ -260,7 +260,7 @@ class LanguageModel:
     dtype = layers.activation_dtype(self.dtype, params)
     x_BxTxD = params["embed"].astype(dtype)[tokens_BxT]
     carried = None if state is None else state.layers
-    x_BxTxD, stacked, metrics = self._stack(
+    x_BxTxD, stacked, metrics = self.stack(
       params["blocks"], x_BxTxD, carried, segment_ids
     )
     logits = self.logits(params, x_BxTxD)
@@ -281,14 +281,24 @@ class LanguageModel:
       preferred_element_type=layers.at_least_float32(dtype),
     )
 
-  def _stack(
+  def stack(
     self,
     blocks: types.Params,
     x_BxTxD: types.Array,
     carried: Any,
     segment_ids: types.Array | None,
   ) -> tuple[types.Array, Any, dict[str, Any]]:
-    """All layers, as one scan; outputs are activations and states only."""
+    """Layers as one scan; outputs are activations and states only.
+
+    Args:
+      blocks: of `init`, leaves [L,...], or some of its layers.
+      x_BxTxD: the residual stream.
+      carried: states of these layers, or None.
+      segment_ids: as in `apply`.
+
+    Returns:
+      The residual stream, the states and the metrics, leaves [L,...].
+    """
 
     def body(x, layer):
       # Told its place, XLA gathers weights instead of summing activations.
@@ -317,11 +327,11 @@ class LanguageModel:
       x_BxTxD: the residual stream.
       segment_ids: as in `apply`.
     """
-    x_BxTxD, state, metrics = self._mix(params, x_BxTxD, state, segment_ids)
+    x_BxTxD, state, metrics = self.mix(params, x_BxTxD, state, segment_ids)
     x_BxTxD = cms.apply(params["cms"], x_BxTxD, self.cms, self.norm_epsilon)
     return x_BxTxD, state, metrics
 
-  def _mix(
+  def mix(
     self,
     params: types.Params,
     x_BxTxD: types.Array,

@@ -15,6 +15,7 @@ from nl_jax.models import presets
 NAMES = _flags.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
+  "hope_incontext", "hope_attention_incontext",
   "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
   "retnet", "samba",
 )  # fmt: skip

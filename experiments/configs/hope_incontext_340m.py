@@ -1,0 +1,19 @@
+"""HOPE whose levels learn in context (eq. 71, 94-97), at the scale 340m of
+Table 1.
+
+Unstated in the paper: shapes, chunk lengths, inner rule and rates; ours here.
+Parameters: 346.2M in total, of these 31.5M initial states of
+memories.
+Tokens: 15B tokens, 2^19 a step, sequences of 4096.
+Chunks and periods: memories 64; high 512, mid 2048 tokens in context.
+Command: python -m experiments.lm --config=hope_incontext_340m
+Hardware: a TPU slice; not run.
+Expected: no row in the paper; ours: not run.
+"""
+
+from experiments.configs import _incontext
+
+
+def get_config(arg: str = "") -> _incontext.ConfigDict:
+  """See above; `smoke` in arg gives the test size."""
+  return _incontext.hope("340m", arg)
