@@ -17,6 +17,17 @@ _CLASSES = {
   "qwen3": "Qwen3ForCausalLM",
 }
 _THETA = 10000.0  # What transformers takes where no config says it.
+_FULL = "full_attention"
+# Numbers of a scaling of RoPE: our names and theirs.
+_SCALINGS = {
+  "default": {},
+  "linear": {"factor": "factor"},
+  "llama3": {
+    "factor": "factor",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+  },
+}
 _TRAINED = "original_max_position_embeddings"
 
 
@@ -31,34 +42,34 @@ def group(config: Mapping[str, Any]) -> Group:
       must be.
   """
   kind = config.get("model_type")
-  if kind not in _CLASSES:
+  if kind not in tuple(_CLASSES):  # Anything, hashable or not.
     raise ValueError(
       f"model_type must be one of {', '.join(_CLASSES)}; got {kind!r} in "
       "config.json"
     )
   _check_plain(config)
   width, heads = (
-    _size(config, "hidden_size"),
-    _size(config, "num_attention_heads"),
+    size(config, "hidden_size"),
+    size(config, "num_attention_heads"),
   )
   return {
     "arch": "hope_attention",
     "width": width,
-    "layers": _size(config, "num_hidden_layers"),
+    "layers": size(config, "num_hidden_layers"),
     "heads": heads,
-    "head_dim": _size(config, "head_dim", width // heads),
-    "vocab_size": _size(config, "vocab_size"),
+    "head_dim": size(config, "head_dim", width // heads),
+    "vocab_size": size(config, "vocab_size"),
     "tied": bool(config.get("tie_word_embeddings", False)),
-    "norm_epsilon": float(config.get("rms_norm_eps", 1e-6)),
+    "norm_epsilon": _number(config, "rms_norm_eps", 1e-6),
     "memory": {
-      "kv_heads": _size(config, "num_key_value_heads", heads),
+      "kv_heads": size(config, "num_key_value_heads", heads),
       "bias": kind == "qwen2" or bool(config.get("attention_bias")),
       "qk_norm": kind == "qwen3",
       **_rope(config),
     },
     "cms": {
       "levels": (LEVEL,),
-      "widths": (_size(config, "intermediate_size"),),
+      "widths": (size(config, "intermediate_size"),),
       "periods": (0,),
       "variant": "sequential",
       "norm": True,
@@ -67,8 +78,12 @@ def group(config: Mapping[str, Any]) -> Group:
   }
 
 
-def _size(config: Mapping[str, Any], key: str, default: int = 0) -> int:
-  """A whole number of the config; without it the default, if there is one."""
+def size(config: Mapping[str, Any], key: str, default: int = 0) -> int:
+  """A whole number of a config.json; without it the default, if there is one.
+
+  Raises:
+    ValueError: no such number, or none of at least 1.
+  """
   value = config.get(key)
   value = default if value is None else value
   if type(value) is not int or value < 1:
@@ -77,6 +92,19 @@ def _size(config: Mapping[str, Any], key: str, default: int = 0) -> int:
       f"{config.get(key)!r}"
     )
   return value
+
+
+def _number(
+  config: Mapping[str, Any], key: str, default: float | None = None
+) -> float:
+  """A number of the config; without it the default, if there is one."""
+  value = config.get(key)
+  value = default if value is None else value
+  if type(value) not in (int, float):
+    raise ValueError(
+      f"{key} of config.json must be a number, got {config.get(key)!r}"
+    )
+  return float(value)
 
 
 def _check_plain(config: Mapping[str, Any]) -> None:
@@ -101,14 +129,16 @@ def _check_plain(config: Mapping[str, Any]) -> None:
 
 def _slides(config: Mapping[str, Any]) -> bool:
   """Whether some layer sees a window only."""
+  depth = size(config, "num_hidden_layers")
   kinds = config.get("layer_types")
   if kinds:
-    return any(kind != "full_attention" for kind in kinds)
+    full = isinstance(kinds, list) and set(map(str, kinds)) == {_FULL}
+    return not full
   first = config.get("max_window_layers", 28)  # The default of transformers.
   return bool(
     config.get("use_sliding_window")
     and config.get("sliding_window", 4096) is not None
-    and first < _size(config, "num_hidden_layers")
+    and (type(first) is not int or first < depth)
   )
 
 
@@ -118,33 +148,27 @@ def _rope(config: Mapping[str, Any]) -> Group:
   Older: `rope_theta` beside `rope_scaling`; newer: `rope_parameters` with both.
   """
   said = config.get("rope_scaling") or config.get("rope_parameters") or {}
+  if not isinstance(said, dict):
+    raise ValueError(
+      f"RoPE of config.json must be a JSON object, got {said!r:.60}"
+    )
   kind = said.get("rope_type", said.get("type", "default"))
   partial = said.get(
     "partial_rotary_factor", config.get("partial_rotary_factor")
   )
-  if kind not in ("default", "linear", "llama3") or partial not in (None, 1):
+  if kind not in tuple(_SCALINGS) or partial not in (None, 1):
     raise ValueError(
-      "RoPE must be of type default, linear or llama3 over the full head "
-      f"width, got {dict(said)!r} in config.json"
+      f"RoPE must be one of {', '.join(_SCALINGS)} over the full head width, "
+      f"got {said!r} in config.json"
     )
-  theta = said.get("rope_theta", config.get("rope_theta", _THETA))
+  theta = _number(said, "rope_theta", _number(config, "rope_theta", _THETA))
   scaling: Group = {"kind": "none" if kind == "default" else kind}
-  keys = {"factor": "factor"} if kind == "linear" else {}
+  scaling |= {ours: _number(said, key) for ours, key in _SCALINGS[kind].items()}
   if kind == "llama3":
-    keys = {
-      "factor": "factor", "low": "low_freq_factor", "high": "high_freq_factor"
-    }  # fmt: skip
-    scaling["trained_length"] = config.get(
-      _TRAINED, said.get(_TRAINED, config.get("max_position_embeddings"))
-    )
-  missing = [key for key in keys.values() if key not in said]
-  if missing:
-    raise ValueError(
-      f"RoPE of type {kind} needs {', '.join(missing)}, got {dict(said)!r} in "
-      "config.json"
-    )
-  scaling |= {ours: float(said[key]) for ours, key in keys.items()}
-  return {"rope_theta": float(theta), "rope_scaling": scaling}
+    longest = config.get("max_position_embeddings")
+    trained = said.get(_TRAINED, longest)
+    scaling["trained_length"] = config.get(_TRAINED, trained)
+  return {"rope_theta": theta, "rope_scaling": scaling}
 
 
 def misfit(net: lm.LanguageModel) -> str:
@@ -192,11 +216,10 @@ def _scaling(scaling: layers.RopeScaling) -> dict[str, Any] | None:
   """The field `rope_scaling`, which old and new versions read."""
   if scaling.kind == "none":
     return None
-  said = {"rope_type": scaling.kind, "factor": scaling.factor}
+  said = {"rope_type": scaling.kind} | {
+    theirs: getattr(scaling, ours)
+    for ours, theirs in _SCALINGS[scaling.kind].items()
+  }
   if scaling.kind == "llama3":
-    said |= {
-      "low_freq_factor": scaling.low,
-      "high_freq_factor": scaling.high,
-      _TRAINED: scaling.trained_length,
-    }
+    said[_TRAINED] = scaling.trained_length
   return said

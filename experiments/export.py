@@ -19,7 +19,7 @@ from experiments import _main
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _OUT = flags.DEFINE_string("out", None, "The new folder.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16", "float16"], "Of the weights."
+  "dtype", "float32", ["float32", "bfloat16"], "Of the weights."
 )
 _CONFIG = "config.json"
 # Files of a pretrained model that go with its tokenizer.

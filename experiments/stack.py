@@ -55,6 +55,7 @@ def main() -> int:
   if not folder.is_dir():
     raise ValueError(f"no folder --hf={folder}: give one with a config.json")
   logging.set_verbosity(logging.WARNING)
+  names = _names()
   from experiments import _pretrained, _setup, _tensors
   from nl_jax.train import checkpoint
 
@@ -67,7 +68,7 @@ def main() -> int:
     raise ValueError(f"{folder} has no config.json; give a folder with one")
   said = _tensors.read_object(folder / "config.json")
   group, params = _pretrained.convert(
-    said, _tensors.open_folder(folder), _MODE.value, _names()
+    said, _tensors.open_folder(folder), _MODE.value, names
   )
   config = _config(group, said, _tokenizer(folder, group["vocab_size"]))
   net = _setup.model(_setup.resolve(config))
@@ -109,12 +110,13 @@ def _config(
   group: Mapping[str, Any], said: Mapping[str, Any], tokenizer: str
 ) -> Any:
   """A whole config; how to train it is a start, not a finding."""
+  from experiments import _hf_config
   from experiments.configs import _common
 
   model = _common.ConfigDict(group)
   config = _common.language_model("340m", model)
   config.model = model
-  longest = said.get("max_position_embeddings") or _LONGEST
+  longest = _hf_config.size(said, "max_position_embeddings", _LONGEST)
   config.data.update(
     tokenizer=tokenizer,
     sequence_length=min(_LONGEST, longest),

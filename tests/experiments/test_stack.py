@@ -16,6 +16,7 @@ from nl_jax.models import cms, lm
 from nl_jax.train import checkpoint, files
 from tests.experiments import forked
 from tests.golden import _oracle
+from tests.laws.models import MODELS
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 LEVELS = {"inplace": ("ffn",), "split": ("high", "mid", "low")}
@@ -254,11 +255,15 @@ CONFIG_MISTAKES = {
               "max_window_layers": 1, "layer_types": None}),
   "layers": ("sliding windows are not supported",
              {"layer_types": ["full_attention", "sliding_attention"]}),
-  "yarn": ("RoPE must be of type default, linear or llama3 over the full head",
+  "yarn": ("RoPE must be one of default, linear, llama3 over the full head",
            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}),
-  "partial": ("RoPE must be of type default", {"partial_rotary_factor": 0.5}),
-  "no factor": ("RoPE of type linear needs factor",
+  "partial": ("RoPE must be one of default", {"partial_rotary_factor": 0.5}),
+  "no factor": ("factor of config.json must be a number, got None",
                 {"rope_scaling": {"type": "linear"}}),
+  "no object": ("RoPE of config.json must be a JSON object, got 'llama3'",
+                {"rope_scaling": "llama3"}),
+  "epsilon": ("rms_norm_eps of config.json must be a number, got '1e-5'",
+              {"rms_norm_eps": "1e-5"}),
   "no width": ("hidden_size of config.json must be a whole number of at least "
                "1, got None", {"hidden_size": None}),
   "text": ("vocab_size of config.json must be a whole number",
@@ -595,6 +600,25 @@ def test_transformers_reads_what_export_wrote(commands):
   with torch.no_grad():
     got = model(torch.tensor(tokens_of("llama"))).logits.numpy()
   assert_close(got, GOLDEN["llama/logits"], 1e-6)
+
+
+def test_transformer_plus_plus_is_llama(tmp_path):
+  """What is trained here is read there: the same logits, our defaults."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  net = MODELS["transformer"]()
+  params = jax.jit(net.init)(jax.random.key(0))
+  params = jax.tree.map(lambda x: np.asarray(5 * x), params)
+  about, tensors = _pretrained.revert(net, params)
+  _tensors.write(tmp_path / _tensors.MODEL, tensors, "float32", {})
+  (tmp_path / "config.json").write_text(json.dumps(about))
+  auto = transformers.AutoModelForCausalLM
+  model = auto.from_pretrained(tmp_path, dtype=torch.float32).eval()
+  tokens = tokens_of("llama")
+  with torch.no_grad():
+    got = model(torch.tensor(tokens)).logits.numpy()
+  wanted = jax.jit(lambda p, x: net.apply(p, x)[0])(params, tokens)
+  assert_close(got, np.asarray(wanted), 5e-6)
 
 
 def test_the_frozen_numbers_are_what_the_oracle_says():
