@@ -7,6 +7,8 @@ head of its own. The mixer is the module
 that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
 of one level is the plain block. Parameters of the layers are stacked on a
 leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
+A mixer may hold several layers, as `LAYERS` of its module says: then that many
+are one layer here, and L counts these.
 """
 
 import dataclasses
