@@ -3,8 +3,8 @@
 import json
 
 _PAGE = (
-  " \n = The Lantern Keepers = \n \n The keepers ' lanterns were lit at 5 : 30 ,"
-  " and 1 @,@ 200 of them burned ; a well @-@ known one ( the oldest ) was 3"
+  " \n = The Lantern Keepers = \n \n The keepers ' lanterns were lit at 5 : 30"
+  " , and 1 @,@ 200 of them burned ; a well @-@ known one ( the oldest ) was 3"
   " @.@ 5 metres tall . \n \n = = History = = \n \n It 's said that \" the wind"
   ' [ of 1801 ] put out N lamps ! " Was it so ? At 20 ° C the'
   " oil { whale } thickens . \n = = = Later = = = \n Thérèse"
