@@ -10,6 +10,7 @@ import jax
 from ml_collections import config_dict
 
 from nl_jax import data, sharding
+from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
 from nl_jax.train import loop, optimizer
 
@@ -134,13 +135,12 @@ def settings(config: ConfigDict) -> loop.Settings:
   """What the loop does, and when.
 
   Raises:
-    ValueError: a number out of range, or tasks, which nothing scores yet.
+    ValueError: a number out of range, or a task that there is not.
   """
-  if config.eval.tasks:
-    raise ValueError(
-      "eval.tasks are not scored while training, got "
-      f"{config.eval.tasks}: leave them empty"
-    )
+  try:
+    evaluate.parse(config.eval.tasks)
+  except ValueError as error:
+    raise ValueError(f"eval.tasks: {error}") from error
   if config.eval.batches < 0:
     raise ValueError(
       f"eval.batches must be 0 (all) or more, got {config.eval.batches}"

@@ -37,6 +37,10 @@ _INIT = flags.DEFINE_string(
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
 )
+_DATA = flags.DEFINE_string(
+  "data_dir", os.environ.get("NL_DATA", ""),
+  "Folder of the files of eval.tasks; default the variable NL_DATA.",
+)  # fmt: skip
 _SAMPLE = "sample.txt"
 _SAMPLE_TOKENS = 200
 
@@ -61,6 +65,10 @@ def main() -> int:
     return _main.DONE
   settings, mesh = _setup.settings(config), _setup.mesh(config)
   dataset = _setup.dataset(config, net)
+  evaluate = _with_tasks(
+    _evaluation(net, dataset, config.eval.batches, mesh),
+    config, net, dataset.tokenizer, mesh,
+  )  # fmt: skip
   workdir = _workdir()
   _refuse_foreign_sample(workdir)
   cache = _CACHE.value or str(workdir / "compilation_cache")
@@ -80,7 +88,7 @@ def main() -> int:
     settings=settings,
     fingerprint=dataset.fingerprint,
     mesh=mesh,
-    evaluate=_evaluation(net, dataset, config.eval.batches, mesh),
+    evaluate=evaluate,
     allow_config_change=_ALLOW.value,
     resume_from=_RESUME.value,
     init_from=_INIT.value,
@@ -151,6 +159,26 @@ def _evaluation(
     }
 
   return evaluate
+
+
+def _with_tasks(
+  evaluate: Callable[[Any, int], Mapping[str, float]],
+  config: Any,
+  net: Any,
+  tokenizer: Any,
+  mesh: Any,
+) -> Callable[[Any, int], Mapping[str, float]]:
+  """The evaluation, and after it the tasks of eval.tasks."""
+  from nl_jax.eval import evaluate as tasks_lib
+
+  tasks = tasks_lib.parse(config.eval.tasks)
+  if not tasks:
+    return evaluate
+  from experiments import _setup, _table1_training
+
+  size = _setup.tokens_per_step(config) // config.train.accumulate
+  score = _table1_training.make(tasks, _DATA.value, net, tokenizer, mesh, size)
+  return lambda params, step: {**evaluate(params, step), **score(params)}
 
 
 def _finish(

@@ -66,6 +66,24 @@ def check_names(names: Iterable[str]) -> None:
       raise ValueError(f"no task {name!r}; known: {', '.join(requests.TASKS)}")
 
 
+def parse(entries: Iterable[str]) -> dict[str, int]:
+  """{task: documents, 0 for all} of entries as piqa or piqa:100.
+
+  Raises:
+    ValueError: another form, or a name that is not a task's.
+  """
+  found = {}
+  for entry in entries:
+    name, colon, limit = entry.partition(":")
+    check_names([name])
+    if colon and not (limit.isdigit() and int(limit)):
+      raise ValueError(
+        f"{entry!r} must be a task or task:documents, as piqa:100"
+      )
+    found[name] = int(limit or 0)
+  return found
+
+
 def has_seqio() -> bool:
   """Whether seqio and TensorFlow are installed."""
   return all(importlib.util.find_spec(name) for name in ("seqio", "tensorflow"))

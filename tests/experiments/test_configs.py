@@ -17,7 +17,7 @@ ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
   "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
-  "retnet", "samba",
+  "retnet", "samba", "comba",
 )  # fmt: skip
 
 
@@ -126,7 +126,7 @@ def test_mistakes_are_one_sentence(args, sentence):
   ("--config.optim.name=adam", "adamw"),
   ("--config.train.steps=0", "train.steps"),
   ("--config.mesh.tensor=3", "mesh"),
-  ("--config.eval.tasks=piqa", "eval.tasks"),
+  ("--config.eval.tasks=pica", "eval.tasks: no task 'pica'"),
   ("--config.eval.batches=-1", "eval.batches"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
