@@ -17,6 +17,8 @@ _CLASSES = {
   "qwen3": "Qwen3ForCausalLM",
 }
 _THETA = 10000.0  # What transformers takes where no config says it.
+# Of attention; what it may have besides is in no family.
+_SWITCHES = ("kv_heads", "bias", "qk_norm", "rope_theta", "rope_scaling")
 _FULL = "full_attention"
 # Numbers of a scaling of RoPE: our names and theirs.
 _SCALINGS = {
@@ -180,6 +182,9 @@ def misfit(net: lm.LanguageModel) -> str:
   if not (net.cms.norm and net.cms.residual):
     return "its MLPs lack the norm or the residual"
   switches = attention.options(net)
+  known = {name: getattr(switches, name) for name in _SWITCHES}
+  if attention.Options(**known) != switches:
+    return f"no family has all of {switches}"
   if switches.bias and switches.qk_norm:
     return "no family has biases and norms of queries and keys"
   if net.width % net.heads:

@@ -53,13 +53,15 @@ def main() -> int:
   import numpy as np
 
   from experiments import _setup, _tensors
+  from nl_jax.models import incontext
   from nl_jax.train import checkpoint, files
 
   config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
   net = _setup.model(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   params = jax.tree.map(np.asarray, params)
-  reason, about, tensors = _form(config, net, params)
+  base = net.base if isinstance(net, incontext.InContextModel) else net
+  reason, about, tensors = _form(config, base, params)
   files.make_workdir(out)
   origin = {"format": "pt", "step": str(step), "workdir": _WORKDIR.value}
   _tensors.write(out / _tensors.MODEL, tensors, _DTYPE.value, origin)
@@ -69,6 +71,8 @@ def main() -> int:
   files.write_json(out / _CONFIG, about)
   if reason:
     print(f"by our own names, as no Hugging Face model: {reason}")
+  elif base is not net:
+    print("as it begins a text: there, no level learns in context")
   print(
     f"{about['model_type']} at step {step}: {len(tensors)} tensors in {out}"
   )
@@ -99,7 +103,8 @@ def _form(
     about = {"model_type": "nl_jax", "config": _setup.plain(config)}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return reason, about, {sharding.path_name(p): x for p, x in leaves}
-  about, tensors = _pretrained.revert(net, params)
+  base = {key: x for key, x in params.items() if key != "in_context"}
+  about, tensors = _pretrained.revert(net, base)
   about["max_position_embeddings"] = config.data.sequence_length
   about["torch_dtype"] = _DTYPE.value
   return "", about | _kept(config, about["model_type"]), tensors
