@@ -74,7 +74,7 @@ PARAMETERS = (
   (_MIXER + r"w_dt", ("head_dim", "heads")),
   (_MIXER + r"A_log", ("heads", "mem_in")),
   (_MIXER + r"w_(a|beta)", ("embed", "heads")),
-  (_MIXER + r"(A_log|dt_bias)", ("heads",)),
+  (_MIXER + r"(A_log|dt_bias|erase|correction)", ("heads",)),
   (_MIXER + r"(static_)?gate/w_(eta|alpha|beta)", ("embed", "heads")),
   (_MIXER + r"(static_)?gate/b_(eta|alpha|beta)", ("heads",)),
   (_MIXER + r"memory/gate/w_(eta|alpha)", ("heads", "head_dim")),

@@ -1,4 +1,4 @@
-"""Builders of the delta-rule baselines: DeltaNet and Gated DeltaNet.
+"""Builders of the delta-rule baselines: DeltaNet, Gated DeltaNet and Comba.
 
 Matrix memories that learn by the delta rule, with a plain feed-forward block;
 definitions and shapes: model.md sections 6 and 7.2.
@@ -18,6 +18,14 @@ def deltanet(size: str, arg: str) -> ConfigDict:
 def gated_deltanet(size: str, arg: str) -> ConfigDict:
   """Gated DeltaNet at a scale."""
   return _delta("gated_deltanet", size, arg, output_gate=True)
+
+
+def comba(size: str, arg: str) -> ConfigDict:
+  """Comba at a scale."""
+  config = _delta("comba", size, arg, output_gate=True)
+  # Start of D_h in the reads q - D_h p; its authors: 1, or 0.02 when small.
+  config.model.memory.correction = 1.0
+  return config
 
 
 def _delta(arch: str, size: str, arg: str, output_gate: bool) -> ConfigDict:

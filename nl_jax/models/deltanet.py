@@ -1,15 +1,21 @@
-"""DeltaNet and Gated DeltaNet: matrix memories that learn by the delta rule.
+"""DeltaNet, Gated DeltaNet, Comba: memories that learn by the delta rule.
 
     q, k, v = SiLU(conv4(x W));  q, k to unit norm;  beta = sigmoid(x W_beta)
     S <- a S + beta k^T (v - k (a S))         a = 1, or gated: exp(log_a) < 1
     log_a = -exp(A_log) softplus(x W_a + dt_bias)
     y = K^-1/2 q S;  out = RMSNorm_V(y) W_o, or (RMSNorm_V(y) * SiLU(x W_g)) W_o
 
-DeltaNet: arXiv 2406.06484; Gated DeltaNet: arXiv 2412.06464 (model.md 6). In
-the words of Nested Learning a linear memory with the objective -<k S, v> and
-delta gradient descent (paper eq. 56): the rule of model.md 2.3 with the
-objective `dot`, the write rate beta and the erase rate a beta. The result does
-not depend on the chunk, so documents may begin anywhere.
+Comba is gated, erases less than it writes and reads with a corrected query:
+
+    p = sigmoid(d) k;   S <- a S + beta k^T (v - p (a S))
+    y = K^-1/2 (q - D p) S;  out = (RMSNorm_V(y) * sigmoid(x W_g)) W_o
+
+DeltaNet: arXiv 2406.06484; Gated DeltaNet: arXiv 2412.06464; Comba: arXiv
+2506.02475 (model.md 6). In the words of Nested Learning a linear memory with
+the objective -<k S, v> and delta gradient descent (paper eq. 56): the rule of
+model.md 2.3 with the objective `dot`, the write rate beta and the erase rate
+a beta. The result does not depend on the chunk, so documents may begin
+anywhere.
 """
 
 import dataclasses
@@ -28,17 +34,24 @@ if TYPE_CHECKING:
 
 _DT_RANGE = (1e-3, 0.1)  # Start of softplus(dt_bias), as in Mamba.
 _A_MAX = 16.0  # A = exp(A_log) starts uniform in (0, 16).
+_NAMES = {
+  "deltanet": "DeltaNet",
+  "gated_deltanet": "Gated DeltaNet",
+  "comba": "Comba",
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-  """The switches of both.
+  """The switches of all three.
 
   Attributes:
     value_dim: V, value width of a head; 0 = the key width K.
-    output_gate: a gate SiLU(x W_g) before the output kernel.
+    output_gate: a gate SiLU(x W_g), in Comba sigmoid(x W_g), before the
+      output kernel.
     allow_neg_eigval: beta in (0, 2) instead of (0, 1), so that a memory can
       change the sign of what it holds.
+    correction: start of D, of Comba alone.
     chunk: tokens that are computed at once; no part of the function.
     remat_group: chunks whose intermediates are recomputed together.
   """
@@ -46,6 +59,7 @@ class Options:
   value_dim: int = 0
   output_gate: bool = False
   allow_neg_eigval: bool = False
+  correction: float = 0.0
   chunk: int = 64
   remat_group: int = 4
 
@@ -83,7 +97,11 @@ class DeltaState(NamedTuple):
 
 
 def _gated(model: "lm.LanguageModel") -> bool:
-  return model.arch == "gated_deltanet"
+  return model.arch != "deltanet"
+
+
+def _corrected(model: "lm.LanguageModel") -> bool:
+  return model.arch == "comba"
 
 
 def _value_dim(model: "lm.LanguageModel") -> int:
@@ -97,9 +115,15 @@ def _widths(model: "lm.LanguageModel") -> dict[str, int]:
 
 
 def check(model: "lm.LanguageModel") -> None:
-  """DeltaNet's heads fill the width; Gated DeltaNet's may be any number."""
+  """DeltaNet's heads fill the width; those of the others may be any number."""
   if not _gated(model):
     layers.check_heads(model)
+  if model.memory.correction and not _corrected(model):
+    raise ValueError(
+      f"model.arch={model.arch!r} corrects no query, got model.memory."
+      f"correction={model.memory.correction}: set it to 0, or use "
+      "model.arch='comba'"
+    )
 
 
 def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
@@ -108,7 +132,8 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   Returns:
     w_q, w_k (D,HK), w_v (D,HV), w_beta (D,H), w_o (HV,D), conv_q, conv_k
     (4,HK), conv_v (4,HV), norm {scale (V,)}; with `output_gate` w_g (D,HV);
-    gated: w_a (D,H), A_log, dt_bias (H,).
+    gated: w_a (D,H), A_log, dt_bias (H,); Comba: erase, correction (H,), d
+    and D of the equations.
   """
   widths, heads = _widths(model), (model.width, model.heads)
   keys = iter(jax.random.split(key, 12))
@@ -122,6 +147,9 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   if _gated(model):
     params["w_a"] = layers.normal(next(keys), heads)
     params |= _decay_init(next(keys), model.heads)
+  if _corrected(model):
+    params["erase"] = jnp.ones((model.heads,))
+    params["correction"] = jnp.full((model.heads,), model.memory.correction)
   std = layers.residual_std(model.layers)
   params["w_o"] = layers.normal(next(keys), (widths["v"], model.width), std)
   params["norm"] = {"scale": jnp.ones((_value_dim(model),))}
@@ -172,14 +200,19 @@ def apply(
     segment_ids,
   )
   start = _start(model, state.memory.w["w"].dtype)
-  k_BxTxHxK = layers.l2_norm(z["k"])
-  q_BxTxHxK = layers.l2_norm(z["q"]) * model.head_dim**-0.5
+  q_BxTxHxK, k_BxTxHxK = layers.l2_norm(z["q"]), layers.l2_norm(z["k"])
+  v_BxTxHxV, gate = z["v"], jax.nn.silu
+  if _corrected(model):
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxV = _correct(
+      params, q_BxTxHxK, k_BxTxHxK, v_BxTxHxV
+    )
+    gate = jax.nn.sigmoid
   y_BxTxHxV, fast, metrics = linear.update(
     start,
     state.memory,
-    q_BxTxHxK,
+    q_BxTxHxK * model.head_dim**-0.5,
     k_BxTxHxK,
-    z["v"],
+    v_BxTxHxV,
     _gates(params, x_BxTxD, model),
     rule=model.memory.rule,
     segment_ids=segment_ids,
@@ -188,9 +221,25 @@ def apply(
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
   y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)
   if model.memory.output_gate:
-    y_BxTxHV *= jax.nn.silu(layers.dense(x_BxTxD, params["w_g"]))
+    y_BxTxHV *= gate(layers.dense(x_BxTxD, params["w_g"]))
   out = layers.dense(y_BxTxHV, params["w_o"])
   return out, DeltaState(convs, fast), {"memory": metrics}
+
+
+def _correct(
+  params: types.Params, q: types.Array, k: types.Array, v: types.Array
+) -> tuple[types.Array, types.Array, types.Array]:
+  """q, k, v [B,T,H,.] of the delta rule that is Comba's.
+
+  With s = sigmoid(d): k^T (v - s k S) = k'^T (v' - k' S) for k' = sqrt(s) k,
+  v' = v / sqrt(s).
+  """
+  # Deviation: s scales unit keys; where keys are made unit after it, as in
+  # flash-linear-attention, it cancels and nothing learns it.
+  head = lambda name: params[name].astype(k.dtype)[None, None, :, None]
+  s = jax.nn.sigmoid(head("erase"))
+  q = q - head("correction") * s * k
+  return q, jnp.sqrt(s) * k, v.astype(k.dtype) / jnp.sqrt(s)
 
 
 def _start(model: "lm.LanguageModel", dtype: jnp.dtype) -> types.Params:
@@ -242,18 +291,21 @@ def alignment(model: "lm.LanguageModel") -> int:
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
-  """DeltaNet 4 D² + D H + 12 D + K, gated about 6 D² at V = 2 K, one layer."""
+  """DeltaNet 4 D² + D H + 12 D + K, gated about 6 D² at V = 2 K, one layer.
+
+  Comba: 2 H more than gated.
+  """
   D, H, widths = model.width, model.heads, _widths(model)
   count = (D + layers.CONV_WIDTH) * sum(widths.values()) + D * H
   count += D * widths["v"] * (1 + model.memory.output_gate) + _value_dim(model)
-  return count + (D * H + 2 * H) * _gated(model)
+  return count + (D * H + 2 * H) * _gated(model) + 2 * H * _corrected(model)
 
 
 def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The matrix memory; it has no parameters of its own."""
   return [
     card.Row(
-      name="Gated DeltaNet" if _gated(model) else "DeltaNet",
+      name=_NAMES[model.arch],
       kind="memory",
       chunk=1,
       bptt=None,

@@ -33,6 +33,7 @@ from nl_jax.models import (
 )  # fmt: skip
 
 MIXERS = {
+  "comba": deltanet,
   "deltanet": deltanet,
   "gated_deltanet": deltanet,
   "hope": hope,

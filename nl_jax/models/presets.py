@@ -94,8 +94,15 @@ SHAPES = {
     "760m": Shape(12, 128, (4352,), chunk=64),
     "1b3": Shape(16, 128, (5632,), chunk=64),
   },
-  # HK = 3/4 D and V = 2 K, as its authors have it.
+  # HK = 3/4 D and V = 2 K, as the authors of both have it.
   "gated_deltanet": {
+    "smoke": Shape(3, 16, (124,), chunk=8, value_dim=32),
+    "tiny": Shape(3, 32, (254,), chunk=16, value_dim=64),
+    "340m": Shape(6, 128, (2112,), chunk=64, value_dim=256),
+    "760m": Shape(9, 128, (3328,), chunk=64, value_dim=256),
+    "1b3": Shape(12, 128, (4288,), chunk=64, value_dim=256),
+  },
+  "comba": {
     "smoke": Shape(3, 16, (124,), chunk=8, value_dim=32),
     "tiny": Shape(3, 32, (254,), chunk=16, value_dim=64),
     "340m": Shape(6, 128, (2112,), chunk=64, value_dim=256),

@@ -83,6 +83,10 @@ MODELS = {
   ),
   "retnet": lambda: _shaped("retnet", retnet.Options(chunk=8)),
   "samba": lambda: _shaped("samba", samba.Options(window=16, chunk=8)),
+  "comba": lambda: _shaped(
+    "comba",
+    deltanet.Options(chunk=8, value_dim=32, output_gate=True, correction=1.0),
+  ),
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
   ),

@@ -1,0 +1,18 @@
+"""Comba (arXiv 2506.02475) at the scale 340m.
+
+Unstated in the paper: shapes, optimizer, data; ours here.
+Parameters: 340.1M in total.
+Tokens: 15B tokens, 2^19 a step, sequences of 4096.
+Chunks and periods: the delta rule, at each token (computed 64 at once); no
+CMS.
+Command: python -m experiments.lm --config=comba_340m
+Hardware: a TPU slice; not run.
+Expected: no row in the paper; ours: not run.
+"""
+
+from experiments.configs import _delta
+
+
+def get_config(arg: str = "") -> _delta.ConfigDict:
+  """See above; `smoke` in arg gives the test size."""
+  return _delta.comba("340m", arg)
