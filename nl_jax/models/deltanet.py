@@ -203,7 +203,7 @@ def apply(
   q_BxTxHxK, k_BxTxHxK = layers.l2_norm(z["q"]), layers.l2_norm(z["k"])
   v_BxTxHxV, gate = z["v"], jax.nn.silu
   if _corrected(model):
-    q_BxTxHxK, k_BxTxHxK, v_BxTxHxV = _correct(
+    q_BxTxHxK, k_BxTxHxK, v_BxTxHxV = closed_loop(
       params, q_BxTxHxK, k_BxTxHxK, v_BxTxHxV
     )
     gate = jax.nn.sigmoid
@@ -226,13 +226,21 @@ def apply(
   return out, DeltaState(convs, fast), {"memory": metrics}
 
 
-def _correct(
+def closed_loop(
   params: types.Params, q: types.Array, k: types.Array, v: types.Array
 ) -> tuple[types.Array, types.Array, types.Array]:
-  """q, k, v [B,T,H,.] of the delta rule that is Comba's.
+  """What the delta rule is fed with to be Comba's.
 
   With s = sigmoid(d): k^T (v - s k S) = k'^T (v' - k' S) for k' = sqrt(s) k,
-  v' = v / sqrt(s).
+  v' = v / sqrt(s), and q' = q - D s k reads.
+
+  Args:
+    params: erase, correction [H], d and D.
+    q, k: [B,T,H,K], unit.
+    v: [B,T,H,V].
+
+  Returns:
+    q', k', v'.
   """
   # Deviation: s scales unit keys; where keys are made unit after it, as in
   # flash-linear-attention, it cancels and nothing learns it.
