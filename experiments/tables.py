@@ -1,0 +1,112 @@
+"""Renders stored results as a Markdown table, next to the paper's rows.
+
+    python -m experiments.tables --results=runs/a/table1_300.json,runs/b
+    python -m experiments.tables --results=runs/a --plot=sweep.png
+
+A folder stands for all results of experiments.table1 below it. Nothing is
+scored: what is shown is in the files. --plot draws each column over the steps
+of the checkpoints that were scored, a curve a run.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import _main
+
+_RESULTS = flags.DEFINE_list("results", [], "Result files, or folders of them.")
+_PLOT = flags.DEFINE_string("plot", "", "A picture of the sweep, to be made.")
+
+
+def main() -> int:
+  """Runs the command; returns its exit status."""
+  if not _RESULTS.value:
+    raise ValueError("--results is required: result files, or folders of them")
+  from experiments import _table1
+
+  paths = [path for name in _RESULTS.value for path in _paths(name)]
+  results = [_table1.read(path) for path in paths]
+  print("\n".join(_markdown(results)))
+  if _PLOT.value:
+    _draw(results, pathlib.Path(_PLOT.value))
+    _main.say(f"picture: {_PLOT.value}")
+  return _main.DONE
+
+
+def _paths(name: str) -> list[pathlib.Path]:
+  """A file, or the results of a folder, oldest step first."""
+  path = pathlib.Path(name)
+  if not path.is_dir():
+    return [path]
+  found = sorted(path.glob("**/table1_*.json"), key=_order)
+  if not found:
+    raise FileNotFoundError(
+      f"no results (table1_*.json) in {path}: `python -m experiments.table1` "
+      "makes them"
+    )
+  return found
+
+
+def _order(path: pathlib.Path) -> tuple[str, int, str]:
+  step = path.stem.removeprefix("table1_")
+  return str(path.parent), int(step) if step.isdigit() else 0, step
+
+
+def _markdown(results: Sequence[Mapping[str, Any]]) -> list[str]:
+  """The table of all results and the paper's rows, and what it is of."""
+  from nl_jax.eval import report
+
+  shown, printed = [], []
+  for result in results:
+    row, others = report.reference(result)
+    shown += [report.ours(result), report.errors(result)]
+    printed += [x for x in ([row] if row else []) + others if x not in printed]
+  notes = []
+  for result in results:
+    for note in report.footer(result):
+      notes += [note] if note not in notes else []
+  return [
+    report.markdown([*shown, *map(report.paper, printed)]),
+    "",
+    *(f"- {n}" for n in notes),
+  ]
+
+
+def _draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
+  """A panel a column, a curve a run, and the printed value where one is."""
+  from experiments import _report_charts as charts
+  from nl_jax.eval import report, table
+
+  runs: dict[str, list[Mapping[str, Any]]] = {}
+  for result in results:
+    model = result["model"]
+    runs.setdefault(model["workdir"] or model["config"], []).append(result)
+  panels = []
+  for column in table.COLUMNS:
+    curves = []
+    for number, (name, of_run) in enumerate(runs.items()):
+      of_run = sorted(of_run, key=lambda result: result["model"]["step"])
+      found = [(r["model"]["step"], table.cells(r).get(column.key))
+               for r in of_run]  # fmt: skip
+      points = [(step, cell.value) for step, cell in found if cell]
+      if points:
+        xs, ys = map(list, zip(*points))
+        curves.append(charts.Curve(name, xs, ys, number))
+        row, _ = report.reference(of_run[0])
+        if row and len(xs) > 1:
+          value = row.values[column.key]
+          label = f"{row.model} {row.size}, {row.source}"
+          ends = [xs[0], xs[-1]]
+          curves.append(charts.Curve(label, ends, [value] * 2, number, 1))
+    log = column.scale == 1.0
+    panels.append(charts.Panel(column.title, "step", curves, log))
+  panels = [panel for panel in panels if panel.curves]
+  if not panels:
+    raise ValueError("--plot: no result has a number to draw")
+  charts.png(panels, "Table 1 over training", path)
+
+
+if __name__ == "__main__":
+  _main.run(main)
