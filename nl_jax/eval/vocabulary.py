@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -47,8 +48,10 @@ class Vocabulary(seqio.Vocabulary):
     return self._tokenizer.decode(ids)
 
   def _encode_tf(self, s: tf.Tensor) -> tf.Tensor:
-    def encode(text: bytes) -> Any:
-      return self._tokenizer.encode(text.decode("utf-8"))
+    def encode(text: Any) -> np.ndarray:
+      # Bytes, or an array of no axes that holds them.
+      content = np.asarray(text, object).item()
+      return self._tokenizer.encode(content.decode("utf-8"))
 
     ids = tf.numpy_function(encode, [s], tf.int32, stateful=False)
     ids.set_shape([None])
