@@ -32,6 +32,7 @@ _DEV = [
   "ruff>=0.9",
   "jaxtyping>=0.3",
 ]
+_EVAL = ["seqio>=0.0.20,<0.1"]  # Brings TensorFlow.
 _HF = ["datasets>=3.0"]  # Folders of Hugging Face `save_to_disk`.
 
 _KERNELS = ["nl_jax.kernels"] + [
@@ -48,10 +49,11 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["nl_jax", "nl_jax.*"]) + _KERNELS,
   package_dir={"nl_jax.kernels": "kernels"},
+  package_data={"nl_jax.eval": ["*.csv"]},  # The published rows.
   install_requires=_BASE,
   extras_require={
     "train": _TRAIN,
-    "eval": [*_TRAIN, "seqio>=0.0.20"],  # Brings TensorFlow.
+    "eval": [*_TRAIN, *_EVAL],
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     "hf": [*_TRAIN, *_HF],
