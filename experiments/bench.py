@@ -227,6 +227,13 @@ def data() -> list[dict]:
   return _bench_data.run(_Stepper("hope_tiny"), 256, 8)
 
 
+def eval_() -> list[dict]:
+  """Scoring against training's forward pass; data sets of a full run."""
+  from experiments import _bench_eval
+
+  return _bench_eval.run(least_seconds)
+
+
 SUITES = {
   "memories": memories,
   "steps": steps,
@@ -234,6 +241,7 @@ SUITES = {
   "compile": compile_seconds,
   "optimizers": optimizers,
   "data": data,
+  "eval": eval_,
 }
 _SUITE = flags.DEFINE_list(
   "suite", ["memories", "steps", "temporaries", "compile"],
