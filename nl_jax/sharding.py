@@ -35,8 +35,9 @@ LOGICAL = {
   "chunk": None,
 }
 
-# Samba's mixer is a layer and the mixer of the next.
-_MIXER = r"blocks/mixer/((mamba|attention)/)?"
+# Samba's mixer is a layer and the mixer of the next; those of Titans with
+# attention have two branches.
+_MIXER = r"blocks/mixer/((mamba|attention|lmm)/)?"
 _LEVEL = r"blocks/(mixer/)?cms/\w+/"
 
 # (pattern of the whole path, axes); `layer` stands before those in blocks/.
@@ -44,7 +45,7 @@ PARAMETERS = (
   (r"embed", ("vocab", "embed")),
   (r"head", ("embed", "vocab")),
   (
-    r"(blocks/(mixer|mixer/attention)_norm|final_norm)/scale",
+    r"(blocks/(mixer|mixer/(attention|lmm))_norm|final_norm)/scale",
     ("act_embed",),
   ),
   (_LEVEL + r"norm/scale", ("act_embed",)),
@@ -56,6 +57,7 @@ PARAMETERS = (
   (_MIXER + r"w_o", ("heads", "embed")),
   (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
   (_MIXER + r"([qk]_)?norm/scale", ("head_dim",)),
+  (_MIXER + r"persistent", ("chunk", "act_embed")),
   # TTT.
   (_MIXER + r"w_qk", ("embed", "heads")),
   (_MIXER + r"w_lr", ("embed", "heads")),
@@ -89,7 +91,7 @@ PARAMETERS = (
 
 # Of a model that learns in context: by where in its state they stand.
 _LAYERS = r"layers/((slow|begin|now)/)?"
-_CONVS = _LAYERS + r"(mamba/)?convs/\w+/"
+_CONVS = _LAYERS + r"((mamba|lmm)/)?convs/\w+/"
 _CACHE = _LAYERS + r"(attention/)?"
 _FAST = r"levels/\w+/(params|start|gradient|gathered|rule/(\w+/)*)/?"
 
@@ -104,8 +106,8 @@ STATES = (
     ("heads", "level", "mem_in", "mem_out"),
   ),
   (_LAYERS + r"memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (_LAYERS + r"memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (_LAYERS + r"memory/(\w+/)?(phase|segment)", ()),
+  (_LAYERS + r"(lmm/)?memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (_LAYERS + r"(lmm/)?memory/(\w+/)?(phase|segment)", ()),
   (_CACHE + r"(keys|values)_BxSxHxK", ("length", "heads", "head_dim")),
   (_CACHE + r"slot_document_BxS", ("length",)),
   (_CACHE + r"\w+_B", ()),

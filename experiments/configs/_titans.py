@@ -18,6 +18,36 @@ def lmm(size: str, arg: str) -> ConfigDict:
   return _common.baseline("titans_lmm", size, shape, memory, learning_rate=None)
 
 
+def mag(size: str, arg: str) -> ConfigDict:
+  """Titans, memory as gate, at a scale."""
+  return _hybrid("titans_mag", size, arg)
+
+
+def mal(size: str, arg: str) -> ConfigDict:
+  """Titans, memory as layer, at a scale."""
+  return _hybrid("titans_mal", size, arg)
+
+
+def mac(size: str, arg: str) -> ConfigDict:
+  """Titans, memory as context, at a scale."""
+  return _hybrid("titans_mac", size, arg)
+
+
+def _hybrid(arch: str, size: str, arg: str) -> ConfigDict:
+  """A memory with attention beside it; preset B's rate, as HOPE."""
+  size = _common.size_of(size, arg)
+  shape = presets.SHAPES[arch][size]
+  memory = _memory(shape)
+  memory.persistent = 4  # Learned tokens that all attend to; ours, unstated.
+  if arch == "titans_mac":
+    memory.segment = shape.window  # Tokens that attend to each other; ours.
+  else:
+    memory.window = shape.window  # Tokens that each attends to; ours.
+  if arch != "titans_mal":
+    memory.mag_gate = "sigmoid"  # Of the memory's output; or silu, linear.
+  return _common.baseline(arch, size, shape, memory, learning_rate=None)
+
+
 def _memory(shape: presets.Shape) -> ConfigDict:
   """The group `model.memory`: `models.titans.Options`."""
   return ConfigDict(

@@ -29,6 +29,8 @@ from nl_jax.models import (
   retnet,
   samba,
   titans,
+  titans_mag,
+  titans_mal,
   ttt,
 )  # fmt: skip
 
@@ -41,6 +43,8 @@ MIXERS = {
   "retnet": retnet,
   "samba": samba,
   "titans_lmm": titans,
+  "titans_mag": titans_mag,
+  "titans_mal": titans_mal,
   "transformer": attention,
   "ttt_linear": ttt,
   "ttt_mlp": ttt,

@@ -132,6 +132,29 @@ SHAPES = {
     "760m": Shape(24, 64, (3776,), 128, 16),
     "1b3": Shape(32, 64, (4864,), 128, 16),
   },
+  # Attention beside the memory; M = 4 K, and 2 K at the small sizes.
+  "titans_mag": {
+    "smoke": Shape(4, 16, (36,), 32, 8, window=16),
+    "tiny": Shape(4, 32, (82,), 64, 16, window=64),
+    "340m": Shape(16, 64, (896,), 256, 16, window=1024),
+    "760m": Shape(24, 64, (1600,), 256, 16, window=1024),
+    "1b3": Shape(32, 64, (2048,), 256, 16, window=1024),
+  },
+  "titans_mal": {
+    "smoke": Shape(4, 16, (36,), 32, 8, window=16),
+    "tiny": Shape(4, 32, (82,), 64, 16, window=64),
+    "340m": Shape(16, 64, (896,), 256, 16, window=1024),
+    "760m": Shape(24, 64, (1600,), 256, 16, window=1024),
+    "1b3": Shape(32, 64, (2048,), 256, 16, window=1024),
+  },
+  # Here a window is a segment.
+  "titans_mac": {
+    "smoke": Shape(4, 16, (36,), 32, 8, window=16),
+    "tiny": Shape(4, 32, (82,), 64, 16, window=64),
+    "340m": Shape(16, 64, (896,), 256, 16, window=1024),
+    "760m": Shape(24, 64, (1600,), 256, 16, window=1024),
+    "1b3": Shape(32, 64, (2048,), 256, 16, window=1024),
+  },
   # K = 128, M = K, C = 64: the parameters and state of K = 64, M = 2K at half
   # the time of a step (model.md 9).
   "hope": {

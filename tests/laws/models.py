@@ -12,6 +12,8 @@ from nl_jax.models import (
   retnet,
   samba,
   titans,
+  titans_mag,
+  titans_mal,
   ttt,
 )  # fmt: skip
 
@@ -89,6 +91,12 @@ MODELS = {
   ),
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
+  ),
+  "titans_mag": lambda: _shaped(
+    "titans_mag", titans_mag.Options(chunk=8, hidden=32, window=12)
+  ),
+  "titans_mal": lambda: _shaped(
+    "titans_mal", titans_mal.Options(chunk=8, hidden=32, window=12)
   ),
   "ttt_linear": lambda: _shaped("ttt_linear", ttt.Options(chunk=8)),
   "ttt_mlp": lambda: _shaped(

@@ -1,0 +1,367 @@
+"""What Titans with attention beside its memory share (arXiv 2501.00663).
+
+The long-term memory is `titans`, whole. Here: the short-term branch, softmax
+attention with RoPE whose queries see a bounded past and, all of them, N learned
+*persistent tokens* P; and how two branches become one output:
+
+    out = n1(y) * gate(n2(m)),   n an RMSNorm with a learned vector scale
+
+The three variants are `titans_mag` (gate), `titans_mal` (layer) and
+`titans_mac` (context).
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, types
+from nl_jax.kernels.rank_one import segments
+from nl_jax.models import layers, sliding_window, softmax, titans
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+GATES = {
+  "sigmoid": jax.nn.sigmoid,
+  "silu": jax.nn.silu,
+  "linear": lambda x: x,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(titans.Options):
+  """The switches of the memory, and this.
+
+  Attributes:
+    persistent: N, learned tokens that every query attends to; 0: none.
+  """
+
+  # Deviation: P stands before the text for attention alone, not for the
+  # memory, because what reading P would make of its learned start is itself a
+  # learned start; so no call and no packed document has to read P first.
+  persistent: int = 4
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_count("persistent", self.persistent, 0)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+  """Raises ValueError unless `model.memory.<name>` is an integer >= least."""
+  if type(value) is not int or value < least:
+    raise ValueError(
+      f"model.memory.{name} must be an integer >= {least}, got {value!r}"
+    )
+
+
+def check_gate(name: str) -> None:
+  """Raises ValueError for a `mag_gate` that is not known."""
+  if name not in GATES:
+    raise ValueError(
+      f"model.memory.mag_gate must be one of {', '.join(GATES)}; got {name!r}"
+    )
+
+
+def check(model: "lm.LanguageModel") -> None:
+  """Raises ValueError for heads that do not fit the width, or RoPE."""
+  layers.check_heads(model, even=True)
+
+
+class WindowState(NamedTuple):
+  """The last W-1 tokens of each row; it does not grow.
+
+  Attributes:
+    keys_BxSxHxK: rotated keys, the newest last; S = W-1.
+    values_BxSxHxK: their values.
+    slot_document_BxS: int32, 1 for tokens of the current document, else 0.
+    segment_B: int32, the segment id of the last token; 0 before the first.
+    position_B: int32, tokens of the current document so far.
+  """
+
+  keys_BxSxHxK: types.Array
+  values_BxSxHxK: types.Array
+  slot_document_BxS: types.Array
+  segment_B: types.Array
+  position_B: types.Array
+
+
+class HybridState(NamedTuple):
+  """What a layer of two branches carries from call to call.
+
+  Attributes:
+    attention: of the short-term branch.
+    lmm: of the long-term memory.
+  """
+
+  attention: WindowState
+  lmm: titans.TitansState
+
+
+def init(
+  key: types.Array, model: "lm.LanguageModel", norms: tuple[str, ...]
+) -> types.Params:
+  """Parameters of one layer.
+
+  Args:
+    key: of the draws.
+    model: shapes and switches.
+    norms: branches whose output is normalised.
+
+  Returns:
+    attention {w_q, w_k, w_v (D,HK), w_o (HK,D)}, lmm (of `titans.init`),
+    <branch>_norm {scale (D,)} for each of norms, persistent (N,D) unless N is
+    0.
+  """
+  lmm_key, persistent_key, *keys = jax.random.split(key, 6)
+  D, std = model.width, layers.residual_std(model.layers)
+  attention = {
+    f"w_{name}": layers.normal(one, (D, D)) for name, one in zip("qkv", keys)
+  }
+  attention["w_o"] = layers.normal(keys[3], (D, D), std)
+  params = {"attention": attention, "lmm": titans.init(lmm_key, model)}
+  for name in norms:
+    params[f"{name}_norm"] = {"scale": jnp.ones((D,))}
+  if model.memory.persistent:
+    shape = (model.memory.persistent, D)
+    params["persistent"] = layers.normal(persistent_key, shape)
+  return params
+
+
+def project(
+  kernels: types.Params,
+  names: str,
+  x_BxTxD: types.Array,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, ...]:
+  """[B,T,H,K] for each letter of names, out of q, k and v."""
+  shape = (*x_BxTxD.shape[:2], model.heads, model.head_dim)
+  return tuple(
+    layers.dense(x_BxTxD, kernels[f"w_{name}"]).reshape(shape) for name in names
+  )
+
+
+def attend(
+  params: types.Params,
+  q_BxTxHxK: types.Array,
+  k: types.Array,
+  v: types.Array,
+  mask_BxTxS: types.Array,
+  first: int,
+  model: "lm.LanguageModel",
+) -> types.Array:
+  """Softmax attention over the persistent tokens and some others.
+
+  Args:
+    params: of `init`.
+    q_BxTxHxK: rotated queries.
+    k, v: [B,S,H,K], the others, keys rotated.
+    mask_BxTxS: bool, which of these a query sees.
+    first: position that the last persistent token stands before.
+    model: shapes and switches.
+
+  Returns:
+    y_BxTxHxK, without meaning for a query that sees nothing.
+  """
+  count = model.memory.persistent
+  if count:
+    P_1xNxD = params["persistent"][None].astype(q_BxTxHxK.dtype)
+    own_k, own_v = project(params["attention"], "kv", P_1xNxD, model)
+    places = first - count + jnp.arange(count, dtype=jnp.int32)
+    own_k = layers.rope(own_k, places[None])
+    before = lambda own, x: jnp.concatenate(
+      [jnp.broadcast_to(own, (x.shape[0], *own.shape[1:])), x], axis=1
+    )
+    k, v = before(own_k, k), before(own_v, v)
+    always = [(0, 0), (0, 0), (count, 0)]
+    mask_BxTxS = jnp.pad(mask_BxTxS, always, constant_values=True)
+  return softmax.attention(q_BxTxHxK, k, v, mask_BxTxS[:, None])
+
+
+def project_out(
+  params: types.Params, y_BxTxHxK: types.Array, real_BxT: types.Array
+) -> types.Array:
+  """y w_o [B,T,D], of zeros at padding."""
+  y_BxTxHxK = jnp.where(real_BxT[:, :, None, None], y_BxTxHxK, 0)
+  y_BxTxHK = y_BxTxHxK.reshape(*real_BxT.shape, -1)
+  return layers.dense(y_BxTxHK, params["attention"]["w_o"])
+
+
+def window(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  state: WindowState | None,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, WindowState]:
+  """Attention of each token to itself, W-1 before it, and P.
+
+  P stands at positions -N to -1 of every document, whose own begin at 0.
+
+  Args:
+    params: of `init`.
+    x_BxTxD: input.
+    state: to go on from; None at the start of a sequence.
+    segment_ids: int32 [B,T], 0 is padding; None continues the document.
+    model: shapes and switches.
+
+  Returns:
+    y_BxTxD and the state after the call.
+  """
+  batch, tokens, _ = x_BxTxD.shape
+  if state is None:
+    state = empty_window(batch, model, x_BxTxD.dtype)
+  ids = segment_ids
+  if ids is None:
+    ids = jnp.maximum(state.segment_B, 1)[:, None]
+    ids = jnp.broadcast_to(ids, (batch, tokens))
+  real = ids > 0
+  document, position = _places(ids, state)
+  q, k, v = project(params["attention"], "qkv", x_BxTxD, model)
+  q, k = layers.rope(q, position), layers.rope(k, position)
+  keys, last_keys = sliding_window.lay(state.keys_BxSxHxK, k, real)
+  values, last_values = sliding_window.lay(state.values_BxSxHxK, v, real)
+  documents, slots = sliding_window.lay(
+    state.slot_document_BxS, jnp.where(real, document, 0), real
+  )
+  y = _band(params, q, keys, values, document, documents, model)
+  at = jnp.max(jnp.where(real, jnp.arange(tokens)[None], 0), axis=1)[:, None]
+  last = lambda new, old: jnp.where(
+    real.any(axis=1), jnp.take_along_axis(new, at, axis=1)[:, 0], old
+  )
+  state = WindowState(
+    last_keys,
+    last_values,
+    (slots == document[:, -1:]).astype(jnp.int32),
+    last(ids, state.segment_B),
+    last(position + 1, state.position_B),
+  )
+  return project_out(params, y, real), state
+
+
+def _places(
+  ids: types.Array, state: WindowState
+) -> tuple[types.Array, types.Array]:
+  """[B,T]: documents, 1 the carried one, and positions in them."""
+  index = segments.running_index(ids, state.segment_B)
+  rank = jnp.cumsum(ids > 0, axis=1, dtype=jnp.int32) - 1  # Of real tokens.
+  before = jnp.pad(index[:, :-1], [(0, 0), (1, 0)])
+  start = jnp.where(index != before, rank, -state.position_B[:, None])
+  return index + 1, rank - jax.lax.cummax(start, axis=1)
+
+
+def _band(
+  params: types.Params,
+  q_BxTxHxK: types.Array,
+  k: types.Array,
+  v: types.Array,
+  document_BxT: types.Array,
+  key_document: types.Array,
+  model: "lm.LanguageModel",
+) -> types.Array:
+  """`attend` along a band, in blocks of at most W queries.
+
+  As `sliding_window.attend`, where token t stands at W-1+t of k and v; but its
+  softmax has no place for keys that all queries see.
+  """
+  batch, tokens = document_BxT.shape
+  block = min(tokens, model.memory.window)
+  count = -(-tokens // block)
+  extra = count * block - tokens
+  pad = lambda x, n: jnp.pad(x, [(0, 0), (0, n)] + [(0, 0)] * (x.ndim - 2))
+
+  def spans(x: types.Array) -> types.Array:
+    """[B count,S,...]: block i reads what stands at i block and after."""
+    if count == 1:
+      return x
+    # Here block = W: a span is two blocks, its last place seen by none.
+    x = pad(x, extra + 1).reshape((batch, count + 1, block) + x.shape[2:])
+    x = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
+    return x.reshape((batch * count,) + x.shape[2:])
+
+  k, v, key_document = spans(k), spans(v), spans(key_document)
+  queries = lambda x: pad(x, extra).reshape((-1, block) + x.shape[2:])
+  ahead = jnp.arange(k.shape[1])[None] - jnp.arange(block)[:, None]
+  mask = ((ahead >= 0) & (ahead < model.memory.window))[None]
+  mask &= queries(document_BxT)[:, :, None] == key_document[:, None]
+  y = attend(params, queries(q_BxTxHxK), k, v, mask, 0, model)
+  return y.reshape((batch, count * block) + y.shape[2:])[:, :tokens]
+
+
+def empty_window(
+  batch_size: int, model: "lm.LanguageModel", dtype: jnp.dtype
+) -> WindowState:
+  """The window at the start of a sequence."""
+  slots = (batch_size, model.memory.window - 1)
+  cache = jnp.zeros((*slots, model.heads, model.head_dim), dtype)
+  clock = jnp.zeros((batch_size,), jnp.int32)
+  return WindowState(cache, cache, jnp.zeros(slots, jnp.int32), clock, clock)
+
+
+def init_state(
+  params: types.Params,
+  batch_size: int,
+  length: int,
+  *,
+  model: "lm.LanguageModel",
+) -> HybridState:
+  """The state of one layer at the start of a sequence; no use of `length`."""
+  dtype = layers.activation_dtype(model.dtype, params)
+  return HybridState(
+    empty_window(batch_size, model, dtype),
+    titans.init_state(params["lmm"], batch_size, length, model=model),
+  )
+
+
+def normed(
+  params: types.Params, branch: str, x: types.Array, model: "lm.LanguageModel"
+) -> types.Array:
+  """RMSNorm of a branch's output, with its own scale."""
+  scale = params[f"{branch}_norm"]["scale"]
+  return layers.rms_norm(x, scale, model.norm_epsilon)
+
+
+def alignment(model: "lm.LanguageModel") -> int:
+  """The memory's chunk: documents begin at its edges."""
+  return titans.alignment(model)
+
+
+def parameter_count(model: "lm.LanguageModel", norms: int) -> int:
+  """4 D² + (N + norms) D, and the memory's, of one layer."""
+  D = model.width
+  own = 4 * D * D + (model.memory.persistent + norms) * D
+  return own + titans.parameter_count(model)
+
+
+def rows(model: "lm.LanguageModel", name: str, slots: int) -> list[card.Row]:
+  """The memory and the attention beside it.
+
+  Args:
+    model: shapes and switches.
+    name: of the attention's row.
+    slots: bytes of its state, over all layers.
+  """
+  long_term = titans.rows(model)[0]
+  size = long_term.state_bytes - slots
+  return [
+    dataclasses.replace(long_term, state_bytes=size),
+    card.Row(
+      name=name,
+      kind="attention",
+      chunk=card.NONPARAMETRIC,
+      objective="softmax regression",
+      rule="append",
+      transfer="nonparametric",
+      state_bytes=slots,
+    ),
+  ]
+
+
+def window_rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """`rows` of a layer with a window."""
+  state = jax.eval_shape(lambda: empty_window(1, model, model.dtype))
+  size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
+  name = f"attention to {model.memory.window}"
+  return rows(model, name, size * model.layers)
