@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
 from typing import Any, NamedTuple
 
 import jax
@@ -42,7 +43,6 @@ class Asked:
   """The flags of the command; see experiments/table1.py."""
 
   workdir: str
-  step: int | None
   data_dir: str
   tasks: tuple[str, ...]
   limit: int
@@ -79,6 +79,12 @@ class Loaded(NamedTuple):
   tokenizer: Any
 
 
+def _say(text: str) -> None:
+  """A line on stderr, once however many processes there are."""
+  if jax.process_index() == 0:
+    _main.say(text)
+
+
 def require_seqio() -> None:
   """Raises ValueError where seqio or TensorFlow is not installed."""
   if not evaluate.has_seqio():
@@ -90,6 +96,7 @@ def require_seqio() -> None:
 
 def run(
   asked: Asked,
+  step: int | None,
   chosen: tuple[str, Any] | None,
   others: Sequence[Mapping[str, Any]],
 ) -> int:
@@ -97,11 +104,12 @@ def run(
 
   Args:
     asked: the flags.
+    step: of the checkpoint; None: the newest.
     chosen: name and config of a model with random weights, or None.
     others: results to show below.
   """
   begin = time.monotonic()
-  loaded = _random(*chosen) if chosen else _trained(asked)
+  loaded = _random(*chosen) if chosen else _trained(asked, step)
   out = _out(asked, loaded)
   tokenizers.check_vocabulary(loaded.tokenizer, loaded.net.vocab_size)
   scorer = scoring.Scorer(
@@ -127,17 +135,20 @@ def run(
   return _status(result)
 
 
-def _trained(asked: Asked) -> Loaded:
+def _trained(asked: Asked, step: int | None) -> Loaded:
   workdir = pathlib.Path(asked.workdir)
   if not workdir.is_dir():
     raise ValueError(f"no folder {workdir}: give the --workdir of a run")
   config = _setup.from_plain(checkpoint.read_config(asked.workdir))
+  # As training has it: a sweep over checkpoints compiles once.
+  cache = str(workdir / "compilation_cache")
+  jax.config.update("jax_compilation_cache_dir", cache)
   net, mesh = _setup.model(config), sharding.mesh()
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(
-    asked.workdir, net, step=asked.step, mesh=mesh
+    asked.workdir, net, step=step, mesh=mesh
   )
-  _main.say(f"{config.model.arch} at step {step} of {workdir}")
+  _say(f"{config.model.arch} at step {step} of {workdir}")
   name = workdir.resolve().name
   return Loaded(name, config, net, params, mesh, step, tokenizer)
 
@@ -150,7 +161,7 @@ def _random(name: str, config: _setup.ConfigDict) -> Loaded:
   shardings = sharding.param_shardings(shapes, mesh)
   init = jax.jit(net.init, out_shardings=shardings)
   params = init(jax.random.key(config.train.seed))
-  _main.say(f"no --workdir: random weights of {name}, which is what chance is")
+  _say(f"no --workdir: random weights of {name}, which is what chance is")
   return Loaded(name, config, net, params, mesh, 0, tokenizer)
 
 
@@ -235,7 +246,7 @@ def _score(
         continue
       prepared.append(one._replace(name=shown))
       for warning in one.loaded.warnings:
-        _main.say(f"{shown}: {warning}")
+        _say(f"{shown}: {warning}")
   with _Progress() as bar:
     score = lambda pairs: scorer(loaded.params, pairs, bar.show)
     through = evaluate.through_seqio(prepared, loaded.tokenizer)
@@ -249,13 +260,13 @@ def _told(name: str, result: evaluate.Result) -> evaluate.Result:
   """The result of a task, after its line."""
   record = result.record
   if "error" in record:
-    _main.say(f"{name}: failed: {record['error']}")
+    _say(f"{name}: failed: {record['error']}")
     return result
   shown = ", ".join(
     f"{key} {_figure(x['value'])} ± {_figure(x['stderr'])}"
     for key, x in record["metrics"].items()
   )
-  _main.say(
+  _say(
     f"{name}: {record['n_docs']:,} documents, {record['n_rows']:,} rows in "
     f"{record['seconds']:.1f} s: {shown}"
   )
@@ -300,6 +311,11 @@ def _about(
       "sequence_length": net.sequence_length,
       "tokens_trained": loaded.step * _setup.tokens_per_step(loaded.config),
       "workdir": asked.workdir,
+      "checkpoint": (
+        f"{asked.workdir}/{files.CHECKPOINTS}/{loaded.step}"
+        if asked.workdir
+        else ""
+      ),
       "step": loaded.step,
       "weights_sha256": (
         stream.weights_hash(loaded.params) if one_process else ""
@@ -339,7 +355,8 @@ def _about(
 def _versions() -> dict[str, Any]:
   """Of libraries and of the code."""
   about = environment.describe()
-  versions = about["versions"] | evaluate.versions()
+  more = {name: metadata.version(name) for name in ("nl_jax", "numpy")}
+  versions = about["versions"] | more | evaluate.versions()
   return {"versions": versions, "git": about["git"], "dirty": _dirty()}
 
 
@@ -452,4 +469,4 @@ class _Progress:
     self._bar.update(self._task, completed=done, total=total)
     if self._plain and time.monotonic() - self._told > _PATIENCE:
       self._told = time.monotonic()
-      _main.say(f"{self._name}: {done:,} of {total:,} rows")
+      _say(f"{self._name}: {done:,} of {total:,} rows")

@@ -27,7 +27,9 @@ _DATA = flags.DEFINE_string(
   "data_dir", os.environ.get("NL_DATA", ""),
   "Folder of the tasks' files; default the variable NL_DATA.",
 )  # fmt: skip
-_STEP = flags.DEFINE_string("step", "latest", "Which checkpoint.")
+_STEP = flags.DEFINE_list(
+  "step", ["latest"], "Which checkpoint; several give a result file each."
+)
 _TASKS = flags.DEFINE_list("tasks", [], "Some of the nine; default all.")
 _LIMIT = flags.DEFINE_integer(
   "limit", 0, "Documents a task; 0: all.", lower_bound=0
@@ -83,7 +85,6 @@ def main() -> int:
   _table1.require_seqio()
   asked = _table1.Asked(
     workdir=_WORKDIR.value or "",
-    step=_step(),
     data_dir=_DATA.value,
     tasks=tuple(_TASKS.value),
     limit=_LIMIT.value,
@@ -97,9 +98,11 @@ def main() -> int:
     out=_OUT.value,
     command=shlex.join(["python", "-m", "experiments.table1", *sys.argv[1:]]),
   )
+  steps = _steps()
   others = [_table1.read(path) for path in _ALL.value]
   logging.set_verbosity(logging.WARNING)
-  return _table1.run(asked, _chosen(), others)
+  found = {_table1.run(asked, step, _chosen(), others) for step in steps}
+  return found.pop() if len(found) == 1 else _main.PARTLY_FAILED
 
 
 def _chosen() -> tuple[str, object] | None:
@@ -109,12 +112,14 @@ def _chosen() -> tuple[str, object] | None:
   return _flags.chosen_name(), flags.FLAGS.config
 
 
-def _step() -> int | None:
-  if _STEP.value == "latest":
-    return None
-  if not _STEP.value.isdigit():
-    raise ValueError(f"--step must be a number or latest, got {_STEP.value!r}")
-  return int(_STEP.value)
+def _steps() -> list[int | None]:
+  """The checkpoints asked for; None is the newest."""
+  for step in _STEP.value:
+    if step != "latest" and not step.isdigit():
+      raise ValueError(f"--step must be a number or latest, got {step!r}")
+  if len(_STEP.value) > 1 and (_OUT.value or _SAMPLES.value):
+    raise ValueError("--out and --save_samples are of one --step; give one")
+  return [None if step == "latest" else int(step) for step in _STEP.value]
 
 
 def _windows() -> tuple[int, ...]:

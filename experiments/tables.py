@@ -63,15 +63,26 @@ def _markdown(results: Sequence[Mapping[str, Any]]) -> list[str]:
     row, others = report.reference(result)
     shown += [report.ours(result), report.errors(result)]
     printed += [x for x in ([row] if row else []) + others if x not in printed]
-  notes = []
-  for result in results:
-    for note in report.footer(result):
-      notes += [note] if note not in notes else []
-  return [
-    report.markdown([*shown, *map(report.paper, printed)]),
-    "",
-    *(f"- {n}" for n in notes),
+  notes = _notes(results)
+  table = report.markdown([*shown, *map(report.paper, printed)])
+  return [table, "", *(f"- {note}" for note in notes)]
+
+
+def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
+  """What the numbers are of; what is not of all results names its own."""
+  from nl_jax.eval import report
+
+  by_result = [(report.label(r), report.footer(r)) for r in results]
+  shared = [
+    note for note in by_result[0][1] if all(note in x for _, x in by_result)
   ]
+  own = [
+    f"{name}: {note}"
+    for name, notes in by_result
+    for note in notes
+    if note not in shared
+  ]
+  return own + shared
 
 
 def _draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:

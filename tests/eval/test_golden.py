@@ -111,6 +111,62 @@ def test_the_raw_file_has_the_pages(data_dir):
   assert sum(len(r.text) for r in asked) == 1_238_432
 
 
+# acc and acc_norm of a model whose logits are all equal: the fewest tokens win.
+CONSTANT = {
+  "piqa": (0.534, 0.484),
+  "winogrande": (0.496, 0.496),
+  "arc_easy": (0.245, 0.266),
+  "arc_challenge": (0.192, 0.272),
+  "social_iqa": (0.320, None),
+  "boolq": (0.378, None),
+}
+
+
+@pytest.mark.parametrize("task", list(CONSTANT))
+def test_a_model_without_opinion(task, data_dir):
+  """Equal logits over bytes; by its length, up to a tie of floats."""
+
+  def score(pairs):
+    lls = [-len(targets) * float(np.log(259)) for _, targets in pairs]
+    return scoring.Scores(lls, [False] * len(lls))
+
+  tokenizer = tokenizers.Bytes()
+  try:
+    made = evaluate.prepare(task, data_dir, tokenizer, protocol(4096))
+  except FileNotFoundError as error:
+    pytest.skip(str(error))
+  if made.loaded.sha256 != FROZEN["real"][task]["file"]:
+    pytest.skip(f"{made.loaded.path} is another file than the frozen one")
+  metrics, _ = evaluate.direct(made, score)
+  for name, value in zip(("acc", "acc_norm"), CONSTANT[task]):
+    if name in metrics:
+      assert metrics[name] == pytest.approx(value, abs=6e-4 + 1 / 1172)
+
+
+@pytest.mark.parametrize("task", ["wikitext", "hellaswag"])
+def test_a_real_model_scores_the_same_in_the_harness(task, folder, monkeypatch):
+  """Live: the harness calls the model row by row, without padding."""
+  pytest.importorskip("lm_eval")
+  for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+    monkeypatch.setenv(name, "1")
+  from tests.eval import test_scoring
+  from tests.golden import lm_eval as harness
+
+  model, params = test_scoring.made("hope_linear")
+  alone = lambda inputs, targets: test_scoring.plain(
+    model, params, (np.array(inputs), np.array(targets))
+  )
+  few = documents.write(folder / "few", [task],
+                        **{task: documents.DOCS[task][:1]})  # fmt: skip
+  path = few / f"{task}.jsonl"
+  theirs = harness.ask(task, path, harness.Model(alone, length=96))
+  scorer = scoring.Scorer(model, 259, test_scoring.mesh())
+  made = evaluate.prepare(task, few, tokenizers.Bytes(), protocol(96))
+  ours, _ = evaluate.direct(made, lambda pairs: scorer(params, pairs))
+  for name, value in theirs.items():
+    assert ours[name] == pytest.approx(value, rel=1e-5), name
+
+
 @pytest.mark.parametrize("task", TASKS)
 def test_the_harness_itself_agrees(task, folder, monkeypatch):
   """Live, where it is installed, with a model of another shape of scores."""

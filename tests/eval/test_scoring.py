@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from nl_jax import sharding
-from nl_jax.eval import scoring
+from nl_jax.data import tokenizers
+from nl_jax.eval import encoding, evaluate, scoring
+from tests.eval import documents
 from tests.laws.models import MODELS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -102,6 +104,25 @@ def test_greedy_by_hand():
   np.testing.assert_allclose(lls[0], 2 * right, rtol=1e-6)
   np.testing.assert_allclose(lls[1], 2 * right - 2, rtol=1e-6)
   assert lls[3] == 0
+
+
+def test_chance_is_what_it_must_be(tmp_path):
+  """Logits that are all 0, and weights that were never trained."""
+  model, params = made("transformer")
+  documents.write(tmp_path, ["wikitext"])
+  protocol = encoding.Protocol(96, 96, prefix_id=1)
+  one = evaluate.prepare("wikitext", tmp_path, tokenizers.Bytes(), protocol)
+  score = scorer("transformer")
+  zero = jax.tree.map(jnp.zeros_like, params)
+  found, _ = evaluate.direct(one, lambda pairs: score(zero, pairs))
+  tokens = sum(row.about["tokens"] for row in one.rows.rows)
+  words = sum({r.about["doc_id"]: r.about["words"]
+               for r in one.rows.rows}.values())  # fmt: skip
+  assert found["token_perplexity"] == pytest.approx(VOCAB, rel=1e-5)
+  nats = tokens / words * np.log(VOCAB)
+  assert np.log(found["word_perplexity"]) == pytest.approx(nats, rel=1e-6)
+  found, _ = evaluate.direct(one, lambda pairs: score(params, pairs))
+  assert VOCAB / 2 < found["token_perplexity"] < VOCAB * 2
 
 
 def test_order_batches_and_devices_change_no_score():

@@ -29,8 +29,11 @@ def folder(tmp_path_factory):
   """A trained run `t`, and the invented documents in `data`."""
   place = tmp_path_factory.mktemp("table1")
   documents.write(place / "data")
-  (done,) = forked.run([[*TRAIN, "--workdir=t"]], place)
-  assert done.returncode == 0, done.stderr
+  for done in forked.run([
+    [*TRAIN, "--workdir=t"],
+    [*TRAIN, "--workdir=w", "--config.checkpoint.every=1"],
+  ], place):  # fmt: skip
+    assert done.returncode == 0, done.stderr
   return place
 
 
@@ -42,8 +45,10 @@ def test_the_table_of_a_run(folder):
     ["tables", "--results=t", "--plot=sweep.png"],
     ["table1", "--config=transformer_tiny:smoke", "--data_dir=data",
      "--tasks=piqa", "--limit=2", "--all=t/table1_2.json", "--out=r.json"],
+    ["table1", "--workdir=w", "--step=1,2", "--data_dir=data",
+     "--tasks=boolq"],
   ], folder)  # fmt: skip
-  scored, again, rendered, random = results
+  scored, again, rendered, random, sweep = results
   assert scored.returncode == 0, scored.stderr
   result = json.loads((folder / "t" / "table1_2.json").read_text())
   assert result["finished"] and result["protocol"]["wiki_max_length"] == [
@@ -75,6 +80,10 @@ def test_the_table_of_a_run(folder):
   assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
   assert random.returncode == 0, random.stderr
   assert "random weights" in random.stdout and "t, step 2" in random.stdout
+  assert sweep.returncode == 0, sweep.stderr
+  for step in (1, 2):
+    swept = json.loads((folder / "w" / f"table1_{step}.json").read_text())
+    assert swept["model"]["tokens_trained"] == 512 * step
   made = json.loads((folder / "r.json").read_text())
   assert made["model"]["random_init"] and made["tasks"]["piqa"]["limit"] == 2
 
