@@ -627,17 +627,17 @@ class InContextModel:
       at, begin, now, buffer, out, offset_B = held
       x, ids_tokens, ids, learn = (take(part, offset_B) for part in call)
       more = offset_B < end_B
+      blank = jnp.zeros_like(more)
       if by_document:
-        before = _segment(buffer)
+        # Micro-chunks end with their document; what is between is no part.
+        blank = ids[:, 0] == 0
+        inside = jnp.cumprod(ids == ids[:, :1], axis=1, dtype=jnp.int32)
+        before, more = _segment(buffer), more & ~blank
         new = more & (before > 0) & (ids[:, 0] != before)
         anew = jax.vmap(lambda _: self._start(params))(jnp.arange(batch))
         at = _choose(new, anew, at)
         buffer = jax.tree.map(lambda x: _where_rows(~new, x, 0), buffer)
         begin = _choose(new, now, begin, axis=1)
-        # A micro-chunk ends with its document.
-        inside = jnp.cumprod(
-          (ids == ids[:, :1]) | (ids == 0), axis=1, dtype=jnp.int32
-        ).sum(axis=1)
       due = more & (buffer.phase_B == C)
       at, begin, buffer = jax.lax.cond(
         jnp.any(due),
@@ -645,15 +645,18 @@ class InContextModel:
         lambda at, begin, now, buffer, *_: (at, begin, buffer),
         *(at, begin, now, buffer, due, ids_tokens[:, 0], ids[:, 0]),
       )
-      size_B = jnp.minimum(end_B - offset_B, C - buffer.phase_B)
-      size_B = jnp.clip(size_B, 0, width)
+      room_B = jnp.where(blank, width, C - buffer.phase_B)
+      size_B = jnp.clip(jnp.minimum(end_B - offset_B, room_B), 0, width)
       if by_document:
-        size_B = jnp.minimum(size_B, inside)
+        size_B = jnp.minimum(size_B, inside.sum(axis=1, dtype=jnp.int32))
       real = jnp.arange(width)[None] < size_B[:, None]
       ids = jnp.where(real, ids, 0)
       y, now, metrics = self._forward(params, at, now, x, ids)
-      buffer = _append(buffer, (x, ids_tokens, ids, learn), size_B)
-      place = jnp.where(real, offset_B[:, None] + jnp.arange(width), tokens)
+      added_B = jnp.where(blank, 0, size_B)
+      buffer = _append(buffer, (x, ids_tokens, ids, learn), added_B)
+      place = jnp.where(
+        real, offset_B[:, None] + jnp.arange(width)[None], tokens
+      )
       out = out.at[rows, place].set(y, mode="drop")
       return (at, begin, now, buffer, out, offset_B + size_B), metrics
 
@@ -801,7 +804,7 @@ def _append(
   """
   real = new[2] > 0
   rows = jnp.arange(real.shape[0])[:, None]
-  place = buffer.phase_B[:, None] + jnp.arange(real.shape[1])
+  place = buffer.phase_B[:, None] + jnp.arange(real.shape[1])[None]
   place = jnp.where(real, place, buffer.ids_BxC.shape[1])
   put = lambda old, x: old.at[rows, place].set(x, mode="drop")
   parts = [put(old, x) for old, x in zip(buffer[:4], new)]

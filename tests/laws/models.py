@@ -7,6 +7,7 @@ from nl_jax.models import (
   attention,
   cms,
   deltanet,
+  incontext,
   layers,
   lm,
   retnet,
@@ -101,5 +102,20 @@ MODELS = {
   "ttt_linear": lambda: _shaped("ttt_linear", ttt.Options(chunk=8)),
   "ttt_mlp": lambda: _shaped(
     "ttt_mlp", ttt.Options(chunk=8, base_lr=0.1, pre_conv=False)
+  ),
+  # Micro-chunks of half a memory's chunk, and of a quarter of the reach.
+  "hope_incontext": lambda: incontext.InContextModel(
+    _model("hope", **_DELTA),
+    incontext.Options(chunks=(4, 8), rates=(0.3, 0.3), reset="document"),
+  ),
+  "hope_attention_incontext": lambda: incontext.InContextModel(
+    _shaped(
+      "hope_attention", attention.Options(window=14),
+      dataclasses.replace(_LEVELS, variant="nested"),
+    ),
+    incontext.Options(
+      chunks=(5, 10), rates=(0.3, 0.3), fast_layers=2, targets="next",
+      rule="momentum", nested_meta="reptile",
+    ),
   ),
 }  # fmt: skip
