@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 _FIELDS = ("update_norm", "memory_norm", "inner_loss")
 
@@ -17,7 +18,9 @@ class Trace(NamedTuple):
     ends: tokens read at the end of each chunk.
     nats: of each token; the first has none: NaN.
     levels: by memory: means over a chunk's tokens, layers and heads of
-      `update_norm`, `memory_norm` and `inner_loss`, [chunks] each.
+      `update_norm`, `memory_norm` and `inner_loss`, [chunks] each. By level
+      that learns in context: norms of its change in the chunk and of its
+      weights, and the surprise that it learns from.
   """
 
   ends: list[int]
@@ -35,7 +38,7 @@ def trace(net: Any, params: Any, ids_T: np.ndarray) -> Trace:
   Raises:
     ValueError: fewer tokens than a chunk.
   """
-  size = max(1, min(_chunks(net), default=1))
+  size = min(chunks(net).values())
   count = len(ids_T) // size
   if not count:
     raise ValueError(
@@ -57,12 +60,31 @@ def trace(net: Any, params: Any, ids_T: np.ndarray) -> Trace:
     }
     return state, logits[:, -1], nats, means
 
+  @jax.jit
+  def norms(state: Any, after: Any, nats: jax.Array) -> dict:
+    theta = lambda state: {
+      f"cms/{name}": at.params
+      for name, at in getattr(state, "levels", {}).items()
+    }
+    old, new = theta(state), theta(after)
+    moved = jax.tree.map(jnp.subtract, new, old)
+    return {
+      name: {
+        "update_norm": optax.tree.norm(moved[name]),
+        "memory_norm": optax.tree.norm(new[name]),
+        "inner_loss": jnp.nanmean(nats),
+      }
+      for name in new
+    }
+
   state = net.init_state(params, 1, count * size)
   before = jnp.full((1, net.vocab_size), jnp.nan)
   ends, nats, levels = [], [], {}
   for i in range(count):
     ids = jnp.asarray(ids_T[i * size : (i + 1) * size], jnp.int32)[None]
+    old = state
     state, before, some, means = read(state, before, ids)
+    means |= norms(old, state, some)
     ends.append((i + 1) * size)
     nats.append(np.asarray(some)[0])
     for name, values in means.items():
@@ -72,9 +94,13 @@ def trace(net: Any, params: Any, ids_T: np.ndarray) -> Trace:
   return Trace(ends, np.concatenate(nats), levels)
 
 
-def _chunks(net: Any) -> list[int]:
-  rows = net.levels()[0]
-  return [row.chunk for row in rows if row.kind == "memory" and row.chunk > 1]
+def chunks(net: Any) -> dict[str, int]:
+  """Tokens between two updates of the levels that change while it reads."""
+  return {
+    row.name: row.chunk
+    for row in net.levels()[0]
+    if row.state_bytes and row.chunk > 1
+  }
 
 
 def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
@@ -85,7 +111,8 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
   lanes, norms, surprise = figure.subplots(
     3, 1, sharex=True, gridspec_kw={"height_ratios": [1.2, 1, 1]}
   )
-  still = [row.name for row in net.levels()[0] if row.kind != "memory"]
+  moving = chunks(net)
+  still = [row.name for row in net.levels()[0] if row.name not in moving]
   names = [*shown.levels, *still]
   for place, name in enumerate(names):
     norm = shown.levels.get(name, {}).get("update_norm", [])

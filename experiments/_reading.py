@@ -133,7 +133,7 @@ def read(
   done = Result()
   by_period: dict[int, list[str]] = {}
   for row in net.levels()[0]:
-    if row.kind == "memory" and row.chunk > 1:
+    if row.state_bytes and row.chunk > 1:
       by_period.setdefault(row.chunk, []).append(row.name)
   done.chunks = {
     "; ".join(names): (period, np.zeros((_PLACES, 2)))

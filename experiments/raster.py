@@ -38,7 +38,7 @@ def main() -> int:
 
   config = _setup.from_plain(checkpoint.read_config(str(workdir)))
   net = _setup.model(config)
-  if not any(row.kind == "memory" for row in net.levels()[0]):
+  if not _raster.chunks(net):
     raise ValueError(
       f"model.arch={config.model.arch!r} has no memory that changes while it "
       "reads; draw a model of memories, such as hope"

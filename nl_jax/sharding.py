@@ -91,8 +91,9 @@ PARAMETERS = (
 
 # Of a model that learns in context: by where in its state they stand.
 _LAYERS = r"layers/((slow|begin|now)/)?"
-_CONVS = _LAYERS + r"((mamba|lmm)/)?convs/\w+/"
-_CACHE = _LAYERS + r"(attention/)?"
+_CONVS = _LAYERS + r"(((mamba|lmm|segment/s)/)?convs/\w+|recall)/"
+_CACHE = _LAYERS + r"(attention/|segment/s/cache/)?"
+_FAR = _LAYERS + r"((lmm/)?memory|segment)/"
 _FAST = r"levels/\w+/(params|start|gradient|gathered|rule/(\w+/)*)/?"
 
 # The state of a language model: axes after `layer` and `batch`.
@@ -106,11 +107,15 @@ STATES = (
     ("heads", "level", "mem_in", "mem_out"),
   ),
   (_LAYERS + r"memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (_LAYERS + r"(lmm/)?memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (_LAYERS + r"(lmm/)?memory/(\w+/)?(phase|segment)", ()),
-  (_CACHE + r"(keys|values)_BxSxHxK", ("length", "heads", "head_dim")),
+  (_FAR + r"(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (_LAYERS + r"segment/s/(anchor|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (_FAR + r"(\w+/)?(phase|segment)", ()),
+  (
+    _CACHE + r"(recall_)?(keys|values)_BxSxHxK",
+    ("length", "heads", "head_dim"),
+  ),
   (_CACHE + r"slot_document_BxS", ("length",)),
-  (_CACHE + r"\w+_B", ()),
+  (_LAYERS + r"((attention|segment/s)/)?\w+_B", ()),
   # Fast weights of feed-forward levels, split as the slow ones over `tensor`.
   (_FAST + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
   (_FAST + r"w_down", ("layer", "mlp", "act_embed")),
@@ -174,10 +179,14 @@ def spec(*names: str | None) -> P:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-  """Lays an activation out by its logical names; x itself without a mesh."""
+  """Lays an activation out by its logical names; x itself without a mesh.
+
+  An axis of one is not split: a row of a batch, where rows are mapped over.
+  """
   if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
     return x
-  return jax.lax.with_sharding_constraint(x, spec(*names))
+  split = [None if n == 1 else name for n, name in zip(x.shape, names)]
+  return jax.lax.with_sharding_constraint(x, spec(*split))
 
 
 def path_name(path: Sequence[Any]) -> str:

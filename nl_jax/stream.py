@@ -400,7 +400,8 @@ def model_hash(model: lm.LanguageModel) -> str:
   Not in it: `sequence_length` and `remat`, which change no number of it.
   """
   values = dataclasses.asdict(model)
-  values = {k: v for k, v in values.items() if k not in _FREE}
+  for name in _FREE:  # Of the model inside, where levels learn in context.
+    values.get("base", values).pop(name)
   text = json.dumps(values, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -457,7 +458,7 @@ def detach(state: lm.LMState) -> lm.LMState:
 
 
 def _batch_axis(path: Any) -> int:
-  """Leaves of layers are [L,B,...], the position is [B]."""
+  """Leaves of layers are [L,B,...], the others [B,...]."""
   return 1 if path[0].name == "layers" else 0
 
 
@@ -469,12 +470,14 @@ def _slots(model: lm.LanguageModel, state: lm.LMState) -> int | None:
 
 
 def _clocks(state: lm.LMState) -> dict[str, list[int]]:
-  """Each row's place in the open chunks, of the first layer."""
-  return {
-    name: [int(x) for x in np.asarray(leaf)[0]]
-    for name, leaf in _named(state)
-    if name.endswith("phase") and leaf.ndim == 2
-  }
+  """Each row's place in the open chunks: of memories, in the first layer."""
+  clocks = {}
+  for name, leaf in _named(state):
+    if name.endswith(("phase", "clock", "phase_B")):
+      rows = np.asarray(leaf)
+      rows = rows[0] if name.startswith("layers/") else rows
+      clocks[name] = [int(x) for x in rows]
+  return clocks
 
 
 def _describe(tree: Any) -> dict[str, str]:

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
 from nl_jax.memory import self_modifying
-from nl_jax.models import cms, lm
+from nl_jax.models import attention, cms, incontext, lm
 from nl_jax.train import optimizer, step
 from nl_jax.train import state as state_lib
 
@@ -49,6 +49,10 @@ MODELS = {
     cms=cms.CMSConfig(("a", "b"), (32, 32), (0, 0), variant="independent"),
   ),
   "transformer": model("transformer", cms=cms.CMSConfig(widths=(64,))),
+  "incontext": incontext.InContextModel(
+    model("hope_attention", memory=attention.Options(window=8)),
+    incontext.Options(chunks=(4,), rates=(0.3,), rule="momentum"),
+  ),
 }
 
 
@@ -96,7 +100,9 @@ def test_every_parameter_has_one_rule(name):
     assert len(axes) == leaf.ndim
 
 
-@pytest.mark.parametrize("name", ["hope", "hope_linear", "transformer"])
+@pytest.mark.parametrize(
+  "name", ["hope", "hope_linear", "transformer", "incontext"]
+)
 def test_every_state_has_one_rule(name):
   m = MODELS[name]
   params = jax.eval_shape(m.init, jax.random.key(0))
@@ -199,6 +205,7 @@ def two_steps(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
   ("name", "sizes"),
   [
     ("hope", dict(replica=2, fsdp=2, tensor=2)),
+    ("incontext", dict(replica=2, fsdp=2, tensor=2)),
     ("transformer", dict(fsdp=4, tensor=2)),
     ("transformer", dict(fsdp=2, sequence=2, tensor=2)),
   ],
