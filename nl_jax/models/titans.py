@@ -163,29 +163,55 @@ def apply(
     y_BxTxD, the state after the call, and sums over real tokens for the level
     "memory", leaves [B,H].
   """
-  options, fresh = model.memory, state is None
+  fresh = state is None
   if fresh:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
-  z, convs = layers.short_convs(
+  return advance(
     params,
     x_BxTxD,
-    PROJECTED,
-    model.heads,
     None if fresh else state.convs,
+    state.memory,
     segment_ids,
+    model=model,
+    at_edge=fresh,
+  )
+
+
+def advance(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  convs: dict[str, layers.ConvState] | None,
+  fast: memory.MemoryState,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+  at_edge: bool = False,
+) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
+  """`apply` from parts of a state.
+
+  Args:
+    params, x_BxTxD, segment_ids, model: as `apply`.
+    convs: windows of the short convolutions; None at the start of a sequence.
+    fast: fast weights and their clocks.
+    at_edge: every row stands at the edge of a chunk, and documents of the call
+      begin at such edges: spares the shift to each row's own.
+  """
+  options = model.memory
+  z, convs = layers.short_convs(
+    params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
   y_BxTxHxK, fast, metrics = memory.chunked.update(
     options.forward,
     params["memory"],
-    state.memory,
+    fast,
     layers.l2_norm(z["q"]),
     layers.l2_norm(z["k"]),
     layers.l2_norm(z["v"]) if options.value_norm == "l2" else z["v"],
     gates(params["gate"], x_BxTxD, options),
     rule=options,
     segment_ids=segment_ids,
-    fresh=fresh,
-    aligned=fresh,
+    fresh=at_edge,
+    aligned=at_edge,
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
   y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)

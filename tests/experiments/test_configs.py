@@ -17,7 +17,8 @@ ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
   "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
-  "retnet", "samba", "comba", "titans_mag", "titans_mal",
+  "retnet", "samba", "comba", "titans_mac", "titans_mag",
+  "titans_mal",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from nl_jax.models import (
   retnet,
   samba,
   titans,
+  titans_mac,
   titans_mag,
   titans_mal,
   ttt,
@@ -92,6 +93,9 @@ MODELS = {
   ),
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
+  ),
+  "titans_mac": lambda: _shaped(
+    "titans_mac", titans_mac.Options(chunk=8, hidden=32, segment=16)
   ),
   "titans_mag": lambda: _shaped(
     "titans_mag", titans_mag.Options(chunk=8, hidden=32, window=12)
