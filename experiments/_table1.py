@@ -122,12 +122,11 @@ def run(
   protocol = _protocol(asked, loaded)
   windows = asked.windows or _default_windows(loaded.net.sequence_length)
   result = _about(asked, loaded, protocol, windows)
-  for name, one in _score(asked, loaded, scorer, protocol, windows):
+  before = _before(out, result)
+  for name, one in _score(asked, loaded, scorer, protocol, windows, before):
     result["tasks"][name] = one.record
     _finish(result, scorer, begin)
     _keep(asked, out, result, name, one)
-  result["finished"] = True
-  _keep(asked, out, result)
   if jax.process_index() == 0:
     print(report.text(report.lines(result, others)))
     print("\n" + "\n".join(report.footer(result)))
@@ -166,21 +165,46 @@ def _random(name: str, config: _setup.ConfigDict) -> Loaded:
 
 
 def _out(asked: Asked, loaded: Loaded) -> pathlib.Path:
-  """Where the result goes; a finished one is not written over."""
+  """Where the result goes."""
   place = f"table1_{loaded.step}.json"
   if not asked.workdir:
     place = f"table1_{loaded.name.replace(':', '_')}_random.json"
   path = pathlib.Path(asked.out or pathlib.Path(asked.workdir) / place)
   if path.is_dir():
     raise ValueError(f"--out={path} is a folder; give it a file")
-  if path.exists():
-    before = read(path)
-    if before["finished"]:
-      raise ValueError(
-        f"{path} holds a finished result; give another --out or move it away"
-      )
-  path.parent.mkdir(parents=True, exist_ok=True)
   return path
+
+
+def _before(
+  path: pathlib.Path, result: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+  """Tasks that an earlier start of the command has scored.
+
+  They stay in the result, so that tasks can be added and failed ones repeated.
+
+  Raises:
+    ValueError: the file is of other weights or of another protocol.
+  """
+  if not path.exists():
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return {}
+  earlier = read(path)
+  if _identity(earlier) != _identity(result):
+    raise ValueError(
+      f"{path} holds a result of other weights or settings; give another "
+      "--out or move it away"
+    )
+  tasks = earlier["tasks"]
+  result["tasks"] = {k: x for k, x in tasks.items() if "error" not in x}
+  return dict(result["tasks"])
+
+
+def _identity(result: Mapping[str, Any]) -> Any:
+  """What two results must share to be one."""
+  free = ("batch_tokens", "buckets")  # They change no number.
+  protocol = {k: x for k, x in result["protocol"].items() if k not in free}
+  weights = [result["model"][key] for key in ("weights_sha256", "step")]
+  return protocol, weights, result["tokenizer"]["sha256"]
 
 
 def read(path: str | os.PathLike) -> dict[str, Any]:
@@ -227,6 +251,7 @@ def _score(
   scorer: scoring.Scorer,
   protocol: encoding.Protocol,
   windows: Sequence[int],
+  before: Mapping[str, dict[str, Any]],
 ) -> Iterator[tuple[str, evaluate.Result]]:
   """The result of each task, as it comes."""
   prepared = []
@@ -244,9 +269,16 @@ def _score(
       except evaluate.FAILURES as error:
         yield shown, _told(shown, evaluate.failed(error))
         continue
+      kept = before.get(shown, {"sha256": ""})
+      if kept["sha256"] == one.loaded.sha256 and not asked.samples:
+        _say(f"{shown}: was scored before")
+        yield shown, evaluate.Result(kept, [])
+        continue
       prepared.append(one._replace(name=shown))
       for warning in one.loaded.warnings:
         _say(f"{shown}: {warning}")
+  if not prepared:
+    return
   with _Progress() as bar:
     score = lambda pairs: scorer(loaded.params, pairs, bar.show)
     through = evaluate.through_seqio(prepared, loaded.tokenizer)
@@ -284,14 +316,10 @@ def _about(
   windows: Sequence[int],
 ) -> dict[str, Any]:
   """All of a result that is known before a task is scored."""
-  net, config = loaded.net, _setup.plain(loaded.config)
-  total = net.parameter_count()
-  outside = net.vocab_size * net.width * (1 if net.tied else 2)
-  one_process = jax.process_count() == 1
+  tokenizer = loaded.tokenizer
   return {
     "kind": _KIND,
     "schema": SCHEMA,
-    "finished": False,
     "run": {
       "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
       "command": asked.command,
@@ -301,27 +329,7 @@ def _about(
       "hosts": jax.process_count(),
       "machine": platform.machine(),
     },
-    "model": {
-      "config": loaded.name,
-      "arch": net.arch,
-      "resolved": config,
-      "config_sha256": _digest(config),
-      "parameters": total,
-      "parameters_without_embedding": total - outside,
-      "sequence_length": net.sequence_length,
-      "tokens_trained": loaded.step * _setup.tokens_per_step(loaded.config),
-      "workdir": asked.workdir,
-      "checkpoint": (
-        f"{asked.workdir}/{files.CHECKPOINTS}/{loaded.step}"
-        if asked.workdir
-        else ""
-      ),
-      "step": loaded.step,
-      "weights_sha256": (
-        stream.weights_hash(loaded.params) if one_process else ""
-      ),
-      "random_init": not asked.workdir,
-    },
+    "model": _model(asked, loaded),
     "protocol": {
       "mixture": "nl_table1",
       "shots": 0,
@@ -332,23 +340,49 @@ def _about(
       "limit": asked.limit,
       "state_policy": "reset",
       "chunks": {
-        row.name: row.chunk for row in net.levels()[0] if row.kind == "memory"
+        row.name: row.chunk
+        for row in loaded.net.levels()[0]
+        if row.kind == "memory"
       },
-      "dtype": net.dtype,
+      "dtype": loaded.net.dtype,
       "log_softmax_dtype": "float32",
       "batch_tokens": asked.batch_tokens,
       "memorise": asked.memorise,
       "seed": loaded.config.train.seed,
     },
     "tokenizer": {
-      "kind": special.kind(loaded.tokenizer),
-      "name": pathlib.Path(loaded.tokenizer.name).name,
-      "sha256": loaded.tokenizer.fingerprint,
-      "vocab_size": loaded.tokenizer.vocab_size,
-      "model_vocab_size": net.vocab_size,
+      "kind": special.kind(tokenizer),
+      "name": pathlib.Path(tokenizer.name).name,
+      "sha256": tokenizer.fingerprint,
+      "vocab_size": tokenizer.vocab_size,
+      "model_vocab_size": loaded.net.vocab_size,
     },
     "tasks": {},
     "reference": {"version": asked.reference},
+  }
+
+
+def _model(asked: Asked, loaded: Loaded) -> dict[str, Any]:
+  """What is scored: config, size, training so far, weights."""
+  net, config = loaded.net, _setup.plain(loaded.config)
+  total = net.parameter_count()
+  outside = net.vocab_size * net.width * (1 if net.tied else 2)
+  place = f"{asked.workdir}/{files.CHECKPOINTS}/{loaded.step}"
+  one_process = jax.process_count() == 1
+  return {
+    "config": loaded.name,
+    "arch": net.arch,
+    "resolved": config,
+    "config_sha256": _digest(config),
+    "parameters": total,
+    "parameters_without_embedding": total - outside,
+    "sequence_length": net.sequence_length,
+    "tokens_trained": loaded.step * _setup.tokens_per_step(loaded.config),
+    "workdir": asked.workdir,
+    "checkpoint": place if asked.workdir else "",
+    "step": loaded.step,
+    "weights_sha256": stream.weights_hash(loaded.params) if one_process else "",
+    "random_init": not asked.workdir,
   }
 
 

@@ -88,35 +88,45 @@ def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
 def _draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """A panel a column, a curve a run, and the printed value where one is."""
   from experiments import _report_charts as charts
-  from nl_jax.eval import report, table
+  from nl_jax.eval import table
 
   runs: dict[str, list[Mapping[str, Any]]] = {}
-  for result in results:
+  for result in sorted(results, key=lambda result: result["model"]["step"]):
     model = result["model"]
     runs.setdefault(model["workdir"] or model["config"], []).append(result)
-  panels = []
-  for column in table.COLUMNS:
-    curves = []
-    for number, (name, of_run) in enumerate(runs.items()):
-      of_run = sorted(of_run, key=lambda result: result["model"]["step"])
-      found = [(r["model"]["step"], table.cells(r).get(column.key))
-               for r in of_run]  # fmt: skip
-      points = [(step, cell.value) for step, cell in found if cell]
-      if points:
-        xs, ys = map(list, zip(*points))
-        curves.append(charts.Curve(name, xs, ys, number))
-        row, _ = report.reference(of_run[0])
-        if row and len(xs) > 1:
-          value = row.values[column.key]
-          label = f"{row.model} {row.size}, {row.source}"
-          ends = [xs[0], xs[-1]]
-          curves.append(charts.Curve(label, ends, [value] * 2, number, 1))
-    log = column.scale == 1.0
-    panels.append(charts.Panel(column.title, "step", curves, log))
+  panels = [_panel(column, runs) for column in table.COLUMNS]
   panels = [panel for panel in panels if panel.curves]
   if not panels:
     raise ValueError("--plot: no result has a number to draw")
   charts.png(panels, "Table 1 over training", path)
+
+
+def _panel(column: Any, runs: Mapping[str, Sequence[Mapping]]) -> Any:
+  """A column of the table over steps; its title has the marks of its cells."""
+  from experiments import _report_charts as charts
+  from nl_jax.eval import report, table
+
+  curves, marks = {}, ""
+  for number, (name, of_run) in enumerate(runs.items()):
+    cells = [(r["model"]["step"], table.cells(r).get(column.key))
+             for r in of_run]  # fmt: skip
+    points = [(step, cell) for step, cell in cells if cell]
+    if not points:
+      continue
+    xs, ys = [x for x, _ in points], [cell.value for _, cell in points]
+    curves[name] = charts.Curve(name, xs, ys, number)
+    marks += "".join(cell.marks for _, cell in points)
+    row, _ = report.reference(of_run[0])
+    if row and len(xs) > 1:
+      label = f"{row.model} {row.size}, {row.source}"
+      ends, value = [xs[0], xs[-1]], row.values[column.key]
+      curves.setdefault(
+        label, charts.Curve(label, ends, [value] * 2, number, 1)
+      )
+  marked = "".join(mark for mark in table.MARKS if mark in marks)
+  title = f"{column.title} {marked}".strip()
+  log = column.scale == 1.0
+  return charts.Panel(title, "step", list(curves.values()), log)
 
 
 if __name__ == "__main__":

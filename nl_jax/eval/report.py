@@ -88,7 +88,7 @@ def _tokens(row: table.Published) -> str:
 
 def number(value: float) -> str:
   """Two decimals; large perplexities as powers of ten."""
-  return f"{value:.2f}" if abs(value) < 1e5 else f"{value:.2e}"
+  return f"{value:.2f}" if abs(value) < 1e4 else f"{value:.2e}"
 
 
 def footer(result: Mapping[str, Any]) -> list[str]:

@@ -29,11 +29,9 @@ def folder(tmp_path_factory):
   """A trained run `t`, and the invented documents in `data`."""
   place = tmp_path_factory.mktemp("table1")
   documents.write(place / "data")
-  for done in forked.run([
-    [*TRAIN, "--workdir=t"],
-    [*TRAIN, "--workdir=w", "--config.checkpoint.every=1"],
-  ], place):  # fmt: skip
-    assert done.returncode == 0, done.stderr
+  train = [*TRAIN, "--workdir=t", "--config.checkpoint.every=1"]
+  (done,) = forked.run([train], place)
+  assert done.returncode == 0, done.stderr
   return place
 
 
@@ -41,17 +39,18 @@ def folder(tmp_path_factory):
 def test_the_table_of_a_run(folder):
   results = forked.run([
     [*SCORE, "--data_dir=data", "--save_samples", "--wiki_max_length=64,32"],
-    [*SCORE, "--data_dir=data"],
+    [*SCORE, "--data_dir=data", "--wiki_max_length=64,32"],
+    [*SCORE, "--data_dir=data", "--limit=1"],
     ["tables", "--results=t", "--plot=sweep.png"],
     ["table1", "--config=transformer_tiny:smoke", "--data_dir=data",
      "--tasks=piqa", "--limit=2", "--all=t/table1_2.json", "--out=r.json"],
-    ["table1", "--workdir=w", "--step=1,2", "--data_dir=data",
-     "--tasks=boolq"],
+    [*SCORE, "--step=1,2", "--data_dir=data", "--tasks=boolq",
+     "--wiki_max_length=64,32"],
   ], folder)  # fmt: skip
-  scored, again, rendered, random, sweep = results
+  scored, again, other, rendered, random, sweep = results
   assert scored.returncode == 0, scored.stderr
   result = json.loads((folder / "t" / "table1_2.json").read_text())
-  assert result["finished"] and result["protocol"]["wiki_max_length"] == [
+  assert result["protocol"]["wiki_max_length"] == [
     64,
     32,
   ]
@@ -73,8 +72,12 @@ def test_the_table_of_a_run(folder):
   assert table[1].startswith("t, step 2, 1.02k tokens") and "‡" in table[1]
   assert table[2].startswith("± standard error")
   assert "Transformer++ 340M" in table[3] and table[4].startswith("difference")
-  assert again.returncode == 1
-  assert "holds a finished result; give another --out" in last(again)
+  # The same command again only shows what was scored.
+  assert again.returncode == 0, again.stderr
+  assert again.stderr.count("was scored before") == 10
+  assert again.stdout.splitlines()[:4] == table[:4]
+  assert other.returncode == 1
+  assert "holds a result of other weights or settings" in last(other)
   assert rendered.returncode == 0, rendered.stderr
   assert rendered.stdout.startswith("| model | Wiki ppl")
   assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
@@ -82,8 +85,9 @@ def test_the_table_of_a_run(folder):
   assert "random weights" in random.stdout and "t, step 2" in random.stdout
   assert sweep.returncode == 0, sweep.stderr
   for step in (1, 2):
-    swept = json.loads((folder / "w" / f"table1_{step}.json").read_text())
+    swept = json.loads((folder / "t" / f"table1_{step}.json").read_text())
     assert swept["model"]["tokens_trained"] == 512 * step
+    assert len(swept["tasks"]) == (1 if step == 1 else 10)
   made = json.loads((folder / "r.json").read_text())
   assert made["model"]["random_init"] and made["tasks"]["piqa"]["limit"] == 2
 
@@ -97,19 +101,26 @@ def test_tasks_that_fail_leave_the_others(folder):
   some = [*SCORE, "--data_dir=part", "--tasks=piqa,boolq,winogrande"]
   none = [*SCORE, "--data_dir=part", "--tasks=piqa,boolq", "--out=n.json"]
   long = [*SCORE, "--data_dir=data", "--tasks=piqa", "--max_length=9"]
-  some, none, long = forked.run(
-    [[*some, "--out=s.json"], none, [*long, "--out=l.json"]], folder
-  )
+  documents.write(folder / "whole", ["piqa", "boolq", "winogrande"])
+  mended = [*SCORE, "--data_dir=whole", "--tasks=piqa,boolq,winogrande"]
+  some, none, long, mended = forked.run(
+    [[*some, "--out=s.json"], none, [*long, "--out=l.json"],
+     [*mended, "--out=s.json"]], folder
+  )  # fmt: skip
   assert (some.returncode, none.returncode, long.returncode) == (3, 1, 1)
+  assert "part/piqa.jsonl:1: label=-1 is unlabelled" in some.stderr
+  assert "boolq failed: no file boolq.jsonl in part" in some.stdout
+  assert "piqa failed: part/piqa.jsonl:1: label=-1" in some.stdout
+  # Mended, only what failed is scored.
+  assert mended.returncode == 0, mended.stderr
+  assert "winogrande: was scored before" in mended.stderr
   tasks = json.loads((folder / "s.json").read_text())["tasks"]
-  assert tasks["winogrande"]["metrics"]["acc"]["value"] >= 0
-  assert "part/piqa.jsonl:1: label=-1 is unlabelled" in tasks["piqa"]["error"]
-  assert "no file boolq.jsonl in part" in tasks["boolq"]["error"]
-  assert "boolq failed: no file boolq.jsonl" in some.stdout
+  assert {*tasks} == {"winogrande", "piqa", "boolq"}
+  assert all("error" not in task for task in tasks.values())
   assert "data/piqa.jsonl:1: the continuation has 23 tokens, more than " in (
     long.stderr
   )
-  assert all("Traceback" not in x.stderr for x in (some, none, long))
+  assert all("Traceback" not in x.stderr for x in (some, none, long, mended))
 
 
 def test_mistakes_are_one_sentence(folder):
