@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 
 import pytest
 
@@ -41,19 +42,12 @@ def test_the_table_of_a_run(folder):
     [*SCORE, "--data_dir=data", "--save_samples", "--wiki_max_length=64,32"],
     [*SCORE, "--data_dir=data", "--wiki_max_length=64,32"],
     [*SCORE, "--data_dir=data", "--limit=1"],
-    ["tables", "--results=t", "--plot=sweep.png"],
-    ["table1", "--config=transformer_tiny:smoke", "--data_dir=data",
-     "--tasks=piqa", "--limit=2", "--all=t/table1_2.json", "--out=r.json"],
-    [*SCORE, "--step=1,2", "--data_dir=data", "--tasks=boolq",
-     "--wiki_max_length=64,32"],
+    ["tables", "--results=t"],
   ], folder)  # fmt: skip
-  scored, again, other, rendered, random, sweep = results
+  scored, again, other, rendered = results
   assert scored.returncode == 0, scored.stderr
   result = json.loads((folder / "t" / "table1_2.json").read_text())
-  assert result["protocol"]["wiki_max_length"] == [
-    64,
-    32,
-  ]
+  assert result["protocol"]["wiki_max_length"] == [64, 32]
   assert {*result["tasks"]} == {*documents.DOCS, "wikitext_32"}
   piqa = result["tasks"]["piqa"]
   assert piqa["n_docs"] == 3 and piqa["n_docs_expected"] == 1838
@@ -80,16 +74,34 @@ def test_the_table_of_a_run(folder):
   assert "holds a result of other weights or settings" in last(other)
   assert rendered.returncode == 0, rendered.stderr
   assert rendered.stdout.startswith("| model | Wiki ppl")
-  assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+@needs_seqio
+def test_random_weights_and_several_checkpoints(folder):
+  kept = shutil.ignore_patterns("table1_*", "samples")
+  shutil.copytree(folder / "t", folder / "sweep", ignore=kept)
+  few = ["--data_dir=data", "--limit=2"]
+  random, sweep, drawn = forked.run([
+    ["table1", "--config=transformer_tiny:smoke", "--tasks=piqa", *few,
+     "--out=r.json"],
+    ["table1", "--workdir=sweep", "--step=1,2", "--tasks=boolq", *few,
+     "--all=r.json"],
+    ["tables", "--results=sweep,r.json", "--plot=sweep.png"],
+  ], folder)  # fmt: skip
   assert random.returncode == 0, random.stderr
-  assert "random weights" in random.stdout and "t, step 2" in random.stdout
-  assert sweep.returncode == 0, sweep.stderr
-  for step in (1, 2):
-    swept = json.loads((folder / "t" / f"table1_{step}.json").read_text())
-    assert swept["model"]["tokens_trained"] == 512 * step
-    assert len(swept["tasks"]) == (1 if step == 1 else 10)
+  assert "random weights" in random.stdout
   made = json.loads((folder / "r.json").read_text())
   assert made["model"]["random_init"] and made["tasks"]["piqa"]["limit"] == 2
+  assert sweep.returncode == 0, sweep.stderr
+  assert sweep.stdout.count("transformer_tiny:smoke, random weights") == 2
+  for step in (1, 2):
+    path = folder / "sweep" / f"table1_{step}.json"
+    swept = json.loads(path.read_text())
+    assert swept["model"]["tokens_trained"] == 512 * step
+    assert {*swept["tasks"]} == {"boolq"}
+  assert drawn.returncode == 0, drawn.stderr
+  assert drawn.stdout.count(" step ") >= 2 and "random" in drawn.stdout
+  assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
 @needs_seqio
