@@ -39,7 +39,17 @@ def run(least_seconds: Callable[[Mapping], Mapping[str, float]]) -> list[dict]:
 
   Args:
     least_seconds: of `experiments.bench`.
+
+  Raises:
+    ValueError: seqio is not installed.
   """
+  from nl_jax.eval import evaluate
+
+  if not evaluate.has_seqio():
+    raise ValueError(
+      "--suite=eval builds data sets with seqio: run `pip install -c "
+      "requirements.txt -e '.[eval]'`"
+    )
   rows = [
     _scoring(name, least_seconds) for name in ("transformer_tiny", "hope_tiny")
   ]
@@ -91,13 +101,7 @@ def _scoring(name: str, least_seconds: Callable) -> dict:
 def _building() -> list[dict]:
   """Seconds and GB of building the data sets of a full run."""
   from nl_jax.data import sources, tokenizer_training
-  from nl_jax.eval import evaluate
 
-  if not evaluate.has_seqio():
-    raise ValueError(
-      "--suite=eval builds data sets with seqio: run `pip install -c "
-      "requirements.txt -e '.[eval]'`"
-    )
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     texts = list(sources.embedded().train)
