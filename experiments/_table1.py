@@ -342,7 +342,7 @@ def _about(
       "chunks": {
         row.name: row.chunk
         for row in loaded.net.levels()[0]
-        if row.kind == "memory"
+        if row.kind in ("memory", "feed-forward") and row.chunk > 0
       },
       "dtype": loaded.net.dtype,
       "log_softmax_dtype": "float32",

@@ -1,5 +1,6 @@
 """Scores against one plain call a row; padding, order, devices, state."""
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -15,6 +16,7 @@ import pytest
 from nl_jax import sharding
 from nl_jax.data import tokenizers
 from nl_jax.eval import encoding, evaluate, scoring
+from nl_jax.models import incontext
 from tests.eval import documents
 from tests.laws.models import MODELS
 
@@ -183,6 +185,21 @@ def test_only_the_prompt_is_ever_learned(memorise):
   # Tokens 1, 2, 3 are the prompt's; the answer is from token 4 on.
   expected = [1, 1, 1, 0, 0, 0, 0, 0] if memorise == "prompt" else [0] * 8
   assert seen["learn"].tolist() == [expected, [0] * 8]
+
+
+def test_a_model_that_learns_from_its_prompt():
+  """Only by the mode for it, and only where there is a prompt to learn."""
+  base = dataclasses.replace(MODELS["hope_attention"](), layers=1)
+  model = incontext.InContextModel(
+    base, incontext.Options(chunks=(8,), fast_levels=("high",), rates=(0.5,))
+  )
+  params = model.init(jax.random.key(0))
+  score = lambda mode: scoring.Scorer(model, VOCAB, mesh(), memorise=mode)(
+    params, pairs(((30, 4), (1, 30)))
+  )
+  none, prompt = score("none"), score("prompt")
+  assert abs(none.lls[0] - prompt.lls[0]) > 1e-3
+  assert none.lls[1] == prompt.lls[1]
 
 
 @pytest.mark.parametrize("options,sentence", [
