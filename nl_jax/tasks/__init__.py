@@ -1,0 +1,1 @@
+"""Synthetic tasks: generators and metrics in numpy, for every room."""
