@@ -19,7 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 TOKENS = np.random.default_rng(0).integers(3, 259, (2, 35))
 
 
-@pytest.fixture(scope="module", params=["transformer", "hope"])
+@pytest.fixture(
+  scope="module", params=["transformer", "hope", "hope_attention_incontext"]
+)
 def model(request):
   net = MODELS[request.param]()
   return net, net.init(jax.random.key(0))
@@ -55,6 +57,13 @@ def test_going_on_from_a_file_is_one_pass(model, half):
   assert manifest["tokens_seen"] == [19, 19] and manifest["about"] == {"a": [1]}
   if net.arch == "hope":
     assert all(set(x) == {19 % 8} for x in manifest["clocks"].values())
+  if net.arch == "hope_attention":
+    # Micro-chunks of 5: three are closed, and four tokens are in the open one.
+    assert manifest["clocks"] == {
+      "buffer/phase_B": [4, 4],
+      "levels/high/clock": [0, 0],
+      "levels/mid/clock": [1, 1],
+    }
 
 
 _PROCESS = """
