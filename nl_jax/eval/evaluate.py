@@ -19,6 +19,7 @@ from nl_jax.eval import encoding, files, metrics, requests, scoring
 
 # What a task may raise without ending the others: files, values, devices.
 FAILURES = (ValueError, OSError, RuntimeError, ArithmeticError, MemoryError)
+_WINDOWED = "wikitext_"  # WikiText at a window of its own.
 Score = Callable[[Sequence[scoring.Pair]], scoring.Scores]
 
 
@@ -108,15 +109,17 @@ def prepare(
   Raises:
     FileNotFoundError, ValueError: naming file and line.
   """
-  base, _, window = name.partition("wikitext_")
-  if window:
-    base, protocol = "wikitext", dataclasses.replace(
-      protocol, window=int(window)
-    )  # fmt: skip
-  task = requests.TASKS[base]
+  if name.startswith(_WINDOWED):
+    window = int(name.removeprefix(_WINDOWED))
+    protocol = dataclasses.replace(protocol, window=window)
+    task = requests.TASKS["wikitext"]
+  else:
+    task = requests.TASKS[name]
   loaded = files.load(task, folder, limit)
   asked = requests.of(task, loaded.docs, loaded.path)
   rows = encoding.encode(asked, tokenizer, protocol, loaded.path)
+  if not rows.rows:
+    raise ValueError(f"{loaded.path} has no text to score")
   return Prepared(
     name,
     task,

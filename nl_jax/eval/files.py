@@ -28,6 +28,7 @@ _FIDELITY = {  # By the first 16 digits of the SHA-256.
   "36693ca49f3ac906": APPROXIMATE,  # HellaSwag, prepared by others.
 }
 _LABELS = "valid-labels.lst"  # Of PIQA's own files.
+_LABEL_COLUMNS = ("label", "answer", "answerKey")
 # How a row of HellaSwag names its split.
 _SPLITS = {"val": "validation", "validation": "validation"}
 _TITLED = 0.95  # Share of BoolQ's passages that begin with their title.
@@ -161,7 +162,9 @@ def _check(
         f"{path}:{line}: no column {column!r}; {task.name} needs "
         f"{', '.join(task.columns)}, as {task.source} has them"
       )
-    if not isinstance(doc[column], kinds) and doc[column] is not None:
+    # A label that is missing is told as that.
+    unlabelled = doc[column] is None and column in _LABEL_COLUMNS
+    if not isinstance(doc[column], kinds) and not unlabelled:
       raise ValueError(
         f"{path}:{line}: {column!r} is {doc[column]!r}, of type "
         f"{type(doc[column]).__name__}; {task.source} has another there"

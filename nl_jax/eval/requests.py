@@ -157,6 +157,13 @@ def _gold(doc: Doc, column: str, labels: Sequence[Any]) -> int:
   )
 
 
+def _texts(values: Sequence[Any]) -> Sequence[str]:
+  for value in values:
+    if not isinstance(value, str):
+      raise ValueError(f"a choice must be a text, got {value!r}")
+  return values
+
+
 def _lambada(doc: Doc) -> Choices:
   *context, last = doc["text"].split(" ")
   if not context:
@@ -173,9 +180,9 @@ def _piqa(doc: Doc) -> Choices:
 def _hellaswag(doc: Doc) -> Choices:
   said = f"{doc['activity_label']}: {doc['ctx_a']} {doc['ctx_b'].capitalize()}"
   gold = _gold({"label": str(doc["label"])}, "label", ("0", "1", "2", "3"))
-  endings = [_without_marks(ending) for ending in doc["endings"]]
-  if len(endings) != 4:
-    raise ValueError(f"endings has {len(endings)} entries, expected 4")
+  if len(doc["endings"]) != 4:
+    raise ValueError(f"endings has {len(doc['endings'])} entries, expected 4")
+  endings = [_without_marks(text) for text in _texts(doc["endings"])]
   return Choices([_without_marks(said)] * 4, endings, gold)
 
 
@@ -201,7 +208,7 @@ def _arc(doc: Doc) -> Choices:
       listed = question["choices"]
       choices = {k: [c[k] for c in listed] for k in ("text", "label")}
       question = question["stem"]
-    texts, labels = choices["text"], choices["label"]
+    texts, labels = _texts(choices["text"]), choices["label"]
   except (KeyError, TypeError):
     raise ValueError(
       "no column 'choices' with the lists 'text' and 'label'"

@@ -1,5 +1,6 @@
 """Strings and tokens of requests: detokeniser, pairs, truncation, windows."""
 
+import json
 import types
 
 import numpy as np
@@ -113,6 +114,22 @@ def test_truncated_rows_are_counted_and_long_ones_named(tmp_path):
   assert prepare(30).rows.truncated == 6
   with pytest.raises(ValueError, match=r"piqa.jsonl:1: .* 23 tokens, more"):
     prepare(22)
+
+
+def test_special_ids_of_a_tokenizer_json(tmp_path):
+  import tokenizers as library
+
+  known = {"<s>": 0, "</s>": 1, "[UNK]": 2, "a": 3}
+  model = library.models.WordLevel(known, unk_token="[UNK]")
+  path = tmp_path / "tokenizer.json"
+  library.Tokenizer(model).save(str(path))
+  assert special.ids(tokenizers.load(str(path))) == (None, 2, 1)
+  said = {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
+  made = tokenizers.load(str(path))
+  assert special.ids(made) == (0, 2, 0)
+  assert special.kind(made) == "huggingface"
+  assert special.ids(tokenizers.Bytes()) == (None, 2, 1)
 
 
 @pytest.mark.parametrize(

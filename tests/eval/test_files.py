@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from nl_jax.eval import files, requests
+from nl_jax.data import tokenizers
+from nl_jax.eval import encoding, evaluate, files, requests
 from tests.eval import documents
 
 
@@ -88,6 +89,8 @@ def test_passages_without_titles_are_told(tmp_path):
   ("hellaswag", {"split": "test"}, "a document of the split 'test'; hellaswag"
    " is scored on the validation split"),
   ("hellaswag", {"endings": ["a"]}, "endings has 1 entries, expected 4"),
+  ("hellaswag", {"endings": ["a", "b", 3, "d"]}, "must be a text, got 3"),
+  ("piqa", {"goal": None}, "'goal' is None, of type NoneType"),
   ("winogrande", {"answer": ""}, "unlabelled"),
   ("winogrande", {"sentence": "none here"}, "has no blank"),
   ("arc_easy", {"answerKey": "Z"}, "answerKey='Z' is no label"),
@@ -136,3 +139,10 @@ def test_the_size_of_another_split_is_recognised(tmp_path):
   documents.write(tmp_path, ["arc_challenge"], arc_challenge=[doc] * 299)
   with pytest.raises(ValueError, match="299 documents, as the validation"):
     load("arc_challenge", tmp_path)
+
+
+def test_pages_without_text_are_told(tmp_path):
+  documents.write(tmp_path, ["wikitext"], wikitext=[{"page": ""}])
+  protocol = encoding.Protocol(8, 8, prefix_id=1)
+  with pytest.raises(ValueError, match="wikitext.jsonl has no text to score"):
+    evaluate.prepare("wikitext", tmp_path, tokenizers.Bytes(), protocol)

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import jax
 import pytest
 
 from nl_jax.eval import evaluate
@@ -199,3 +200,33 @@ def test_tasks_while_training(folder):
     assert 0 <= line["eval/boolq/acc"] <= 1
     assert line["eval/hellaswag/failed"] == 1
     assert "eval/validation/loss" in line
+
+
+def test_a_task_that_fails_while_training_is_survived(tmp_path, monkeypatch):
+  from experiments import _table1_training
+  from nl_jax import sharding
+  from nl_jax.data import tokenizers
+  from tests.laws.models import MODELS
+
+  documents.write(tmp_path, ["piqa", "boolq"])
+  net = MODELS["transformer"]()
+  score = _table1_training.make(
+    {"piqa": 0, "boolq": 1}, str(tmp_path), net, tokenizers.Bytes(),
+    sharding.mesh(devices=jax.devices()[:1]), 1024,
+  )  # fmt: skip
+  params = net.init(jax.random.key(0))
+  whole = score(params)
+  assert {*whole} == {"eval/piqa/acc", "eval/piqa/acc_norm", "eval/boolq/acc"}
+  direct = evaluate.direct
+
+  def fails_once(one, scorer):
+    if one.name == "piqa":
+      raise RuntimeError("RESOURCE_EXHAUSTED")
+    return direct(one, scorer)
+
+  monkeypatch.setattr(evaluate, "direct", fails_once)
+  assert score(params) == {
+    "eval/piqa/failed": 1.0, "eval/boolq/acc": whole["eval/boolq/acc"]
+  }  # fmt: skip
+  monkeypatch.undo()
+  assert score(params) == whole
