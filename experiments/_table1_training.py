@@ -40,7 +40,8 @@ def make(
   Raises:
     ValueError: no such folder.
   """
-  if not pathlib.Path(data_dir or " ").is_dir():
+  folder = pathlib.Path(data_dir or " ").expanduser()
+  if not folder.is_dir():
     raise ValueError(
       f"eval.tasks need --data_dir, the folder of their files; got {data_dir!r}"
     )
@@ -58,7 +59,7 @@ def make(
     prepared[name] = None
     try:
       prepared[name] = evaluate.prepare(
-        name, pathlib.Path(data_dir), tokenizer, protocol, limit
+        name, folder, tokenizer, protocol, limit
       )
     except evaluate.FAILURES as error:
       _tell(name, evaluate.sentence(error))

@@ -73,7 +73,8 @@ def main() -> int:
       "give --workdir, the folder of a trained run, or --config=<name> for "
       "random weights"
     )
-  if not pathlib.Path(_DATA.value or " ").is_dir():
+  data_dir = os.path.expanduser(_DATA.value)
+  if not pathlib.Path(data_dir or " ").is_dir():
     raise ValueError(
       f"no folder --data_dir={_DATA.value}: give the folder with the files of "
       "the tasks, <task>.jsonl"
@@ -85,7 +86,7 @@ def main() -> int:
   _table1.require_seqio()
   asked = _table1.Asked(
     workdir=_WORKDIR.value or "",
-    data_dir=_DATA.value,
+    data_dir=data_dir,
     tasks=tuple(_TASKS.value),
     limit=_LIMIT.value,
     bos=_BOS.value,

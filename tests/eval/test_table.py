@@ -5,6 +5,7 @@ import math
 import pytest
 
 from nl_jax.eval import report, requests, table
+from tests import test_imports
 
 
 def result(arch="hope", parameters=10**6, version="neurips", **tasks):
@@ -136,3 +137,10 @@ def test_numbers():
   assert [report._short(x) for x in (0, 42, 614400, 1.5e10)] == [
     "0", "42", "614k", "15.0B"
   ]  # fmt: skip
+
+
+def test_all_but_seqios_own_files_do_without_it():
+  loaded = test_imports.modules_after(
+    "import nl_jax.eval.evaluate, nl_jax.eval.report, nl_jax.eval.table"
+  )
+  assert not loaded & {"seqio", "tensorflow", "tensorflow_datasets"}
