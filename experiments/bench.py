@@ -1,7 +1,6 @@
 """Speed and memory as ratios of one run on this machine.
 
-    python -m experiments.bench [--suite=memories,steps,temporaries,compile,
-                                         optimizers] [--output=bench.json]
+    python -m experiments.bench [--suite=memories,steps] [--output=bench.json]
 
 Compared functions are timed in turns, several times, and their least times
 divided: only such ratios mean something, and they are noisy. Times of a chip
@@ -90,7 +89,9 @@ def memories() -> list[dict]:
   return rows
 
 
-def _tiny(name: str) -> tuple[Any, Any, Any, float]:
+def _tiny(
+  name: str, change: Callable[[Any], None] | None = None
+) -> tuple[Any, Any, Any, float]:
   """(compiled step, state, batch, CPU seconds of compiling) of a config."""
   import jax
   import numpy as np
@@ -99,7 +100,11 @@ def _tiny(name: str) -> tuple[Any, Any, Any, float]:
   from nl_jax.train import state as state_lib
   from nl_jax.train import step as step_lib
 
-  config = _setup.resolve(_flags.load_config(name))
+  config = _flags.load_config(name)
+  if change is not None:
+    with config.unlocked():
+      change(config)
+  config = _setup.resolve(config)
   net = _setup.model(config)
   optimizer = _setup.make_optimizer(config, net)
   mesh = _setup.mesh(config)
@@ -129,8 +134,8 @@ def _tiny(name: str) -> tuple[Any, Any, Any, float]:
 class _Stepper:
   """Calls a donating step again and again."""
 
-  def __init__(self, name: str):
-    self.step, self.state, self.batch, _ = _tiny(name)
+  def __init__(self, name: str, change: Callable[[Any], None] | None = None):
+    self.step, self.state, self.batch, _ = _tiny(name, change)
 
   def __call__(self) -> Any:
     self.state, metrics = self.step(self.state, self.batch)
@@ -234,6 +239,20 @@ def eval_() -> list[dict]:
   return _bench_eval.run(least_seconds)
 
 
+def incontext() -> list[dict]:
+  """A train step of levels that learn in context against the plain chain."""
+  from experiments import _bench_incontext
+
+  return _bench_incontext.steps(_Stepper, least_seconds)
+
+
+def decode() -> list[dict]:
+  """A decoded token after a short and a long text."""
+  from experiments import _bench_incontext
+
+  return _bench_incontext.decode(least_seconds)
+
+
 SUITES = {
   "memories": memories,
   "steps": steps,
@@ -242,6 +261,8 @@ SUITES = {
   "optimizers": optimizers,
   "data": data,
   "eval": eval_,
+  "incontext": incontext,
+  "decode": decode,
 }
 _SUITE = flags.DEFINE_list(
   "suite", ["memories", "steps", "temporaries", "compile"],

@@ -1,0 +1,131 @@
+"""The studies of `experiments.study`: their rows, and what is made of them."""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments import _flags
+
+Row = tuple[str, tuple[str, ...]]  # A config's name and its changed fields.
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """What is trained, and what is told.
+
+  Attributes:
+    rows: by name.
+    tell: (finished runs, folder for a picture) -> a table in Markdown.
+  """
+
+  rows: dict[str, Row]
+  tell: Callable[[Sequence[Any], pathlib.Path], str]
+
+
+def tiny_table(smoke: bool) -> Study:
+  """All rows of Table 1 at the tiny size, on the embedded corpus."""
+  names = [x for x in _flags.config_names() if x.endswith("_tiny")]
+  if smoke:
+    names = ["transformer_tiny", "deltanet_tiny"]
+  size = ":smoke" if smoke else ""
+  steps = ("train.steps=3", "eval.batches=1") if smoke else ()
+  return Study({name: (name + size, steps) for name in names}, _tell_table)
+
+
+# How levels learn in context; with chunks beyond the text: not at all.
+_TOPIC_ARMS = {
+  "plain": ("chunks=8192", "rates=0.1", "fast_levels=high"),
+  "levels_1": ("chunks=32", "rates=0.1", "fast_levels=high"),
+  "levels_2": ("chunks=32,128", "rates=0.1,0.1", "fast_levels=high,mid"),
+  "levels_3": (
+    "chunks=32,128,512", "rates=0.1,0.1,0.1", "fast_levels=high,mid,low",
+  ),
+  "nested": (
+    "chunks=32,128,512", "rates=0.1,0.1,0.1", "fast_levels=high,mid,low",
+    "variant=nested",
+  ),
+  "nested_reptile": (
+    "chunks=32,128,512", "rates=0.1,0.1,0.1", "fast_levels=high,mid,low",
+    "variant=nested", "nested_meta=reptile",
+  ),
+}  # fmt: skip
+
+
+def topics(smoke: bool) -> Study:
+  """HOPE-Attention that reads package A, then B, then A again."""
+  from experiments import _study_topics
+
+  config = "hope_attention_incontext_tiny" + (":smoke" if smoke else "")
+  # Rows as long as a topic of the stream; as many tokens a step as ever.
+  size = ("data.sequence_length=1024", "data.batch_size=2")
+  if smoke:
+    size = ("train.steps=3", "eval.batches=1", "data.source=embedded")
+  arms = dict(list(_TOPIC_ARMS.items())[:2]) if smoke else _TOPIC_ARMS
+  rows = {
+    name: (config, (*size, *(f"model.cms.{x}" for x in arm)))
+    for name, arm in arms.items()
+  }
+  length = 64 if smoke else 1024
+  tell = lambda runs, folder: _study_topics.tell(runs, folder, length)
+  return Study(rows, tell)
+
+
+STUDIES = {"tiny_table": tiny_table, "topics": topics}
+
+
+def by_row(runs: Sequence[Any]) -> dict[str, list[Any]]:
+  """Finished runs by the name of their row."""
+  groups: dict[str, list[Any]] = {}
+  for run in runs:
+    groups.setdefault(run.row, []).append(run)
+  return groups
+
+
+def cell(values: Sequence[float], form: str = ".3f") -> str:
+  """Mean, and the spread over seeds where there are several."""
+  mean = format(statistics.fmean(values), form)
+  if len(values) < 2:
+    return mean
+  return f"{mean} ± {format(statistics.stdev(values), form)}"
+
+
+def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
+  """The small cousin of Table 1, and a picture of it."""
+  import jax
+
+  from experiments import _report_charts as charts
+  from experiments import _setup
+
+  lines = [
+    "| config | parameters | state, bytes a sequence | nat per byte | "
+    "tokens a second | seeds |",
+    "|---|---|---|---|---|---|",
+  ]
+  rows, losses = [], {}
+  for name, group in by_row(runs).items():
+    found = [
+      json.loads((run.folder / "results.json").read_text()) for run in group
+    ]
+    config = _setup.from_plain(
+      json.loads((group[0].folder / "config.json").read_text())
+    )
+    net = _setup.model(config)
+    params = jax.eval_shape(net.init, jax.random.key(0))
+    state = jax.eval_shape(lambda p, net=net: net.init_state(p, 1), params)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    loss = [x["metrics"]["eval/validation/nat_per_byte"] for x in found]
+    speed = [x["metrics"]["perf/tokens_per_s"] for x in found]
+    grows = " (grows)" if net.grows else ""
+    losses[name] = loss
+    rows.append(
+      (
+        statistics.fmean(loss),
+        f"| `{name}` | {net.parameter_count():,} | {size:,}{grows} | "
+        f"{cell(loss)} | {statistics.fmean(speed):,.0f} | {len(group)} |",
+      )
+    )
+  charts.bars(losses, "nat per byte, validation", folder / "table.png")
+  return "\n".join([*lines, *(text for _, text in sorted(rows))])
