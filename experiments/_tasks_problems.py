@@ -62,7 +62,7 @@ class Sizes:
 _GRID = (3e-4, 1e-3, 3e-3)
 _LANGUAGES = {
   SMOKE: Sizes(train=128, test=16, steps=8, batch_size=16, eval_every=4),
-  SMALL: Sizes(10_000, 500, 2000, 64, 200),
+  SMALL: Sizes(10_000, 200, 1000, 32, 100),
   # 300 epochs.
   PAPER: Sizes(10_000, 2000, 46_800, 64, 780, _GRID, seeds=3),
 }
@@ -71,7 +71,7 @@ _MQAR = {
     20_000, 500, 2000, 64, 100, vocab_size=64, lengths=(32,), pairs=(4,)
   ),
   SMALL: Sizes(
-    20_000, 500, 2000, 64, 200,
+    20_000, 200, 1000, 32, 100,
     vocab_size=256, lengths=(64, 128), pairs=(4, 8, 16),
   ),
   # Zoology's Figure 2, its first setting; give the others by flags.
