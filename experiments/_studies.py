@@ -36,22 +36,19 @@ def tiny_table(smoke: bool) -> Study:
 
 
 # How levels learn in context; with chunks beyond the text: not at all.
+_THREE = (
+  "chunks=32,128,512",
+  "rates=0.1,0.1,0.1",
+  "fast_levels=('high','mid','low')",
+)
 _TOPIC_ARMS = {
-  "plain": ("chunks=8192", "rates=0.1", "fast_levels=high"),
-  "levels_1": ("chunks=32", "rates=0.1", "fast_levels=high"),
-  "levels_2": ("chunks=32,128", "rates=0.1,0.1", "fast_levels=high,mid"),
-  "levels_3": (
-    "chunks=32,128,512", "rates=0.1,0.1,0.1", "fast_levels=high,mid,low",
-  ),
-  "nested": (
-    "chunks=32,128,512", "rates=0.1,0.1,0.1", "fast_levels=high,mid,low",
-    "variant=nested",
-  ),
-  "nested_reptile": (
-    "chunks=32,128,512", "rates=0.1,0.1,0.1", "fast_levels=high,mid,low",
-    "variant=nested", "nested_meta=reptile",
-  ),
-}  # fmt: skip
+  "plain": ("chunks=(8192,)", "rates=(0.1,)", "fast_levels=('high',)"),
+  "levels_1": ("chunks=(32,)", "rates=(0.1,)", "fast_levels=('high',)"),
+  "levels_2": ("chunks=32,128", "rates=0.1,0.1", "fast_levels=('high','mid')"),
+  "levels_3": _THREE,
+  "nested": (*_THREE, "variant=nested"),
+  "nested_reptile": (*_THREE, "variant=nested", "nested_meta=reptile"),
+}
 
 
 def topics(smoke: bool) -> Study:

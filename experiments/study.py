@@ -72,6 +72,9 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
   cores = sorted(os.sched_getaffinity(0))
   places = [cores[i::jobs] for i in range(jobs)]
   told, free = threading.Lock(), list(places)
+  # As `python -m` has it here, from whatever folder this was started.
+  paths = [str(pathlib.Path(__file__).parents[1]), os.getenv("PYTHONPATH", "")]
+  env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
   waiting = [run for run in runs if not run.done]
 
   def one(run: Run) -> Run | None:
@@ -81,7 +84,7 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
     with (run.folder / "study.log").open("ab") as log:
       # Runs at a time must not share cores: XLA takes all it is given.
       status = subprocess.run(
-        run.command(), stdout=log, stderr=log, check=False,
+        run.command(), stdout=log, stderr=log, check=False, env=env,
         preexec_fn=lambda: os.sched_setaffinity(0, place),
       ).returncode  # fmt: skip
     with told:

@@ -53,6 +53,7 @@ PARAMETERS = (
   (_LEVEL + r"w_down", ("mlp", "embed")),
   (r"blocks/cms/mix", ("level",)),
   (r"in_context/log_rate", ("level",)),
+  (r"in_context/w_target/\w+", ("layer", "embed", "act_embed")),
   (_MIXER + r"w_[qkvg]", ("embed", "heads")),
   (_MIXER + r"w_o", ("heads", "embed")),
   (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
@@ -91,6 +92,7 @@ PARAMETERS = (
 
 # Of a model that learns in context: by where in its state they stand.
 _LAYERS = r"layers/((slow|begin|now)/)?"
+_LOCAL = r"layers/fast/\w+/"
 _CONVS = _LAYERS + r"(((mamba|lmm|segment/s)/)?convs/\w+|recall)/"
 _CACHE = _LAYERS + r"(attention/|segment/s/cache/)?"
 _FAR = _LAYERS + r"((lmm/)?memory|segment)/"
@@ -120,6 +122,12 @@ STATES = (
   (_FAST + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
   (_FAST + r"w_down", ("layer", "mlp", "act_embed")),
   (r"levels/\w+/(weight|clock)", ()),
+  (
+    _LOCAL + r"(anchor|w|s)/w_(gate|up)",
+    ("level", "act_embed", "mlp"),
+  ),
+  (_LOCAL + r"(anchor|w|s)/w_down", ("level", "mlp", "act_embed")),
+  (_LOCAL + r"(phase|segment)", ()),
   (r"buffer/x_BxCxD", ("chunk", "act_embed")),
   (r"buffer/(tokens|ids|learn)_BxC", ("chunk",)),
   (r"buffer/phase_B", ()),

@@ -52,6 +52,7 @@ def _learning(config: ConfigDict, size: str) -> ConfigDict:
       nested_meta="none",  # How starts learn, with variant=nested.
       nested_rate=0.1,  # Of reptile and fomaml.
       reset="sequence",  # Weights begin anew: or document.
+      inner_loss="task",  # Or local_dot, local_l2: each layer its own.
     )
   )
   return config

@@ -14,6 +14,7 @@ among them, are learned through all updates by the outer loss.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ import optax
 
 from nl_jax import card, types
 from nl_jax import levels as runner
-from nl_jax.models import cms, layers, lm
+from nl_jax.models import cms, layers, lm, local_loss
 
 TARGETS = ("inside", "next")
 RULES = ("sgd", "momentum", "dgd")
@@ -61,6 +62,9 @@ class Options:
       when the next slower one has updated: "none", "reptile" or "fomaml".
     nested_rate: of that.
     reset: fast weights begin anew with each "sequence" (row) or "document".
+    inner_loss: "task", the loss of the model's own logits; "local_dot" or
+      "local_l2", one of each layer: see `local_loss`. There `clip` is of each
+      token's error.
   """
 
   chunks: tuple[int, ...] = (64,)
@@ -76,6 +80,7 @@ class Options:
   nested_meta: str = "none"
   nested_rate: float = 0.1
   reset: str = "sequence"
+  inner_loss: str = "task"
 
   def __post_init__(self):
     for field, known in (
@@ -84,6 +89,7 @@ class Options:
       ("outer", OUTER),
       ("nested_meta", NESTED_META),
       ("reset", RESETS),
+      ("inner_loss", ("task", *local_loss.LOSSES)),
     ):
       if getattr(self, field) not in known:
         raise ValueError(
@@ -205,6 +211,9 @@ class InContextModel:
         f"{', '.join(fast)}, got {self.options.chunks}"
       )
 
+    if self.local:
+      local_loss.check(self)
+
   def __getattr__(self, name: str) -> Any:
     """Shapes and settings are those of `base`."""
     if name in ("base", "options") or name.startswith("__"):
@@ -217,6 +226,11 @@ class InContextModel:
     config = self.base.cms
     variant = "sequential" if config.variant == "nested" else config.variant
     return dataclasses.replace(config, variant=variant)
+
+  @property
+  def local(self) -> bool:
+    """Whether levels learn from losses of their own layers."""
+    return self.options.inner_loss != "task"
 
   @property
   def fast_levels(self) -> tuple[str, ...]:
@@ -235,6 +249,8 @@ class InContextModel:
     if self.options.reset == "sequence":
       return self.base.alignment
     step, longest = self.base.alignment, self.options.chunks[-1]
+    if self.local:
+      return math.lcm(step, longest)
     if longest % step:
       raise ValueError(
         "model.cms.reset='document' needs the slowest of model.cms.chunks to "
@@ -243,19 +259,25 @@ class InContextModel:
     return longest
 
   def init(self, key: types.Array) -> types.Params:
-    """The parameters of `base`, and in_context {log_rate (fast levels,)}."""
+    """The parameters of `base`, and in_context {log_rate (fast levels,)}.
+
+    With a local loss also in_context/w_target: see `local_loss.init`.
+    """
     rates = jnp.asarray(self.options.rates, jnp.float32)
-    return {
-      **self.base.init(key),
-      "in_context": {"log_rate": jnp.log(rates)},
-    }
+    own = {"log_rate": jnp.log(rates)}
+    if self.local:
+      # A key that the base does not draw from.
+      own["w_target"] = local_loss.init(jax.random.fold_in(key, 0), self)
+    return {**self.base.init(key), "in_context": own}
 
   def init_state(
     self, params: types.Params, batch_size: int, length: int | None = None
-  ) -> InContextState:
+  ) -> InContextState | lm.LMState:
     """The state at the start of a sequence; arguments as of `base`."""
+    if self.local:
+      return local_loss.init_state(self, params, batch_size, length)
     start = self.base.init_state(params, batch_size, length)
-    slow, fast = self._split(start.layers)
+    slow, fast = self.split(start.layers)
     again = jax.vmap(lambda _: self._start(params))
     dtype = layers.activation_dtype(self.base.dtype, params)
     C = self.options.chunks[0]
@@ -308,24 +330,33 @@ class InContextModel:
     wide = layers.at_least_float32(dtype)
     if learn is None:
       learn = jnp.ones(tokens_BxT.shape, wide)
-    slow_blocks, _ = self._split(params["blocks"])
+    slow_blocks, _ = self.split(params["blocks"])
     x_BxTxD, slow, metrics = self.base.stack(
       slow_blocks,
       x_BxTxD,
       None if state is None else state.layers["slow"],
       segment_ids,
     )
+    if self.local:
+      x_BxTxD, held, fast_metrics = local_loss.apply(
+        self, params, x_BxTxD, state, segment_ids, learn.astype(wide)
+      )
+      logits = self.base.logits(params, x_BxTxD)
+      seen = jnp.sum(_ids(tokens_BxT, segment_ids) > 0, 1, dtype=jnp.int32)
+      before = 0 if state is None else state.position_B
+      after = lm.LMState({"slow": slow, **held}, before + seen)
+      return logits, after, _joined(metrics, fast_metrics)
     run = self._whole if state is None else self._go_on
     logits, after, fast_metrics = run(
       params, x_BxTxD, tokens_BxT, segment_ids, learn.astype(wide), state
     )
     after.layers["slow"] = slow
-    join = lambda a, b: jnp.concatenate([a, b])
-    return logits, after, jax.tree.map(join, metrics, fast_metrics)
+    return logits, after, _joined(metrics, fast_metrics)
 
   def parameter_count(self) -> int:
-    """That of `base`, and a rate for each fast level."""
-    return self.base.parameter_count() + len(self.fast_levels)
+    """That of `base`, a rate and, with a local loss, D² a layer and level."""
+    own = 1 + self.local * self.fast_layers * self.base.width**2
+    return self.base.parameter_count() + own * len(self.fast_levels)
 
   def levels(
     self,
@@ -338,7 +369,8 @@ class InContextModel:
     for row in rows:
       parameters = row.parameters - moved.get(row.name, 0)
       if row.kind == "slow weights":
-        parameters += len(fast)  # Their rates.
+        # Rates and projections to what a level learns.
+        parameters += self.parameter_count() - self.base.parameter_count()
         if len(self.base.cms.levels) == 1:  # Without a row of its own.
           parameters -= sum(moved.values())
       left.append(dataclasses.replace(row, parameters=parameters))
@@ -355,6 +387,7 @@ class InContextModel:
     """A row for each fast level, named as that of its slow layers."""
     params = jax.eval_shape(self.init, jax.random.key(0))
     state = jax.eval_shape(lambda p: self.init_state(p, 1), params)
+    held = state.layers["fast"] if self.local else state.levels
     size = lambda tree: sum(
       x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
@@ -367,15 +400,18 @@ class InContextModel:
         kind="feed-forward",
         chunk=chunk,
         bptt=max((self.base.sequence_length - 1) // chunk, 1) if full else 1,
+        objective=(
+          "task loss" if options.inner_loss == "task" else options.inner_loss
+        ),
         rule=options.rule,
         transfer="init",
-        state_bytes=size(state.levels[name]),
+        state_bytes=size(held[name]),
         parameters=3 * self.base.width * widths[name] * self.fast_layers,
       )
       for name, chunk in zip(self.fast_levels, options.chunks)
     ]
 
-  def _split(self, stacked: Any) -> tuple[Any, Any]:
+  def split(self, stacked: Any) -> tuple[Any, Any]:
     """The layers without fast levels, and those with."""
     cut = self.base.units - self.fast_layers
     return (
@@ -383,9 +419,9 @@ class InContextModel:
       jax.tree.map(lambda x: x[cut:], stacked),
     )
 
-  def _theta(self, params: types.Params) -> dict[str, types.Params]:
+  def theta(self, params: types.Params) -> dict[str, types.Params]:
     """The start of the fast weights by level, leaves [fast layers,...]."""
-    blocks = self._split(params["blocks"])[1]["cms"]
+    blocks = self.split(params["blocks"])[1]["cms"]
     wide = lambda w: w.astype(layers.at_least_float32(w.dtype))
     return {
       name: {kernel: wide(blocks[name][kernel]) for kernel in KERNELS}
@@ -416,7 +452,7 @@ class InContextModel:
 
   def _start(self, params: types.Params) -> runner.State:
     """The levels of one sequence before its first token."""
-    return runner.nested_init(self._levels(params), self._theta(params))
+    return runner.nested_init(self._levels(params), self.theta(params))
 
   def _fast(
     self,
@@ -433,7 +469,7 @@ class InContextModel:
       what its kernels read.
     """
     one = lambda tree: jax.tree.map(lambda x: x[:, None], tree)
-    blocks = self._split(params["blocks"])[1]
+    blocks = self.split(params["blocks"])[1]
     feed_forward = dict(blocks["cms"])
     for name, kernels in theta.items():
       feed_forward[name] = {**feed_forward[name], **kernels}
@@ -494,7 +530,7 @@ class InContextModel:
     batch, tokens = tokens_BxT.shape
     C = self.options.chunks[0]
     count = (tokens - 1) // C  # Micro-chunks that a later token may close.
-    ids = jnp.ones_like(tokens_BxT) if ids_BxT is None else ids_BxT
+    ids = _ids(tokens_BxT, ids_BxT)
     end_B = layers.real_span(ids > 0)[1]
     closed_B = jnp.maximum(end_B - 1, 0) // C
     targets, weights = self._targets(tokens_BxT, ids, learn_BxT)
@@ -508,7 +544,7 @@ class InContextModel:
     cut = lambda x: x[:, : count * C].reshape((batch, count, C) + x.shape[2:])
     units = _Unit(*jax.tree.map(cut, whole[:4]), whole.there)
     rest = jax.tree.map(lambda x: x[:, count * C :], whole[:2])
-    start = self._split(self.base.init_state(params, 1, tokens).layers)[1]
+    start = self.split(self.base.init_state(params, 1, tokens).layers)[1]
     start = jax.tree.map(lambda x: x[:, 0], start)
 
     def row(units: _Unit, rest: tuple) -> Any:
@@ -730,6 +766,20 @@ class InContextModel:
     begin = _choose(due_B, now, begin, axis=1)
     empty = lambda x: _where_rows(~due_B, x, 0)
     return at, begin, jax.tree.map(empty, buffer)
+
+
+def _ids(
+  tokens_BxT: types.Array, segment_ids: types.Array | None
+) -> types.Array:
+  """Documents [B,T] of a call; without them all tokens are real."""
+  return jnp.ones_like(tokens_BxT) if segment_ids is None else segment_ids
+
+
+def _joined(slow: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
+  """Metrics of all layers; those of levels are of the fast layers only."""
+  join = lambda a, b: jnp.concatenate([a, b])
+  both = {name: jax.tree.map(join, slow[name], fast[name]) for name in slow}
+  return {**fast, **both}
 
 
 def _reptile(

@@ -7,6 +7,7 @@ from nl_jax.models import (
   attention,
   cms,
   deltanet,
+  dla,
   incontext,
   layers,
   lm,
@@ -94,6 +95,7 @@ MODELS = {
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
   ),
+  "dla": lambda: _shaped("dla", dla.Options(chunk=8, hidden=32)),
   "titans_mac": lambda: _shaped(
     "titans_mac", titans_mac.Options(chunk=8, hidden=32, segment=16)
   ),
@@ -120,6 +122,13 @@ MODELS = {
     incontext.Options(
       chunks=(5, 10), rates=(0.3, 0.3), fast_layers=2, targets="next",
       rule="momentum", nested_meta="reptile",
+    ),
+  ),
+  "hope_attention_local": lambda: incontext.InContextModel(
+    _shaped("hope_attention", attention.Options(window=14), _LEVELS),
+    incontext.Options(
+      chunks=(4, 8), rates=(0.3, 0.3), rule="dgd", reset="document",
+      inner_loss="local_l2",
     ),
   ),
 }  # fmt: skip

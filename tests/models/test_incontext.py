@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import attention, cms, incontext, lm
+from nl_jax.models import attention, cms, incontext, layers, lm
 
 LEVELS = cms.CMSConfig(("high", "mid", "low"), (12, 8, 8), (0, 0, 0))
 SEQUENCE = 40
@@ -317,6 +317,71 @@ def test_restarts_in_context_are_not_those_of_the_optimizer():
   net = of_case("reptile")
   assert net.cms.variant == "sequential"
   assert net.base.cms.variant == "nested"
+
+
+@pytest.mark.parametrize("loss", ["local_dot", "local_l2"])
+def test_a_local_loss_is_gradient_descent_on_it(loss):
+  """One layer, one level, chunks of 4: weights move at chunk edges only."""
+  base = dataclasses.replace(
+    model().base, layers=1, cms=cms.CMSConfig(("high",), (12,), (0,))
+  )
+  net = model(
+    base, chunks=(4,), rates=(0.5,), clip=1e9, fast_layers=1,
+    inner_loss=loss, reset="document",
+  )  # fmt: skip
+  tokens = draw(1, 15, seed=3)
+  with jax.enable_x64(True):
+    params = generic(net)
+    block = jax.tree.map(lambda w: w[0], params["blocks"])
+    w_target = params["in_context"]["w_target"]["high"][0]
+    rate = np.exp(params["in_context"]["log_rate"][0])
+    x, _, _ = base.mix(block, jnp.asarray(params["embed"])[tokens], None, None)
+    own = dict(block["cms"]["high"])
+    z = layers.rms_norm(x, own.pop("norm")["scale"])[0]
+    read = lambda w, z: layers.dense(
+      layers.gated(z, w["w_gate"], w["w_up"]), w["w_down"]
+    )
+
+    def inner(w, z):
+      y, target = read(w, z), z @ w_target
+      if loss == "local_dot":
+        return -(y * target).sum()
+      return 0.5 * ((y - target) ** 2).sum()
+
+    out = []
+    for at in range(0, 15, 4):
+      chunk = z[at : at + 4]
+      out.append(read(own, chunk))
+      own = axpy(-rate / 4, jax.grad(inner)(own, chunk), own)
+    same = base.logits(params, x + jnp.concatenate(out)[None])
+    made = apply(net, params, tokens)[0]
+    np.testing.assert_allclose(made, same, atol=1e-10)
+    frozen = apply(net, params, tokens, learn=np.zeros_like(tokens))[0]
+    still = apply(base, plain(params), tokens)[0]
+    np.testing.assert_allclose(frozen, still, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+  "change,sentence",
+  [
+    (dict(inner_loss="local_l2"), "needs model.cms.reset=document"),
+    (
+      dict(inner_loss="local_l2", reset="document", rule="momentum"),
+      "needs model.cms.rule=sgd or dgd",
+    ),
+    (
+      dict(
+        inner_loss="local_dot", reset="document",
+        levels=dataclasses.replace(LEVELS, variant="nested"),
+      ),
+      "has no variant 'nested'",
+    ),
+    (dict(inner_loss="mine"), "model.cms.inner_loss must be one of"),
+  ],
+)  # fmt: skip
+def test_what_a_local_loss_cannot_do_is_told(change, sentence):
+  with pytest.raises(ValueError, match=sentence):
+    model(**change)
 
 
 @pytest.mark.parametrize(
