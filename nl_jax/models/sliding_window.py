@@ -40,6 +40,7 @@ def attend(
   v: types.Array,
   query_document_BxT: types.Array,
   key_document: types.Array,
+  always: tuple[types.Array, types.Array] | None = None,
 ) -> types.Array:
   """Softmax attention along a band, in blocks of at most W queries.
 
@@ -48,6 +49,7 @@ def attend(
     k, v: [B,W-1+T,G,K]; token t stands at W-1+t.
     query_document_BxT: int32, the document of each token.
     key_document: int32 [B,W-1+T], that of each key; 0 where there is none.
+    always: keys and values [1,N,G,K] that every query sees besides.
 
   Returns:
     y_BxTxHxK.
@@ -74,8 +76,32 @@ def attend(
   ahead = jnp.arange(span)[None, None] - jnp.arange(block)[None, :, None]
   mask = (ahead >= 0) & (ahead < window)
   mask &= queries(query_document_BxT)[:, :, None] == keys(key_document)[:, None]
-  y = softmax.attention(queries(q_BxTxHxK), keys(k), keys(v), mask[:, None])
+  q, k, v = queries(q_BxTxHxK), keys(k), keys(v)
+  if always is not None:
+    k, v, mask = before(always, k, v, mask)
+  y = softmax.attention(q, k, v, mask[:, None])
   return y.reshape((batch, count * block) + y.shape[2:])[:, :tokens]
+
+
+def before(
+  always: tuple[types.Array, types.Array],
+  k: types.Array,
+  v: types.Array,
+  mask_BxTxS: types.Array,
+) -> tuple[types.Array, types.Array, types.Array]:
+  """Keys, values and mask with keys laid before them that all queries see.
+
+  Args:
+    always: keys and values [1,N,G,K].
+    k, v: [B,S,G,K].
+    mask_BxTxS: bool, which of these a query sees.
+  """
+  lay_one = lambda own, x: jnp.concatenate(
+    [jnp.broadcast_to(own, (x.shape[0], *own.shape[1:])), x], axis=1
+  )
+  count = [(0, 0), (0, 0), (always[0].shape[1], 0)]
+  mask_BxTxS = jnp.pad(mask_BxTxS, count, constant_values=True)
+  return lay_one(always[0], k), lay_one(always[1], v), mask_BxTxS
 
 
 def _pad(x: types.Array, count: int) -> types.Array:

@@ -142,6 +142,29 @@ def project(
   )
 
 
+def persistent(
+  params: types.Params,
+  first: int,
+  dtype: jnp.dtype,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, types.Array] | None:
+  """Keys and values [1,N,H,K] of the persistent tokens; None where N is 0.
+
+  Args:
+    params: of `init`.
+    first: position that the last one stands before.
+    dtype: of activations.
+    model: shapes and switches.
+  """
+  count = model.memory.persistent
+  if not count:
+    return None
+  P_1xNxD = params["persistent"][None].astype(dtype)
+  k, v = project(params["attention"], "kv", P_1xNxD, model)
+  places = first - count + jnp.arange(count, dtype=jnp.int32)
+  return layers.rope(k, places[None]), v
+
+
 def attend(
   params: types.Params,
   q_BxTxHxK: types.Array,
@@ -164,18 +187,9 @@ def attend(
   Returns:
     y_BxTxHxK, without meaning for a query that sees nothing.
   """
-  count = model.memory.persistent
-  if count:
-    P_1xNxD = params["persistent"][None].astype(q_BxTxHxK.dtype)
-    own_k, own_v = project(params["attention"], "kv", P_1xNxD, model)
-    places = first - count + jnp.arange(count, dtype=jnp.int32)
-    own_k = layers.rope(own_k, places[None])
-    before = lambda own, x: jnp.concatenate(
-      [jnp.broadcast_to(own, (x.shape[0], *own.shape[1:])), x], axis=1
-    )
-    k, v = before(own_k, k), before(own_v, v)
-    always = [(0, 0), (0, 0), (count, 0)]
-    mask_BxTxS = jnp.pad(mask_BxTxS, always, constant_values=True)
+  always = persistent(params, first, q_BxTxHxK.dtype, model)
+  if always is not None:
+    k, v, mask_BxTxS = sliding_window.before(always, k, v, mask_BxTxS)
   return softmax.attention(q_BxTxHxK, k, v, mask_BxTxS[:, None])
 
 
@@ -226,7 +240,8 @@ def window(
   documents, slots = sliding_window.lay(
     state.slot_document_BxS, jnp.where(real, document, 0), real
   )
-  y = _band(params, q, keys, values, document, documents, model)
+  always = persistent(params, 0, x_BxTxD.dtype, model)
+  y = sliding_window.attend(q, keys, values, document, documents, always)
   at = jnp.max(jnp.where(real, jnp.arange(tokens)[None], 0), axis=1)[:, None]
   last = lambda new, old: jnp.where(
     real.any(axis=1), jnp.take_along_axis(new, at, axis=1)[:, 0], old
@@ -250,44 +265,6 @@ def _places(
   before = jnp.pad(index[:, :-1], [(0, 0), (1, 0)])
   start = jnp.where(index != before, rank, -state.position_B[:, None])
   return index + 1, rank - jax.lax.cummax(start, axis=1)
-
-
-def _band(
-  params: types.Params,
-  q_BxTxHxK: types.Array,
-  k: types.Array,
-  v: types.Array,
-  document_BxT: types.Array,
-  key_document: types.Array,
-  model: "lm.LanguageModel",
-) -> types.Array:
-  """`attend` along a band, in blocks of at most W queries.
-
-  As `sliding_window.attend`, where token t stands at W-1+t of k and v; but its
-  softmax has no place for keys that all queries see.
-  """
-  batch, tokens = document_BxT.shape
-  block = min(tokens, model.memory.window)
-  count = -(-tokens // block)
-  extra = count * block - tokens
-  pad = lambda x, n: jnp.pad(x, [(0, 0), (0, n)] + [(0, 0)] * (x.ndim - 2))
-
-  def spans(x: types.Array) -> types.Array:
-    """[B count,S,...]: block i reads what stands at i block and after."""
-    if count == 1:
-      return x
-    # Here block = W: a span is two blocks, its last place seen by none.
-    x = pad(x, extra + 1).reshape((batch, count + 1, block) + x.shape[2:])
-    x = jnp.concatenate([x[:, :-1], x[:, 1:]], axis=2)
-    return x.reshape((batch * count,) + x.shape[2:])
-
-  k, v, key_document = spans(k), spans(v), spans(key_document)
-  queries = lambda x: pad(x, extra).reshape((-1, block) + x.shape[2:])
-  ahead = jnp.arange(k.shape[1])[None] - jnp.arange(block)[:, None]
-  mask = ((ahead >= 0) & (ahead < model.memory.window))[None]
-  mask &= queries(document_BxT)[:, :, None] == key_document[:, None]
-  y = attend(params, queries(q_BxTxHxK), k, v, mask, 0, model)
-  return y.reshape((batch, count * block) + y.shape[2:])[:, :tokens]
 
 
 def empty_window(

@@ -41,6 +41,31 @@ def test_the_band_is_dense_attention_with_a_mask(tokens, window):
       np.testing.assert_allclose(grad[:, -tokens:], other, atol=1e-11)
 
 
+@pytest.mark.parametrize("tokens,window", [(1, 5), (12, 5), (12, 12), (31, 5)])
+def test_keys_that_all_see_stand_before_the_band(tokens, window):
+  """Without a position of their own: dense attention with their columns."""
+  document = np.sort(np.random.default_rng(3).integers(1, 4, (2, tokens)), 1)
+  back = np.arange(tokens)[:, None] - np.arange(tokens)[None]
+  mask = ((back >= 0) & (back < window))[None]
+  mask = mask & (document[:, :, None] == document[:, None])
+  mask = np.pad(mask, [(0, 0), (0, 0), (3, 0)], constant_values=True)
+  always = tuple(draw(1, 3, 2, 6, seed=i) for i in (4, 5))
+  q, k, v = (draw(2, tokens, h, 6, seed=i) for i, h in enumerate((4, 2, 2)))
+  before = lambda x: np.pad(
+    x, [(0, 0), (window - 1, 0)] + [(0, 0)] * (x.ndim - 2)
+  )
+  with jax.enable_x64(True):
+    made = sliding_window.attend(
+      q, before(k), before(v), document, before(document), always
+    )
+    k, v = (
+      np.concatenate([np.tile(own, (2, 1, 1, 1)), x], 1)
+      for own, x in zip(always, (k, v))
+    )
+    same = softmax.attention(q, k, v, jnp.asarray(mask)[:, None])
+  np.testing.assert_allclose(made, same, atol=1e-12)
+
+
 def test_memory_does_not_grow_with_the_square_of_the_text():
   """The largest array of a pass grows with T, not with T²."""
 
