@@ -79,12 +79,12 @@ def main() -> int:
       f"no folder --data_dir={_DATA.value}: give the folder with the files of "
       "the tasks, <task>.jsonl"
     )
-  from experiments import _table1
+  from experiments import _table1, _table1_result
   from nl_jax.eval import evaluate
 
   evaluate.check_names(_TASKS.value)
   _table1.require_seqio()
-  asked = _table1.Asked(
+  asked = _table1_result.Asked(
     workdir=_WORKDIR.value or "",
     data_dir=data_dir,
     tasks=tuple(_TASKS.value),
@@ -100,7 +100,7 @@ def main() -> int:
     command=shlex.join(["python", "-m", "experiments.table1", *sys.argv[1:]]),
   )
   steps = _steps()
-  others = [_table1.read(path) for path in _ALL.value]
+  others = [_table1_result.read(path) for path in _ALL.value]
   logging.set_verbosity(logging.WARNING)
   found = {_table1.run(asked, step, _chosen(), others) for step in steps}
   return found.pop() if len(found) == 1 else _main.PARTLY_FAILED

@@ -24,10 +24,10 @@ def main() -> int:
   """Runs the command; returns its exit status."""
   if not _RESULTS.value:
     raise ValueError("--results is required: result files, or folders of them")
-  from experiments import _table1
+  from experiments import _table1_result
 
   paths = [path for name in _RESULTS.value for path in _paths(name)]
-  results = [_table1.read(path) for path in paths]
+  results = [_table1_result.read(path) for path in paths]
   print("\n".join(_markdown(results)))
   if _PLOT.value:
     _draw(results, pathlib.Path(_PLOT.value))
