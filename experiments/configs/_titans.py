@@ -18,6 +18,19 @@ def lmm(size: str, arg: str) -> ConfigDict:
   return _common.baseline("titans_lmm", size, shape, memory, learning_rate=None)
 
 
+def dla(size: str, arg: str) -> ConfigDict:
+  """Deep linear attention at a scale, Titans without error and momentum."""
+  size = _common.size_of(size, arg)
+  shape = presets.SHAPES["dla"][size]
+  memory = _memory(shape)
+  memory.objective = "dot"  # What makes it DLA.
+  memory.momentum = "off"  # So does this.
+  del memory.beta_bias
+  memory.retention_target = "init"  # At 0 two layers have no gradient; ours.
+  memory.eta_max = 0.02  # Above it products of layers grow; ours.
+  return _common.baseline("dla", size, shape, memory, learning_rate=None)
+
+
 def mag(size: str, arg: str) -> ConfigDict:
   """Titans, memory as gate, at a scale."""
   return _hybrid("titans_mag", size, arg)

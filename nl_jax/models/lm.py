@@ -24,6 +24,7 @@ from nl_jax.models import (
   attention,
   cms,
   deltanet,
+  dla,
   hope,
   layers,
   retnet,
@@ -38,6 +39,7 @@ from nl_jax.models import (
 MIXERS = {
   "comba": deltanet,
   "deltanet": deltanet,
+  "dla": dla,
   "gated_deltanet": deltanet,
   "hope": hope,
   "hope_attention": attention,

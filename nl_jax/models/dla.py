@@ -1,0 +1,55 @@
+"""Deep linear attention (DLA): a deep memory that learns by plain products.
+
+    M <- alpha M + (1 - alpha) M_0 + eta grad <M(k), v>
+
+Atlas, arXiv 2505.23735. It is the layer of Titans (`titans`) with the inner
+objective `dot` and without momentum; with a matrix for M it would be gated
+linear attention. The feature map on keys and queries is the unit norm.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from nl_jax import card
+from nl_jax.models import titans
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(titans.Options):
+  """The switches of `titans.Options`, but for what makes it DLA."""
+
+  objective: str = "dot"
+  momentum: str = "off"
+  # Deviation from Atlas (zero): two layers that learn by their product and
+  # decay to 0 stay there, since neither then has a gradient.
+  retention_target: str = "init"
+  # No error pulls the product back: on repeated tokens it grows unless
+  # eta |error| < 1 - alpha, which at the start is .01 < .018.
+  eta_max: float = 0.02
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name, value in (("objective", "dot"), ("momentum", "off")):
+      if getattr(self, name) != value:
+        raise ValueError(
+          f"memory.{name} of model.arch='dla' must be {value!r}, got "
+          f"{getattr(self, name)!r}: use model.arch='titans_lmm'"
+        )
+
+
+check = titans.check
+init = titans.init
+apply = titans.apply
+init_state = titans.init_state
+alignment = titans.alignment
+parameter_count = titans.parameter_count
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The memory; its start is learned."""
+  return [
+    dataclasses.replace(row, name="DLA memory") for row in titans.rows(model)
+  ]
