@@ -42,6 +42,8 @@ class Level:
     on_slower_update: (start, params, gradient) -> (start, params), called when
       the next slower level has updated (nested CMS, eq. 72); `gradient` is the
       reduced one of the level's own last period. Its rule begins anew.
+    full: that gradient is by `start` instead, through all updates since the
+      last restart (MAML): the units since then are kept and run again.
   """
 
   name: str
@@ -49,6 +51,7 @@ class Level:
   rule: optax.GradientTransformation
   reduce: str = "mean"
   on_slower_update: OnSlowerUpdate | None = None
+  full: bool = False
 
   def __post_init__(self):
     if self.period is not None and (
@@ -65,6 +68,20 @@ class Level:
       )
 
 
+class Replay(NamedTuple):
+  """What a level with `full` keeps since its last restart.
+
+  Attributes:
+    state: of itself and the faster levels, then.
+    carry: of the loss, then.
+    xs: the units since then, leaves [units of the next slower level,...].
+  """
+
+  state: Any
+  carry: Tree
+  xs: Tree
+
+
 class LevelState(NamedTuple):
   """What a level carries from unit to unit.
 
@@ -77,6 +94,7 @@ class LevelState(NamedTuple):
       level that never updates.
     weight: scalar, sum of weights since then.
     clock: int32 scalar, units since then.
+    replay: `Replay`; () without `full`.
   """
 
   params: Tree
@@ -86,20 +104,28 @@ class LevelState(NamedTuple):
   gathered: Tree
   weight: jax.Array
   clock: jax.Array
+  replay: Any = ()
 
 
 State = dict[str, LevelState]
 
 
-def nested_init(levels: Sequence[Level], params: Mapping[str, Tree]) -> State:
+def nested_init(
+  levels: Sequence[Level],
+  params: Mapping[str, Tree],
+  carry: Tree = None,
+  x: Tree = None,
+) -> State:
   """The state at the start of a sequence.
 
   Args:
     levels: fastest first.
     params: initial weights by level name.
+    carry, x: like those of `nested_scan`, and one unit; for levels with `full`.
 
   Raises:
-    ValueError: periods that do not divide each other, names that differ.
+    ValueError: periods that do not divide each other, names that differ, a
+      level with `full` without carry and unit.
   """
   check(levels, params)
   state = {}
@@ -116,6 +142,15 @@ def nested_init(levels: Sequence[Level], params: Mapping[str, Tree]) -> State:
       weight=jnp.zeros((), _wide(weights)),
       clock=jnp.zeros((), jnp.int32),
     )
+  for below, level in _restarting(levels):
+    if below.full:
+      if x is None:
+        raise ValueError(
+          f"level {below.name!r} has `full`: nested_init needs carry and x"
+        )
+      units = lambda v, n=level.period: jnp.zeros((n, *v.shape), v.dtype)
+      kept = Replay(_up_to(below, levels, state), carry, jax.tree.map(units, x))
+      state[below.name] = state[below.name]._replace(replay=kept)
   return state
 
 
@@ -149,23 +184,11 @@ def nested_scan(
   """
   check(levels, state)
 
-  def unit(held, x):
-    state, carry = held
-    state, carry, output = _gather(
-      loss_fn, levels, state, carry, x, first_order
-    )
-    return (state, carry), output
-
-  if not fresh:
-
-    def step(held, x):
-      (state, carry), output = unit(held, x)
-      return (_update_due(levels, state), carry), output
-
-    held, outputs = _scan(step, (state, carry), xs)
+  run = _Runner(loss_fn, tuple(levels), first_order)
+  if fresh:
+    held, outputs = run.nested(run.learning, (state, carry), xs)
   else:
-    learning = [level for level in levels if level.period is not None]
-    held, outputs = _nested(unit, learning, (state, carry), xs)
+    held, outputs = _scan(run.step, (state, carry), xs)
   return *held, outputs
 
 
@@ -179,8 +202,9 @@ def nested_step(
   first_order: bool = False,
 ) -> tuple[State, Tree, Tree]:
   """One unit, from any clocks; arguments and results as in `nested_scan`."""
-  state, carry, output = _gather(loss_fn, levels, state, carry, x, first_order)
-  return _update_due(levels, state), carry, output
+  run = _Runner(loss_fn, tuple(levels), first_order)
+  (state, carry), output = run.step((state, carry), x)
+  return state, carry, output
 
 
 def check(levels: Sequence[Level], params: Mapping[str, Tree]) -> None:
@@ -200,40 +224,204 @@ def check(levels: Sequence[Level], params: Mapping[str, Tree]) -> None:
       )
 
 
-def _gather(
-  loss_fn: LossFn,
+@dataclasses.dataclass(frozen=True)
+class _Runner:
+  """What runs units: the loss, all levels, and the order of the gradient."""
+
+  loss_fn: LossFn
+  levels: tuple[Level, ...]
+  first_order: bool
+
+  @property
+  def learning(self) -> tuple[Level, ...]:
+    return tuple(x for x in self.levels if x.period is not None)
+
+  def step(self, held: Any, x: Tree) -> tuple[Any, Tree]:
+    """One unit and the updates that are due, by the clocks."""
+    state, carry = held
+    for below, level in _restarting(self.levels):
+      if below.full:
+        at = state[below.name]
+        at = at._replace(
+          replay=_remember(below, level, self.levels, state, carry, x)
+        )
+        state = {**state, below.name: at}
+    (state, carry), output = self.unit((state, carry), x)
+    below = None
+    for level in self.learning:
+      kept = state[below.name].replay if below else None
+      state = self.update_if_due(level, below, state, kept)
+      below = level
+    return (state, carry), output
+
+  def unit(self, held: Any, x: Tree, measure: bool = False) -> tuple[Any, Tree]:
+    """One unit without updates: its gradient is added to what is gathered.
+
+    With `measure`, (loss, weight) instead of the unit's output.
+    """
+    state, carry = held
+    frozen = {
+      v.name: state[v.name].params for v in self.levels if v.period is None
+    }
+    learned = {v.name: state[v.name].params for v in self.learning}
+
+    def loss(learned):
+      return self.loss_fn({**frozen, **learned}, carry, x)
+
+    (value, (carry, weight, output)), grads = jax.value_and_grad(
+      loss, has_aux=True
+    )(learned)
+    if self.first_order:
+      grads = jax.lax.stop_gradient(grads)
+    # A unit of padding adds exactly 0, whatever its gradient.
+    real = weight > 0
+    there = (weight >= 0).astype(jnp.int32)
+    weight = jnp.maximum(weight, 0)
+    new = {}
+    for level in self.levels:
+      at = state[level.name]
+      at = at._replace(clock=at.clock + there)
+      if level.period is not None:
+        add = lambda sum_, g: sum_ + jnp.where(real, g, 0).astype(sum_.dtype)
+        at = at._replace(
+          gathered=jax.tree.map(add, at.gathered, grads[level.name]),
+          weight=at.weight + weight.astype(at.weight.dtype),
+        )
+      new[level.name] = at
+    output = (jnp.where(real, value, 0), weight) if measure else output
+    return (new, carry), output
+
+  def update_if_due(
+    self,
+    level: Level,
+    below: Level | None,
+    state: State,
+    kept: Replay | None,
+  ) -> State:
+    """One level, and the restart of the next faster one, where due."""
+    at, new = state[level.name], dict(state)
+    due = at.clock >= level.period
+    new[level.name] = _where(due, _update(level, at), at)
+    if below is not None and below.on_slower_update is not None:
+      # Its period divides this one, so it has just updated.
+      now = state[below.name]
+      gradient = self.through(below, kept) if below.full else now.gradient
+      new[below.name] = _where(due, _restart(below, now, gradient), now)
+    return new
+
+  def through(self, below: Level, kept: Replay) -> Tree:
+    """The gradient of a level's last period by its start (MAML)."""
+    known = self.learning[: self.learning.index(below) + 1]
+    frozen = {v.name: v for v in self.levels if v.period is None}
+
+    def last(start: Tree) -> jax.Array:
+      at = kept.state[below.name]._replace(params=start)
+      held = ({**kept.state, below.name: at}, kept.carry)
+      unit = lambda held, x: run.unit(held, x, measure=True)
+      _, (losses, weights) = run.nested(known, held, kept.xs, unit)
+      loss = losses[-below.period :].sum()
+      weight = weights[-below.period :].sum()
+      mean = loss / jnp.where(weight > 0, weight, 1)
+      return mean if below.reduce == "mean" else loss
+
+    run = dataclasses.replace(
+      self,
+      levels=tuple(
+        x if x in known or x.name in frozen
+        else dataclasses.replace(x, period=None)
+        for x in self.levels
+      ),
+    )  # fmt: skip
+    gradient = jax.grad(last)(kept.state[below.name].params)
+    return jax.lax.stop_gradient(gradient) if self.first_order else gradient
+
+  def nested(
+    self,
+    learning: Sequence[Level],
+    held: Any,
+    xs: Tree,
+    unit: Callable | None = None,
+  ) -> tuple[Any, Tree]:
+    """Units from clocks at 0: a scan over the periods of the slowest level.
+
+    What is left behind the last whole period runs through the faster levels,
+    and stays open.
+    """
+    unit = unit or self.unit
+    if not learning:
+      return _scan(unit, held, xs)
+    *faster, level = learning
+    count = jax.tree.leaves(xs)[0].shape[0]
+    whole = count // level.period
+    below = faster[-1] if faster else None
+
+    def period(held, xs):
+      begin = _up_to(below, self.levels, held[0]) if below else None
+      kept = Replay(begin, held[1], xs)
+      (state, carry), outputs = self.nested(faster, held, xs, unit)
+      # Not due where a unit was not there.
+      return (self.update_if_due(level, below, state, kept), carry), outputs
+
+    head = jax.tree.map(
+      lambda x: x[: whole * level.period].reshape(
+        (whole, level.period) + x.shape[1:]
+      ),
+      xs,
+    )
+    rest = jax.tree.map(lambda x: x[whole * level.period :], xs)
+    parts = []
+    if whole:
+      held, outputs = _scan(period, held, head)
+      flat = lambda x: x.reshape((-1,) + x.shape[2:])
+      parts.append(jax.tree.map(flat, outputs))
+    if count % level.period or not whole:
+      if below is not None and below.full:  # An open period is to be kept.
+        held, outputs = _scan(self.step, held, rest)
+      else:
+        held, outputs = self.nested(faster, held, rest, unit)
+      parts.append(outputs)
+    return held, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+
+def _restarting(levels: Sequence[Level]) -> list[tuple[Level, Level]]:
+  """(a level, the next slower one) of those that learn."""
+  learning = [x for x in levels if x.period is not None]
+  return list(zip(learning, learning[1:]))
+
+
+def _up_to(below: Level, levels: Sequence[Level], state: State) -> State:
+  """The state as it is run again: of `below` and what is faster or frozen.
+
+  Slower levels stand still there, and are given as frozen ones.
+  """
+  kept, found = {}, False
+  for level in levels:
+    at = state[level.name]
+    if level.period is None or not found:
+      kept[level.name] = at
+    else:
+      kept[level.name] = at._replace(
+        rule=(), gathered=(), start=(), gradient=(), replay=()
+      )
+    found = found or level is below
+  kept[below.name] = kept[below.name]._replace(replay=())
+  return kept
+
+
+def _remember(
+  below: Level,
+  level: Level,
   levels: Sequence[Level],
   state: State,
   carry: Tree,
   x: Tree,
-  first_order: bool,
-) -> tuple[State, Tree, Tree]:
-  """One unit without updates: its gradient is added to what is gathered."""
-  frozen = {v.name: state[v.name].params for v in levels if v.period is None}
-  learned = {k: at.params for k, at in state.items() if k not in frozen}
-
-  def loss(learned):
-    return loss_fn({**frozen, **learned}, carry, x)
-
-  grads, (carry, weight, output) = jax.grad(loss, has_aux=True)(learned)
-  if first_order:
-    grads = jax.lax.stop_gradient(grads)
-  # A unit of padding adds exactly 0, whatever its gradient.
-  real = weight > 0
-  there = (weight >= 0).astype(jnp.int32)
-  weight = jnp.maximum(weight, 0)
-  new = {}
-  for level in levels:
-    at = state[level.name]
-    at = at._replace(clock=at.clock + there)
-    if level.period is not None:
-      add = lambda sum_, g: sum_ + jnp.where(real, g, 0).astype(sum_.dtype)
-      at = at._replace(
-        gathered=jax.tree.map(add, at.gathered, grads[level.name]),
-        weight=at.weight + weight.astype(at.weight.dtype),
-      )
-    new[level.name] = at
-  return new, carry, output
+) -> Replay:
+  """What was kept since the restart, and a unit more."""
+  kept, clock = state[below.name].replay, state[level.name].clock
+  new = (_up_to(below, levels, state), carry)
+  old = (kept.state, kept.carry)
+  put = lambda xs, v: jax.lax.dynamic_update_index_in_dim(xs, v, clock, 0)
+  return Replay(*_where(clock == 0, new, old), jax.tree.map(put, kept.xs, x))
 
 
 def _update(level: Level, at: LevelState) -> LevelState:
@@ -259,74 +447,14 @@ def _update(level: Level, at: LevelState) -> LevelState:
   )
 
 
-def _restart(level: Level, at: LevelState) -> LevelState:
+def _restart(level: Level, at: LevelState, gradient: Tree) -> LevelState:
   """A level whose next slower one has updated (eq. 72)."""
-  start, params = level.on_slower_update(at.start, at.params, at.gradient)
+  start, params = level.on_slower_update(at.start, at.params, gradient)
   return at._replace(start=start, params=params, rule=level.rule.init(params))
-
-
-def _update_due(levels: Sequence[Level], state: State) -> State:
-  """The levels whose period is over, by their clocks."""
-  below = None
-  for level in levels:
-    if level.period is not None:
-      state = _update_if_due(level, below, state)
-      below = level
-  return state
-
-
-def _update_if_due(level: Level, below: Level | None, state: State) -> State:
-  """One level, and the restart of the next faster one, where due."""
-  at, new = state[level.name], dict(state)
-  due = at.clock >= level.period
-  new[level.name] = _where(due, _update(level, at), at)
-  if below is not None and below.on_slower_update is not None:
-    # Its period divides this one, so it has just updated.
-    now = state[below.name]
-    new[below.name] = _where(due, _restart(below, now), now)
-  return new
 
 
 def _where(condition: jax.Array, a: Tree, b: Tree) -> Tree:
   return jax.tree.map(lambda x, y: jnp.where(condition, x, y), a, b)
-
-
-def _nested(
-  unit: Callable, learning: Sequence[Level], held: Any, xs: Tree
-) -> tuple[Any, Tree]:
-  """Units from clocks at 0: a scan over the periods of the slowest level.
-
-  What is left behind the last whole period runs through the faster levels, and
-  stays open.
-  """
-  if not learning:
-    return _scan(unit, held, xs)
-  *faster, level = learning
-  count = jax.tree.leaves(xs)[0].shape[0]
-  whole = count // level.period
-
-  def period(held, xs):
-    (state, carry), outputs = _nested(unit, faster, held, xs)
-    # Not due where a unit was not there.
-    below = faster[-1] if faster else None
-    return (_update_if_due(level, below, state), carry), outputs
-
-  head = jax.tree.map(
-    lambda x: x[: whole * level.period].reshape(
-      (whole, level.period) + x.shape[1:]
-    ),
-    xs,
-  )
-  rest = jax.tree.map(lambda x: x[whole * level.period :], xs)
-  parts = []
-  if whole:
-    held, outputs = _scan(period, held, head)
-    flat = lambda x: x.reshape((-1,) + x.shape[2:])
-    parts.append(jax.tree.map(flat, outputs))
-  if count % level.period or not whole:
-    held, outputs = _nested(unit, faster, held, rest)
-    parts.append(outputs)
-  return held, jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
 
 
 def _scan(body: Callable, held: Any, xs: Tree) -> tuple[Any, Tree]:

@@ -122,6 +122,7 @@ STATES = (
   (_FAST + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
   (_FAST + r"w_down", ("layer", "mlp", "act_embed")),
   (r"levels/\w+/(weight|clock)", ()),
+  *((r"levels/\w+/replay/.+", ("chunk",) * k) for k in range(7)),
   (
     _LOCAL + r"(anchor|w|s)/w_(gate|up)",
     ("level", "act_embed", "mlp"),

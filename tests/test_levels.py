@@ -1,5 +1,6 @@
 """The runner of levels: its two forms, an independent loop, its gradients."""
 
+import dataclasses
 import functools
 
 import jax
@@ -150,6 +151,82 @@ def test_nested_flat_and_loop_agree(count, slower, reduce):
     close(nested[1:], (carry, outputs))
     clocks = [int(nested[0][x.name].clock) for x in made]
     assert clocks == [count % p for p in PERIODS]
+
+
+def maml(names, periods, count, params, carry, xs, slower):
+  """Two levels; the start of the fast one moves by the full gradient."""
+  (fast, slow), (m, n) = names, periods
+  make_two = [
+    levels.Level(fast, m, optax.sgd(0.1, momentum=0.5)),
+    levels.Level(slow, None, optax.identity()),
+  ]
+  params, begin, outputs = dict(params), params[fast], []
+  for at in range(0, count, n):
+    piece = part(xs, slice(at, min(at + n, count)))
+    if len(piece["weight"]) < n:
+      _, _, out = by_hand(make_two, {**params, fast: begin}, carry, piece)
+      return jnp.concatenate([*outputs, out])
+
+    def last(start, carry=carry, piece=piece, rest=params[slow]):
+      """Loss of the last period, and the gradient of the slow level's own."""
+      before = part(piece, slice(n - m))
+      now, c, _ = by_hand(make_two, {fast: start, slow: rest}, carry, before)
+      total = 0.0
+      for j in range(n - m, n):
+        value, (c, _, _) = loss_fn(now, c, part(piece, j))
+        total += value
+      return total / piece["weight"][n - m :].sum()
+
+    g = jax.grad(last)(begin)
+    alone = [make_two[0], levels.Level(slow, n, optax.sgd(0.1))]
+    both, after, out = by_hand(alone, {**params, fast: begin}, carry, piece)
+    outputs.append(out)
+    carry, params = after, both
+    begin, _ = slower(begin, None, g)
+  return jnp.concatenate(outputs)
+
+
+def full(*periods):
+  """Levels that restart by full gradients; the slowest has no momentum."""
+  made = make(periods, slower=fomaml)
+  slowest = dataclasses.replace(made[-1], rule=optax.sgd(0.1))
+  return [dataclasses.replace(x, full=True) for x in made[:-1]] + [slowest]
+
+
+@pytest.mark.parametrize("count", [6, 15])
+def test_the_full_gradient_of_a_start_is_that_of_the_loop(count):
+  with jax.enable_x64(True):
+    made = full(2, 6)
+    params, xs = start(2, jnp.float64), units(count, jnp.float64)
+    xs["weight"] = xs["weight"] + 0.5
+    carry = CARRY.astype(jnp.float64)
+    state = levels.nested_init(made, params, carry, part(xs, 0))
+    expected = maml(("l0", "l1"), (2, 6), count, params, carry, xs, fomaml)
+    for fresh in (True, False):
+      _, _, outputs = _scan(tuple(made), state, carry, xs, fresh)
+      np.testing.assert_allclose(outputs, expected, atol=1e-12)
+
+
+def test_full_gradients_of_nested_starts_in_any_form():
+  with jax.enable_x64(True):
+    made = full(1, 2, 4)
+    # Third derivatives of all three are slow to compile.
+    made[0] = dataclasses.replace(made[0], full=False)
+    params, xs = start(dtype=jnp.float64), units(11, jnp.float64)
+    carry = CARRY.astype(jnp.float64)
+    state = levels.nested_init(made, params, carry, part(xs, 0))
+    nested = _scan(tuple(made), state, carry, xs, True)
+    flat = _scan(tuple(made), state, carry, xs, False)
+    close(nested[1:], flat[1:])
+    weights = lambda out: {k: at.params for k, at in out[0].items()}
+    close(weights(nested), weights(flat))
+    at, c, parts = state, carry, []
+    for a, b, fresh in ((0, 7, True), (7, 8, False), (8, 11, False)):
+      at, c, out = _scan(tuple(made), at, c, part(xs, slice(a, b)), fresh)
+      parts.append(out)
+    close(jnp.concatenate(parts), nested[2])
+  with pytest.raises(ValueError, match="needs carry and x"):
+    levels.nested_init(made, params)
 
 
 def test_any_split_into_calls_and_steps_is_the_same():

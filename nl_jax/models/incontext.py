@@ -29,7 +29,7 @@ from nl_jax.models import cms, layers, lm, local_loss
 TARGETS = ("inside", "next")
 RULES = ("sgd", "momentum", "dgd")
 OUTER = ("full", "first_order")
-NESTED_META = ("none", "reptile", "fomaml")
+NESTED_META = ("none", "reptile", "fomaml", "full")
 RESETS = ("sequence", "document")
 KERNELS = ("w_gate", "w_up", "w_down")  # Fast; norms stay slow.
 _EPSILON = 1e-12  # Under the root of a squared norm: a finite derivative.
@@ -59,7 +59,9 @@ class Options:
     outer: "full" differentiates through the inner gradients; "first_order"
       takes them as constants.
     nested_meta: with the variant "nested", how the start of a level learns
-      when the next slower one has updated: "none", "reptile" or "fomaml".
+      when the next slower one has updated: "none", "reptile", "fomaml", or
+      "full", by the gradient through all updates since the last restart. That
+      one keeps the text since then in the state, and reads it again.
     nested_rate: of that.
     reset: fast weights begin anew with each "sequence" (row) or "document".
     inner_loss: "task", the loss of the model's own logits; "local_dot" or
@@ -278,14 +280,14 @@ class InContextModel:
       return local_loss.init_state(self, params, batch_size, length)
     start = self.base.init_state(params, batch_size, length)
     slow, fast = self.split(start.layers)
-    again = jax.vmap(lambda _: self._start(params))
+    again = jax.vmap(lambda mixers: self._start(params, mixers), in_axes=1)
     dtype = layers.activation_dtype(self.base.dtype, params)
     C = self.options.chunks[0]
     wide = layers.at_least_float32(dtype)
     zero = jnp.zeros((batch_size, C), jnp.int32)
     return InContextState(
       {"slow": slow, "begin": fast, "now": fast},
-      again(jnp.arange(batch_size)),
+      again(fast),
       Buffer(
         jnp.zeros((batch_size, C, self.base.width), dtype),
         zero,
@@ -434,7 +436,8 @@ class InContextModel:
     restarts = {
       "none": lambda start, theta, gradient: (start, start),
       "reptile": functools.partial(_reptile, options.nested_rate),
-      "fomaml": functools.partial(_fomaml, options.nested_rate),
+      "fomaml": functools.partial(_maml, options.nested_rate),
+      "full": functools.partial(_maml, options.nested_rate),
     }
     last = len(options.chunks) - 1
     for i, (name, chunk) in enumerate(zip(self.fast_levels, options.chunks)):
@@ -446,13 +449,30 @@ class InContextModel:
           _rule(options, rate),
           options.reduce,
           restarts[options.nested_meta] if nested and i < last else None,
+          full=options.nested_meta == "full" and nested and i < last,
         )
       )
     return made
 
-  def _start(self, params: types.Params) -> runner.State:
-    """The levels of one sequence before its first token."""
-    return runner.nested_init(self._levels(params), self.theta(params))
+  def _start(self, params: types.Params, mixers: Any) -> runner.State:
+    """The levels of one sequence before its first token.
+
+    Args:
+      params: of `init`.
+      mixers: states of the fast layers, or arrays like them.
+    """
+    base, C = self.base, self.options.chunks[0]
+    dtype = layers.activation_dtype(base.dtype, params)
+    unit = _Unit(
+      jnp.zeros((C, base.width), dtype),
+      jnp.zeros((C,), jnp.int32),
+      jnp.zeros((C,), jnp.int32),
+      jnp.zeros((C,), layers.at_least_float32(dtype)),
+      jnp.zeros((), bool),
+    )
+    return runner.nested_init(
+      self._levels(params), self.theta(params), (mixers, mixers), unit
+    )
 
   def _fast(
     self,
@@ -531,6 +551,8 @@ class InContextModel:
     C = self.options.chunks[0]
     count = (tokens - 1) // C  # Micro-chunks that a later token may close.
     ids = _ids(tokens_BxT, ids_BxT)
+    if self.options.nested_meta == "full":
+      ids_BxT = ids  # What is kept of a text has documents.
     end_B = layers.real_span(ids > 0)[1]
     closed_B = jnp.maximum(end_B - 1, 0) // C
     targets, weights = self._targets(tokens_BxT, ids, learn_BxT)
@@ -551,7 +573,7 @@ class InContextModel:
       at, (begin, now), (logits, metrics) = self._read(params, start, units)
       if self.options.reset == "document" and count and rest[1] is not None:
         new = (rest[1][0] > 0) & (rest[1][0] != units.ids_C[-1, 0])
-        at = _choose(new, self._start(params), at)
+        at = _choose(new, self._start(params, start), at)
       theta = {name: at[name].params for name in at}
       x, now, last, _ = self._fast(params, theta, now, *rest)
       total = lambda a, b: jnp.sum(a, axis=0) + b
@@ -574,7 +596,7 @@ class InContextModel:
     """The micro-chunks of one sequence that may be closed in this call."""
     made, loss_fn = self._levels(params), self._loss(params, True)
     first_order = self.options.outer == "first_order"
-    at, carry = self._start(params), (start, start)
+    at, carry = self._start(params, start), (start, start)
     if self.options.reset == "sequence" or units.ids_C is None:
       return runner.nested_scan(
         loss_fn, made, at, carry, units, fresh=True, first_order=first_order
@@ -582,7 +604,7 @@ class InContextModel:
     # A document begins with a micro-chunk, and with fast weights anew.
     first = units.ids_C[:, 0]
     before = jnp.concatenate([first[:1], first[:-1]])
-    anew = self._start(params)
+    anew = self._start(params, start)
 
     def step(held: Any, scanned: Any) -> tuple[Any, Any]:
       (at, carry), (unit, new) = held, scanned
@@ -670,7 +692,7 @@ class InContextModel:
         inside = jnp.cumprod(ids == ids[:, :1], axis=1, dtype=jnp.int32)
         before, more = _segment(buffer), more & ~blank
         new = more & (before > 0) & (ids[:, 0] != before)
-        anew = jax.vmap(lambda _: self._start(params))(jnp.arange(batch))
+        anew = jax.vmap(lambda x: self._start(params, x), in_axes=1)(now)
         at = _choose(new, anew, at)
         buffer = jax.tree.map(lambda x: _where_rows(~new, x, 0), buffer)
         begin = _choose(new, now, begin, axis=1)
@@ -791,10 +813,10 @@ def _reptile(
   return start, start
 
 
-def _fomaml(
+def _maml(
   rate: float, start: Any, theta: Any, gradient: Any
 ) -> tuple[Any, Any]:
-  """First-order MAML: the start moves by the gradient of its last period."""
+  """MAML: the start moves by the gradient of the loss of its last period."""
   del theta
   start = jax.tree.map(lambda a, g: a - rate * g, start, gradient)
   return start, start

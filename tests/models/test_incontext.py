@@ -313,6 +313,50 @@ def test_documents_begin_with_fresh_weights():
       np.testing.assert_allclose(later[:, a:b], alone, atol=1e-11)
 
 
+def test_a_start_that_learns_by_its_full_gradient():
+  """Once restarted, it stands where the loss of its last period sends it."""
+  net = model(
+    levels=dataclasses.replace(LEVELS, variant="nested"), chunks=(4, 8),
+    fast_layers=1, nested_meta="full", nested_rate=0.5,
+  )  # fmt: skip
+  tokens = draw(1, 9, seed=4)
+  with jax.enable_x64(True):
+    params = generic(net)
+    cut = net.base.layers - 1
+    begin = {k: params["blocks"]["cms"]["high"][k][cut:] for k in KERNELS}
+    mid = {k: params["blocks"]["cms"]["mid"][k][cut:] for k in KERNELS}
+    rate = np.exp(params["in_context"]["log_rate"][0])
+
+    def piece(high, carried, at):
+      theta = {"high": high, "mid": mid}
+      grads, (logits, carried) = read_chunk(
+        net, params, theta, carried, tokens[0, at : at + 4],
+        tokens[0, at + 1 : at + 4], jnp.ones(3),
+      )  # fmt: skip
+      logp = jax.nn.log_softmax(logits[:3])
+      nats = -logp[jnp.arange(3), tokens[0, at + 1 : at + 4]]
+      return grads["high"], carried, nats.mean()
+
+    def last(begin):
+      carried = net.base.init_state(plain(params), 1, 9)
+      g, carried, _ = piece(begin, carried, 0)
+      g = jax.tree.map(lambda x: x / 3, g)
+      high, _ = updated(net.options, rate, begin, None, g)
+      return piece(high, carried, 4)[2]
+
+    moved = axpy(-0.5, jax.grad(last)(begin), begin)
+    fresh = apply(net, params, tokens)[1]
+    state = net.init_state(params, 1)
+    for token in tokens.T:
+      _, state, _ = apply(net, params, token[None], state)
+    for made in (fresh, state):
+      # The ninth token closes the second micro-chunk.
+      made = jax.tree.map(lambda x: x[0], made.levels["high"].params)
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-11), made, moved
+      )
+
+
 def test_restarts_in_context_are_not_those_of_the_optimizer():
   net = of_case("reptile")
   assert net.cms.variant == "sequential"
