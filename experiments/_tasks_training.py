@@ -97,7 +97,7 @@ def fit(
     loss = float(metrics["train/loss"])
     if not np.isfinite(loss) or int(metrics["skipped"]):
       raise FloatingPointError(
-        f"the loss is not finite by step {i}; lower --learning_rate"
+        f"the loss is not finite by step {i}; lower --learning_rates"
       )
     row = {"step": i, "loss": loss}
     for name, batch in tests.items():
