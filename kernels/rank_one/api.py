@@ -24,6 +24,7 @@ def rank_one(
   start: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   row: jax.Array | None = None,
+  window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """Writes one chunk into one weight matrix, and reads it (model.md 2.3, 2.5).
@@ -49,6 +50,10 @@ def rank_one(
       since the anchor: it sees anchor + row_t (W_t - anchor), TTT's step
       sizes. W and S carry no factor: at the end of its chunk the caller
       scales them.
+    window: (U, Delta, weights), h more tokens before the chunk, [B, H, h, ·],
+      and [B, H, C, h + C]: token t writes sum_i weights_ti u_i^T delta_i in
+      place of u_t^T delta_t. No weight but 0 for i > t, across documents and
+      of masked tokens.
     implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
 
   Returns:
@@ -80,5 +85,5 @@ def rank_one(
   return form.rank_one(
     U, Delta, Q, gates, W, S, R,
     read=read, erase_of=erase_of, anchor=anchor, start=start,
-    segment_ids=segment_ids, row=row,
+    segment_ids=segment_ids, row=row, window=window,
   )  # fmt: skip

@@ -36,6 +36,7 @@ def rank_one(
   start: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   row: jax.Array | None = None,
+  window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The token loop; arguments and results as `api.rank_one`.
 
@@ -51,20 +52,30 @@ def rank_one(
     first = segment_ids[..., :1] * 0
     index = segments.running_index(segment_ids, first[..., 0])
     begins = jnp.diff(index, axis=-1, prepend=first) > 0
+  weights = None if window is None else window[2]
   xs = (U, Delta, Q, log_alpha, log_beta, write, erase, mask, begins, row)
+  xs = (*xs, weights)
   xs = jax.tree.map(lambda x: jnp.moveaxis(x, token_axis, 0), xs)
   scalar = log_alpha.ndim == U.ndim - 1
 
+  if window is not None:
+    written = [
+      jnp.concatenate(parts, axis=-2) for parts in zip(window, (U, Delta))
+    ]
+
   def token(carry, x):
     W, S, anchor = carry
-    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x
+    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x[:-1]
     real, begins = real[..., None, None], begins[..., None, None]
     if segment_ids is not None:
       W = jnp.where(begins, start, W)
       anchor = jnp.where(begins, start, anchor)
       S = None if S is None else jnp.where(begins, 0.0, S)
     alpha = _columns(jnp.exp(log_alpha), scalar)
-    step = -_columns(write, scalar) * u[..., :, None] * delta[..., None, :]
+    step = u[..., :, None] * delta[..., None, :]
+    if window is not None:
+      step = jnp.einsum("...i,...ia,...ib->...ab", x[-1], *written)
+    step = -_columns(write, scalar) * step
     S_new = None
     if S is not None:
       S_new = _columns(jnp.exp(log_beta), log_beta.ndim == u.ndim - 1) * S

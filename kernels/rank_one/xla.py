@@ -79,9 +79,16 @@ class _Chunk:
     R: jax.Array | None,
     start: jax.Array | None,
     segment_ids: jax.Array | None,
+    window: tuple[jax.Array, jax.Array, jax.Array] | None,
   ):
     log_alpha, log_beta, write, erase, mask = gates
-    self.U, self.Delta, self.S, self.R = U, Delta, S, R
+    self.U, self.S, self.R = U, S, R
+    # What is written: of the chunk's tokens, or also of some before it.
+    self.written, self.Delta, self.weights = U, Delta, None
+    if window is not None:
+      self.written = jnp.concatenate([window[0], U], axis=-2)
+      self.Delta = jnp.concatenate([window[1], Delta], axis=-2)
+      self.weights = window[2]
     self.D, self.start = (W if R is None else W - R), start
     self.packed = None
     if segment_ids is not None:
@@ -103,6 +110,10 @@ class _Chunk:
     """The gains of W_{t-1}."""
     return self._gains(self.decay - self.log_alpha, self._lower(-1))
 
+  def _spread(self, rows: jax.Array) -> jax.Array:
+    """Weights [..., C] of tokens' writes, as weights of what they write."""
+    return rows if self.weights is None else _matmul(rows, self.weights)
+
   def _lower(self, diagonal: int) -> jax.Array:
     """Pairs (t, s) of one document, s <= t + diagonal."""
     C = self.U.shape[-2]
@@ -120,13 +131,14 @@ class _Chunk:
     A = _decay(level, self.decay, allowed)
     erases = None if self.erase is None else A * self.erase[..., None, :]
     if self.S is None:
-      return _Gains(base, None, erases, A * self.write[..., None, :])
+      writes = self._spread(A * self.write[..., None, :])
+      return _Gains(base, None, erases, writes)
     A = A * self.real[..., None, :]
     b = jnp.einsum("...ts,...s->...t", A, jnp.exp(self.momentum))
     if self.packed is not None:
       b = jnp.where(self.packed.carried, b, 0.0)
     writes = _matmul(A, self.momentum_decays) * self.write[..., None, :]
-    return _Gains(base, b, erases, writes)
+    return _Gains(base, b, erases, self._spread(writes))
 
   def _base(self, X: jax.Array, gain: _Gains) -> jax.Array:
     """What X reads of the start: of each row's own document."""
@@ -143,7 +155,10 @@ class _Chunk:
     """Rows u_t D_{t-1} (or u_t W_{t-1}), which the erase term writes back."""
     gram = _matmul(self.U, jnp.swapaxes(self.U, -1, -2))
     rows = self._base(self.U, self.before)
-    rows = rows - _matmul(self.before.writes * gram, self.Delta)
+    cross = gram
+    if self.weights is not None:
+      cross = _matmul(self.U, jnp.swapaxes(self.written, -1, -2))
+    rows = rows - _matmul(self.before.writes * cross, self.Delta)
     if erase_of == "whole" and self.R is not None:
       rows = rows + _matmul(self.U, self.R)
     return _matmul(inverse.unit_lower_inverse(self.before.erases * gram), rows)
@@ -152,9 +167,10 @@ class _Chunk:
     self, Q: jax.Array, gain: _Gains, recalled: jax.Array | None
   ) -> jax.Array:
     """Rows q_t W_t, or q_t W_{t-1} with the gains before."""
-    cross = jnp.matmul(Q, jnp.swapaxes(self.U, -1, -2))
+    cross = jnp.matmul(Q, jnp.swapaxes(self.written, -1, -2))
     reads = self._base(Q, gain) - jnp.matmul(gain.writes * cross, self.Delta)
     if recalled is not None:
+      cross = cross[..., -self.U.shape[-2] :]
       reads = reads - jnp.matmul(gain.erases * cross, recalled)
     return reads if self.R is None else reads + jnp.matmul(Q, self.R)
 
@@ -171,14 +187,20 @@ class _Chunk:
   ) -> tuple[jax.Array, jax.Array | None]:
     """W and S after the last token."""
     terms = self.after.writes[..., -1, :, None] * self.Delta
+    wrote = self.written
     if recalled is not None:
-      terms = terms + self.after.erases[..., -1, :, None] * recalled
+      erased = self.after.erases[..., -1, :, None] * recalled
+      if self.weights is None:
+        terms = terms + erased
+      else:
+        terms = jnp.concatenate([terms, erased], axis=-2)
+        wrote = jnp.concatenate([wrote, self.U], axis=-2)
     begin = self.D
     if self.packed is not None:
       carried = self.packed.carried[..., -1:, None]
       begin = jnp.where(carried, begin, self.fresh)
-    Ut = jnp.swapaxes(self.U, -1, -2)
-    W = self.after.base[..., -1, None, None] * begin - _matmul(Ut, terms)
+    change = _matmul(jnp.swapaxes(wrote, -1, -2), terms)
+    W = self.after.base[..., -1, None, None] * begin - change
     W = W if self.R is None else W + self.R
     if self.S is None:
       return W, None
@@ -186,8 +208,10 @@ class _Chunk:
     kept = jnp.exp(self.momentum[..., -1])
     if self.packed is not None:
       kept = jnp.where(self.packed.carried[..., -1], kept, 0.0)
-    steps = (self.momentum_decays[..., -1, :] * self.write)[..., None]
-    S = kept[..., None, None] * self.S - _matmul(Ut, steps * self.Delta)
+    last = self.momentum_decays[..., -1:, :] * self.write[..., None, :]
+    steps = self._spread(last)[..., 0, :, None] * self.Delta
+    change = _matmul(jnp.swapaxes(self.written, -1, -2), steps)
+    S = kept[..., None, None] * self.S - change
     return W, S
 
 
@@ -206,9 +230,10 @@ def rank_one(
   start: jax.Array | None = None,
   segment_ids: jax.Array | None = None,
   row: jax.Array | None = None,
+  window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The exact chunk form; arguments and results as `api.rank_one`."""
-  chunk = _Chunk(U, Delta, gates, W, S, R, start, segment_ids)
+  chunk = _Chunk(U, Delta, gates, W, S, R, start, segment_ids, window)
   recalled = None if gates[3] is None else chunk.recall(erase_of)
   anchor = W if anchor is None else anchor
   reads = None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from nl_jax.kernels.rank_one import segments
 from nl_jax.memory import rule as rules
+from nl_jax.memory import window
 
 
 class MemoryState(NamedTuple):
@@ -24,7 +25,8 @@ class MemoryState(NamedTuple):
       chunk edge, where gradients are taken.
     w: the same, the weights now; with a row factor (see `walk`) without it,
       until the chunk is full.
-    s: momentum, the same; an empty dict without it.
+    s: momentum, the same, and with a window the tokens of `memory.window`; an
+      empty dict without both.
     phase: int32 [B], tokens in the open chunk.
     segment: int32 [B], id of the last real token; 0 where there was none.
   """
@@ -47,6 +49,8 @@ def start(
 
   w = jax.tree.map(copy, dict(params))
   s = jax.tree.map(jnp.zeros_like, w) if rule.has_momentum else {}
+  if rule.omega > 1:
+    s |= window.start(w, rule.omega, rules.INPUT_LAYERS)
   clock = jnp.zeros((batch,), jnp.int32)
   return MemoryState(anchor=w, w=w, s=s, phase=clock, segment=clock)
 
@@ -311,12 +315,18 @@ def update(
     (reads [B, T, H, V], state, metrics).
 
   Raises:
-    ValueError: momentum without log_beta, or the other way round.
+    ValueError: momentum without log_beta, a window without gamma, or the
+      other way round.
   """
   if rule.has_momentum != (gates.log_beta is not None):
     raise ValueError(
       f"memory.momentum={rule.momentum!r} and "
       f"{'no ' if gates.log_beta is None else ''}gates.log_beta do not fit"
+    )
+  if (rule.omega > 1) != (gates.gamma is not None):
+    raise ValueError(
+      f"memory.omega={rule.omega} and "
+      f"{'no ' if gates.gamma is None else ''}gates.gamma do not fit"
     )
   dtype = jax.tree.leaves(state.w)[0].dtype
   xs = jax.tree.map(lambda x: x.astype(dtype), (q, k, v, gates))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels import rank_one
-from nl_jax.memory import objectives
+from nl_jax.memory import objectives, window
 
 Apply = Callable[[str, jax.Array], jax.Array]
 Forward = Callable[[Apply, jax.Array], jax.Array]
@@ -54,6 +54,8 @@ class Rule:
     inner_mean: divide the output error by V.
     remat_group: chunks whose intermediates are recomputed together.
     stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
+    omega: tokens whose gradients one token writes, each times its gate gamma
+      (Atlas, see `window`); 1: its own, without gate.
   """
 
   chunk: int = 16
@@ -68,6 +70,7 @@ class Rule:
   inner_mean: bool = False
   remat_group: int = 4
   stop_grad_writes: bool = False
+  omega: int = 1
 
   def __post_init__(self):
     for name, allowed in _CHOICES.items():
@@ -76,7 +79,7 @@ class Rule:
           f"memory.{name} must be one of {', '.join(allowed)}; got "
           f"{getattr(self, name)!r}"
         )
-    for name in ("chunk", "remat_group"):
+    for name in ("chunk", "remat_group", "omega"):
       if getattr(self, name) < 1:
         raise ValueError(
           f"memory.{name} must be at least 1, got {getattr(self, name)}"
@@ -95,11 +98,14 @@ class Gates(NamedTuple):
     eta: inner learning rate, >= 0.
     log_alpha: log of the retention, <= 0.
     log_beta: log of the momentum decay, <= 0; None without momentum.
+    gamma: of a token's gradient in the writes of the next omega - 1 tokens and
+      its own, 0 to 1; None without window.
   """
 
   eta: jax.Array
   log_alpha: jax.Array
   log_beta: jax.Array | None = None
+  gamma: jax.Array | None = None
 
 
 class Metrics(NamedTuple):
@@ -127,7 +133,8 @@ class Block(NamedTuple):
 
   Attributes:
     anchor, w: dicts of [B, H, a, b]: the gradient point and the current
-      weights. s: momentum, a dict that is empty without it.
+      weights. s: momentum, and with a window what `window` carries; a dict
+      that is empty without both.
     start: dict of [1, H, a, b], the learned start.
     mask: bool [B, 1, C], real tokens.
     segment_ids: int32 [B, 1, C] where documents may begin inside the block.
@@ -254,8 +261,17 @@ def write_and_read(
   Returns:
     (reads [B, H, C, V] or None, w, s, metrics).
   """
-  u, delta, loss = pairs(forward, block, k, target, rule)
-  w, s, squared_steps = {}, {}, []
+  laid, before, view = None, 0, block
+  if rule.omega > 1:
+    laid = window.extend(block, k, target, gates.gamma, rule.omega)
+    before, view = rule.omega - 1, window.widened(block, rule.omega)
+    k, target = laid.k, laid.target
+  all_u, all_delta, loss = pairs(forward, view, k, target, rule)
+  own = lambda x: x[..., before:, :] if before else x
+  u, delta = jax.tree.map(own, (all_u, all_delta))
+  loss = loss[..., before:]
+  w, squared_steps = {}, []
+  s = {} if laid is None else dict(laid.past)
 
   def layer(name: str, x: jax.Array | None) -> jax.Array | None:
     W = block.w[name]
@@ -264,6 +280,10 @@ def write_and_read(
     )
     own = _layer_gates(gates, W)
     write, erase = coefficients(rule, own, u[name], erases)
+    past = None
+    if laid is not None:
+      ahead = (x[name][..., :before, :] for x in (all_u, all_delta))
+      past = (*ahead, laid.weights)
     reads, w[name], momentum = rank_one.rank_one(
       u[name],
       delta[name],
@@ -278,14 +298,13 @@ def write_and_read(
       start=block.start[name],
       segment_ids=block.segment_ids,
       row=block.row,
+      window=past,
       implementation=implementation,
     )
     if momentum is not None:
       s[name] = momentum
     if write.ndim == gates.log_alpha.ndim:
-      size = jnp.sum(jnp.square(u[name]), -1) * jnp.sum(
-        jnp.square(delta[name]), -1
-      )
+      size = _write_sizes(all_u[name], all_delta[name], laid)
       squared_steps.append(jnp.square(write) * size)
     return reads
 
@@ -297,6 +316,16 @@ def write_and_read(
     reads = forward(layer, q)
   steps = sum(squared_steps) if squared_steps else jnp.zeros_like(loss)
   return reads, w, s, _metrics(block, w, gates, loss, jnp.sqrt(steps))
+
+
+def _write_sizes(
+  u: jax.Array, delta: jax.Array, laid: window.Window | None
+) -> jax.Array:
+  """Squared norm of what each token writes, [B, H, C], but for its rate."""
+  if laid is not None:
+    return window.squared_norms(u, delta, laid.weights)
+  square = lambda x: jnp.sum(jnp.square(x), axis=-1)
+  return square(u) * square(delta)
 
 
 def _metrics(

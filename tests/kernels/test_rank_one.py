@@ -146,6 +146,47 @@ def test_a_row_factor_scales_what_changed_since_the_anchor(rule, read):
     close(reference[0][0], expected)
 
 
+def past(weights, seed=9):
+  """Tokens before the chunk, with the weights of all in each write."""
+  rng = np.random.default_rng(seed)
+  before = weights.shape[-1] - C
+  f = lambda size: jnp.asarray(rng.standard_normal((B, H, before, size)))
+  return f(A), f(E), jnp.asarray(weights)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("read", READS)
+def test_a_token_writes_for_others_too(rule, read):
+  """Any weights of now and before; masks, documents and gradients."""
+  ids = np.asarray([[3, 3, 0, 5, 5, 0, 6], [0, 2, 2, 2, 2, 4, 0]])
+  index = np.asarray([[0, 0, 0, 1, 1, 1, 2], [0, 0, 0, 0, 0, 1, 1]])
+  index = np.concatenate([np.zeros((B, 3), int), index], 1)
+  allowed = np.tril(np.ones((C, C + 3)), 3) * (
+    index[:, 3:, None] == index[:, None]
+  )
+  weights = np.random.default_rng(9).random((B, H, C, C + 3))
+  with jax.enable_x64(True):
+    args, gates, extra = make(11, target=True, **RULES[rule])
+    ids = jnp.asarray(ids)[:, None]
+    gates = (*gates[:-1], ids != 0)
+    extra["window"] = past(weights * allowed[:, None])
+    reference, chunk = both(
+      args, gates, extra,
+      read=read, erase_of="deviation", segment_ids=ids,
+    )  # fmt: skip
+    close(chunk, reference)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_window_of_one_token_is_none(implementation):
+  options = dict(read="after", erase_of="whole", implementation=implementation)
+  with jax.enable_x64(True):
+    args, gates, extra = make(12, target=True, **RULES["dgd_momentum"])
+    plain = run(args, gates, extra, **options)
+    one = extra | {"window": past(np.broadcast_to(np.eye(C), (B, H, C, C)))}
+    close(run(args, gates, one, **options), plain, 1e-13)
+
+
 def test_new_document_forgets_the_old_one():
   ids = jnp.asarray([[1, 1, 1, 2, 2, 2, 2]] * B)[:, None]
   with jax.enable_x64(True):

@@ -46,10 +46,19 @@ def layer_inputs(arch, W, k):
   return {"w_in": k, "w_out": h}
 
 
-def write(arch, residual, rule, anchor, W, S, R, k, target, eta, alpha, beta):
-  """One token into one memory: the new (W, S)."""
-  objective = lambda V: loss(
+def write(
+  arch, residual, rule, anchor, W, S, R, k, target, eta, alpha, beta,
+  window=None,
+):  # fmt: skip
+  """One token into one memory: the new (W, S).
+
+  window: (gamma, k, target) of each token whose gradient it writes.
+  """
+  of = lambda V, k, target: loss(
     rule.objective, forward(arch, residual, V, k), target
+  )
+  objective = lambda V: sum(
+    gamma * of(V, *pair) for gamma, *pair in window or [(1.0, k, target)]
   )
   grads, inputs = jax.grad(objective)(anchor), layer_inputs(arch, anchor, k)
   if rule.inner_mean:
@@ -86,6 +95,7 @@ class Clock:
   def restart(self):
     self.W = self.anchor = dict(self.start)
     self.S = jax.tree.map(jnp.zeros_like, self.W)
+    self.seen = []
 
   def tick(self):
     self.place += 1
@@ -93,7 +103,9 @@ class Clock:
       self.anchor = self.W
 
 
-def memory(arch, residual, rule, params, q, k, v, eta, alpha, beta, ids=None):
+def memory(
+  arch, residual, rule, params, q, k, v, eta, alpha, beta, ids=None, gamma=None
+):  # fmt: skip
   """One head of one row: reads [T, V]; ids: documents, 0 is padding."""
   clock = Clock(params, rule.chunk)
   ids = np.ones(len(q), int) if ids is None else np.asarray(ids)
@@ -104,9 +116,12 @@ def memory(arch, residual, rule, params, q, k, v, eta, alpha, beta, ids=None):
       clock.restart()
     before = clock.W
     if ids[t]:
+      if gamma is not None:
+        clock.seen = [*clock.seen, (gamma[t], k[t], v[t])][-rule.omega :]
       clock.W, clock.S = write(
         arch, residual, rule, clock.anchor, clock.W, clock.S, params,
         k[t], v[t], eta[t], alpha[t], None if beta is None else beta[t],
+        clock.seen,
       )  # fmt: skip
     seen = {"after": clock.W, "before": before, "chunk_start": clock.anchor}
     reads.append(forward(arch, residual, seen[rule.read], q[t]))

@@ -27,6 +27,16 @@ RULES = {
   "eq90": memory.Rule(chunk=4, read="chunk_start", retention_target="zero"),
   "huber": memory.Rule(chunk=4, objective="huber", inner_mean=True),
   "huber_norm": memory.Rule(chunk=1, objective="huber_norm"),
+  # Windows within a chunk, over several of them, and longer than any call.
+  "omega": memory.Rule(chunk=4, momentum="ema", omega=3),
+  "omega_long": memory.Rule(
+    chunk=3, momentum="sum", dgd_scope="none", retention_target="zero",
+    read="before", omega=8,
+  ),
+  "omega_all": memory.Rule(
+    chunk=4, omega=20, dgd_scope="input_layer", dgd_coef="raw",
+    erase_of="whole", read="chunk_start",
+  ),
 }
 
 
@@ -48,6 +58,8 @@ def inputs(rule, seed=0, T=T):
     log_alpha=jax.nn.log_sigmoid(draw() + 2),
     log_beta=jax.nn.log_sigmoid(draw()) if rule.has_momentum else None,
   )
+  if rule.omega > 1:
+    gates = gates._replace(gamma=jax.nn.sigmoid(draw()))
   return unit(draw(K)), unit(draw(K)), draw(K), gates
 
 
@@ -65,14 +77,13 @@ def by_oracle(arch, rule, params, q, k, v, gates, ids=None):
 
   def row(b):
     beta = gates.log_beta
-    run = lambda p, *xs: oracle.memory(
-      arch, True, rule, p, *xs[:5], xs[5] if xs[5:] else None,
-      None if ids is None else ids[b],
-    )[0]  # fmt: skip
+    run = lambda p, xs: oracle.memory(
+      arch, True, rule, p, *xs[:-1], None if ids is None else ids[b], xs[-1]
+    )[0]
     xs = [q, k, v, gates.eta, jnp.exp(gates.log_alpha)]
-    xs += [] if beta is None else [jnp.exp(beta)]
-    heads = jax.vmap(run, (0, *[1] * len(xs)), 1)
-    return heads(params, *(x[b] for x in xs))
+    xs += [None if beta is None else jnp.exp(beta), gates.gamma]
+    heads = jax.vmap(run, (0, 1), 1)
+    return heads(params, jax.tree.map(lambda x: x[b], xs))
 
   return np.stack([row(b) for b in range(B)])
 
@@ -106,9 +117,12 @@ def test_chunked_equals_the_definition(arch, name):
   assert (np.asarray(metrics.count) == T).all()
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-def test_documents_anywhere_in_a_chunk(arch):
-  rule = RULES["default"]
+@pytest.mark.parametrize("arch,name", [
+  *((arch, "default") for arch in ARCHS),
+  ("mlp", "omega"), ("linear", "omega_long"), ("glu", "omega_all"),
+])  # fmt: skip
+def test_documents_anywhere_in_a_chunk(arch, name):
+  rule = RULES[name]
   ids = np.array([[1] * 6 + [2] * 7, [3, 3, 3, 0, 5, 5, 0, 6, 6, 6, 6, 6, 0]])
   with jax.enable_x64(True):
     init, update = module(arch)
@@ -124,7 +138,9 @@ def test_documents_anywhere_in_a_chunk(arch):
   assert (np.asarray(state.segment) == [2, 6]).all()
 
 
-@pytest.mark.parametrize("name", ["default", "ema", "eq90"])
+@pytest.mark.parametrize(
+  "name", ["default", "ema", "eq90", "omega", "omega_long"]
+)
 @pytest.mark.parametrize("cuts", [(5,), (1, 2, 3), (4, 8), tuple(range(1, T))])
 def test_any_split_equals_one_call(name, cuts):
   rule = RULES[name]
@@ -145,9 +161,10 @@ def test_any_split_equals_one_call(name, cuts):
   close((np.concatenate(parts, 1), state), (whole, end), 1e-10)
 
 
-def test_rows_out_of_step_and_padding():
+@pytest.mark.parametrize("name", ["ema", "omega", "omega_long"])
+def test_rows_out_of_step_and_padding(name):
   """Rows that stop at different tokens go on as if they were alone."""
-  rule = RULES["ema"]
+  rule = RULES[name]
   with jax.enable_x64(True):
     init, update = module("mlp")
     params = jax.tree.map(lambda w: w.astype(float), init(jax.random.key(1)))
@@ -181,8 +198,9 @@ def test_rows_out_of_step_and_padding():
   close(state, end, 1e-10)
 
 
-def test_a_call_that_begins_a_document_begins_at_an_edge():
-  rule = RULES["default"]
+@pytest.mark.parametrize("name", ["default", "omega_long"])
+def test_a_call_that_begins_a_document_begins_at_an_edge(name):
+  rule = RULES[name]
   with jax.enable_x64(True):
     init, update = module("mlp")
     params = jax.tree.map(lambda w: w.astype(float), init(jax.random.key(1)))
@@ -200,9 +218,10 @@ def test_a_call_that_begins_a_document_begins_at_an_edge():
       close((y, state), (alone, end), 1e-10)
 
 
-def test_outer_gradient_equals_the_token_loops():
+@pytest.mark.parametrize("omega", [1, 3])
+def test_outer_gradient_equals_the_token_loops(omega):
   """Through all writes; and remat groups change nothing."""
-  rule = memory.Rule(chunk=4, momentum="ema")
+  rule = memory.Rule(chunk=4, momentum="ema", omega=omega)
   with jax.enable_x64(True):
     init, update = module("mlp")
     params = jax.tree.map(lambda w: w.astype(float), init(jax.random.key(1)))
@@ -222,6 +241,7 @@ def test_outer_gradient_equals_the_token_loops():
         "mlp", True, rule, jax.tree.map(lambda w: w[0], p), row(q), row(k),
         row(v), row(gates.eta), row(jnp.exp(gates.log_alpha)),
         row(jnp.exp(gates.log_beta)),
+        gamma=None if gates.gamma is None else row(gates.gamma),
       )  # fmt: skip
       return jnp.sin(y).sum()
 
@@ -349,6 +369,27 @@ def test_dot_memories_do_not_depend_on_the_chunk():
   close(reads[1:], [reads[0]] * 2, 1e-10)
 
 
+def test_a_window_of_closed_gates_is_none():
+  """Limit: where gamma is 1 every C-th token alone, its write is plain's."""
+  with jax.enable_x64(True):
+    init, update = module("mlp")
+    params = jax.tree.map(lambda w: w.astype(float), init(jax.random.key(1)))
+    off, on = memory.Rule(chunk=4), memory.Rule(chunk=4, omega=3)
+    q, k, v, gates = inputs(off)
+    # One token in three learns; what it left behind has no rate afterwards.
+    learns = (jnp.arange(T) % 3 == 0)[None, :, None]
+    gates = gates._replace(eta=jnp.where(learns, gates.eta, 0.0))
+    y, _, plain = update(
+      params, memory.chunked.start(params, B, off), q, k, v, gates, rule=off
+    )
+    ones = gates._replace(gamma=jnp.where(learns, 1.0, 0.0) + 0 * gates.eta)
+    y2, _, metrics = update(
+      params, memory.chunked.start(params, B, on), q, k, v, ones, rule=on
+    )
+  close((y2, metrics), (y, plain), 1e-6)
+  close(y2, y, 1e-10)
+
+
 def test_momentum_off_is_beta_zero():
   with jax.enable_x64(True):
     init, update = module("mlp")
@@ -370,6 +411,8 @@ def test_mistakes_are_told():
     memory.Rule(objective="l3")
   with pytest.raises(ValueError, match="chunk must be at least 1"):
     memory.Rule(chunk=0)
+  with pytest.raises(ValueError, match="omega must be at least 1, got 0"):
+    memory.Rule(omega=0)
   with pytest.raises(ValueError, match="memory.arch must be one of"):
     mlp.forward("deep")
   rule = memory.Rule(momentum="ema")
@@ -377,5 +420,9 @@ def test_mistakes_are_told():
   params = init(jax.random.key(0))
   q, k, v, gates = inputs(memory.Rule())
   with pytest.raises(ValueError, match="log_beta do not fit"):
+    start = memory.chunked.start(params, B, rule)
+    update(params, start, q, k, v, gates, rule=rule)
+  rule = memory.Rule(omega=2)
+  with pytest.raises(ValueError, match="omega=2 and no gates.gamma do not fit"):
     start = memory.chunked.start(params, B, rule)
     update(params, start, q, k, v, gates, rule=rule)
