@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nl_jax import card
+
 _FIELDS = ("update_norm", "memory_norm", "inner_loss")
 
 
@@ -19,8 +21,8 @@ class Trace(NamedTuple):
     nats: of each token; the first has none: NaN.
     levels: by memory: means over a chunk's tokens, layers and heads of
       `update_norm`, `memory_norm` and `inner_loss`, [chunks] each. By level
-      that learns in context: norms of its change in the chunk and of its
-      weights, and the surprise that it learns from.
+      that learns in context, from the nats: norms of its change in the chunk
+      and of its weights.
   """
 
   ends: list[int]
@@ -61,7 +63,7 @@ def trace(net: Any, params: Any, ids_T: np.ndarray) -> Trace:
     return state, logits[:, -1], nats, means
 
   @jax.jit
-  def norms(state: Any, after: Any, nats: jax.Array) -> dict:
+  def norms(state: Any, after: Any) -> dict:
     theta = lambda state: {
       f"cms/{name}": at.params
       for name, at in getattr(state, "levels", {}).items()
@@ -72,7 +74,6 @@ def trace(net: Any, params: Any, ids_T: np.ndarray) -> Trace:
       name: {
         "update_norm": optax.tree.norm(moved[name]),
         "memory_norm": optax.tree.norm(new[name]),
-        "inner_loss": jnp.nanmean(nats),
       }
       for name in new
     }
@@ -84,11 +85,11 @@ def trace(net: Any, params: Any, ids_T: np.ndarray) -> Trace:
     ids = jnp.asarray(ids_T[i * size : (i + 1) * size], jnp.int32)[None]
     old = state
     state, before, some, means = read(state, before, ids)
-    means |= norms(old, state, some)
+    means |= norms(old, state)
     ends.append((i + 1) * size)
     nats.append(np.asarray(some)[0])
     for name, values in means.items():
-      level = levels.setdefault(name, {f: [] for f in _FIELDS})
+      level = levels.setdefault(name, {f: [] for f in values})
       for field, value in values.items():
         level[field].append(float(value))
   return Trace(ends, np.concatenate(nats), levels)
@@ -112,7 +113,11 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
     3, 1, sharex=True, gridspec_kw={"height_ratios": [1.2, 1, 1]}
   )
   moving = chunks(net)
-  still = [row.name for row in net.levels()[0] if row.name not in moving]
+  still = [
+    row.name
+    for row in net.levels()[0]
+    if row.name not in moving and row.chunk != card.NONPARAMETRIC
+  ]
   names = [*shown.levels, *still]
   for place, name in enumerate(names):
     norm = shown.levels.get(name, {}).get("update_norm", [])
@@ -132,10 +137,11 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
       shown.ends, level["update_norm"], "--", color=colour,
       label=f"{name}, a write",
     )  # fmt: skip
-    surprise.plot(
-      shown.ends, level["inner_loss"], color=colour,
-      label=f"{name}, inner loss",
-    )  # fmt: skip
+    if "inner_loss" in level:
+      surprise.plot(
+        shown.ends, level["inner_loss"], color=colour,
+        label=f"{name}, inner loss",
+      )  # fmt: skip
   norms.set_yscale("log")
   _title(norms, "Norm of the fast weights, and of a token's write")
   width = len(shown.nats) // len(shown.ends)
