@@ -78,7 +78,7 @@ PARAMETERS = (
   (_MIXER + r"A_log", ("heads", "mem_in")),
   (_MIXER + r"w_(a|beta)", ("embed", "heads")),
   (_MIXER + r"(A_log|dt_bias|erase|correction)", ("heads",)),
-  (_MIXER + r"(static_)?gate/w_(eta|alpha|beta)", ("embed", "heads")),
+  (_MIXER + r"(static_)?gate/w_(eta|alpha|beta|gamma)", ("embed", "heads")),
   (_MIXER + r"(static_)?gate/b_(eta|alpha|beta)", ("heads",)),
   (_MIXER + r"memory/gate/w_(eta|alpha)", ("heads", "head_dim")),
   (_MIXER + r"memory/gate/b_(eta|alpha|beta)", ("heads",)),

@@ -80,6 +80,7 @@ def _memory(shape: presets.Shape) -> ConfigDict:
       remat_group=4,  # Chunks that the backward pass recomputes at once.
       stop_grad_writes=False,  # Outer gradient stops at inner writes.
       chunk=shape.chunk,  # Tokens that share one gradient point.
+      omega=1,  # Tokens whose gradients each token writes (Atlas).
       value_norm="none",  # Of values; or l2.
       eta_max=0.1,  # Largest inner learning rate per token.
       eta_bias=0.0,  # eta = eta_max sigmoid(. + eta_bias).

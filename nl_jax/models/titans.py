@@ -79,7 +79,7 @@ class Options(memory.Rule):
 
   @property
   def gates(self) -> tuple[str, ...]:
-    """Names of the gates, beta only with momentum."""
+    """Names of the gates with a bias, beta only with momentum."""
     return ("eta", "alpha", "beta") if self.has_momentum else ("eta", "alpha")
 
 
@@ -104,7 +104,8 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   Returns:
     w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK),
     norm {scale (K,)}, gate {w_eta, w_alpha, w_beta (D,H), b_eta, b_alpha,
-    b_beta (H,)}, memory (H,·,·), the learned start.
+    b_beta (H,)}, memory (H,·,·), the learned start; with a window gate has
+    w_gamma (D,H) too.
   """
   inner = model.heads * model.head_dim
   keys = iter(jax.random.split(key, 12))
@@ -128,6 +129,10 @@ def gate_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
     gate[f"w_{name}"] = layers.normal(one, (model.width, model.heads))
     bias = getattr(options, f"{name}_bias")
     gate[f"b_{name}"] = jnp.full((model.heads,), bias, jnp.float32)
+  if options.omega > 1:
+    # A key of its own: without a window nothing is drawn from it.
+    own = jax.random.fold_in(key, 0)
+    gate["w_gamma"] = layers.normal(own, (model.width, model.heads))
   return gate
 
 
@@ -223,7 +228,7 @@ def advance(
 def gates(
   gate: types.Params, x_BxTxD: types.Array, options: Options
 ) -> memory.Gates:
-  """eta, log alpha and log beta, [B,T,H], float32 at least."""
+  """eta, log alpha, log beta and gamma, [B,T,H], float32 at least."""
   wide = layers.at_least_float32(x_BxTxD.dtype)
   logit = {
     name: layers.dense(x_BxTxD, gate[f"w_{name}"]).astype(wide)
@@ -234,7 +239,13 @@ def gates(
   log_beta = None
   if options.has_momentum:
     log_beta = jax.nn.log_sigmoid(logit["beta"])
-  return memory.Gates(eta, jax.nn.log_sigmoid(logit["alpha"]), log_beta)
+  gamma = None
+  if options.omega > 1:
+    # Atlas does not say what its gammas are made of.
+    gamma = layers.dense(x_BxTxD, gate["w_gamma"]).astype(wide)
+    gamma = jax.nn.sigmoid(gamma)
+  log_alpha = jax.nn.log_sigmoid(logit["alpha"])
+  return memory.Gates(eta, log_alpha, log_beta, gamma)
 
 
 def init_state(
@@ -270,10 +281,11 @@ def memory_size(model: "lm.LanguageModel") -> int:
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
-  """5 D² + 12 D + 3 H (D+1) + 2 H K M + K of one layer."""
+  """5 D² + 12 D + 3 H (D+1) + 2 H K M + K of one layer; a window: + D H."""
   D, options = model.width, model.memory
   count = 5 * D * D + len(PROJECTED) * layers.CONV_WIDTH * D + model.head_dim
   count += len(options.gates) * model.heads * (D + 1)
+  count += D * model.heads * (options.omega > 1)
   return count + memory_size(model)
 
 
@@ -283,6 +295,8 @@ def rule_name(options: Options) -> str:
   name = "GD" if options.dgd_scope == "none" else erases
   if options.has_momentum:
     name += f" + {options.momentum} momentum"
+  if options.omega > 1:
+    name += f" of {options.omega} tokens"
   return name + ", retention"
 
 

@@ -95,6 +95,10 @@ MODELS = {
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
   ),
+  # A window longer than a chunk.
+  "titans_omega": lambda: _shaped(
+    "titans_lmm", titans.Options(chunk=8, hidden=32, omega=11)
+  ),
   "dla": lambda: _shaped("dla", dla.Options(chunk=8, hidden=32)),
   "titans_mac": lambda: _shaped(
     "titans_mac", titans_mac.Options(chunk=8, hidden=32, segment=16)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import _flags, _setup
-from nl_jax import memory
+from nl_jax import memory, sharding
 from nl_jax.memory import mlp, self_modifying
 from nl_jax.models import cms, deltanet, hope, lm, titans
 from tests.golden import _oracle
@@ -60,6 +60,8 @@ def token_loop(model, params, x_TxD):
   gate = lambda n: jax.nn.sigmoid(
     x_TxD @ p["gate"][f"w_{n}"] + p["gate"][f"b_{n}"][None]
   )
+  if options.omega > 1:
+    gamma = jax.nn.sigmoid(x_TxD @ p["gate"]["w_gamma"])
   out = []
   for h in range(H):
     start = jax.tree.map(lambda w: w[h], p["memory"])  # noqa: B023
@@ -67,6 +69,7 @@ def token_loop(model, params, x_TxD):
       options.arch, options.residual, options, start, unit(z["q"])[:, h],
       unit(z["k"])[:, h], z["v"][:, h], options.eta_max * gate("eta")[:, h],
       gate("alpha")[:, h], gate("beta")[:, h] if options.has_momentum else None,
+      gamma=gamma[:, h] if options.omega > 1 else None,
     )  # fmt: skip
     mean = (y * y).mean(-1, keepdims=True)
     out.append(y / jnp.sqrt(mean + 1e-6) * p["norm"]["scale"][None])
@@ -77,6 +80,7 @@ def token_loop(model, params, x_TxD):
 @pytest.mark.parametrize("options", [
   titans.Options(chunk=4, hidden=6, residual_clip=0.0),
   titans.Options(chunk=1, arch="linear", residual_clip=0.0, momentum="off"),
+  titans.Options(chunk=4, hidden=6, residual_clip=0.0, omega=6),
 ])  # fmt: skip
 def test_a_layer_is_its_token_loop(options):
   model = small(options=options)
@@ -242,10 +246,32 @@ def test_sizes_are_the_formula_and_the_table():
   (dict(momentum="nesterov"), "memory.momentum must be one of"),
   (dict(value_norm="target"), "memory.value_norm must be one of none, l2"),
   (dict(eta_max=0.0), "memory.eta_max must be > 0"),
+  (dict(omega=0), "memory.omega must be at least 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(MODELS["titans_lmm"]().memory, **change)
+
+
+def test_a_window_is_counted_and_carried():
+  model, plain = MODELS["titans_omega"](), MODELS["titans_lmm"]()
+  more = model.parameter_count() - plain.parameter_count()
+  assert more == model.layers * model.width * model.heads
+  row, other = (m.levels()[0][0] for m in (model, plain))
+  assert row.rule == "GD + ema momentum of 11 tokens, retention"
+  # 10 tokens of keys, values and gates.
+  assert row.state_bytes - other.state_bytes == 4 * 2 * 4 * 10 * (16 + 16 + 1)
+
+
+def test_a_window_has_a_place_on_the_mesh():
+  model, mesh = MODELS["titans_omega"](), sharding.mesh(fsdp=-1, tensor=2)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
+  gate = sharding.param_shardings(params, mesh)["blocks"]["mixer"]["gate"]
+  assert gate["w_gamma"].spec[1:] == ("fsdp", "tensor")
+  s = sharding.sequence_shardings(state, mesh).layers.memory.s
+  for name in ("past_k", "past_v", "past_gamma"):
+    assert s[name].spec[2] == "tensor"
 
 
 def test_a_switch_of_another_row_is_named():
