@@ -17,7 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import _main, _setup, _text
+from experiments import _flags, _main, _setup, _text
+from experiments import _tasks_arms as arms
+from experiments import _tasks_problems as problems
+from experiments import _tasks_training as training
 from experiments import _tasks_trials as trials
 from nl_jax import stream
 from nl_jax.data import documents, sources, tokenizers
@@ -119,6 +122,85 @@ def load(workdir: pathlib.Path) -> Subject:
   return Subject(net, params, tokenizer, about)
 
 
+def learned(
+  arm: arms.Arm, asked: Asked, text: Haystack, size: problems.Sizes
+) -> Subject:
+  """A model trained from scratch on other questions, of the first length.
+
+  The loss is that of the answers' tokens alone. Questions differ from those
+  that are asked by their seed; depths are drawn.
+
+  Args:
+    arm: which model.
+    asked: what it will be asked.
+    text: hidden in.
+    size: of the training; its first rate is taken.
+  """
+  config = _flags.load_config(arm.config)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  length, vocab_size = asked.lengths[0], config.model.vocab_size
+  train, test = (
+    _rows(tokenizer, dataclasses.replace(asked, seed=seed), text, count)
+    for seed, count in ((asked.seed + 1, size.train), (asked.seed, size.test))
+  )
+  net = arms.model(
+    arm, vocab_size, max(asked.lengths), size.batch_size * length
+  )
+  rate, *_ = size.learning_rates
+  fitted = training.fit(
+    net, train, {"questions": test}, problems.plan(asked.task, size, rate),
+    seed=0, done=lambda history: _told(asked.task, history),
+  )  # fmt: skip
+  about = {
+    "workdir": "",
+    "arch": net.arch,
+    "model": arms.described(net),
+    "learned": asked.task,
+    "training": trials.protocol(asked.task, size) | {"learning_rate": rate},
+    "step": fitted.history[-1]["step"],
+    "trained_length": length,
+    "tokenizer": tokenizer.fingerprint,
+    "weights": stream.weights_hash(fitted.params),
+  }
+  return Subject(net, fitted.params, tokenizer, about)
+
+
+def _told(task: str, history: list[dict[str, float]]) -> bool:
+  last = history[-1]
+  _main.say(
+    f"{task}, step {last['step']}: loss {last['loss']:.3f}, answers right "
+    f"{100 * last['questions/sequence']:.1f} %"
+  )
+  return last["questions/position"] > problems.SOLVED
+
+
+def _rows(
+  tokenizer: Any, asked: Asked, text: Haystack, count: int
+) -> batches.Batch:
+  """Questions with their answers; the next token is asked for in these."""
+  made = _needles(tokenizer, asked, text, asked.lengths[0])
+  rows, labels = [], []
+  for i in range(count):
+    question = made.sample(i)
+    prompt = _text.encode(tokenizer, question.prompt)
+    gold = needles.continuation(question.answers)
+    whole = _text.encode(tokenizer, question.prompt + gold)
+    silent = [batches.NO_LABEL] * (len(prompt) - 1)
+    rows.append(whole[:-1])
+    labels.append([*silent, *whole[len(prompt) :]])
+  longest = max(asked.lengths[0], max(map(len, rows)))
+  return batches.labelled(rows, labels, longest)
+
+
+def _needles(
+  tokenizer: Any, asked: Asked, text: Haystack, length: int
+) -> needles.Needles:
+  return needles.Needles(
+    asked.task, length, lambda x: len(tokenizer.encode(x)), text=text.text,
+    seed=asked.seed, new_tokens=asked.new_tokens,
+  )  # fmt: skip
+
+
 def haystack(task: str, path: str) -> Haystack:
   """The text of a file, or of the embedded corpus; none for other haystacks.
 
@@ -203,10 +285,7 @@ def _questions(
   subject: Subject, asked: Asked, text: Haystack, length: int,
   depth: float | None,
 ) -> list[needles.Sample]:  # fmt: skip
-  made = needles.Needles(
-    asked.task, length, lambda x: len(subject.tokenizer.encode(x)),
-    text=text.text, seed=asked.seed, new_tokens=asked.new_tokens,
-  )  # fmt: skip
+  made = _needles(subject.tokenizer, asked, text, length)
   return [made.sample(i, depth) for i in range(asked.samples)]
 
 

@@ -82,6 +82,10 @@ _MQAR = {
 }  # fmt: skip
 
 
+# Of needles that a model learns from scratch: none of the sources does.
+NEEDLES = Sizes(4000, 100, 2000, 16, 100)
+
+
 class Problem(NamedTuple):
   """Rows to learn from and to be tested on.
 
@@ -150,7 +154,7 @@ def mqar_test(length: int, pairs: int) -> str:
 def plan(task: str, size: Sizes, learning_rate: float) -> training.Plan:
   """How a model is trained for a task."""
   common = (size.steps, size.batch_size, learning_rate, size.eval_every)
-  if task == MQAR:
+  if task not in languages.LANGUAGES:
     return training.Plan(*common, weight_decay=0.1)
   # Irie et al.: Adam (0.9, 0.995), 1e-9. Deviation: gradients are clipped and
   # the rate falls, as in all our training.

@@ -5,7 +5,9 @@
     python -m experiments.tasks --task=languages
 
 Needles (RULER) are hidden in a haystack and asked for: scores of a trained run
-by depth and length, as JSON and as a picture. Recall (MQAR) and formal
+by depth and length, as JSON and as a picture; with --config instead of
+--workdir, of a model that learns from other questions of the first length and
+nothing else. Recall (MQAR) and formal
 languages train a model from scratch and test it: that of --config, with changes
 of its switches by --config.model.<…>=<value>, or without one all that are
 compared. A trial is a JSON file in --folder; one that is there is not run
@@ -15,6 +17,7 @@ again, and the table shows all of the same sizes.
 import dataclasses
 import difflib
 import pathlib
+from typing import Any
 
 from absl import flags
 
@@ -65,10 +68,10 @@ _ALL_LANGUAGES = "languages"
 _OF_NEEDLES = (
   "workdir", "depths", "samples", "at_once", "new_tokens", "haystack", "seed",
 )  # fmt: skip
-_OF_TRIALS = (
-  "config", "preset", "pairs", "vocab_size", "train", "test", "steps",
-  "batch_size", "eval_every", "learning_rates", "seeds",
+_OF_TRAINING = (
+  "train", "test", "steps", "batch_size", "eval_every", "learning_rates",
 )  # fmt: skip
+_OF_TRIALS = ("preset", "pairs", "vocab_size", "seeds")
 
 
 def main() -> int:
@@ -121,15 +124,21 @@ def _trials(tasks: list[str]) -> int:
 
 
 def _needles(name: str) -> int:
-  """Asks a trained run for needles."""
+  """Asks a trained run, or a model trained for it, for needles."""
+  from experiments import _tasks_arms as arms
   from experiments import _tasks_heatmap as heatmap
   from experiments import _tasks_needles as asking
+  from experiments import _tasks_problems as problems
   from experiments import _tasks_tables as tables
 
-  if not _WORKDIR.value:
-    raise ValueError("--workdir is required: the folder of a trained run")
-  workdir = pathlib.Path(_WORKDIR.value)
-  if not workdir.is_dir():
+  trained, config = _WORKDIR.value, flags.FLAGS["config"].present
+  if bool(trained) == bool(config):
+    raise ValueError(
+      "--workdir is required: the folder of a trained run; or --config, of a "
+      "model that learns this task alone"
+    )
+  workdir = pathlib.Path(trained or "runs")
+  if trained and not workdir.is_dir():
     raise ValueError(f"no folder {workdir}: give the --workdir of a run")
   asked = asking.Asked(
     name,
@@ -139,10 +148,15 @@ def _needles(name: str) -> int:
     new_tokens=_NEW_TOKENS.value,
     seed=_SEED.value,
   )
-  subject = asking.load(workdir)
   folder = pathlib.Path(_FOLDER.value or workdir / "tasks")
   _keep_compiled(folder)
   haystack = asking.haystack(name, _HAYSTACK.value)
+  if trained:
+    _refuse(_OF_TRAINING, "models that are trained here")
+    subject = asking.load(workdir)
+  else:
+    arm = arms.chosen(_flags.chosen_name(), flags.FLAGS.config)
+    subject = asking.learned(arm, asked, haystack, _sizes(problems.NEEDLES))
   result, path = asking.run(subject, asked, haystack, folder, _AT_ONCE.value)
   picture = path.with_suffix(".png")
   heatmap.draw(result, picture)
@@ -167,8 +181,8 @@ def _show(text: str) -> int:
   return _main.DONE
 
 
-def _sizes(preset: object) -> object:
-  """The sizes of the preset, with those of the flags that were given."""
+def _sizes(preset: Any) -> Any:
+  """Sizes, with those of the flags that were given."""
   given = {
     "train": _TRAIN.value, "test": _TEST.value, "steps": _STEPS.value,
     "batch_size": _BATCH.value, "eval_every": _EVERY.value,

@@ -28,7 +28,11 @@ PLAN = training.Plan(40, 8, 1e-2, 20)
 @pytest.fixture(scope="module", params=["transformer", "deltanet"])
 def subject(request):
   net = MODELS[request.param]()
-  return asking.Subject(net, net.init(jax.random.key(1)), BYTES, {})
+  with pytest.MonkeyPatch.context() as patch:
+    # Two shapes to compile, and several pieces a prompt.
+    patch.setattr(asking, "_PIECE", 16)
+    patch.setattr(stream, "_PIECES", (16, 1))
+    yield asking.Subject(net, net.init(jax.random.key(1)), BYTES, {})
 
 
 def questions(count=3):
@@ -64,19 +68,34 @@ def test_nats_are_those_of_the_stream(subject):
 
 
 def test_forced_is_every_token_the_likeliest(subject):
-  ids = [BYTES.encode(text) for text in ("one text", "another one")]
+  ids = [BYTES.encode(text) for text in ("one text", "another one", "third")]
   start = lambda: asking._prefilled(
-    stream.start(subject.net, subject.params, 2, 64), ids
+    stream.start(subject.net, subject.params, 3, LENGTH), ids
   )
   likely = np.stack(
-    list(start().sample(5, vocab_size=259, temperature=0.0)), axis=1
+    list(start().sample(8, vocab_size=259, temperature=0.0)), axis=1
   )
   other = likely.copy()
   other[1, 3] = (other[1, 3] + 1) % 259
   forced, _ = asking._forced(start(), list(likely), 259)
   assert forced.all()
   forced, _ = asking._forced(start(), list(other), 259)
-  np.testing.assert_array_equal(forced, [True, False])
+  np.testing.assert_array_equal(forced, [True, False, True])
+
+
+def test_rows_to_learn_from_ask_for_the_answer_alone():
+  asked = asking.Asked("niah_single_1", (500,), (), 1, 8, 0)
+  nothing = asking.Haystack("", {})
+  rows = asking._rows(BYTES, asked, nothing, 4)
+  assert rows["inputs"].shape == (4, 500)
+  for i in range(4):
+    question = asking._needles(BYTES, asked, nothing, 500).sample(i)
+    at = np.flatnonzero(rows["weights"][i])
+    answer = BYTES.decode(rows["targets"][i][at])
+    assert answer == " " + question.answers[0]
+    # The model has read the prompt, then what it should have said so far.
+    read = BYTES.decode(rows["inputs"][i][: at[-1] + 1])
+    assert read == question.prompt + answer[:-1]
 
 
 def test_cells():
@@ -269,11 +288,15 @@ def test_the_commands(tmp_path):
     [*niah, "--depths=0,drawn"],
     [*niah, "--depths=drawn"],
     ["tasks", "--task=list"],
+    ["tasks", "--task=niah_single_1", one, "--lengths=500", "--new_tokens=8",
+     "--depths=50", "--samples=2", "--folder=n", *SIZES],
     # Mistakes.
     ["tasks"],
     ["tasks", "--task=niah_singel_1"],
     ["tasks", "--task=niah_single_1"],
     ["tasks", "--task=niah_single_1", "--workdir=no"],
+    [*niah, one],
+    [*niah, "--steps=5"],
     [*niah, "--lengths=200"],
     [*niah, "--haystack=w/config.json"],
     [*niah, "--task=niah_single_2", "--haystack=no.txt"],
@@ -286,7 +309,7 @@ def test_the_commands(tmp_path):
     [*MQAR, one, "--steps=0"],
     [*MQAR, one, "--batch_size=65"],
   ], tmp_path)  # fmt: skip
-  wrong = [5, *range(8, len(results))]
+  wrong = [5, *range(9, len(results))]
   for i, done in enumerate(results):
     assert done.returncode == (1 if i in wrong else 0), (i, done.stderr)
     assert "Traceback" not in done.stderr
@@ -311,6 +334,8 @@ def test_the_commands(tmp_path):
   assert "| 600 | 100 % |" in results[4].stdout
   assert "| 600 | drawn |" in results[6].stdout
   assert "needles: niah_single_1, " in results[7].stdout
+  assert "answers right 0.0 %" in results[8].stderr
+  assert "| 500 | 50 % |" in results[8].stdout
   said = [results[i].stderr.strip().splitlines()[-1] for i in wrong]
   for line, words in zip(said, (
     "--depths takes numbers with commas between, got '0,drawn'",
@@ -318,6 +343,8 @@ def test_the_commands(tmp_path):
     "no task 'niah_singel_1'. Did you mean niah_single_1",
     "--workdir is required: the folder of a trained run",
     "no folder no: give the --workdir of a run",
+    "or --config, of a model that learns this task alone",
+    "--task=niah_single_1 does not take --steps, of models that are trained",
     "niah_single_1 does not fit into 200 tokens: its smallest question has",
     "--haystack is not read by niah_single_1, whose haystack is noise",
     "no file --haystack=no.txt",
