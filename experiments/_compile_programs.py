@@ -1,0 +1,231 @@
+"""The real steps of a config, compiled for chips that are not here."""
+
+import importlib.util
+import math
+import os
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+
+from experiments import _compile_chips, _compile_hlo, _setup
+from nl_jax import sharding
+from nl_jax.train import state as state_lib
+from nl_jax.train import step as step_lib
+
+PROGRAMS = ("train", "decode")
+
+
+def environment() -> None:
+  """Lets the compiler run without its chips; before JAX finds its devices.
+
+  Raises:
+    ValueError: the compiler is not installed.
+  """
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "libtpu, the compiler for TPUs, is not installed: run `pip install -e "
+      ".[tpu]`; no TPU is needed"
+    )
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  jax.config.update("jax_platforms", "cpu")
+
+
+def devices(topology: str) -> list[Any]:
+  """The devices of a topology as "v5e:16x16".
+
+  Raises:
+    ValueError: no such slice.
+  """
+  _compile_chips.kind(topology)
+  try:
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f"--topology={topology}: the compiler knows no such slice: "
+      + str(error).splitlines()[0]
+    ) from error
+  return found.devices
+
+
+def mesh_sizes(text: str, config: _setup.ConfigDict, count: int) -> dict:
+  """The sizes of the mesh: of --mesh, else of the config, else what fits.
+
+  Args:
+    text: as "fsdp=128,tensor=2"; empty: the config's. A config that leaves
+      everything to fsdp gets as much of it as the batch fills, and tensor.
+    config: its groups mesh, data and train.
+    count: devices.
+
+  Raises:
+    ValueError: text that is no mesh.
+  """
+  sizes = config.mesh.to_dict()
+  given = {}
+  for pair in text.split(",") if text else ():
+    axis, _, size = pair.partition("=")
+    whole = size.isdecimal() or size == "-1"
+    if axis not in sharding.AXES or not whole or axis in given:
+      raise ValueError(
+        f"--mesh={text}: expected each axis at most once with a size, as "
+        f"fsdp=128,tensor=2; got {pair!r}; axes: {', '.join(sharding.AXES)}"
+      )
+    given[axis] = int(size)
+  left_open = sizes == dict(replica=1, fsdp=-1, sequence=1, tensor=1)
+  if left_open and not given:
+    rows = config.data.batch_size // config.train.accumulate
+    fsdp = math.gcd(count, rows)
+    return sizes | dict(fsdp=fsdp, tensor=count // fsdp)
+  return sizes | given
+
+
+def make_mesh(
+  config: _setup.ConfigDict, sizes: dict[str, int], found: list[Any]
+) -> jax.sharding.Mesh:
+  """The mesh over a topology's devices.
+
+  Raises:
+    ValueError: devices, heads or batch do not divide.
+  """
+  made = sharding.mesh(**sizes, devices=found)
+  tensor = made.shape["tensor"]
+  if config.model.heads % tensor:
+    raise ValueError(
+      "model.heads must be a multiple of mesh.tensor, got "
+      f"{config.model.heads} and {tensor}; give another --mesh"
+    )
+  sharding.check_batch(
+    made,
+    config.data.batch_size,
+    config.data.sequence_length,
+    config.train.accumulate,
+  )
+  return made
+
+
+def report(
+  config: _setup.ConfigDict, program: str, mesh: jax.sharding.Mesh, chip: str
+) -> dict[str, Any]:
+  """Compiles a program and tells what a device needs for it.
+
+  Args:
+    config: resolved.
+    program: of PROGRAMS.
+    mesh: over a topology's devices.
+    chip: a key of CHIPS.
+  """
+  like, lower = (_train if program == "train" else _decode)(config, mesh)
+  made = _compile_chips.CHIPS[chip]
+  places = {tuple(device.coords) for device in mesh.devices.flat}
+  per_chip = mesh.size // len(places)
+  memory = {key: _per_device(tree) for key, tree in like.items()}
+  row = dict(program=program, devices_of_a_chip=per_chip, memory=memory)
+  begin = time.perf_counter()
+  try:
+    with jax.set_mesh(mesh):
+      run = lower()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise ValueError(
+        f"the {program} step does not compile for {chip}: "
+        + str(error).splitlines()[0]
+      ) from error
+    memory["temporaries"] = float("inf")
+    row["refused"] = str(error).splitlines()[0]
+    return row | _fits(config, memory, made.hbm_bytes / per_chip)
+  row["compile_seconds"] = time.perf_counter() - begin
+  memory.update(_memory(run.memory_analysis()))
+  counts = _compile_hlo.count(run.as_text(), dict(mesh.shape))
+  once = run.cost_analysis() or {}
+  roofline = _compile_chips.roofline(counts, made, per_chip)
+  return (
+    row
+    | _fits(config, memory, made.hbm_bytes / per_chip)
+    | dict(
+      flops=counts.flops,
+      hbm_bytes=counts.hbm_bytes,
+      cycles=counts.cycles,
+      loops=counts.loops,
+      unknown=counts.unknown,
+      collectives=[c._asdict() for c in counts.collectives],
+      loops_once={k: once.get(k) for k in ("flops", "bytes accessed")},
+      estimate=roofline._asdict()
+      | dict(least=roofline.least, most=roofline.most),
+    )
+  )
+
+
+def _per_device(tree: Any) -> float:
+  """Bytes of a tree of shapes with shardings, on each device."""
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def _memory(stats: Any) -> dict[str, float]:
+  """What the compiler says, and what is held at once."""
+  found = dict(
+    arguments=stats.argument_size_in_bytes,
+    temporaries=stats.temp_size_in_bytes,
+    outputs=stats.output_size_in_bytes,
+    donated=stats.alias_size_in_bytes,
+    code=stats.generated_code_size_in_bytes,
+  )
+  return found | {"total": sum(found.values()) - 2 * found["donated"]}
+
+
+def _fits(
+  config: _setup.ConfigDict, memory: dict[str, float], capacity: float
+) -> dict[str, Any]:
+  fits = memory.get("total", float("inf")) <= capacity
+  knobs = tuple(config.model.get("memory", None) or ())
+  train = config.train
+  advice = _compile_chips.advice(memory, train.accumulate, train.remat, knobs)
+  return dict(fits=fits, capacity=capacity, advice="" if fits else advice)
+
+
+def _train(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
+  """(what is held, a function that compiles) of the step of experiments.lm."""
+  net = _setup.model(config)
+  made = _setup.make_optimizer(config, net)
+  like = state_lib.abstract(net, made.tx, mesh)
+  step = step_lib.make(
+    net, made.tx, made.schedule, made.labels,
+    accumulate=config.train.accumulate,
+    max_skipped=config.train.max_skipped,
+  )  # fmt: skip
+  data = config.data
+  lower = lambda: step_lib.compiled(
+    step, like, mesh, data.batch_size, data.sequence_length
+  )
+  return dict(parameters=like["params"], optimizer=like["opt"]), lower
+
+
+def _decode(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
+  """The same of one more token for each row of a batch."""
+  net = _setup.model(config)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  rows, length = config.data.batch_size, config.data.sequence_length
+  start = lambda params: net.init_state(params, rows, length)
+  state = jax.eval_shape(start, params)
+  place = lambda tree, shardings: jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree, shardings,
+  )  # fmt: skip
+  params = place(params, sharding.param_shardings(params, mesh))
+  state = place(state, sharding.sequence_shardings(state, mesh))
+  by_row = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
+  tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=by_row)
+
+  def step(params: Any, tokens: Any, state: Any) -> tuple:
+    logits, state, _ = net.apply(params, tokens, state)
+    return logits[:, -1], state
+
+  out = (by_row, jax.tree.map(lambda x: x.sharding, state))
+  jitted = jax.jit(step, donate_argnums=2, out_shardings=out)
+  lower = lambda: jitted.lower(params, tokens, state).compile()
+  return dict(parameters=params, optimizer=(), state=state), lower

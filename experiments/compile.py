@@ -1,0 +1,223 @@
+"""Compiles the steps of a config for a TPU slice, on a machine without one.
+
+    python -m experiments.compile --config=hope_1b3 --topology=v5e:16x16
+
+The real train step and decode step go through the TPU's own compiler. Printed
+are the bytes that each chip needs, the transfers between chips, the products,
+and a roofline with the time that it implies: an estimate. No TPU has run it:
+the compiler's cycles know neither waits for memory nor transfers, and what
+overlaps with what is not known.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import flags, logging
+
+from experiments import _compile_chips, _flags, _main
+
+_flags.define_config()
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "", "Chip and sides of the slice: v5e:16x16."
+)
+_MESH = flags.DEFINE_string(
+  "mesh", "", "Sizes of axes: fsdp=128,tensor=2; default what the batch fills."
+)
+_ALL = flags.DEFINE_boolean("all", False, "A slice of every kind of chip.")
+_PROGRAMS = flags.DEFINE_list(
+  "programs", ["train", "decode"], "Of train, decode."
+)
+_OUTPUT = flags.DEFINE_string("output", "", "Also write the report as JSON.")
+CAVEATS = (
+  "Estimates read from the compiler; no TPU has run this.",
+  "Products, bytes and cycles count loops by their trips; all branches of a "
+  "choice count.",
+  "Bytes of main memory are those of each fused operation's arrays: an upper "
+  "bound where the compiler keeps them on the chip.",
+  "Transfers go along one axis of the torus at the maker's rate, without "
+  "latency.",
+  "Temporaries leave out what the compiler keeps on the chip.",
+)
+
+
+def main() -> int:
+  """Runs the command; returns its exit status."""
+  _check_flags()
+  from experiments import _compile_programs
+
+  _compile_programs.environment()
+  if _ALL.value:
+    reports = [_in_a_process(n, c) for n, c in _compile_chips.CHIPS.items()]
+  else:
+    reports = [_report(_TOPOLOGY.value)]
+  if _OUTPUT.value:
+    about = dict(config=_flags.chosen_name(), **_versions())
+    with open(_OUTPUT.value, "x", encoding="utf-8") as file:
+      json.dump(dict(about=about, caveats=CAVEATS, reports=reports), file,
+                indent=2)  # fmt: skip
+  if _ALL.value:
+    print(table(reports))
+  failed = any("error" in report for report in reports)
+  return _main.PARTLY_FAILED if failed else _main.DONE
+
+
+def _check_flags() -> None:
+  if _ALL.value == bool(_TOPOLOGY.value):
+    raise ValueError(
+      "give one of --topology=<chip>:<sides>, as v5e:16x16, and --all"
+    )
+  if _TOPOLOGY.value:
+    _compile_chips.kind(_TOPOLOGY.value)
+  known = ("train", "decode")
+  if not _PROGRAMS.value or not set(_PROGRAMS.value) <= set(known):
+    raise ValueError(
+      f"--programs must be of {', '.join(known)}, got "
+      f"{','.join(_PROGRAMS.value)!r}"
+    )
+  if _OUTPUT.value and os.path.exists(_OUTPUT.value):
+    raise ValueError(
+      f"--output={_OUTPUT.value} is there already; give another file"
+    )
+
+
+def _report(topology: str) -> dict[str, Any]:
+  """Compiles for a topology and prints what comes out."""
+  from experiments import _compile_programs, _setup
+
+  logging.set_verbosity(logging.WARNING)
+  config = flags.FLAGS.config
+  if config.train.dtype == "auto":
+    with config.unlocked():
+      config.train.dtype = "bfloat16"  # Of the chips, not of this machine.
+  config = _setup.resolve(config)
+  chip = _compile_chips.kind(topology)
+  found = _compile_programs.devices(topology)
+  sizes = _compile_programs.mesh_sizes(_MESH.value, config, len(found))
+  mesh = _compile_programs.make_mesh(config, sizes, found)
+  rows = []
+  for program in _PROGRAMS.value:
+    _main.say(f"compiling the {program} step for {topology} ...")
+    rows.append(_compile_programs.report(config, program, mesh, chip))
+  report = dict(
+    config=_flags.chosen_name(),
+    topology=topology,
+    mesh=dict(mesh.shape),
+    batch=[config.data.batch_size, config.data.sequence_length],
+    programs=rows,
+  )
+  print(table([report]))
+  for row in rows:
+    print(transfers(row), flush=True)
+  print("\n".join(f"* {caveat}" for caveat in CAVEATS), flush=True)
+  return report
+
+
+def _in_a_process(name: str, chip: _compile_chips.Chip) -> dict[str, Any]:
+  """A report of its own process: the compiler's settings are a process's."""
+  topology = f"{name}:{chip.slice}"
+  own = ("--all", "--output", "--topology")
+  kept = [a for a in sys.argv[1:] if a.partition("=")[0] not in own]
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / "report.json"
+    done = subprocess.run(
+      [sys.executable, "-m", "experiments.compile", *kept,
+       f"--topology={topology}", f"--output={path}"],
+      stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    if path.is_file():
+      return json.loads(path.read_text())["reports"][0]
+  lines = done.stderr.strip().splitlines() or ["no output"]
+  _main.say(f"{topology}: {lines[-1]}")
+  return dict(topology=topology, error=lines[-1])
+
+
+def _versions() -> dict[str, str]:
+  import importlib.metadata
+
+  return {k: importlib.metadata.version(k) for k in ("jax", "libtpu")}
+
+
+def table(reports: list[dict[str, Any]]) -> str:
+  """Markdown: a line a program; sizes and operations of a device."""
+  lines = [
+    "| slice | mesh | step | weights + optimizer | temporaries | total of "
+    "memory | GFLOP | transfers | estimated seconds | compiled in |",
+    "|---|---|---|---|---|---|---|---|---|---|",
+  ]
+  for report in reports:
+    if "error" in report:
+      lines.append(f"| {report['topology']} | failed: {report['error']} |")
+      continue
+    mesh = " ".join(f"{k} {v}" for k, v in report["mesh"].items() if v > 1)
+    for row in report["programs"]:
+      lines.append(f"| {report['topology']} | {mesh or 'one device'} | "
+                   f"{row['program']} | {_line(row)} |")  # fmt: skip
+  return "\n".join(lines)
+
+
+def _line(row: dict[str, Any]) -> str:
+  memory = row["memory"]
+  held = memory["parameters"] + memory["optimizer"] + memory.get("state", 0)
+  capacity = f"{_size(row['capacity'])}"
+  if "refused" in row:
+    return (
+      f"{_size(held)} | - | does not fit {capacity}: {row['advice']} "
+      "| - | - | - | -"
+    )
+  fits = "" if row["fits"] else f" **does not fit: {row['advice']}**"
+  wire = sum(c["wire"] for c in row["collectives"])
+  least, most = row["estimate"]["least"], row["estimate"]["most"]
+  return " | ".join(
+    [
+      _size(held),
+      _size(memory["temporaries"]),
+      f"{_size(memory['total'])} of {capacity}{fits}",
+      f"{row['flops'] / 1e9:,.1f}",
+      _size(wire),
+      f"{least:.3g} to {most:.3g}",
+      f"{row['compile_seconds']:.0f} s",
+    ]
+  )
+
+
+def transfers(row: dict[str, Any]) -> str:
+  """Markdown: transfers by kind and place, and the roofline's parts."""
+  if "refused" in row:
+    return f"\n{row['program']}: {row['refused']}"
+  lines = [
+    f"\n{row['program']}: transfers of each device in a step\n",
+    "| kind | over | where | hidden | count | arrays | sent |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for c in row["collectives"]:
+    hidden = "yes" if c["hidden"] else "no"
+    lines.append(
+      f"| {c['kind']} | {c['axes']} | {c['place']} | {hidden} | {c['count']} | "
+      f"{_size(c['payload'])} | {_size(c['wire'])} |"
+    )
+  estimate = row["estimate"]
+  parts = [f"{k} {estimate[k]:.3g} s" for k in ("products", "memory", "links")]
+  if estimate["cycles"] is not None:
+    parts.append(f"the compiler's cycles {estimate['cycles']:.3g} s")
+  else:
+    parts.append(f"the compiler's cycles {row['cycles']:.3g}, no clock known")
+  lines.append(f"\nestimate, if one thing bounds all: {', '.join(parts)}")
+  if row["unknown"]:
+    lines.append(f"without a number: {', '.join(row['unknown'])}")
+  return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+  for unit, power in (("GiB", 3), ("MiB", 2)):
+    if count >= 2 ** (10 * power):
+      return f"{count / 2 ** (10 * power):.2f} {unit}"
+  return f"{count / 1024:.1f} KiB"
+
+
+if __name__ == "__main__":
+  _main.run(main)
