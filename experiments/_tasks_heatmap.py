@@ -5,6 +5,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+# Readable on every colour.
+_LABEL = dict(boxstyle="round,pad=0.2", facecolor="white", edgecolor="none")
+
 
 def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   """Two maps: how often the answer was found, and how much it surprised.
@@ -23,14 +26,21 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   found, surprise = figure.subplots(1, 2)
   about = result["about"]["model"]
   figure.suptitle(
-    f"{result['task']}: {about['arch']} at step {about['step']}, trained at "
+    f"{result['task']}: {_name(about)} at step {about['step']}, trained at "
     f"{about['trained_length']} tokens; {result['about']['samples']} questions "
     "a cell",
     fontsize=10,
   )
   maps = (
     (found, "match", 100.0, "found (%)", (0, 100), "RdYlGn"),
-    (surprise, "nats", 1.0, "nat per token of the answer", (0, None), "YlOrRd"),
+    (
+      surprise,
+      "nats",
+      1.0,
+      "nat per token of the answer",
+      (0, None),
+      "Oranges",
+    ),
   )
   for axes, key, scale, title, (low, high), colours in maps:
     grid = [[math.nan] * len(lengths) for _ in depths]
@@ -41,7 +51,9 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
     for row, values in enumerate(grid):
       for column, value in enumerate(values):
         text = f"{value:.0f}" if scale > 1 else f"{value:.2f}"
-        axes.text(column, row, text, ha="center", va="center", fontsize=8)
+        axes.text(
+          column, row, text, ha="center", va="center", fontsize=8, bbox=_LABEL
+        )
     axes.set_xticks(range(len(lengths)), [f"{x:,}" for x in lengths])
     names = ["drawn" if d < 0 else f"{d:g} %" for d in depths]
     axes.set_yticks(range(len(depths)), names)
@@ -56,3 +68,8 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
 def _depth(cell: Mapping[str, Any]) -> float:
   """A number to sort by; drawn depths come first."""
   return -1.0 if cell["depth"] is None else cell["depth"]
+
+
+def _name(about: Mapping[str, Any]) -> str:
+  """Of a run its folder, which is mostly named as its config."""
+  return pathlib.Path(about["workdir"]).name or about["arch"]
