@@ -80,6 +80,8 @@ PARAMETERS = (
   (_MIXER + r"(A_log|dt_bias|erase|correction)", ("heads",)),
   (_MIXER + r"(static_)?gate/w_(eta|alpha|beta|gamma)", ("embed", "heads")),
   (_MIXER + r"(static_)?gate/b_(eta|alpha|beta)", ("heads",)),
+  (_MIXER + r"gate/w_(eta|alpha)_down", ("embed", "mem_out")),
+  (_MIXER + r"gate/w_(eta|alpha)_up", ("mem_in", "heads")),
   (_MIXER + r"memory/gate/w_(eta|alpha)", ("heads", "head_dim")),
   (_MIXER + r"memory/gate/b_(eta|alpha|beta)", ("heads",)),
   # Gates of a channel.

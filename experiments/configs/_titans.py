@@ -31,6 +31,19 @@ def dla(size: str, arg: str) -> ConfigDict:
   return _common.baseline("dla", size, shape, memory, learning_rate=None)
 
 
+def memora(size: str, arg: str) -> ConfigDict:
+  """Memora (Miras) at a scale."""
+  size = _common.size_of(size, arg)
+  shape = presets.SHAPES["memora"][size]
+  memory = _memory(shape)
+  memory.arch = "mlp_ln"  # What Miras has.
+  memory.momentum = "off"  # Memora has none.
+  del memory.beta_bias, memory.omega
+  # Rank of the gates' projections (Miras: 32 to 64).
+  memory.rank = 32 if size in ("smoke", "tiny") else 64
+  return _common.baseline("memora", size, shape, memory, learning_rate=None)
+
+
 def mag(size: str, arg: str) -> ConfigDict:
   """Titans, memory as gate, at a scale."""
   return _hybrid("titans_mag", size, arg)

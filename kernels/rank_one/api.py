@@ -25,6 +25,7 @@ def rank_one(
   segment_ids: jax.Array | None = None,
   row: jax.Array | None = None,
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  simplex: bool = False,
   implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """Writes one chunk into one weight matrix, and reads it (model.md 2.3, 2.5).
@@ -54,6 +55,8 @@ def rank_one(
       and [B, H, C, h + C]: token t writes sum_i weights_ti u_i^T delta_i in
       place of u_t^T delta_t. No weight but 0 for i > t, across documents and
       of masked tokens.
+    simplex: W, anchor and start are logarithms of columns that sum to 1, each
+      new W is made so again, and reads see exp W. Reference only.
     implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
 
   Returns:
@@ -82,8 +85,14 @@ def rank_one(
       f"implementation='reference', got gates of rank {gates[0].ndim} for "
       f"inputs of rank {U.ndim}"
     )
+  if simplex and (form is xla or gates[3] is not None or row is not None):
+    raise ValueError(
+      "simplex runs only with implementation='reference', without an erase "
+      "rate and a row factor"
+    )
+  options = dict(simplex=True) if simplex else {}
   return form.rank_one(
     U, Delta, Q, gates, W, S, R,
     read=read, erase_of=erase_of, anchor=anchor, start=start,
-    segment_ids=segment_ids, row=row, window=window,
+    segment_ids=segment_ids, row=row, window=window, **options,
   )  # fmt: skip

@@ -37,6 +37,7 @@ def rank_one(
   segment_ids: jax.Array | None = None,
   row: jax.Array | None = None,
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
+  simplex: bool = False,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The token loop; arguments and results as `api.rank_one`.
 
@@ -86,6 +87,8 @@ def rank_one(
       recalled = jnp.einsum("...a,...ab->...b", u, target)
       outer = u[..., :, None] * recalled[..., None, :]
       W_new = W_new - _columns(erase, scalar) * outer
+    if simplex:
+      W_new = jax.nn.log_softmax(W_new, axis=-2)
     W_new = jnp.where(real, W_new, W)
     S_new = None if S is None else jnp.where(real, S_new, S)
     y = None
@@ -93,6 +96,7 @@ def rank_one(
       seen = {"after": W_new, "before": W, "chunk_start": anchor}[read]
       if row is not None:
         seen = anchor + _columns(row, True) * (seen - anchor)
+      seen = jnp.exp(seen) if simplex else seen
       y = jnp.einsum("...a,...ab->...b", q, seen)
     return (W_new, S_new, anchor), y
 

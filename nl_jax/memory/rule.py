@@ -90,6 +90,11 @@ class Rule:
     """Whether the memory keeps S beside W."""
     return self.momentum != "off"
 
+  @property
+  def simplex(self) -> bool:
+    """Whether fast weights are logarithms of columns that sum to 1 (Memora)."""
+    return False
+
 
 class Gates(NamedTuple):
   """Raw gates of each token, [B, T, H] (reference only: [B, T, H, K]).
@@ -266,6 +271,9 @@ def write_and_read(
     laid = window.extend(block, k, target, gates.gamma, rule.omega)
     before, view = rule.omega - 1, window.widened(block, rule.omega)
     k, target = laid.k, laid.target
+  if rule.simplex:
+    anchor, start = jax.tree.map(jnp.exp, (view.anchor, view.start))
+    view = view._replace(anchor=anchor, start=start)
   all_u, all_delta, loss = pairs(forward, view, k, target, rule)
   own = lambda x: x[..., before:, :] if before else x
   u, delta = jax.tree.map(own, (all_u, all_delta))
@@ -299,6 +307,7 @@ def write_and_read(
       segment_ids=block.segment_ids,
       row=block.row,
       window=past,
+      simplex=rule.simplex,
       implementation=implementation,
     )
     if momentum is not None:

@@ -139,6 +139,13 @@ SHAPES = {
     "760m": Shape(24, 64, (3776,), 128, 16),
     "1b3": Shape(32, 64, (4864,), 128, 16),
   },
+  "memora": {
+    "smoke": Shape(4, 16, (90,), 32, 8),
+    "tiny": Shape(4, 32, (218,), 64, 16),
+    "340m": Shape(16, 64, (2304,), 128, 16),
+    "760m": Shape(24, 64, (3648,), 128, 16),
+    "1b3": Shape(32, 64, (4800,), 128, 16),
+  },
   # Attention beside the memory; M = 4 K, and 2 K at the small sizes.
   "titans_mag": {
     "smoke": Shape(4, 16, (36,), 32, 8, window=16),

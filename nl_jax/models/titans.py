@@ -191,6 +191,7 @@ def advance(
   *,
   model: "lm.LanguageModel",
   at_edge: bool = False,
+  rates: memory.Gates | None = None,
 ) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
   """`apply` from parts of a state.
 
@@ -200,6 +201,7 @@ def advance(
     fast: fast weights and their clocks.
     at_edge: every row stands at the edge of a chunk, and documents of the call
       begin at such edges: spares the shift to each row's own.
+    rates: in place of the gates that params have.
   """
   options = model.memory
   z, convs = layers.short_convs(
@@ -212,9 +214,10 @@ def advance(
     layers.l2_norm(z["q"]),
     layers.l2_norm(z["k"]),
     layers.l2_norm(z["v"]) if options.value_norm == "l2" else z["v"],
-    gates(params["gate"], x_BxTxD, options),
+    gates(params["gate"], x_BxTxD, options) if rates is None else rates,
     rule=options,
     segment_ids=segment_ids,
+    implementation="reference" if options.simplex else None,
     fresh=at_edge,
     aligned=at_edge,
   )

@@ -11,6 +11,7 @@ from nl_jax.models import (
   incontext,
   layers,
   lm,
+  memora,
   retnet,
   samba,
   titans,
@@ -98,6 +99,9 @@ MODELS = {
   # A window longer than a chunk.
   "titans_omega": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32, omega=11)
+  ),
+  "memora": lambda: _shaped(
+    "memora", memora.Options(chunk=8, hidden=32, rank=8)
   ),
   "dla": lambda: _shaped("dla", dla.Options(chunk=8, hidden=32)),
   "titans_mac": lambda: _shaped(

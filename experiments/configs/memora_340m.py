@@ -1,0 +1,17 @@
+"""Memora (Miras, arXiv 2504.13173) at the scale 340m.
+
+Unstated in the paper: shapes, chunk lengths, optimizer, data; ours here.
+Parameters: 341.4M in total, of these 6.3M initial states of memories.
+Tokens: 15B tokens, 2^19 a step, sequences of 4096.
+Chunks and periods: memories 16; no CMS.
+Command: python -m experiments.lm --config=memora_340m
+Hardware: a TPU slice; not run.
+Expected: no row in the paper; ours: not run.
+"""
+
+from experiments.configs import _titans
+
+
+def get_config(arg: str = "") -> _titans.ConfigDict:
+  """See above; `smoke` in arg gives the test size."""
+  return _titans.memora("340m", arg)

@@ -1,0 +1,168 @@
+"""Memora (Miras): a deep memory whose weights stay on a simplex.
+
+    W <- softmax(alpha log W - eta grad |M(k) - v|^2 / 2)
+    alpha, eta: one for each key channel, sigmoid(x w_down w_up + b)
+
+Miras, arXiv 2504.13173: retention by relative entropy in place of the squared
+norm. It is the layer of Titans (`titans`) with this rule, a layer norm in the
+memory and gates of a channel.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, memory, types
+from nl_jax.models import layers, titans
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+_FIXED = {
+  "arch": "mlp_ln",
+  "dgd_scope": "none",
+  "momentum": "off",
+  "retention_target": "zero",
+  "omega": 1,
+}
+_GATES = ("eta", "alpha")
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(titans.Options):
+  """The switches of `titans.Options`, but for what makes it Memora, and this.
+
+  Attributes:
+    rank: of the gates' projections.
+  """
+
+  arch: str = "mlp_ln"
+  momentum: str = "off"
+  rank: int = 32
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name, value in _FIXED.items():
+      if getattr(self, name) != value:
+        raise ValueError(
+          f"memory.{name} of model.arch='memora' must be {value!r}, got "
+          f"{getattr(self, name)!r}: use model.arch='titans_lmm'"
+        )
+    if type(self.rank) is not int or self.rank < 1:
+      raise ValueError(
+        f"memory.rank must be an integer >= 1, got {self.rank!r}"
+      )
+
+  # Deviation from Miras, which is non-linear only at the first token of a
+  # chunk: the rule at every token; it has no chunk form.
+  @property
+  def simplex(self) -> bool:
+    """Columns of the weights sum to 1."""
+    return True
+
+
+check = titans.check
+alignment = titans.alignment
+
+
+def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Parameters of one layer.
+
+  Returns:
+    As `titans.init`, but for gate {w_eta_down, w_alpha_down (D,rank),
+    w_eta_up, w_alpha_up (rank,HK), b_eta, b_alpha (HK,)} and memory, of which
+    the softmax over the inputs is the learned start.
+  """
+  options, inner = model.memory, model.heads * model.head_dim
+  params = titans.init(key, model)
+  # Logarithms of generic size: with small ones all units would be alike.
+  size = lambda w: w / jnp.std(w)
+  params["memory"] = jax.tree.map(size, params["memory"])
+  keys = iter(jax.random.split(jax.random.fold_in(key, 0), 4))
+  gate = {}
+  for name in _GATES:
+    down, up = (model.width, options.rank), (options.rank, inner)
+    gate[f"w_{name}_down"] = layers.normal(next(keys), down)
+    gate[f"w_{name}_up"] = layers.normal(next(keys), up)
+    bias = getattr(options, f"{name}_bias")
+    gate[f"b_{name}"] = jnp.full((inner,), bias, jnp.float32)
+  return params | {"gate": gate}
+
+
+def apply(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  state: titans.TitansState | None,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, titans.TitansState, dict[str, memory.Metrics]]:
+  """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
+  fresh = state is None
+  if fresh:
+    state = init_state(params, x_BxTxD.shape[0], 0, model=model)
+  return titans.advance(
+    params | {"memory": _start(params)},
+    x_BxTxD,
+    None if fresh else state.convs,
+    state.memory,
+    segment_ids,
+    model=model,
+    at_edge=fresh,
+    rates=gates(params["gate"], x_BxTxD, model),
+  )
+
+
+def _start(params: types.Params) -> types.Params:
+  """The logarithms of the learned start."""
+  return jax.tree.map(
+    lambda w: jax.nn.log_softmax(
+      w.astype(layers.at_least_float32(w.dtype)), axis=-2
+    ),
+    params["memory"],
+  )
+
+
+def gates(
+  gate: types.Params, x_BxTxD: types.Array, model: "lm.LanguageModel"
+) -> memory.Gates:
+  """eta and log alpha, [B,T,H,K], float32 at least."""
+  wide = layers.at_least_float32(x_BxTxD.dtype)
+  logit = {}
+  for name in _GATES:
+    z = layers.dense(x_BxTxD, gate[f"w_{name}_down"])
+    z = layers.dense(z, gate[f"w_{name}_up"]).astype(wide)
+    z = z + gate[f"b_{name}"].astype(wide)[None, None]
+    logit[name] = z.reshape(*z.shape[:2], model.heads, model.head_dim)
+  eta = model.memory.eta_max * jax.nn.sigmoid(logit["eta"])
+  return memory.Gates(eta, jax.nn.log_sigmoid(logit["alpha"]))
+
+
+def init_state(
+  params: types.Params,
+  batch_size: int,
+  length: int,
+  *,
+  model: "lm.LanguageModel",
+) -> titans.TitansState:
+  """The state of one layer at the start of a sequence; no use of `length`."""
+  return titans.init_state(
+    params | {"memory": _start(params)}, batch_size, length, model=model
+  )
+
+
+def parameter_count(model: "lm.LanguageModel") -> int:
+  """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K of one layer."""
+  D = model.width
+  shared = titans.parameter_count(model) - 2 * model.heads * (D + 1)
+  return shared + 2 * (2 * D * model.memory.rank + D)
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The memory; its start is learned."""
+  return [
+    dataclasses.replace(row, name="Memora memory", rule="GD on the simplex")
+    for row in titans.rows(model)
+  ]
