@@ -128,7 +128,8 @@ def advice(
     knobs: fields of `model.memory` that this model has.
   """
   held = memory["parameters"] + memory["optimizer"]
-  if held > memory["temporaries"]:
+  # The compiler tells no temporaries of what it refuses.
+  if held > memory.get("temporaries", float("inf")):
     return "raise mesh.fsdp or take more chips: weights and optimizer are most"
   turn = []
   if remat == "none":

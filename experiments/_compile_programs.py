@@ -133,7 +133,6 @@ def report(
         f"the {program} step does not compile for {chip}: "
         + str(error).splitlines()[0]
       ) from error
-    memory["temporaries"] = float("inf")
     row["refused"] = str(error).splitlines()[0]
     return row | _fits(config, memory, made.hbm_bytes / per_chip)
   row["compile_seconds"] = time.perf_counter() - begin
