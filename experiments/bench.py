@@ -253,6 +253,13 @@ def decode() -> list[dict]:
   return _bench_incontext.decode(least_seconds)
 
 
+def mixers() -> list[dict]:
+  """Each mixer against Transformer++ from 512 to 16K tokens, and a plot."""
+  from experiments import _bench_mixers
+
+  return _bench_mixers.run(least_seconds, _OUTPUT.value)
+
+
 SUITES = {
   "memories": memories,
   "steps": steps,
@@ -263,6 +270,7 @@ SUITES = {
   "eval": eval_,
   "incontext": incontext,
   "decode": decode,
+  "mixers": mixers,
 }
 _SUITE = flags.DEFINE_list(
   "suite", ["memories", "steps", "temporaries", "compile"],
