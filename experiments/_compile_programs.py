@@ -40,9 +40,13 @@ def devices(topology: str) -> list[Any]:
   Raises:
     ValueError: no such slice.
   """
-  _compile_chips.kind(topology)
+  # JAX's meshes are of chips; the cores of a v4 are apart by default.
+  apart = _compile_chips.kind(topology) == "v4"
+  options = {"chip_config_name": "megacore"} if apart else {}
   try:
-    found = topologies.get_topology_desc(platform="tpu", topology_name=topology)
+    found = topologies.get_topology_desc(
+      platform="tpu", topology_name=topology, **options
+    )
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
       f"--topology={topology}: the compiler knows no such slice: "
@@ -137,23 +141,26 @@ def report(
     return row | _fits(config, memory, made.hbm_bytes / per_chip)
   row["compile_seconds"] = time.perf_counter() - begin
   memory.update(_memory(run.memory_analysis()))
-  counts = _compile_hlo.count(run.as_text(), dict(mesh.shape))
+  row |= _fits(config, memory, made.hbm_bytes / per_chip)
+  try:
+    text = run.as_text()
+  except jax.errors.JaxRuntimeError as error:
+    # A compiler newer than jaxlib may write what jaxlib does not know.
+    row["unreadable"] = str(error).splitlines()[0]
+    return row
+  counts = _compile_hlo.count(text, dict(mesh.shape))
   once = run.cost_analysis() or {}
   roofline = _compile_chips.roofline(counts, made, per_chip)
-  return (
-    row
-    | _fits(config, memory, made.hbm_bytes / per_chip)
-    | dict(
-      flops=counts.flops,
-      hbm_bytes=counts.hbm_bytes,
-      cycles=counts.cycles,
-      loops=counts.loops,
-      unknown=counts.unknown,
-      collectives=[c._asdict() for c in counts.collectives],
-      loops_once={k: once.get(k) for k in ("flops", "bytes accessed")},
-      estimate=roofline._asdict()
-      | dict(least=roofline.least, most=roofline.most),
-    )
+  return row | dict(
+    flops=counts.flops,
+    hbm_bytes=counts.hbm_bytes,
+    cycles=counts.cycles,
+    loops=counts.loops,
+    unknown=counts.unknown,
+    collectives=[c._asdict() for c in counts.collectives],
+    loops_once={k: once.get(k) for k in ("flops", "bytes accessed")},
+    estimate=roofline._asdict()
+    | dict(least=roofline.least, most=roofline.most),
   )
 
 

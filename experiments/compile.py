@@ -39,6 +39,8 @@ CAVEATS = (
   "choice count.",
   "Bytes of main memory are those of each fused operation's arrays: an upper "
   "bound where the compiler keeps them on the chip.",
+  "Products of one row, which the compiler writes as sums, are not among the "
+  "GFLOP.",
   "Transfers go along one axis of the torus at the maker's rate, without "
   "latency.",
   "Temporaries leave out what the compiler keeps on the chip.",
@@ -170,16 +172,20 @@ def _line(row: dict[str, Any]) -> str:
       "| - | - | - | -"
     )
   fits = "" if row["fits"] else f" **does not fit: {row['advice']}**"
-  wire = sum(c["wire"] for c in row["collectives"])
-  least, most = row["estimate"]["least"], row["estimate"]["most"]
+  counted = ["-"] * 3
+  if "estimate" in row:
+    least, most = row["estimate"]["least"], row["estimate"]["most"]
+    counted = [
+      f"{row['flops'] / 1e9:,.1f}",
+      _size(sum(c["wire"] for c in row["collectives"])),
+      f"{least:.3g} to {most:.3g}",
+    ]
   return " | ".join(
     [
       _size(held),
       _size(memory["temporaries"]),
       f"{_size(memory['total'])} of {capacity}{fits}",
-      f"{row['flops'] / 1e9:,.1f}",
-      _size(wire),
-      f"{least:.3g} to {most:.3g}",
+      *counted,
       f"{row['compile_seconds']:.0f} s",
     ]
   )
@@ -189,15 +195,20 @@ def transfers(row: dict[str, Any]) -> str:
   """Markdown: transfers by kind and place, and the roofline's parts."""
   if "refused" in row:
     return f"\n{row['program']}: {row['refused']}"
+  if "unreadable" in row:
+    return (
+      f"\n{row['program']}: compiled, but this jaxlib cannot read the program "
+      f"of this libtpu, so that nothing is counted: {row['unreadable']}"
+    )
   lines = [
     f"\n{row['program']}: transfers of each device in a step\n",
     "| kind | over | where | hidden | count | arrays | sent |",
     "|---|---|---|---|---|---|---|",
   ]
   for c in row["collectives"]:
-    hidden = "yes" if c["hidden"] else "no"
+    hidden, axes = "yes" if c["hidden"] else "no", c["axes"] or "-"
     lines.append(
-      f"| {c['kind']} | {c['axes']} | {c['place']} | {hidden} | {c['count']} | "
+      f"| {c['kind']} | {axes} | {c['place']} | {hidden} | {c['count']} | "
       f"{_size(c['payload'])} | {_size(c['wire'])} |"
     )
   estimate = row["estimate"]

@@ -308,6 +308,17 @@ def test_a_refused_program_is_a_line_of_the_table():
   assert "too much" in compile.transfers(row)
 
 
+def test_a_program_that_cannot_be_read_has_its_memory():
+  memory = dict(parameters=1024, optimizer=0, temporaries=2048, total=4096)
+  row = dict(program="decode", capacity=2**34, fits=True, memory=memory,
+             compile_seconds=7.0, unreadable="INTERNAL: why")  # fmt: skip
+  report = dict(topology="tpu7x:2x2x1", mesh=dict(fsdp=1), programs=[row])
+  line = compile.table([report]).splitlines()[-1]
+  assert "| one device | decode | 1.0 KiB | 2.0 KiB | 4.0 KiB of" in line
+  assert line.endswith("| - | - | - | 7 s |")
+  assert "INTERNAL: why" in compile.transfers(row)
+
+
 MISTAKES = (
   ([], "give one of --topology"),
   (["--topology=v5e:2x2", "--all"], "give one of --topology"),
