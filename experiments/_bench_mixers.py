@@ -7,8 +7,7 @@ tokens decoded one at a time after T tokens.
 
 Attention runs as one head of the full width and not as four: four would keep
 4.3 GB of scores in each array of a gradient at 16K tokens. That is the faster
-form, so the ratios flatter it. A whole run takes half an hour, most of it
-compiling, and 8 GB.
+form, so the ratios flatter it. Most of a run's time is compiling.
 """
 
 import dataclasses
