@@ -49,7 +49,8 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["nl_jax", "nl_jax.*"]) + _KERNELS,
   package_dir={"nl_jax.kernels": "kernels"},
-  package_data={"nl_jax.eval": ["*.csv"]},  # The published rows.
+  # The published rows.
+  package_data={"nl_jax.eval": ["*.csv"], "nl_jax.tasks": ["*.csv"]},
   install_requires=_BASE,
   extras_require={
     "train": _TRAIN,
