@@ -30,12 +30,20 @@ RULES = {
   # Windows within a chunk, over several of them, and longer than any call.
   "omega": memory.Rule(chunk=4, momentum="ema", omega=3),
   "omega_long": memory.Rule(
-    chunk=3, momentum="sum", dgd_scope="none", retention_target="zero",
-    read="before", omega=8,
+    chunk=3,
+    momentum="sum",
+    dgd_scope="none",
+    retention_target="zero",
+    read="before",
+    omega=8,
   ),
   "omega_all": memory.Rule(
-    chunk=4, omega=20, dgd_scope="input_layer", dgd_coef="raw",
-    erase_of="whole", read="chunk_start",
+    chunk=4,
+    omega=20,
+    dgd_scope="input_layer",
+    dgd_coef="raw",
+    erase_of="whole",
+    read="chunk_start",
   ),
 }
 
