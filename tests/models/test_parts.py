@@ -219,7 +219,7 @@ def test_lm_state_is_a_tree_whose_leaves_have_a_batch_axis():
     params = jax.eval_shape(model.init, jax.random.key(0))
     state = jax.eval_shape(lambda p, m=model: m.init_state(p, 3, 8), params)
     assert state.position_B.shape == (3,)
-    if isinstance(state, lm.LMState):
+    if isinstance(model, lm.LanguageModel):
       for leaf in jax.tree.leaves(state.layers):
         assert leaf.shape[:2] == (model.units, 3)
     for leaf in jax.tree.leaves(state):
