@@ -88,6 +88,7 @@ class Options:
     for field, known in (
       ("targets", TARGETS),
       ("rule", RULES),
+      ("reduce", ("mean", "sum")),
       ("outer", OUTER),
       ("nested_meta", NESTED_META),
       ("reset", RESETS),
@@ -158,7 +159,6 @@ class InContextModel:
         f"model.cms.chunks must have one entry for each of the fast levels "
         f"{', '.join(fast)}, got {self.options.chunks}"
       )
-
     if self.local:
       local_loss.check(self)
 
@@ -292,11 +292,7 @@ class InContextModel:
         self, params, x_BxTxD, state, segment_ids, learn.astype(wide)
       )
       logits = self.base.logits(params, x_BxTxD)
-      seen = jnp.sum(
-        micro_chunks.document_ids(tokens_BxT, segment_ids) > 0,
-        1,
-        dtype=jnp.int32,
-      )
+      seen = lm.count_real(tokens_BxT, segment_ids)
       before = 0 if state is None else state.position_B
       after = lm.LMState({"slow": slow, **held}, before + seen)
       return logits, after, _joined(metrics, fast_metrics)
@@ -383,6 +379,7 @@ class InContextModel:
     }
 
   def rules(self, params: types.Params) -> list[runner.Level]:
+    """The fast levels, fastest first; a unit is a micro-chunk."""
     options, made = self.options, []
     nested = self.base.cms.variant == "nested"
     restarts = {

@@ -277,7 +277,7 @@ class LanguageModel:
       params["blocks"], x_BxTxD, carried, segment_ids
     )
     logits = self.logits(params, x_BxTxD)
-    seen = _count(tokens_BxT, segment_ids)
+    seen = count_real(tokens_BxT, segment_ids)
     before = jnp.zeros_like(seen) if state is None else state.position_B
     return logits, LMState(stacked, before + seen), metrics
 
@@ -417,7 +417,7 @@ class LanguageModel:
     return jax.tree_util.tree_map_with_path(name, params)
 
 
-def _count(
+def count_real(
   tokens_BxT: types.Array, segment_ids: types.Array | None
 ) -> types.Array:
   """[B] real tokens of a call."""

@@ -189,7 +189,7 @@ def whole(
   batch, tokens = tokens_BxT.shape
   C = model.options.chunks[0]
   count = (tokens - 1) // C  # Micro-chunks that a later token may close.
-  ids = document_ids(tokens_BxT, ids_BxT)
+  ids = jnp.ones_like(tokens_BxT) if ids_BxT is None else ids_BxT
   if model.options.nested_meta == "full":
     ids_BxT = ids  # What is kept of a text has documents.
   end_B = layers.real_span(ids > 0)[1]
@@ -441,13 +441,6 @@ def _close(
   begin = _choose(due_B, now, begin, axis=1)
   empty = lambda x: _where_rows(~due_B, x, 0)
   return at, begin, jax.tree.map(empty, buffer)
-
-
-def document_ids(
-  tokens_BxT: types.Array, segment_ids: types.Array | None
-) -> types.Array:
-  """Documents [B,T] of a call; without them all tokens are real."""
-  return jnp.ones_like(tokens_BxT) if segment_ids is None else segment_ids
 
 
 def _erase(
