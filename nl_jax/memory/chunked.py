@@ -241,7 +241,7 @@ def walk(
       s = jax.lax.stop_gradient(s)
     if segment_ids is not None:
       s = _select(resets, jax.tree.map(jnp.zeros_like, s), s)
-      anchor, w = _select(resets, (begin, begin), (anchor, w))
+      anchor, w = _select(resets, (begins, begins), (anchor, w))
     # From a fresh start every block begins on a chunk edge, where the anchor
     # is w; only a row's first block of a later call may be in an open chunk.
     now = w if fresh else anchor
@@ -249,9 +249,9 @@ def walk(
     if exact:
       index = segments.running_index(ids, jnp.zeros_like(ids[:, 0]))
       carried = (index == 0)[:, None, :, None]
-      left = _select(index[:, -1] != 0, begin, now)
+      left = _select(index[:, -1] != 0, begins, now)
     block = rules.Block(
-      now, w, s, begin, (ids != 0)[:, None],
+      now, w, s, begins, (ids != 0)[:, None],
       ids[:, None] if exact else None, carried, factor,
     )  # fmt: skip
     ys, w, s, metrics = body(block, xs)
@@ -264,6 +264,10 @@ def walk(
     anchor = _select(closes, w, kept)
     return (anchor, w, s), (ys, metrics)
 
+  # A row each: summed once behind the scan, not over devices in every chunk.
+  begins = jax.tree.map(
+    lambda W, w: jnp.broadcast_to(W, w.shape), begin, state.w
+  )
   xs = (grid.ids, grid.resets, grid.closes, jax.tree.map(lay, xs))
   group = max(g for g in range(1, rule.remat_group + 1) if blocks % g == 0)
   fold = lambda x: x.reshape(blocks // group, group, *x.shape[1:])
