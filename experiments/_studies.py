@@ -5,7 +5,7 @@ import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from experiments import _flags
 
@@ -71,6 +71,57 @@ def topics(smoke: bool) -> Study:
 
 
 STUDIES = {"tiny_table": tiny_table, "topics": topics}
+
+
+class Finished(NamedTuple):
+  """A run that was trained to its end.
+
+  Attributes:
+    row: name in the table.
+    seed: of weights and data order.
+    folder: its workdir.
+  """
+
+  row: str
+  seed: int
+  folder: pathlib.Path
+
+
+def finished(folder: pathlib.Path) -> list[Finished]:
+  """The runs of a study's folder that were trained to their end.
+
+  Raises:
+    ValueError: there are none.
+  """
+  found = []
+  for path in sorted(folder.glob("*_seed*/results.json")):
+    row, _, seed = path.parent.name.rpartition("_seed")
+    found.append(Finished(row, int(seed), path.parent))
+  if not found:
+    raise ValueError(
+      f"no run in {folder} was trained to its end: `python -m "
+      "experiments.study` trains them"
+    )
+  return found
+
+
+def tell(folder: pathlib.Path) -> str:
+  """The table of the study in `folder`, written there beside its picture.
+
+  Raises:
+    ValueError: no study of a known name, or no run trained to its end.
+  """
+  smoke = folder.name == "smoke"
+  name = (folder.parent if smoke else folder).name
+  if name not in STUDIES:
+    raise ValueError(
+      f"{folder} is not the folder of a study: {' or '.join(STUDIES)} expected"
+    )
+  study, runs = STUDIES[name](smoke), finished(folder)
+  runs = [run for row in study.rows for run in runs if run.row == row]
+  table = study.tell(runs, folder)
+  (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+  return table
 
 
 def by_row(runs: Sequence[Any]) -> dict[str, list[Any]]:

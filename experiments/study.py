@@ -82,11 +82,11 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
       place = free.pop()
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "study.log").open("ab") as log:
-      # Runs at a time must not share cores: XLA takes all it is given.
-      status = subprocess.run(
-        run.command(), stdout=log, stderr=log, check=False, env=env,
-        preexec_fn=lambda: os.sched_setaffinity(0, place),
-      ).returncode  # fmt: skip
+      process = subprocess.Popen(run.command(), stdout=log, stderr=log, env=env)
+      # Runs at a time must not share cores: XLA takes all it is given, but
+      # not before it was imported.
+      os.sched_setaffinity(process.pid, place)
+      status = process.wait()
     with told:
       free.append(place)
       word = "done" if not status else f"failed, see {run.folder}/study.log"
@@ -125,12 +125,7 @@ def main() -> int:
     f"{folder}"
   )
   failed = _train(runs, min(jobs, len(os.sched_getaffinity(0))))
-  done = [run for run in runs if run.done]
-  if not done:
-    raise ValueError(f"no run was trained to its end, see {folder}/*/study.log")
-  table = study.tell(done, folder)
-  (folder / "table.md").write_text(table + "\n", encoding="utf-8")
-  print(table)
+  print(_studies.tell(folder))
   return _main.PARTLY_FAILED if failed else _main.DONE
 
 

@@ -2,10 +2,12 @@
 
     python -m experiments.tables --results=runs/a/table1_300.json,runs/b
     python -m experiments.tables --results=runs/a --plot=sweep.png
+    python -m experiments.tables --study=runs/studies/tiny_table
 
 A folder stands for all results of experiments.table1 below it. Nothing is
 scored: what is shown is in the files. --plot draws each column over the steps
-of the checkpoints that were scored, a curve a run.
+of the checkpoints that were scored, a curve a run. --study renders what
+experiments.study has trained so far, and its picture beside the runs.
 """
 
 import pathlib
@@ -18,10 +20,18 @@ from experiments import _main
 
 _RESULTS = flags.DEFINE_list("results", [], "Result files, or folders of them.")
 _PLOT = flags.DEFINE_string("plot", "", "A picture of the sweep, to be made.")
+_STUDY = flags.DEFINE_string("study", "", "Folder of a study of tiny runs.")
 
 
 def main() -> int:
   """Runs the command; returns its exit status."""
+  if _STUDY.value:
+    from experiments import _studies
+
+    if _RESULTS.value or _PLOT.value:
+      raise ValueError("--study stands alone: it has its own table and picture")
+    print(_studies.tell(pathlib.Path(_STUDY.value)))
+    return _main.DONE
   if not _RESULTS.value:
     raise ValueError("--results is required: result files, or folders of them")
   from experiments import _table1_result

@@ -9,9 +9,12 @@ from tests.experiments import forked
 
 def test_a_study_is_trained_told_and_not_trained_again(tmp_path):
   study = ["study", "--name=tiny_table", "--smoke", "--seeds=1", "--jobs=1"]
-  first, again, rows, unknown, no_name = forked.run([
+  trained = "--study=runs/studies/tiny_table/smoke"
+  first, again, rows, unknown, no_name, table, *wrong = forked.run([
     study, study, [*study, "--rows=transformer_tiny"],
-    [*study, "--rows=nobody"], ["study"],
+    [*study, "--rows=nobody"], ["study"], ["tables", trained],
+    ["tables", trained, "--plot=x.png"], ["tables", "--study=runs/studies"],
+    ["tables", "--study=topics"],
   ], tmp_path)  # fmt: skip
   assert first.returncode == again.returncode == 0, first.stderr
   assert "2 runs, 0 of them done" in first.stderr
@@ -20,7 +23,11 @@ def test_a_study_is_trained_told_and_not_trained_again(tmp_path):
   lines = first.stdout.splitlines()
   assert len(lines) == 4 and "`deltanet_tiny`" in first.stdout
   assert sum("(grows)" in line for line in lines) == 1
-  assert "deltanet" not in rows.stdout
+  assert first.stdout == rows.stdout == table.stdout
+  alone, not_one, empty = (x.stderr for x in wrong)
+  assert "--study stands alone" in alone
+  assert "runs/studies is not the folder of a study" in not_one
+  assert "no run in topics was trained to its end" in empty
   assert "unknown row 'nobody'" in unknown.stderr
   assert "--name is required" in no_name.stderr
   folder = tmp_path / "runs" / "studies" / "tiny_table" / "smoke"
