@@ -15,8 +15,8 @@ GOLDEN = _oracle.load("pretrained")
 CONFIGS = {f: json.loads(str(GOLDEN[f"{f}/config"])) for f in FAMILIES}
 
 
-def weights(family):
-  prefix = f"{family}/weights/"
+def weights(family, kind="weights"):
+  prefix = f"{family}/{kind}/"
   return {
     key.removeprefix(prefix): x
     for key, x in GOLDEN.items()

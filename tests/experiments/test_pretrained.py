@@ -20,6 +20,23 @@ def test_logits_are_those_of_transformers(family, mode):
   hub.assert_close(got, hub.GOLDEN[f"{family}/logits"], 2e-6)
 
 
+def test_gradients_are_those_of_transformers():
+  """The mapping of weights is linear, so it maps their gradients too."""
+  group, params = hub.convert("llama")
+  net, tokens = hub.model_of(group), jnp.asarray(hub.tokens_of("llama"))
+
+  def loss(params):
+    logits = jax.nn.log_softmax(net.apply(params, tokens)[0][:, :-1])
+    return -jnp.take_along_axis(logits, tokens[:, 1:, None], 2).mean()
+
+  with jax.enable_x64(True):
+    wide = jax.tree.map(lambda x: jnp.asarray(x, jnp.float64), params)
+    got = jax.tree.map(np.asarray, jax.jit(jax.grad(loss))(wide))
+  frozen = hub.weights("llama", "gradients")
+  _, wanted = hub.convert("llama", tensors=frozen)
+  jax.tree.map(lambda g, w: hub.assert_close(g, w, 1e-6), got, wanted)
+
+
 def test_inplace_is_the_plain_transformer_bit_for_bit():
   group, params = hub.convert("qwen2")
   args = (group, params, hub.tokens_of("qwen2"))

@@ -1,8 +1,9 @@
 """Makes pretrained.npz: tiny random models of transformers, in float32.
 
 For each family its config.json, its weights by their names, tokens and the
-logits. Weights are drawn, biases and norms too, and rounded to bfloat16, so
-that files of either type hold the same numbers.
+logits; for Llama also, in float64, the gradient of the mean next-token loss
+with respect to each weight. Weights are drawn, biases and norms too, and
+rounded to bfloat16, so that files of either type hold the same numbers.
 
 Run: python -m tests.golden.pretrained
 """
@@ -84,7 +85,21 @@ def make() -> dict[str, np.ndarray]:
     out[f"{family}/logits"] = logits.numpy()
     for name, x in model.named_parameters():
       out[f"{family}/weights/{name}"] = x.detach().numpy()
+    if family == "llama":
+      out |= _gradients(model.double(), torch.tensor(tokens))
   return out
+
+
+def _gradients(
+  model: torch.nn.Module, tokens: torch.Tensor
+) -> dict[str, np.ndarray]:
+  logits = model(tokens).logits[:, :-1].flatten(0, 1)
+  loss = torch.nn.functional.cross_entropy(logits, tokens[:, 1:].flatten())
+  loss.backward()
+  return {
+    f"llama/gradients/{name}": x.grad.numpy().astype(np.float32)
+    for name, x in model.named_parameters()
+  }
 
 
 if __name__ == "__main__":
