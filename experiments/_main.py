@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from absl import app, flags, logging
 
-from experiments import _flags
+from experiments import _distributed, _flags
 
 DONE = 0
 FAILED = 1
@@ -40,21 +40,30 @@ def run(main: Callable[[], int]) -> None:
 
 
 def _guarded(main: Callable[[], int]) -> int:
-  try:
-    return main()
-  except KeyboardInterrupt:
-    say("stopped by Ctrl-C")
-    return INTERRUPTED
-  except ModuleNotFoundError as error:
-    if _DEBUG.value:
-      raise
-    say(_missing_module(error))
-    return FAILED
-  except _MISTAKES as error:
-    if _DEBUG.value:
-      raise
-    say(f"error: {error}{_origin(error)}")
-    return FAILED
+  with _distributed.Together():
+    try:
+      return main()
+    except KeyboardInterrupt:
+      return _stopped("stopped by Ctrl-C", INTERRUPTED)
+    except ModuleNotFoundError as error:
+      if _DEBUG.value:
+        raise
+      return _stopped(f"error: {_missing_module(error)}", FAILED)
+    except _MISTAKES as error:
+      if _DEBUG.value:
+        raise
+      return _stopped(f"error: {error}{_origin(error)}", FAILED)
+    except RuntimeError as error:
+      sentence = None if _DEBUG.value else _distributed.lost(error)
+      if sentence is None:
+        raise
+      return _stopped(f"error: {sentence}", FAILED)
+
+
+def _stopped(text: str, status: int) -> int:
+  say(text)
+  _distributed.leave(text.removeprefix("error: "), status)
+  return status
 
 
 def say(text: str) -> None:
@@ -62,14 +71,20 @@ def say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
 
 
+def tell(text: str) -> None:
+  """`say`, once however many processes there are."""
+  if _distributed.first():
+    say(text)
+
+
 def _missing_module(error: ModuleNotFoundError) -> str:
   name = (error.name or "").partition(".")[0]
   if name == "nl_jax":
-    return f"error: nl_jax is not installed: run `pip install -e .` in {_ROOT}"
+    return f"nl_jax is not installed: run `pip install -e .` in {_ROOT}"
   extra = _EXTRAS.get(name, "train")
   return (
-    f"error: {name or error} is not installed: run `pip install -e .[{extra}]` "
-    f"in {_ROOT}"
+    f"{name or error} is not installed: run `pip install -e .[{extra}]` in "
+    f"{_ROOT}"
   )
 
 

@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from nl_jax import data, sharding
@@ -70,8 +71,16 @@ def model(
   return incontext.InContextModel(base, incontext.Options(**learning))
 
 
-def dataset(config: ConfigDict, net: lm.LanguageModel) -> data.Dataset:
+def dataset(
+  config: ConfigDict, net: lm.LanguageModel, on: jax.sharding.Mesh | None = None
+) -> data.Dataset:
   """The data of the group `data`, with documents aligned to the chunks.
+
+  Args:
+    config: resolved.
+    net: the model.
+    on: the mesh, where this process is to draw what its devices hold; None:
+      all rows.
 
   Raises:
     ValueError, FileNotFoundError: what `data.load` raises.
@@ -82,13 +91,56 @@ def dataset(config: ConfigDict, net: lm.LanguageModel) -> data.Dataset:
       "model or a tokenizer.json, of at most model.vocab_size="
       f"{config.model.vocab_size} ids"
     )
+  part, parts = (0, 1) if on is None else part_of_batch(on)
   return data.load(
     **config.data.to_dict(),
     alignment=net.alignment,
     vocab_size=net.vocab_size,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
+    process_index=part,
+    process_count=parts,
   )
+
+
+def part_of_batch(on: jax.sharding.Mesh) -> tuple[int, int]:
+  """Which part of a batch this process's devices hold, and of how many.
+
+  Processes whose devices differ in `sequence` and `tensor` alone share a part.
+
+  Raises:
+    ValueError: the mesh cuts a batch unevenly over the processes.
+  """
+  shape = on.shape
+  shards = on.devices.reshape(shape["replica"] * shape["fsdp"], -1)
+  held: dict[int, set[int]] = {}
+  for number, devices in enumerate(shards):
+    for device in devices:
+      held.setdefault(device.process_index, set()).add(number)
+  parts = sorted({tuple(sorted(x)) for x in held.values()})
+  lengths = {len(part) for part in parts}
+  if len(lengths) > 1 or sum(map(len, parts)) != len(shards):
+    raise ValueError(
+      f"the mesh {dict(shape)} cuts a batch unevenly over {len(held)} "
+      f"processes of {jax.local_device_count()} devices; make mesh.sequence * "
+      "mesh.tensor a divisor or a multiple of the devices of a process"
+    )
+  return parts.index(tuple(sorted(held[jax.process_index()]))), len(parts)
+
+
+def gathered(params: Any) -> Any:
+  """Parameters as process 0 can use them alone; all processes call it.
+
+  Other processes get nothing. One leaf at a time is whole on the devices.
+  """
+  if jax.process_count() == 1:
+    return params
+  leaves, tree = jax.tree.flatten(params)
+  here = jax.local_devices()[0]
+  whole = []
+  for leaf in leaves:
+    array = multihost_utils.process_allgather(leaf, tiled=True)
+    if jax.process_index() == 0:
+      whole.append(jax.device_put(array, here))
+  return tree.unflatten(whole) if whole else None
 
 
 def tokens_per_step(config: ConfigDict) -> int:

@@ -1,10 +1,13 @@
 """Trains a language model: `python -m experiments.lm --config=hope_tiny`.
 
-The same command goes on where an earlier one stopped. The workdir holds
-everything: config.json, metrics.jsonl, events/ (TensorBoard), checkpoints/,
-sample.txt and, at the end, results.json, report.html and report.png.
+The same command goes on where an earlier one stopped; several processes, as on
+the workers of a slice, are each started with it (experiments/_distributed.py).
+The workdir holds everything: config.json, metrics.jsonl, events/ (TensorBoard),
+checkpoints/, sample.txt and, at the end, results.json, report.html and
+report.png.
 """
 
+import functools
 import os
 import pathlib
 from collections.abc import Callable, Mapping
@@ -13,9 +16,10 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from experiments import _flags, _main
+from experiments import _distributed, _flags, _main
 
 _flags.define_config()
+_distributed.define_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config>."
 )
@@ -55,16 +59,19 @@ def main() -> int:
 
   if _RESUME.value and _INIT.value:
     raise ValueError("--resume_from and --init_from are two ways; give one")
+  if not _DESCRIBE.value:
+    _distributed.initialize(preemption=True)
   config = _setup.resolve(flags.FLAGS.config)
   net = _setup.model(config)
   optimizer = _setup.make_optimizer(config, net)
-  print(_describe.config_text(config))
-  print(_describe.parameter_table(net))
-  print(_describe.card_text(config, net, optimizer), flush=True)
+  if _distributed.first():
+    print(_describe.config_text(config))
+    print(_describe.parameter_table(net))
+    print(_describe.card_text(config, net, optimizer), flush=True)
   if _DESCRIBE.value:
     return _main.DONE
   settings, mesh = _setup.settings(config), _setup.mesh(config)
-  dataset = _setup.dataset(config, net)
+  dataset = _setup.dataset(config, net, mesh)
   evaluate = _with_tasks(
     _evaluation(net, dataset, config.eval.batches, mesh),
     config, net, dataset.tokenizer, mesh,
@@ -74,9 +81,12 @@ def main() -> int:
   cache = _CACHE.value or str(workdir / "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-  _main.say(f"data: {dataset.describe()}")
-  _main.say(_describe.batch_text(dataset))
-  _main.say(f"mesh: {dict(mesh.shape)}; workdir: {workdir}")
+  _main.tell(f"data: {dataset.describe()}")
+  _main.tell(_describe.batch_text(dataset))
+  _main.tell(f"mesh: {dict(mesh.shape)}; workdir: {workdir}")
+  _distributed.check_same("config", _describe.config_text(config))
+  _distributed.check_same("data", dataset.fingerprint)
+  _distributed.check_same("workdir", str(workdir))
   result = loop.train(
     model=net,
     optimizer=optimizer,
@@ -94,13 +104,14 @@ def main() -> int:
     init_from=_INIT.value,
   )
   if result.status == "interrupted":
-    _main.say(f"stopped at step {result.step}; the same command goes on")
+    _main.tell(f"stopped at step {result.step}; the same command goes on")
     return _main.INTERRUPTED
   if result.status == "preempted":
-    _main.say(f"saved at step {result.step}; the same command goes on")
+    _main.tell(f"saved at step {result.step}; the same command goes on")
     return _PREEMPTED.value
-  if jax.process_index() == 0:
-    _finish(net, result.state["params"], dataset, workdir, result.metrics)
+  params = _setup.gathered(result.state["params"])
+  if _distributed.first():
+    _finish(net, params, dataset, workdir, result.metrics)
   return _main.DONE
 
 
@@ -109,7 +120,7 @@ def _workdir() -> pathlib.Path:
     return pathlib.Path(_WORKDIR.value)
   name = _flags.chosen_name()
   workdir = pathlib.Path("runs") / name.replace(":", "_").replace(os.sep, "_")
-  _main.say(f"no --workdir: this run lives in {workdir}")
+  _main.tell(f"no --workdir: this run lives in {workdir}")
   return workdir
 
 
@@ -132,7 +143,7 @@ def _evaluation(
   from nl_jax import sharding
   from nl_jax.train import step as step_lib
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=sharding.replicated(mesh))
   def sums(params: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
     loss, (weight, _) = step_lib.loss_sum(params, net, batch)
     return loss, weight
@@ -140,13 +151,8 @@ def _evaluation(
   def evaluate(params: Any, step: int) -> Mapping[str, float]:
     del step
     total = weight = 0.0
-    by_batch = sharding.batch_sharding(mesh)
-    put = jax.make_array_from_process_local_data
     for rows in dataset.validation(batches):
-      batch = {
-        k: put(by_batch, rows[k].astype(dtype, copy=False))
-        for k, dtype in step_lib.BATCH_DTYPES.items()
-      }
+      batch = step_lib.on_mesh(rows, mesh, dataset.batch_size)
       loss, count = sums(params, batch)
       total, weight = total + float(loss), weight + float(count)
     counts = dataset.counts["validation"]

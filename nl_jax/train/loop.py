@@ -319,8 +319,7 @@ class _Run:
       ) as self.writer,
       progress.Display(self.start, steps) as self.display,
       progress.Heartbeat(self.display.say) as self.heart,
-      # Several processes: jax.distributed watches for SIGTERM.
-      stop_lib.listen(terminate=jax.process_count() == 1) as self.stop,
+      stop_lib.listen(alone=jax.process_count() == 1) as self.stop,
     ):
       yield
 
@@ -398,18 +397,14 @@ class _Run:
     if step == self.settings.steps:
       return _DONE
     if jax.process_count() > 1:
-      return stop_lib.PREEMPTED if self.saver.preempted(step) else ""
+      agreed = self.saver.preempted(step)
+      return (self.stop.reason or stop_lib.PREEMPTED) if agreed else ""
     return self.stop.reason
 
   def _to_devices(self, rows: Mapping[str, np.ndarray]) -> step_lib.Batch:
     """The one transfer to the devices that a round is meant to have."""
-    by_batch = sharding.batch_sharding(self.mesh)
-    put = jax.make_array_from_process_local_data
     with jax.transfer_guard("allow"):
-      return {
-        k: put(by_batch, rows[k].astype(dtype, copy=False))
-        for k, dtype in step_lib.BATCH_DTYPES.items()
-      }
+      return step_lib.on_mesh(rows, self.mesh, self.about["batch_size"])
 
   def _flush(self, state: state_lib.State) -> None:
     """Handles the metrics of the pending step, if there is one."""

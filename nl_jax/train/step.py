@@ -38,6 +38,27 @@ _MEMORY = {
 }
 
 
+def on_mesh(
+  rows: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh, batch_size: int
+) -> Batch:
+  """A batch on the devices.
+
+  Args:
+    rows: this process's part of it (`data.pipeline`), whole rows.
+    mesh: where to.
+    batch_size: rows over all processes.
+  """
+  by_batch = sharding.batch_sharding(mesh)
+  return {
+    k: jax.make_array_from_process_local_data(
+      by_batch,
+      rows[k].astype(dtype, copy=False),
+      (batch_size, rows[k].shape[1]),
+    )
+    for k, dtype in BATCH_DTYPES.items()
+  }
+
+
 def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
   """Nats of each target [B,T], in the logits' dtype."""
   target = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)

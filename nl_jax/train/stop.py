@@ -19,8 +19,10 @@ class Stop:
     reason: "", `PREEMPTED` (SIGTERM) or `INTERRUPTED` (Ctrl-C).
   """
 
-  def __init__(self):
+  def __init__(self, alone: bool = True):
+    """Args: whether there is no other process to agree with."""
     self.reason = ""
+    self._alone = alone
 
   def terminate(self, signum: int, frame: FrameType | None) -> None:
     """SIGTERM: save and end."""
@@ -34,21 +36,25 @@ class Stop:
       # Not an exception: a save in flight would be waited for.
       os._exit(_KILLED)
     self.reason = INTERRUPTED
+    if not self._alone:
+      # jax.distributed watches for it, and has all end at the same step.
+      signal.raise_signal(signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def listen(*, terminate: bool = True) -> Iterator[Stop]:
+def listen(*, alone: bool = True) -> Iterator[Stop]:
   """Catches the signals while the context lasts.
 
   Args:
-    terminate: SIGTERM too; not where jax.distributed watches for it.
+    alone: one process; where there are several, jax.distributed watches for
+      SIGTERM, and Ctrl-C becomes one.
   """
-  stop = Stop()
+  stop = Stop(alone)
   if threading.current_thread() is not threading.main_thread():
     yield stop  # Only the main thread may set handlers.
     return
   handlers = {signal.SIGINT: stop.interrupt}
-  if terminate:
+  if alone:
     handlers[signal.SIGTERM] = stop.terminate
   before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
   try:

@@ -45,7 +45,7 @@ def test_second_ctrl_c_ends_at_once_with_130():
 
 def test_handlers_come_back():
   before = signal.getsignal(signal.SIGTERM)
-  with stop.listen(terminate=False):
+  with stop.listen(alone=False):
     assert signal.getsignal(signal.SIGTERM) is before
   with stop.listen():
     assert signal.getsignal(signal.SIGTERM) is not before
