@@ -40,6 +40,9 @@ class Options:
       (Qwen3).
     rope_theta: base of the wave lengths.
     rope_scaling: for contexts beyond the trained length (Llama 3.1).
+    implementation: of a call without a cache: "xla", "pallas_tpu" (splash
+      attention), "pallas_interpret", or "auto", the kernel where the platform
+      and the shapes allow it. Calls that go on from a cache are XLA's.
   """
 
   window: int = 0
@@ -48,8 +51,10 @@ class Options:
   qk_norm: bool = False
   rope_theta: float = layers.ROPE_THETA
   rope_scaling: layers.RopeScaling = layers.RopeScaling()
+  implementation: str = "auto"
 
   def __post_init__(self):
+    softmax.check_implementation(self.implementation)
     for field in ("bias", "qk_norm"):
       value = getattr(self, field)
       if type(value) is not bool:
@@ -215,10 +220,10 @@ def _attend(
   turns = (places.position_BxT, options.rope_theta, options.rope_scaling)
   q, k = layers.rope(q, *turns), layers.rope(k, *turns)
   if options.window:
-    return _attend_window(q, k, v, state, places, ids, fresh)
+    return _attend_window(q, k, v, state, places, ids, fresh, options)
   new_state = _append(state, k, v, places, ids)
   if fresh:  # The call's own tokens are all there is: no cache copy.
-    return _attend_own(q, k, v, places, ids), new_state
+    return _attend_own(q, k, v, places, ids, options), new_state
   slots = jnp.arange(new_state.keys_BxSxHxK.shape[1], dtype=jnp.int32)
   mask = slots[None, None] <= places.slot_BxT[:, :, None]
   mask &= (
@@ -236,12 +241,19 @@ def _attend_own(
   v: types.Array,
   places: _Places,
   ids: types.Array | None,
+  options: Options,
 ) -> types.Array:
-  """Causal attention among the tokens of a call."""
+  """Causal attention among a call's tokens; T <= W without the kernel."""
+  document = jnp.where(places.real_BxT, places.document_BxT, 0)
+  if softmax.fused(q, k, options.implementation):
+    own = None if ids is None else document
+    y = softmax.fused_attention(
+      q, k, v, own, options.window, options.implementation
+    )
+    return y if ids is None else _real(y, places)
   if ids is None:
     return softmax.attention(q, k, v, None)
   mask = jnp.tril(jnp.ones((1,) + 2 * (q.shape[1],), bool))
-  document = jnp.where(places.real_BxT, places.document_BxT, 0)
   mask &= document[:, None] == places.document_BxT[:, :, None]
   return _real(softmax.attention(q, k, v, mask[:, None]), places)
 
@@ -254,6 +266,7 @@ def _attend_window(
   places: _Places,
   ids: types.Array | None,
   fresh: bool,
+  options: Options,
 ) -> tuple[types.Array, AttentionState]:
   """Attention along the band, and the window after the call."""
   document = jnp.where(places.real_BxT, places.document_BxT, 0)
@@ -264,8 +277,9 @@ def _attend_window(
   new_state = AttentionState(
     last_keys, last_values, last_documents, *_clocks(state, places, ids)
   )
-  if fresh and q.shape[1] <= state.keys_BxSxHxK.shape[1] + 1:
-    return _attend_own(q, k, v, places, ids), new_state
+  within = q.shape[1] <= options.window
+  if fresh and (within or softmax.fused(q, k, options.implementation)):
+    return _attend_own(q, k, v, places, ids, options), new_state
   y = sliding_window.attend(q, keys, values, places.document_BxT, documents)
   return _real(y, places), new_state
 
@@ -371,7 +385,9 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   With `Options.bias` also b_q, b_k, b_v; with `qk_norm` q_norm and k_norm.
   """
   x = jnp.zeros((1, 1, model.width))
-  return _module(model).init(key, x)["params"]
+  # One token, which no kernel takes: parameters are those of any.
+  plain = dataclasses.replace(options(model), implementation="xla")
+  return _module(model).clone(options=plain).init(key, x)["params"]
 
 
 def apply(

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, types
-from nl_jax.models import attention, cms, layers, mamba
+from nl_jax.models import attention, cms, layers, mamba, softmax
 
 if TYPE_CHECKING:
   from nl_jax.models import lm
@@ -32,13 +32,16 @@ class Options:
     window: W, tokens that each token sees, itself included.
     state_dim: N, numbers that Mamba holds a channel.
     chunk: tokens whose states are there at once; changes no number.
+    implementation: of attention without a cache, see `attention.Options`.
   """
 
   window: int = 2048
   state_dim: int = 16
   chunk: int = 64
+  implementation: str = "auto"
 
   def __post_init__(self):
+    softmax.check_implementation(self.implementation)
     for name, least in (("window", 2), ("state_dim", 1), ("chunk", 1)):
       value = getattr(self, name)
       if type(value) is not int or value < least:
@@ -76,7 +79,9 @@ def check(model: "lm.LanguageModel") -> None:
 
 def _attention(model: "lm.LanguageModel") -> "lm.LanguageModel":
   """The model of the same shape all of whose layers are the odd ones."""
-  window = attention.Options(window=model.memory.window)
+  window = attention.Options(
+    window=model.memory.window, implementation=model.memory.implementation
+  )
   return dataclasses.replace(model, arch="transformer", memory=window)
 
 

@@ -1,9 +1,12 @@
-"""Softmax attention over given keys: the library's, and in float64 our own."""
+"""Softmax attention: the library's, in float64 our own, on TPUs a kernel."""
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import types
+from nl_jax import sharding, types
+from nl_jax.kernels import splash_attention
+
+IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_interpret")
 
 
 def attention(
@@ -38,3 +41,74 @@ def attention(
   logits = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) * scale
   weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
   return jnp.einsum("bhts,bshk->bthk", weights, v)
+
+
+def check_implementation(implementation: str) -> None:
+  """Raises ValueError for one that there is not."""
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      "model.memory.implementation of attention must be one of "
+      f"{', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
+    )
+
+
+def _layout() -> sharding.P:
+  return sharding.spec("batch", "length", "heads", "head_dim")
+
+
+def fused(
+  q_BxTxHxK: types.Array, k_BxTxGxK: types.Array, implementation: str
+) -> bool:
+  """Whether `fused_attention` is to run.
+
+  Args:
+    q_BxTxHxK, k_BxTxGxK: queries and keys of a whole text.
+    implementation: of `IMPLEMENTATIONS`; "auto": where it can.
+
+  Raises:
+    ValueError: a kernel was asked for by name and cannot run; why.
+  """
+  if implementation == "xla":
+    return False
+  reason = splash_attention.supports(
+    q_BxTxHxK,
+    k_BxTxGxK,
+    spec=_layout(),
+    interpret=implementation == "pallas_interpret",
+  )
+  if reason is not None and implementation != "auto":
+    raise ValueError(
+      f"model.memory.implementation={implementation!r}: splash attention "
+      f"cannot run here: {reason}; or set it to 'auto'"
+    )
+  return reason is None
+
+
+def fused_attention(
+  q_BxTxHxK: types.Array,
+  k_BxTxGxK: types.Array,
+  v_BxTxGxK: types.Array,
+  document_BxT: types.Array | None,
+  window: int,
+  implementation: str,
+) -> types.Array:
+  """Causal attention of a whole text, by the kernel; one derivative only.
+
+  Args:
+    q_BxTxHxK, k_BxTxGxK, v_BxTxGxK: queries, keys and values.
+    document_BxT: int32, that of each token; None: one a row.
+    window: tokens that each token sees, itself included; 0: all.
+    implementation: as `fused` allows.
+
+  Returns:
+    y_BxTxHxK.
+  """
+  return splash_attention.splash_attention(
+    q_BxTxHxK,
+    k_BxTxGxK,
+    v_BxTxGxK,
+    document_BxT,
+    window=window,
+    spec=_layout(),
+    interpret=implementation == "pallas_interpret",
+  )

@@ -1,0 +1,148 @@
+"""Causal attention of a whole text by JAX's own TPU kernel, splash attention.
+
+The kernel is `jax.experimental.pallas.ops.tpu.splash_attention`: blocks of
+queries against blocks of keys, those that the mask leaves empty skipped, and a
+running softmax; the backward pass makes the weights again from their
+normaliser. Here stand its shape conditions, its place on a mesh (the compiler
+cannot split it, so each device runs it on its own rows and heads) and its
+masks. It has one derivative, not two.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu import splash_attention as splash
+from jax.sharding import PartitionSpec as P
+
+_BLOCKS = (512, 256, 128)  # Tokens; the largest that divides T.
+_DTYPES = ("float32", "bfloat16")
+_WHOLE = P()
+
+
+def supports(
+  q: jax.Array | jax.ShapeDtypeStruct,
+  k: jax.Array | jax.ShapeDtypeStruct,
+  *,
+  spec: P = _WHOLE,
+  interpret: bool = False,
+) -> str | None:
+  """Why the kernel cannot attend, or None where it can.
+
+  Args:
+    q: [B,T,H,K]; k: [B,T,G,K].
+    spec: mesh axes of batch, tokens, heads and features.
+    interpret: without a TPU, by the interpreter of kernels.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  tokens = q.shape[1]
+  if not interpret and _platform(mesh) != "tpu":
+    return f"it needs a TPU, got the platform {_platform(mesh)!r}"
+  if q.dtype not in _DTYPES:
+    return f"it takes {' or '.join(_DTYPES)}, got {q.dtype}"
+  if tokens % _BLOCKS[-1]:
+    return (
+      f"it takes a multiple of {_BLOCKS[-1]} tokens, got {tokens}; nearest: "
+      f"{-(-tokens // _BLOCKS[-1]) * _BLOCKS[-1]}"
+    )
+  if mesh.empty:
+    if not interpret and jax.device_count() > 1:
+      return "over several devices it needs a mesh: use jax.set_mesh"
+    return None
+  parts = _parts(mesh, spec)
+  if parts[1] > 1 or parts[3] > 1:
+    return "it does not split the tokens of a row: use mesh.sequence=1"
+  for name, size, part in (
+    ("rows", q.shape[0], parts[0]),
+    ("heads", q.shape[2], parts[2]),
+    ("heads of keys", k.shape[2], parts[2]),
+  ):
+    if size % part:
+      return f"{size} {name} do not divide over {part} devices of the mesh"
+  return None
+
+
+def _platform(mesh: jax.sharding.AbstractMesh) -> str:
+  """Where the program will run: the mesh may be of chips that are not here."""
+  device = mesh.abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def _parts(mesh: jax.sharding.AbstractMesh, spec: P) -> list[int]:
+  """Devices over which each of four axes is split."""
+  axes = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
+  axes += [()] * (4 - len(axes))
+  return [math.prod(mesh.shape.get(name, 1) for name in a) for a in axes]
+
+
+def splash_attention(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  segment_ids: jax.Array | None = None,
+  *,
+  window: int = 0,
+  spec: P = _WHOLE,
+  interpret: bool = False,
+) -> jax.Array:
+  """softmax(q k^T K^-1/2) v, causal, within documents and a window.
+
+  Args:
+    q: [B,T,H,K]; k, v: [B,T,G,K], each of their heads for H/G query heads next
+      to each other.
+    segment_ids: int32 [B,T], the document of each token: a token sees those of
+      its own. Padding has an id as well, and sees itself.
+    window: tokens that each token sees, itself included; 0: all before it.
+    spec: mesh axes of batch, tokens, heads and features.
+    interpret: without a TPU, by the interpreter of kernels.
+
+  Returns:
+    [B,T,H,K] in the dtype of q.
+
+  Raises:
+    ValueError: what `supports` says.
+  """
+  reason = supports(q, k, spec=spec, interpret=interpret)
+  if reason is not None:
+    raise ValueError(f"splash attention cannot run here: {reason}")
+
+  def run(q, k, v, ids=None):
+    q = (q * q.shape[-1] ** -0.5).astype(q.dtype)
+    kernel = _kernel(q.shape[2], q.shape[1], window, interpret)
+    heads_first = [jnp.swapaxes(x, 1, 2) for x in (q, k, v)]
+    if ids is None:
+      y = jax.vmap(kernel)(*heads_first)
+    else:
+      one = lambda q, k, v, ids: kernel(q, k, v, splash.SegmentIds(ids, ids))
+      y = jax.vmap(one)(*heads_first, ids)
+    return jnp.swapaxes(y, 1, 2)
+
+  arrays = (q, k, v) if segment_ids is None else (q, k, v, segment_ids)
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or mesh.size == 1:
+    return run(*arrays)
+  specs = (spec,) * 3 + (P(*spec[:2]),) * (len(arrays) - 3)
+  # The kernel does not say over which axes its outputs vary.
+  shard = jax.shard_map(run, in_specs=specs, out_specs=spec, check_vma=False)
+  return shard(*arrays)
+
+
+def _kernel(heads: int, tokens: int, window: int, interpret: bool):
+  """The kernel of one row, [H,T,K] and [G,T,K]."""
+  shape = (tokens, tokens)
+  if window and window < tokens:
+    mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
+  else:
+    mask = splash.CausalMask(shape)
+  block = next(b for b in _BLOCKS if tokens % b == 0)
+  names = (
+    "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
+    "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
+  )  # fmt: skip
+  return splash.splash_attention_kernel.make_splash_mha_single_device(
+    splash.MultiHeadMask([mask] * heads),
+    block_sizes=splash.splash_attention_kernel.BlockSizes(
+      **dict.fromkeys(names, block)
+    ),
+    interpret=interpret,
+  )

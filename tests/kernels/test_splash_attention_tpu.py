@@ -1,0 +1,81 @@
+"""Models with softmax attention compiled ahead of time for a TPU topology."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = [
+  pytest.mark.tpu_aot,
+  pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="libtpu is not installed: no ahead-of-time TPU compiler",
+  ),
+]
+
+_SCRIPT = r"""
+import dataclasses, json, re, sys
+import jax
+from jax.experimental import topologies
+from jax.sharding import NamedSharding
+from nl_jax import sharding
+from nl_jax.models import cms, lm
+
+arch, sizes = json.loads(sys.argv[1])
+devices = topologies.get_topology_desc(
+  platform="tpu", topology_name="v5e:2x2").devices
+mesh = sharding.mesh(**sizes, devices=devices)
+model = lm.LanguageModel(
+  arch, width=128, layers=2, heads=2, head_dim=64, vocab_size=320,
+  sequence_length=1024, cms=cms.CMSConfig(("ffn",), (256,), (0,)),
+  memory=lm.options(arch, dict(window=256) if arch == "samba" else None),
+  dtype="bfloat16")
+params = jax.eval_shape(model.init, jax.random.key(0))
+params = jax.tree.map(
+  lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+  params, sharding.param_shardings(params, mesh))
+tokens = jax.ShapeDtypeStruct(
+  (4, 1024), "int32", sharding=NamedSharding(mesh, sharding.spec("batch")))
+
+def loss(params, tokens, ids):
+  return model.apply(params, tokens, segment_ids=ids)[0].mean()
+
+with jax.set_mesh(mesh):
+  text = jax.jit(jax.grad(loss)).lower(params, tokens, tokens).compile()
+text = text.as_text()
+calls = [x for x in text.splitlines() if "tpu_custom_call" in x]
+print(json.dumps(dict(
+  kernels=sorted(re.findall(r"splash_m\w+?_(fwd|dq|dkv)", " ".join(calls))),
+  square=len(re.findall(r"\d,(?:512|1024),1024\]", text)),
+)))
+"""
+
+
+@pytest.mark.parametrize(
+  ("arch", "sizes", "fused"),
+  [
+    ("transformer", dict(fsdp=2, tensor=2), True),
+    ("samba", dict(fsdp=4), True),
+    ("transformer", dict(fsdp=2, sequence=2), False),
+  ],
+)
+def test_v5e_attends_by_the_kernel(arch, sizes, fused):
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", _SCRIPT, json.dumps([arch, sizes])],
+    capture_output=True,
+    text=True,
+    timeout=240,
+    env=env,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  got = json.loads(done.stdout.strip().splitlines()[-1])
+  assert set(got["kernels"]) == ({"fwd", "dq", "dkv"} if fused else set()), got
+  assert bool(got["square"]) != fused, got
