@@ -1,0 +1,276 @@
+"""FLOPs by formula against the products of the traced program.
+
+Everything that the program makes beyond the formula, or does not make as a
+product, is named here and added: what is left is nothing.
+"""
+
+import functools
+import math
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import _flags, _setup
+from nl_jax import memory
+from nl_jax.memory import linear, mlp
+from nl_jax.models import flops, incontext, mamba
+
+_TINY = [n for n in _flags.config_names() if n.endswith("_tiny")]
+NAMES = [n + arg for n in _TINY for arg in ("", ":smoke")]
+# The gradient of hope_incontext takes half a minute to trace.
+TRAINED = [n for n in _TINY if n != "hope_incontext_tiny"]
+
+
+def products(jaxpr: jax.extend.core.Jaxpr) -> int:
+  """FLOPs of all matrix products, loops counted by their trips."""
+  total = 0
+  for eqn in jaxpr.eqns:
+    if eqn.primitive.name == "dot_general":
+      axes = eqn.params["dimension_numbers"][0][0]
+      terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in axes)
+      total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
+      continue
+    inside = [products(x) for x in inner(eqn)]
+    assert not inside or eqn.primitive.name not in ("cond", "while")
+    total += sum(inside) * eqn.params.get("length", 1)
+  return total
+
+
+def inner(eqn):
+  core = jax.extend.core
+  for value in eqn.params.values():
+    for x in value if isinstance(value, (tuple, list)) else (value,):
+      if isinstance(x, core.ClosedJaxpr):
+        yield x.jaxpr
+      elif isinstance(x, core.Jaxpr):
+        yield x
+
+
+@pytest.fixture(autouse=True)
+def no_remat(monkeypatch):
+  monkeypatch.setattr(jax, "checkpoint", lambda function, **_: function)
+
+
+def model_of(name):
+  config = _setup.resolve(_flags.load_config(name))
+  return _setup.model(config), config.data.sequence_length
+
+
+def traced(function, net, tokens):
+  """FLOPs of a token of function(params, tokens)."""
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  row = jax.ShapeDtypeStruct((1, tokens), np.int32)
+  return products(jax.make_jaxpr(function)(params, row).jaxpr) / tokens
+
+
+def beyond(shapes, rule, normed=False, row=False, loop=False):
+  """What the chunk form of a memory makes beyond `flops.chunked`."""
+  C, more = rule.chunk, 0
+  for i, (a, b) in enumerate(shapes.values()):
+    known = i < len(shapes) - 1 or normed or rule.objective != "dot"
+    if not known:
+      more += 2 * a * b  # The prediction, for the metric of the loss.
+    if rule.dgd_scope == "per_layer":
+      more += inverse(C) + C * b  # In place of a solve.
+      if known and rule.retention_target == "zero":
+        more += 2 * a * b  # u W, known from the inner forward pass.
+    if rule.has_momentum:
+      more += (2 * C * C + 2 * C) * (1 + (rule.dgd_scope != "none"))  # Decays.
+    if rule.omega > 1:  # Weights of the writes; their sizes, a metric.
+      W = C + rule.omega - 1
+      more += 2 * C * W + 2 * (a + b + C) * W * W / C
+    if row:
+      more += 2 * a * b  # Reads of the anchor, to scale what is above it.
+    if loop:
+      more -= 2 * a * b  # A write is no product of matrices.
+  return more
+
+
+def inverse(C):
+  """Of I + L by blocks, on all of the matrix in each round."""
+  return 4 * C * C * (math.log2(C) - 1)
+
+
+def of_mixer(net, tokens):
+  """What one unit of the stack makes beyond the formula."""
+  options, H, K = net.memory, net.heads, net.head_dim
+  past = lambda window: 4 * H * K * (window - 1)  # Spans of two windows.
+  match net.arch:
+    case "transformer" | "hope_attention":
+      window = options.window if options else 0
+      return past(window) if 0 < window < tokens else 0
+    case "samba":
+      writes = 2 * mamba.EXPAND * net.width * options.state_dim
+      return past(options.window) - writes
+    case "retnet":
+      return H * beyond({"w": (K, 2 * K)}, options.rule)
+    case "deltanet" | "gated_deltanet" | "comba":
+      shape = (K, options.value_dim or K)
+      return H * beyond({"w": shape}, options.rule)
+    case "ttt_linear":
+      return H * beyond({"w": (K + 1, K)}, options.rule, True, True)
+    case "ttt_mlp":
+      shapes = {"w_in": (K + 1, 4 * K), "w_out": (4 * K + 1, K)}
+      return H * beyond(shapes, options.rule, True, True)
+    case "hope":
+      return H * of_hope(options, K)
+  shapes = {"w_in": (K, options.hidden), "w_out": (options.hidden, K)}
+  more = H * beyond(shapes, options, loop=net.arch == "memora")
+  if net.arch in ("titans_mag", "titans_mal"):
+    more += past(options.window)
+  if net.arch == "titans_mac":  # Keys of persistent tokens in each segment.
+    each = 4 * net.width**2 * options.persistent
+    more += each / options.segment - each / tokens
+  return more
+
+
+def of_hope(options, K):
+  roles, C = len(options.generator_roles), options.chunk_gen
+  shapes = {"w": (K, K)}
+  if options.arch == "mlp":
+    shapes = {"w_in": (K, options.hidden), "w_out": (options.hidden, K)}
+  more = roles * beyond(shapes, options.generator_rule)
+  more -= (roles - 1) * inverse(C)  # That of the keys is shared.
+  return more + beyond(shapes, options.memory_rule)
+
+
+def in_context(net, tokens):
+  """The same of a model whose levels learn in context.
+
+  Micro-chunks are calls of their own, which lay their tokens on the memories'
+  grid: a chunk more.
+  """
+  base, chunk, options = net.base, net.options.chunks[0], net.base.memory
+  own = of_mixer(base, tokens)
+  closed = (tokens - 1) // chunk * chunk / tokens
+  if base.arch == "hope_attention":
+    span = min(chunk, options.window) + options.window - 1
+    more = span - min(options.window, tokens)
+    more *= 4 * base.heads * base.head_dim * (1 + 2 * closed)
+  else:
+    C = options.chunk_memory
+    walked = flops.forward(base, tokens).memories / base.units
+    calls = (-(-(chunk + C - 1) // C)) * C / chunk
+    more = calls * (walked + own) - walked
+    once = calls * (walked + own) - base.heads * calls * simpler(base)
+    more += 2 * closed * (once - walked)
+  return (base.units - net.fast_layers) * own + net.fast_layers * more
+
+
+def simpler(base):
+  """Half of what a gradient through a head spares, against two for each."""
+  K, M, C = base.head_dim, base.memory.hidden, base.memory.chunk_memory
+  # That of an inverse is two products; w_in of the generators shares one.
+  inverses = len(base.memory.generator_roles) + 1 + 2
+  more = inverses * (inverse(C) - 2 * C * C)
+  # Learned starts, and kernels of gates, are constant to the inner loss.
+  return more + 2 * K * M + 2 * K
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forward_is_the_products_of_the_program(name):
+  net, tokens = model_of(name)
+  counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
+  wanted = flops.forward(net, tokens).total
+  if isinstance(net, incontext.InContextModel):
+    wanted += in_context(net, tokens)
+  else:
+    wanted += net.units * of_mixer(net, tokens)
+  assert counted == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_training_is_at_most_three_times_the_forward_pass(name):
+  """Less where a factor is no parameter, as the learned metric of `dot`."""
+  net, tokens = model_of(name + ":smoke")
+  loss = lambda p, x: jnp.sum(net.apply(p, x)[0])
+  forward = traced(loss, net, tokens)
+  assert 2.8 < traced(jax.grad(loss), net, tokens) / forward <= 3
+  assert flops.training(net, tokens) == 3 * flops.forward(net, tokens).total
+
+
+@pytest.mark.parametrize("name", _flags.config_names())
+def test_every_config_has_a_formula(name):
+  net, tokens = model_of(name)
+  parts = flops.forward(net, tokens)
+  assert min(parts) >= 0 and parts.output > 0 and parts.feed_forward > 0
+  # Two for each parameter that is read, and more where tokens meet.
+  assert parts.total > 1.9 * net.parameter_count()
+
+
+K, M, C = 64, 128, 16  # Of the sums that model.md 3.5 states, V = K.
+
+
+@pytest.mark.parametrize("change,wanted", [
+  ({}, 14 * K * M + C * (11 * K + 11 * M)),
+  (dict(dgd_scope="none"), 14 * K * M + C * (4 * K + 4 * M)),
+  (dict(momentum="ema"), 26 * K * M + C * (11 * K + 11 * M)),
+])  # fmt: skip
+def test_a_memory_is_that_of_the_specification(change, wanted):
+  rule = memory.Rule(chunk=C, retention_target="zero", erase_of="whole",
+                     **change)  # fmt: skip
+  assert flops.chunked({"w_in": (K, M), "w_out": (M, K)}, rule) == wanted
+
+
+@pytest.mark.parametrize("momentum,more", [("off", 0), ("sum", 8 * K * M)])
+def test_a_generator_is_that_of_the_specification(momentum, more):
+  rule = memory.Rule(chunk=C, retention_target="zero", erase_of="whole",
+                     read="chunk_start", momentum=momentum)  # fmt: skip
+  made = flops.chunked({"w_in": (K, M), "w_out": (M, K)}, rule)
+  target = 4 * K * M  # Made by itself.
+  assert made + target == 18 * K * M + C * (5 * K + 5 * M) + more
+
+
+RULES = {
+  "delta": ("linear", dict(objective="dot", dgd_coef="raw")),
+  "zero": ("mlp", dict(retention_target="zero", erase_of="whole")),
+  "before": ("mlp", dict(read="before")),
+  "momentum": ("mlp", dict(momentum="ema")),
+  "normed": ("mlp_ln", dict(dgd_scope="none", read="chunk_start")),
+  "gated": ("glu", dict(dgd_scope="none", momentum="sum")),
+  "window": ("mlp", dict(dgd_scope="none", omega=3)),
+}
+
+
+@pytest.mark.parametrize("arch,change", RULES.values(), ids=RULES)
+def test_other_rules_of_a_memory(arch, change):
+  rule, H, hidden, T = memory.Rule(chunk=8, **change), 2, 24, 32
+  if arch == "linear":
+    params, run = linear.init(jax.random.key(0), H, 16, 16), linear.update
+  else:
+    params = mlp.init(jax.random.key(0), H, 16, hidden, arch=arch)
+    run = functools.partial(mlp.update, arch=arch)
+  z = jax.ShapeDtypeStruct((1, T, H, 16), np.float32)
+  gate = jax.ShapeDtypeStruct((1, T, H), np.float32)
+
+  def read(q, k, v, *gates):
+    state = memory.chunked.start(params, 1, rule)
+    gates = memory.Gates(*gates)
+    return run(params, state, q, k, v, gates, rule=rule, fresh=True)[0]
+
+  gates = (gate,) * (2 + rule.has_momentum)
+  if rule.omega > 1:
+    gates = (gate, gate, None, gate)
+  counted = products(jax.make_jaxpr(read)(z, z, z, *gates).jaxpr) / (T * H)
+  shapes = flops.layers_of(arch, 16, hidden)
+  normed = arch == "mlp_ln"
+  wanted = flops.chunked(shapes, rule, normed=normed)
+  assert counted == wanted + beyond(shapes, rule, normed)
+
+
+@pytest.mark.parametrize("loss", ["local_l2", "local_dot"])
+def test_levels_that_learn_from_losses_of_their_layers(loss):
+  config = _flags.load_config("hope_attention_incontext_tiny:smoke")
+  config.model.cms.inner_loss = loss
+  config.model.cms.reset = "document"
+  config = _setup.resolve(config)
+  net, tokens = _setup.model(config), config.data.sequence_length
+  counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
+  wanted = flops.forward(net, tokens).total
+  wanted += net.base.units * of_mixer(net.base, tokens)
+  # The forward pass at the key is also the read, and made twice.
+  fast = sum(net.base.cms.widths[:2]) * net.fast_layers
+  assert counted == wanted + 6 * net.base.width * fast
