@@ -31,6 +31,18 @@ def hope_attention(size: str, arg: str) -> ConfigDict:
 
 
 def _model(arch: str, shape: presets.Shape, cms: ConfigDict) -> ConfigDict:
+  memory = ConfigDict(
+    dict(
+      # Of attention to a whole text: xla, pallas_tpu; auto: by the platform.
+      implementation="auto",
+    )
+  )
   return ConfigDict(
-    dict(arch=arch, heads=shape.heads, head_dim=shape.head_dim, cms=cms)
+    dict(
+      arch=arch,
+      heads=shape.heads,
+      head_dim=shape.head_dim,
+      memory=memory,
+      cms=cms,
+    )
   )

@@ -19,6 +19,8 @@ def samba(size: str, arg: str) -> ConfigDict:
       window=shape.window,  # Tokens that attention sees, its own included.
       state_dim=16,  # Numbers that Mamba holds a channel.
       chunk=shape.chunk,  # Tokens Mamba computes at once; changes no number.
+      # Of attention to a whole text: xla, pallas_tpu; auto: by the platform.
+      implementation="auto",
     )
   )
   return _common.baseline("samba", size, shape, memory)
