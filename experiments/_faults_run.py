@@ -1,0 +1,61 @@
+"""One start of a run that faults are done to: `experiments.lm`, by itself.
+
+    python -m experiments._faults_run <batch> --config=... --workdir=...
+
+It trains as `experiments.lm` does, and leaves out the sample and the report at
+the end. Batch number <batch> of the data has a weight that is not a number;
+-1: none has.
+"""
+
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from experiments import _main, lm
+from nl_jax.train import loop
+
+_train = loop.train
+
+
+class _Poisoned:
+  """Data with one batch that is not finite; otherwise what it is given."""
+
+  def __init__(self, data: Any, batch: int):
+    self._data, self._batch = data, batch
+    self.get_state, self.set_state = data.get_state, data.set_state
+
+  def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
+    return self
+
+  def __next__(self) -> Mapping[str, np.ndarray]:
+    number = self.get_state()["next_index"]
+    rows = next(self._data)
+    if number != self._batch:
+      return rows
+    weights_BxT = np.array(rows["weights"])
+    weights_BxT[0, 0] = np.nan
+    return {**rows, "weights": weights_BxT}
+
+
+def main() -> int:
+  """Runs the command; returns its exit status."""
+  return lm.main()
+
+
+def _arrange(batch: int) -> None:
+  """Puts the poison in, and has small programs compiled once too."""
+
+  def train(*, data: Any, **arguments: Any) -> loop.Result:
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    return _train(data=_Poisoned(data, batch), **arguments)
+
+  loop.train = train
+  lm._finish = lambda *result: None
+
+
+if __name__ == "__main__":
+  _arrange(int(sys.argv.pop(1)))
+  _main.run(main)
