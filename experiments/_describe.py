@@ -7,8 +7,8 @@ import jax
 
 from experiments import _setup
 from nl_jax import card, data
-from nl_jax.models import lm
-from nl_jax.train import optimizer
+from nl_jax.models import flops, lm
+from nl_jax.train import optimizer, progress
 
 _SHOWN = 60  # Characters of a row.
 
@@ -71,3 +71,19 @@ def card_text(
   """The level card: model and optimizer."""
   rows = [*net.levels()[0], *made.rows]
   return card.format_rows(rows, _setup.tokens_per_step(config))
+
+
+def flops_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:
+  """What a token costs, as MFU counts it."""
+  tokens = config.data.sequence_length
+  parts = flops.forward(net, tokens)
+  shares = ", ".join(
+    f"{name.replace('_', ' ')} {value / parts.total:.0%}"
+    for name, value in parts._asdict().items()
+    if value
+  )
+  return (
+    f"FLOPs per token, mean over {tokens}: "
+    f"{progress.short(parts.total)} forward ({shares}), "
+    f"{progress.short(flops.training(net, tokens))} training"
+  )

@@ -209,4 +209,5 @@ def settings(config: ConfigDict) -> loop.Settings:
     keep=config.checkpoint.keep,
     keep_period=config.checkpoint.keep_period,
     seed=train.seed,
+    profile_steps=train.profile_steps,
   )

@@ -55,6 +55,7 @@ def main() -> int:
   import jax
 
   from experiments import _describe, _setup
+  from nl_jax.models import flops
   from nl_jax.train import loop
 
   if _RESUME.value and _INIT.value:
@@ -67,7 +68,8 @@ def main() -> int:
   if _distributed.first():
     print(_describe.config_text(config))
     print(_describe.parameter_table(net))
-    print(_describe.card_text(config, net, optimizer), flush=True)
+    print(_describe.card_text(config, net, optimizer))
+    print(_describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return _main.DONE
   settings, mesh = _setup.settings(config), _setup.mesh(config)
@@ -102,6 +104,7 @@ def main() -> int:
     allow_config_change=_ALLOW.value,
     resume_from=_RESUME.value,
     init_from=_INIT.value,
+    flops_per_token=flops.training(net, config.data.sequence_length),
   )
   if result.status == "interrupted":
     _main.tell(f"stopped at step {result.step}; the same command goes on")

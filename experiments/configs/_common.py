@@ -243,6 +243,7 @@ def _train(scale: Scale, demonstration: bool) -> ConfigDict:
       seed=0,  # Of the initial weights.
       nan_policy="raise",  # Or "skip" the update of a non-finite step.
       max_skipped=100,  # Steps that "skip" may skip.
+      profile_steps="",  # First and last step of a trace, as 10:13; or none.
     )
   )
 

@@ -24,6 +24,7 @@ FREE = (
   "train.log_every",
   "train.max_skipped",
   "train.nan_policy",
+  "train.profile_steps",
 )
 _MISSING = "nothing"
 

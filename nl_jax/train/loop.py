@@ -18,7 +18,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from nl_jax import sharding
-from nl_jax.train import checkpoint, environment, faults, files, progress
+from nl_jax.train import (
+  checkpoint,
+  environment,
+  faults,
+  files,
+  profile,
+  progress,
+)
 from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
 from nl_jax.train import state as state_lib
@@ -47,6 +54,7 @@ class Settings:
     keep: newest checkpoints that stay.
     keep_period: checkpoints at multiples of it stay too; 0: none does.
     seed: of the initial parameters.
+    profile_steps: first and last step of a trace, as "10:13"; "": none.
   """
 
   steps: int
@@ -59,8 +67,10 @@ class Settings:
   keep: int = 3
   keep_period: int = 0
   seed: int = 0
+  profile_steps: str = ""
 
   def __post_init__(self):
+    profile.parse(self.profile_steps)
     least = {
       "train.steps": (self.steps, 1),
       "train.log_every": (self.log_every, 1),
@@ -310,6 +320,7 @@ class _Run:
     """Metrics, display and signal handlers, while the context lasts."""
     steps = self.settings.steps
     self.rates = progress.Rates(steps, tokens_per_step, flops)
+    traced = profile.parse(self.settings.profile_steps)
     with (
       metrics_lib.Writer(
         self.folder,
@@ -319,8 +330,12 @@ class _Run:
       ) as self.writer,
       progress.Display(self.start, steps) as self.display,
       progress.Heartbeat(self.display.say) as self.heart,
+      profile.Profile(traced, self.folder, self.start) as self.profile,
       stop_lib.listen(alone=jax.process_count() == 1) as self.stop,
     ):
+      if flops and not self.rates.peak:
+        kind = jax.devices()[0].device_kind
+        self.display.say(f"no MFU: the peak rate of {kind!r} is not known")
       yield
 
   def compile(
@@ -365,6 +380,8 @@ class _Run:
     with jax.transfer_guard(guard):
       for i in range(self.start, settings.steps + 1):
         self.saver.check()
+        if self.profile.ends(i):
+          self._turn(state, self.profile.end)
         # 1. Evaluate state i. At the start of a resumed run that was done
         # before its checkpoint was taken.
         if i != self.start and settings.due(i, settings.eval_every):
@@ -378,6 +395,8 @@ class _Run:
           self._save(state, i)
         if status:
           return Result(status, i, state, dict(self.writer.last))
+        if self.profile.begins(i):
+          self._turn(state, self.profile.begin)
         # 3. Draw a batch.
         self.heart.beat(f"waiting for the data of step {i + 1}")
         with self.timer.wait():
@@ -385,12 +404,20 @@ class _Run:
         batch = self._to_devices(rows)
         # 4. Dispatch the step; nothing here waits for the device.
         self.heart.beat(f"computing step {i + 1}")
-        with jax.profiler.StepTraceAnnotation("train", step_num=i):
+        with jax.profiler.StepTraceAnnotation("train", step_num=i + 1):
           state, metrics = step(state, batch)
         # 5. Handle the step before, while the device is busy with this one.
         self._flush(state)
         self.pending = _Pending(i + 1, metrics, batch, rows)
     raise AssertionError("the last round returns")
+
+  def _turn(self, state: state_lib.State, turn: Callable[[], str]) -> None:
+    """Begins or ends the trace, between two steps."""
+    self._flush(state)
+    jax.block_until_ready(state)
+    self.heart.beat("writing the trace")
+    with self.timer.pause(), jax.transfer_guard("allow"):
+      self.display.say(turn())
 
   def _status(self, step: int) -> str:
     """Why to end here; "" to go on. The same answer on all processes."""

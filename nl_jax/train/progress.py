@@ -4,6 +4,7 @@ step 1200/50000 loss 3.214 lr 6.0e-04 gnorm 0.80 tok/s 412k (12.9k/dev)
 MFU 41% 0.64 s/step data 2% ETA 8h12m
 """
 
+import re
 import resource
 import sys
 import threading
@@ -17,20 +18,53 @@ from absl import logging
 
 from nl_jax.train import timer as timers
 
-# Dense bfloat16 operations per second of a chip, as its maker states them.
-_PEAK = {
+# Dense bfloat16 operations per second of a device, as its maker states them;
+# each chip of the last TPU is two devices.
+_TPUS = {
   "TPU v4": 275e12,
   "TPU v5 lite": 197e12,
+  "TPU v5e": 197e12,
   "TPU v5": 459e12,
+  "TPU v5p": 459e12,
   "TPU v6 lite": 918e12,
+  "TPU v6e": 918e12,
+  "TPU7x": 2307e12 / 2,
+}
+# Names go on with the size of the memory, say.
+_GPUS = {
+  "NVIDIA A10": 125e12,
   "NVIDIA A100": 312e12,
+  "NVIDIA B200": 2250e12,
+  "NVIDIA GeForce RTX 4090": 165e12,
+  "NVIDIA GH200": 989e12,
   "NVIDIA H100": 989e12,
+  "NVIDIA H100 NVL": 835e12,
+  "NVIDIA H100 PCIe": 756e12,
   "NVIDIA H200": 989e12,
+  "NVIDIA L4": 121e12,
+  "NVIDIA L40S": 362e12,
 }
 
 
+def peak(kind: str) -> float:
+  """Operations per second of a device at most; 0: not known.
+
+  Args:
+    kind: `device_kind` of the device.
+  """
+  if kind in _TPUS:
+    return _TPUS[kind]
+  # A part of a GPU has not the rate of the whole.
+  known = [n for n in _GPUS if re.match(rf"{n}(?!\w)(?!.*\bMIG\b)", kind)]
+  return _GPUS[max(known, key=len)] if known else 0.0
+
+
 class Rates:
-  """Speed of a run, from intervals of its timer."""
+  """Speed of a run, from intervals of its timer.
+
+  Attributes:
+    peak: operations per second of all devices at most; 0: not known.
+  """
 
   def __init__(
     self, steps: int, tokens_per_step: int, flops_per_token: float = 0.0
@@ -38,9 +72,7 @@ class Rates:
     """Args: updates of the run, slots of a batch, operations of a token."""
     self._steps = steps
     self._tokens = tokens_per_step
-    kind = jax.devices()[0].device_kind
-    known = [p for name, p in _PEAK.items() if kind.startswith(name)]
-    self._peak = max(known, default=0.0) * jax.device_count()
+    self.peak = peak(jax.devices()[0].device_kind) * jax.device_count()
     self._flops = flops_per_token
 
   def read(self, step: int, interval: timers.Interval) -> dict[str, float]:
@@ -57,8 +89,9 @@ class Rates:
       "perf/eta_seconds": (self._steps - step) * seconds,
       "perf/peak_memory_gib": _peak_memory() / 2**30,
     }
-    if self._peak and self._flops:
-      rates["perf/mfu"] = speed * self._flops / self._peak
+    if self.peak and self._flops:
+      rates["perf/mfu"] = speed * self._flops / self.peak
+      rates["perf/model_flops_per_token"] = self._flops
     return rates
 
 

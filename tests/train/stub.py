@@ -146,6 +146,7 @@ def run(
   optim: dict | None = None,
   resume_from: Any = "",
   init_from: Any = "",
+  flops_per_token: float = 0.0,
   **settings: Any,
 ) -> loop.Result:
   """Trains the stub; 10 steps, a line every other step."""
@@ -174,6 +175,7 @@ def run(
     evaluate=evaluate,
     resume_from=str(resume_from),
     init_from=str(init_from),
+    flops_per_token=flops_per_token,
   )
 
 

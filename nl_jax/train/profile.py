@@ -1,0 +1,96 @@
+"""A trace of some steps, for xprof: what host and devices did, op by op.
+
+Names in it are those of `jax.named_scope`: mixer, memories, levels, optimizer.
+Step n is the update that leads to state n, as in `metrics.jsonl`.
+"""
+
+import pathlib
+import re
+from typing import NamedTuple
+
+import jax
+
+from nl_jax.train import files
+
+FOLDER = "profile"
+
+
+class Steps(NamedTuple):
+  """The first and the last step of a trace."""
+
+  first: int
+  last: int
+
+
+def parse(text: str) -> Steps | None:
+  """Steps written as "10:13", both included; None of "".
+
+  Raises:
+    ValueError: it is written in another way, or ends before it begins.
+  """
+  if text == "":
+    return None
+  found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(text))
+  steps = Steps(int(found[1]), int(found[2])) if found else None
+  if steps is None or steps.last < steps.first:
+    raise ValueError(
+      "train.profile_steps must be the first and the last step to trace, as "
+      f"10:13, the first at least 1, or empty; got {text!r}"
+    )
+  return steps
+
+
+class Profile:
+  """Writes the trace of one start of a run; a context manager.
+
+  Only process 0 traces: its devices do what all do.
+  """
+
+  def __init__(self, steps: Steps | None, folder: pathlib.Path, start: int):
+    """What to trace.
+
+    Args:
+      steps: of `parse`.
+      folder: of the run; the trace goes to its `profile/`.
+      start: updates made before; a trace that begins earlier is not made.
+    """
+    asked = steps is not None and jax.process_index() == 0
+    self._steps = steps if asked and start < steps.first else None
+    self._folder = folder / FOLDER
+    self._on = False
+
+  def __enter__(self) -> "Profile":
+    return self
+
+  def __exit__(self, *error: object) -> None:
+    if self._on:
+      self.end()
+
+  def begins(self, step: int) -> bool:
+    """Whether the trace begins at state `step`."""
+    return self._steps is not None and step == self._steps.first - 1
+
+  def ends(self, step: int) -> bool:
+    """Whether the trace ends at state `step`."""
+    return self._on and step == self._steps.last
+
+  def begin(self) -> str:
+    """Starts to trace; says so.
+
+    Raises:
+      StorageError: the folder cannot be made.
+    """
+    with files.writing(self._folder):
+      self._folder.mkdir(exist_ok=True)
+    options = jax.profiler.ProfileOptions()
+    # Calls of Python would be most of the file, and slow what is measured.
+    options.python_tracer_level = 0
+    jax.profiler.start_trace(self._folder, profiler_options=options)
+    self._on = True
+    return f"tracing steps {self._steps.first} to {self._steps.last}"
+
+  def end(self) -> str:
+    """Writes the trace; says where it is."""
+    self._on = False
+    jax.profiler.stop_trace()
+    return f"traced; to look at it: xprof --logdir={self._folder}"
