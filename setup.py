@@ -33,6 +33,8 @@ _DEV = [
   "jaxtyping>=0.3",
 ]
 _EVAL = ["seqio>=0.0.20,<0.1"]  # Brings TensorFlow.
+# Its protobuf (<7) and pyarrow (<26) are older than those of requirements.txt.
+_BEAM = ["apache-beam[gcp]>=2.70"]
 _HF = ["datasets>=3.0"]  # Folders of Hugging Face `save_to_disk`.
 
 _KERNELS = ["nl_jax.kernels"] + [
@@ -58,6 +60,7 @@ setup(
     "tpu": ["jax[tpu]>=0.10.2,<0.12"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
     "hf": [*_TRAIN, *_HF],
+    "beam": [*_TRAIN, *_BEAM],
     "dev": [*_TRAIN, *_DEV, *_HF],
   },
 )

@@ -3,16 +3,67 @@
 import concurrent.futures
 import multiprocessing
 import os
+import pathlib
 import signal
 import sys
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
-from nl_jax.data import preparation
+from nl_jax.data import partition, preparation
 
 _READ = 0.2  # Seconds between two looks at what the workers have done.
 _done: Any = None  # Of a worker: bytes that all of them have done.
 _stopped: Any = None  # Of a worker: whether it is to end.
+
+
+class Made(NamedTuple):
+  """What a preparation did.
+
+  Attributes:
+    manifest: of the corpus.
+    shards: of the corpus.
+    made: shards made now; the others were there.
+    bytes: of their input.
+    workers: who made them, in words.
+  """
+
+  manifest: dict[str, Any]
+  shards: int
+  made: int
+  bytes: int
+  workers: str
+
+
+def make(settings: partition.Settings, out: str, asked: int) -> Made:
+  """Prepares a corpus by processes of this machine.
+
+  Args:
+    settings: of the corpus.
+    out: the folder, made if missing.
+    asked: number of workers; 0: one a core.
+
+  Raises:
+    ValueError: settings that do not fit, or what a worker raised.
+    ChildProcessError: a worker was killed.
+  """
+  folder = pathlib.Path(out).expanduser()
+  tokenizer = preparation.check(settings)
+  about = preparation.claim(settings, tokenizer)
+  jobs = [
+    preparation.Job(i, pieces, settings, str(folder))
+    for i, pieces in enumerate(partition.plan(settings))
+  ]
+  workers = size(asked, jobs)
+  preparation.open_folder(folder, about)
+  with preparation.lock(folder):
+    made = run(jobs, _bytes(jobs), workers)
+    manifest = preparation.finish(folder, settings, about, tokenizer, len(jobs))
+  done = _bytes([jobs[i] for i in made])
+  return Made(manifest, len(jobs), len(made), done, f"{workers} workers")
+
+
+def _bytes(jobs: list) -> int:
+  return sum(piece.size for job in jobs for piece in job.pieces)
 
 
 def size(asked: int, jobs: list) -> int:

@@ -12,6 +12,13 @@ Before that, a tokenizer of one's own:
 
     python -m experiments.prepare --train_tokenizer=words.model \\
         --vocab_size=32000 --source=jsonl --path=corpus
+
+A corpus for a cluster: the same shards, bit for bit, by an Apache Beam pipeline
+(`pip install -e .[beam]`, an environment of its own; docs/launch.md):
+
+    python -m experiments.prepare --config=hope_1b3 --tokenizer=words.model \\
+        --source=jsonl --path=gs://bucket/corpus --out=gs://bucket/prepared \\
+        --beam="--runner=DataflowRunner --project=... --region=..."
 """
 
 import pathlib
@@ -49,6 +56,9 @@ _SHARD = flags.DEFINE_integer(
 _WORKERS = flags.DEFINE_integer(
   "workers", 0, "Processes; 0: as many as cores.", lower_bound=0
 )
+_BEAM = flags.DEFINE_string(
+  "beam", None, "Options of Apache Beam, which then makes the shards."
+)
 _TRAIN = flags.DEFINE_string(
   "train_tokenizer", "", "Train a SentencePiece model into this new file."
 )
@@ -75,35 +85,51 @@ def main() -> int:
 
 
 def _prepare() -> int:
-  from experiments import _prepare_pool
-  from nl_jax.data import partition, preparation
-
   if not _OUT.value:
     raise ValueError("--out is required: the folder of the prepared corpus")
-  begin, out = time.monotonic(), pathlib.Path(_OUT.value).expanduser()
-  settings = _settings()
-  tokenizer = preparation.check(settings)
-  about = preparation.claim(settings, tokenizer)
-  jobs = [
-    preparation.Job(i, pieces, settings, str(out))
-    for i, pieces in enumerate(partition.plan(settings))
-  ]
-  workers = _prepare_pool.size(_WORKERS.value, jobs)
-  preparation.open_folder(out, about)
-  with preparation.lock(out):
-    made = _prepare_pool.run(jobs, _bytes(jobs), workers)
-    manifest = preparation.finish(out, settings, about, tokenizer, len(jobs))
-  _report(manifest)
-  if len(made) < len(jobs):
-    print(f"{len(jobs) - len(made)} of {len(jobs)} shards were there")
-  speed = _bytes([jobs[i] for i in made]) / 2**20 / (time.monotonic() - begin)
-  print(f"{speed:.1f} MiB/s with {workers} workers")
-  print(_next_command(settings, tokenizer.vocab_size))
+  begin, settings = time.monotonic(), _settings()
+  made = _make(settings)
+  _report(made.manifest)
+  if made.made < made.shards:
+    print(f"{made.shards - made.made} of {made.shards} shards were there")
+  speed = made.bytes / 2**20 / (time.monotonic() - begin)
+  print(f"{speed:.1f} MiB/s with {made.workers}")
+  print(_next_command(settings, made.manifest["vocab_size"]))
   return _main.DONE
 
 
-def _bytes(jobs: list) -> int:
-  return sum(piece.size for job in jobs for piece in job.pieces)
+def _make(settings: Any) -> Any:
+  """Makes the shards and the manifest, here or by Beam."""
+  if _BEAM.value is None:
+    from experiments import _prepare_pool
+
+    _require_local()
+    return _prepare_pool.make(settings, _OUT.value, _WORKERS.value)
+  if _WORKERS.value:
+    raise ValueError(
+      "--workers are of this command, and --beam brings its own; give one of "
+      "them (Beam's number is --direct_num_workers or --max_num_workers)"
+    )
+  try:
+    from experiments import _prepare_beam
+  except ModuleNotFoundError as error:
+    if (error.name or "").partition(".")[0] != "apache_beam":
+      raise
+    raise ValueError(
+      "--beam needs Apache Beam: run `pip install -e .[beam]` in an "
+      "environment of its own, without -c requirements.txt, whose protobuf and "
+      "pyarrow are newer than Beam allows"
+    ) from error
+  return _prepare_beam.make(settings, _OUT.value, _BEAM.value)
+
+
+def _require_local() -> None:
+  for flag, value in (("path", _PATH.value), ("out", _OUT.value)):
+    if "://" in value:
+      raise ValueError(
+        f"--{flag}={value} is in a store, which only --beam reads and writes; "
+        "give --beam=, or a folder of this machine (gcsfuse mounts a bucket)"
+      )
 
 
 def _report(manifest: dict[str, Any]) -> None:

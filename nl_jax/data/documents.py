@@ -5,6 +5,7 @@ file's path from the folder given, and its place there (bytes of jsonl, row of
 parquet). What is held out is decided by names, so that every reader agrees.
 """
 
+import contextlib
 import gzip
 import json
 import pathlib
@@ -51,11 +52,12 @@ class Files(NamedTuple):
     return path.relative_to(self.folder).as_posix()
 
 
-def find(path: str, kind: str) -> Files:
+def find(path: str | pathlib.PurePath, kind: str) -> Files:
   """A file, or those of a folder and its sub-folders.
 
   Args:
-    path: a file of any name, or a folder with files of the kind.
+    path: a file of any name, or a folder with files of the kind; a string, or
+      a path object that reads as pathlib's do, wherever its files are.
     kind: "text", "jsonl" or "parquet".
 
   Raises:
@@ -70,7 +72,7 @@ def find(path: str, kind: str) -> Files:
       f"data.source={kind} needs data.path: {what}, or a folder with {shown} "
       "files"
     )
-  where, folder = pathlib.Path(path).expanduser(), root(path)
+  where, folder = _location(path), root(path)
   if not where.exists():
     raise FileNotFoundError(
       f"nothing at data.path={path!r}; give a {kind} file, or a folder with "
@@ -88,10 +90,14 @@ def find(path: str, kind: str) -> Files:
   return Files(kind, folder, tuple(found))
 
 
-def root(path: str) -> pathlib.Path:
+def root(path: str | pathlib.PurePath) -> pathlib.Path:
   """The folder that the names of documents are relative to."""
-  where = pathlib.Path(path).expanduser()
+  where = _location(path)
   return where if where.is_dir() else where.parent
+
+
+def _location(path: str | pathlib.PurePath) -> pathlib.Path:
+  return pathlib.Path(path).expanduser() if isinstance(path, str) else path
 
 
 def read(
@@ -175,8 +181,10 @@ def _lines(path: pathlib.Path, start: int) -> Iterator[bytes]:
       ) from error
 
 
-def _open(path: pathlib.Path) -> BinaryIO:
-  return gzip.open(path) if compressed(path) else path.open("rb")
+@contextlib.contextmanager
+def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
+  with path.open("rb") as file:
+    yield gzip.GzipFile(fileobj=file) if compressed(path) else file
 
 
 def _field(path: pathlib.Path, offset: int, line: bytes, key: str) -> str:
@@ -243,7 +251,8 @@ def _open_parquet(path: pathlib.Path, key: str) -> Any:
   from pyarrow import parquet
 
   try:
-    file = parquet.ParquetFile(path)
+    is_here = isinstance(path, pathlib.Path)
+    file = parquet.ParquetFile(path if is_here else path.open("rb"))
   except pyarrow.ArrowInvalid as error:
     raise ValueError(f"{path} is no parquet file ({error})") from error
   if key not in file.schema_arrow.names:

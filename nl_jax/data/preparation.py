@@ -96,7 +96,7 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
   finally:
     for writer in writers.values():
       writer.discard()
-  _write_json(_note(out, job.number), note)
+  _write_json(note_path(out, job.number), note)
   return True
 
 
@@ -230,7 +230,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
 
 def _holds(out: pathlib.Path, job: Job) -> bool:
   """Whether a shard is done, whole, and younger than its input."""
-  path = _note(out, job.number)
+  path = note_path(out, job.number)
   try:
     note = json.loads(path.read_text(encoding="utf-8"))
   except (FileNotFoundError, ValueError):
@@ -359,7 +359,8 @@ def finish(
     ValueError: a split has no rows.
   """
   notes = [
-    json.loads(_note(out, i).read_text(encoding="utf-8")) for i in range(shards)
+    json.loads(note_path(out, i).read_text(encoding="utf-8"))
+    for i in range(shards)
   ]
   counts = {
     split: {
@@ -391,7 +392,8 @@ def _short(value: Any) -> str:
   return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _note(out: pathlib.Path, number: int) -> pathlib.Path:
+def note_path(out: pathlib.Path, number: int) -> pathlib.Path:
+  """Of the note of a shard."""
   return out / _NOTES / f"{number:05d}.json"
 
 
