@@ -2,8 +2,8 @@
 
 Three items a step: `state` (arrays), `data` (the iterator's state, integers)
 and `meta` (JSON). Writing goes on in the background; a step that is not whole
-is not listed. A listed step that cannot be read is moved aside, and the one
-before it taken.
+is not listed. A listed step that cannot be read, or is not what was saved, is
+moved aside, and the one before it taken.
 """
 
 import contextlib
@@ -19,12 +19,12 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from nl_jax import sharding
-from nl_jax.train import files
+from nl_jax.train import files, seal
 
 _ITEMS = ("state", "data", "meta")
 _DAMAGED = "damaged"
 # What orbax and tensorstore raise for files that are torn, gone or garbled.
-_DAMAGE = (ValueError, KeyError, TypeError, FileNotFoundError)
+_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 # What they raise where the disk is full or gone.
 _REFUSED = (ValueError, OSError, jax.errors.JaxRuntimeError)
 
@@ -36,7 +36,7 @@ class Restored(NamedTuple):
     step: its number, updates made.
     state: the training state.
     data: state of the data iterator.
-    meta: what `Checkpoints.save` was given, and "leaves".
+    meta: what `Checkpoints.save` was given, and what seals the rest.
   """
 
   step: int
@@ -161,10 +161,11 @@ class Checkpoints:
       StepMismatchError: there is a checkpoint of this step or a later one.
       StorageError: this one or the last one cannot be written.
     """
+    about = {"leaves": describe_leaves(state), seal.SUMS: seal.sums(state)}
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       data=ocp.args.JsonSave(data),
-      meta=ocp.args.JsonSave({**meta, "leaves": describe_leaves(state)}),
+      meta=ocp.args.JsonSave(seal.close({**meta, **about, "data": data})),
     )
     latest = self._manager.latest_step()
     with self._writing():
@@ -209,7 +210,8 @@ class Checkpoints:
     damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        restored = self._read(step, like)
+        with _damage_told():
+          restored = self._read(step, like)
       except LeavesMismatchError:
         raise
       except _DAMAGE as error:
@@ -228,7 +230,7 @@ class Checkpoints:
   def _read(self, step: int, like: Any) -> Restored:
     # Read first: a mismatch must not look like damage.
     args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = self._manager.restore(step, args=args).meta
+    meta = seal.open_(self._manager.restore(step, args=args).meta)
     _check_leaves(step, meta["leaves"], describe_leaves(like))
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
@@ -239,6 +241,9 @@ class Checkpoints:
         f"the checkpoint of step {step} holds a state of step "
         f"{int(items.state['step'])}"
       )
+    seal.check_sums(items.state, meta)
+    if items.data != meta.get("data", items.data):
+      raise seal.BrokenSealError("its place in the data is not what was saved")
     return Restored(step, items.state, items.data, meta)
 
   def _set_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
@@ -265,6 +270,17 @@ class Checkpoints:
 
       multihost_utils.sync_global_devices("damaged checkpoints")
     self._manager.reload()
+
+
+@contextlib.contextmanager
+def _damage_told() -> Iterator[None]:
+  """Where one array of many is torn, orbax raises an Exception of no type."""
+  try:
+    yield
+  except Exception as error:
+    if type(error) is not Exception or not isinstance(error.__cause__, _DAMAGE):
+      raise
+    raise error.__cause__ from None
 
 
 def describe_leaves(state: Any) -> dict[str, str]:
@@ -373,7 +389,7 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
   if step is None:
     raise _no_checkpoint(workdir)
   try:
-    saved = _leaves(pathlib.Path(workdir), step)
+    saved = _meta(pathlib.Path(workdir), step)["leaves"]
   except _DAMAGE:
     return  # An older one may be whole: reading finds it.
   expected = describe_leaves(like)
@@ -385,11 +401,11 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
   _check_leaves(step, saved, expected)
 
 
-def _leaves(workdir: pathlib.Path, step: int) -> dict[str, str]:
-  """What `describe_leaves` said of the state of a checkpoint."""
+def _meta(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+  """The item `meta` of a checkpoint, read without a manager."""
   place = workdir / files.CHECKPOINTS / str(step)
-  meta = json.loads((place / "meta" / "metadata").read_text(encoding="utf-8"))
-  return meta["leaves"]
+  text = (place / "meta" / "metadata").read_text(encoding="utf-8")
+  return seal.open_(json.loads(text))
 
 
 def _no_checkpoint(workdir: str) -> ValueError:
@@ -435,7 +451,8 @@ def load_params(
   error = None
   for candidate in candidates:
     try:
-      return _read_params(folder, candidate, like), candidate
+      with _damage_told():
+        return _read_params(folder, candidate, like), candidate
     except LeavesMismatchError:
       raise
     except _DAMAGE as e:
@@ -465,8 +482,8 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
   place = folder / files.CHECKPOINTS / str(step)
-  leaves = _leaves(folder, step)
-  saved = {k: v for k, v in leaves.items() if k.startswith("params/")}
+  meta = _meta(folder, step)
+  saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
   item = {"params": like}
   _check_leaves(step, saved, describe_leaves(item))
   with ocp.PyTreeCheckpointer() as checkpointer:
@@ -478,4 +495,5 @@ def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
         partial_restore=True,
       ),
     )
+  seal.check_sums(restored, meta)
   return restored["params"]
