@@ -1,0 +1,57 @@
+"""The delta rule with a decay for each channel and an erase of its own."""
+
+import jax
+
+from nl_jax.kernels.general_delta_rule import reference, xla
+
+IMPLEMENTATIONS = ("reference", "xla")
+
+
+def general_delta_rule(
+  q: jax.Array,
+  k: jax.Array,
+  v: jax.Array,
+  log_decay: jax.Array,
+  erase: tuple[jax.Array, jax.Array],
+  state: jax.Array,
+  begins: jax.Array | None = None,
+  *,
+  chunk: int = 64,
+  remat_group: int = 4,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """S <- diag(exp w) S - b^T (a S) + k^T v, read at each token as q S.
+
+  The rule of RWKV-7 (arXiv 2503.14456; model.md 6). With one decay a head,
+  a = k and b = rate k it is what `rank_one` has, the erase on the state before
+  it decays. The result does not depend on the chunk.
+
+  Args:
+    q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V].
+    log_decay: w, [B,T,H,K], at most 0; their sum over a chunk above -60.
+    erase: (a, b), what is looked up and where it is taken away, [B,T,H,K]. A
+      token with w = 0, b = 0 and k = 0 is a no-op.
+    state: S [B,H,K,V], at least float32.
+    begins: bool [B,T], tokens that begin a new document, from S = 0; None:
+      none does.
+    chunk: tokens computed at once.
+    remat_group: chunks that the backward pass recomputes together.
+    implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
+
+  Returns:
+    y [B,T,H,V] and the state after the last token.
+
+  Raises:
+    ValueError: an unknown implementation.
+  """
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(
+      "implementation of general_delta_rule must be one of "
+      f"{IMPLEMENTATIONS}, got {implementation!r}"
+    )
+  arguments = (q, k, v, log_decay, erase, state, begins)
+  if implementation == "reference":
+    return reference.general_delta_rule(*arguments)
+  return xla.general_delta_rule(
+    *arguments, chunk=chunk, remat_group=remat_group
+  )
