@@ -254,6 +254,7 @@ class _Runner:
       below = level
     return (state, carry), output
 
+  @jax.named_scope("unit")
   def unit(self, held: Any, x: Tree, measure: bool = False) -> tuple[Any, Tree]:
     """One unit without updates: its gradient is added to what is gathered.
 
@@ -301,7 +302,8 @@ class _Runner:
     """One level, and the restart of the next faster one, where due."""
     at, new = state[level.name], dict(state)
     due = at.clock >= level.period
-    new[level.name] = _where(due, _update(level, at), at)
+    with jax.named_scope(f"update/{level.name}"):
+      new[level.name] = _where(due, _update(level, at), at)
     if below is not None and below.on_slower_update is not None:
       # Its period divides this one, so it has just updated.
       now = state[below.name]

@@ -8,7 +8,10 @@ that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
 of one level is the plain block. Parameters of the layers are stacked on a
 leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
 A mixer may hold several layers, as `LAYERS` of its module says: then that many
-are one layer here, and L counts these.
+are one layer here, and L counts these. Or it is `WHOLE`, a layer with a
+feed-forward part of its own form: its module then also says what goes up the
+layers (`enter`, `leave`) and how their parameters begin and are stacked
+(`finish`, `laid`, `absent`).
 """
 
 import dataclasses
@@ -29,6 +32,7 @@ from nl_jax.models import (
   layers,
   memora,
   retnet,
+  rwkv7,
   samba,
   titans,
   titans_mac,
@@ -46,6 +50,7 @@ MIXERS = {
   "hope_attention": attention,
   "memora": memora,
   "retnet": retnet,
+  "rwkv7": rwkv7,
   "samba": samba,
   "titans_lmm": titans,
   "titans_mac": titans_mac,
@@ -191,6 +196,11 @@ class LanguageModel:
     return self.layers // getattr(self.mixer, "LAYERS", 1)
 
   @property
+  def whole(self) -> bool:
+    """Whether the mixer is all of a layer, its feed-forward part included."""
+    return getattr(self.mixer, "WHOLE", False)
+
+  @property
   def grows(self) -> bool:
     """Whether the state has an unbounded cache, of `length` slots."""
     return self.mixer is attention and not attention.options(self).window
@@ -208,9 +218,10 @@ class LanguageModel:
     """
     embed_key, blocks_key = jax.random.split(key)
     keys = jax.random.split(blocks_key, self.units)
+    blocks = jax.vmap(self._init_block)(keys)
     params = {
       "embed": layers.normal(embed_key, (self.vocab_size, self.width)),
-      "blocks": jax.vmap(self._init_block)(keys),
+      "blocks": self.mixer.finish(blocks, self) if self.whole else blocks,
       "final_norm": {"scale": jnp.ones((self.width,))},
     }
     if not self.tied:
@@ -221,11 +232,17 @@ class LanguageModel:
 
   def _init_block(self, key: types.Array) -> types.Params:
     mixer_key, cms_key = jax.random.split(key)
-    return {
+    block = {
       "mixer_norm": {"scale": jnp.ones((self.width,))},
       "mixer": self.mixer.init(mixer_key, self),
-      "cms": cms.init(cms_key, self.cms, self.width, self.layers),
     }
+    if not self.whole:
+      block["cms"] = cms.init(cms_key, self.cms, self.width, self.layers)
+    return block
+
+  def _laid(self, blocks: types.Params) -> types.Params:
+    """The blocks with leaves [L,...] all."""
+    return self.mixer.laid(blocks) if self.whole else blocks
 
   def init_state(
     self, params: types.Params, batch_size: int, length: int | None = None
@@ -239,7 +256,7 @@ class LanguageModel:
     """
     slots = self.sequence_length if length is None else length
     start = lambda p: self.mixer.init_state(p, batch_size, slots, model=self)
-    stacked = jax.vmap(start)(params["blocks"]["mixer"])
+    stacked = jax.vmap(start)(self._laid(params["blocks"])["mixer"])
     return LMState(stacked, jnp.zeros((batch_size,), jnp.int32))
 
   def apply(
@@ -281,6 +298,7 @@ class LanguageModel:
     before = jnp.zeros_like(seen) if state is None else state.position_B
     return logits, LMState(stacked, before + seen), metrics
 
+  @jax.named_scope("output")
   def logits(self, params: types.Params, x_BxTxD: types.Array) -> types.Array:
     """Logits [B,T,Vocab] of the residual stream, in float32 at least."""
     dtype = x_BxTxD.dtype
@@ -315,14 +333,18 @@ class LanguageModel:
 
     def body(x, layer):
       # Told its place, XLA gathers weights instead of summing activations.
-      x = sharding.constrain(x, "batch", "length", "act_embed")
+      place = lambda x: sharding.constrain(x, "batch", "length", "act_embed")
+      x = jax.tree.map(place, x)
       x, state, metrics = self.block(*layer, x, segment_ids)
       return x, (state, metrics)
 
     if self.remat == "layer":
       # A scan already keeps XLA from merging the recomputation.
       body = jax.checkpoint(body, prevent_cse=False)
-    x_BxTxD, (states, metrics) = jax.lax.scan(body, x_BxTxD, (blocks, carried))
+    stream = self.mixer.enter(x_BxTxD) if self.whole else x_BxTxD
+    scanned = (self._laid(blocks), carried)
+    stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
+    x_BxTxD = self.mixer.leave(stream) if self.whole else stream
     return x_BxTxD, states, metrics
 
   def block(
@@ -341,9 +363,11 @@ class LanguageModel:
       segment_ids: as in `apply`.
     """
     x_BxTxD, state, metrics = self.mix(params, x_BxTxD, state, segment_ids)
-    x_BxTxD = cms.apply(params["cms"], x_BxTxD, self.cms, self.norm_epsilon)
+    if not self.whole:
+      x_BxTxD = cms.apply(params["cms"], x_BxTxD, self.cms, self.norm_epsilon)
     return x_BxTxD, state, metrics
 
+  @jax.named_scope("mixer")
   def mix(
     self,
     params: types.Params,
@@ -366,9 +390,11 @@ class LanguageModel:
   def parameter_count(self) -> int:
     """Vocab·D (untied: twice) + L (mixer + D + feed-forward) + D (§7.2)."""
     mixer = self.mixer.parameter_count(self)
-    feed_forward = cms.parameter_count(self.cms, self.width)
-    block = mixer + self.width + feed_forward
+    block = mixer + self.width
     outside = self.width * (self.vocab_size * (1 if self.tied else 2) + 1)
+    if self.whole:
+      return outside + self.units * block - self.mixer.absent(self)
+    block += cms.parameter_count(self.cms, self.width)
     return outside + self.units * block
 
   def levels(

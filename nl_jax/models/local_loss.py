@@ -134,7 +134,8 @@ def apply(
     x, mixer, metrics = model.base.mix(block, x, mixer, segment_ids)
 
     def level(i: int, name: str, x: types.Array) -> types.Array:
-      y, held[name], metrics[f"cms/{name}"] = _learn(
+      learn = jax.named_scope(name)(_learn)
+      y, held[name], metrics[f"cms/{name}"] = learn(
         model, i, start[name], targets[name], held[name], x, segment_ids,
         learn_BxT, jnp.exp(params["in_context"]["log_rate"][i]), fresh,
       )  # fmt: skip

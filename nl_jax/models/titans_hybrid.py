@@ -165,6 +165,7 @@ def persistent(
   return layers.rope(k, places[None]), v
 
 
+@jax.named_scope("attention")
 def attend(
   params: types.Params,
   q_BxTxHxK: types.Array,
@@ -202,6 +203,7 @@ def project_out(
   return layers.dense(y_BxTxHK, params["attention"]["w_o"])
 
 
+@jax.named_scope("attention")
 def window(
   params: types.Params,
   x_BxTxD: types.Array,

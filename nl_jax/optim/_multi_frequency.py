@@ -163,6 +163,7 @@ def multi_frequency(
       held = None if params is None else _labels.select(params, named, label)
       tx, inner_state = known.inner[label], state.inner[label]
       step = lambda g, s, tx=tx, p=held: tx.update(g, s, p, **extra)
+      step = jax.named_scope(str(label))(step)  # Told apart in a trace.
       phase = state.phase[label] + units
       if waits[label]:
         due = fire.get(label, phase >= period)

@@ -59,6 +59,7 @@ def on_mesh(
   }
 
 
+@jax.named_scope("loss")
 def cross_entropy(logits_BxTxV: jax.Array, targets_BxT: jax.Array) -> jax.Array:
   """Nats of each target [B,T], in the logits' dtype."""
   target = jnp.take_along_axis(logits_BxTxV, targets_BxT[..., None], axis=-1)
@@ -153,7 +154,8 @@ def make(
   ) -> tuple[state_lib.State, Metrics]:
     params = state["params"]
     loss, grads, weight, sums = gradient(params, model, batch, accumulate)
-    updates, opt = tx.update(grads, state["opt"], params)
+    with jax.named_scope("optimizer"):
+      updates, opt = tx.update(grads, state["opt"], params)
     grad_norm = optax.tree.norm(grads)
     update_norm = optax.tree.norm(updates)
     numbers = jnp.stack([loss, grad_norm, update_norm])
