@@ -51,10 +51,11 @@ PARAMETERS = (
   (_LEVEL + r"norm/scale", ("act_embed",)),
   (_LEVEL + r"w_(gate|up)", ("embed", "mlp")),
   (_LEVEL + r"w_down", ("mlp", "embed")),
+  (_LEVEL + r"mu", ("act_embed",)),
   (r"blocks/cms/mix", ("level",)),
   (r"in_context/log_rate", ("level",)),
   (r"in_context/w_target/\w+", ("layer", "embed", "act_embed")),
-  (_MIXER + r"w_[qkvg]", ("embed", "heads")),
+  (_MIXER + r"w_[qkvgr]", ("embed", "heads")),
   (_MIXER + r"w_o", ("heads", "embed")),
   (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
   (_MIXER + r"([qk]_)?norm/scale", ("head_dim",)),
@@ -69,6 +70,11 @@ PARAMETERS = (
   (_MIXER + r"memory/b_(w|in|out)", ("heads", "mem_out")),
   (_MIXER + r"memory_norm/(scale|bias)", ("heads", "head_dim")),
   (_MIXER + r"norm/bias", ("act_embed",)),
+  # RWKV-7; its norm is of all heads.
+  (_MIXER + r"mu_\w", ("act_embed",)),
+  (_MIXER + r"(decay|rate|value|gate)_down", ("embed", "mem_out")),
+  (_MIXER + r"(decay|rate|value|gate)_up", ("mem_in", "heads")),
+  (_MIXER + r"((decay|rate|value)_bias|key_(scale|rate)|bonus)", ("heads",)),
   # Mamba; its channels are split as heads are.
   (_MIXER + r"w_[xz]", ("embed", "heads")),
   (_MIXER + r"conv_x", ("act_embed", "heads")),
@@ -106,6 +112,7 @@ STATES = (
   (_CONVS + r"inputs_Bx3xE", ("chunk", "heads")),
   (_CONVS + r"segment_Bx3", ("chunk",)),
   (_LAYERS + r"mamba/h_BxIxN", ("heads", "mem_in")),
+  (_LAYERS + r"S_BxHxKxK", ("heads", "mem_in", "mem_out")),
   (
     _LAYERS + r"memory/generators/(anchor|w|s)/\w+",
     ("heads", "level", "mem_in", "mem_out"),

@@ -78,6 +78,14 @@ SHAPES = {
     "760m": Shape(6, 256, (2304,), chunk=64),
     "1b3": Shape(8, 256, (2880,), chunk=64),
   },
+  # F is of two matrices; the chunk changes no number.
+  "rwkv7": {
+    "smoke": Shape(4, 16, (214,), chunk=8),
+    "tiny": Shape(4, 32, (442,), chunk=16),
+    "340m": Shape(16, 64, (3904,), chunk=64),
+    "760m": Shape(24, 64, (6272,), chunk=64),
+    "1b3": Shape(32, 64, (8192,), chunk=64),
+  },
   # Mamba and attention in turn, a feed-forward part after each.
   "samba": {
     "smoke": Shape(4, 16, (128,), chunk=8, window=16),

@@ -13,6 +13,7 @@ from nl_jax.models import (
   lm,
   memora,
   retnet,
+  rwkv7,
   samba,
   titans,
   titans_mac,
@@ -88,6 +89,12 @@ MODELS = {
     deltanet.Options(chunk=8, value_dim=32, output_gate=True),
   ),
   "retnet": lambda: _shaped("retnet", retnet.Options(chunk=8)),
+  "rwkv7": lambda: _shaped(
+    "rwkv7",
+    rwkv7.Options(
+      decay_rank=8, rate_rank=8, value_rank=4, gate_rank=16, chunk=8
+    ),
+  ),
   "samba": lambda: _shaped("samba", samba.Options(window=16, chunk=8)),
   "comba": lambda: _shaped(
     "comba",
