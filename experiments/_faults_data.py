@@ -77,8 +77,8 @@ def garble_shard(shards: pathlib.Path, rng: np.random.Generator) -> str:
 def tear(step: pathlib.Path, rng: np.random.Generator) -> str:
   """Damages the folder of a checkpoint; returns what was done."""
   ways: list[Callable[[pathlib.Path, np.random.Generator], str]] = [
-    _cut_one, _cut_one, _remove_one, _remove_one, _cut_all, _remove_item,
-    _remove_all,
+    _cut_one, _cut_one, _remove_one, _remove_one, _turn_one, _turn_one,
+    _cut_all, _remove_item, _remove_all,
   ]  # fmt: skip
   return ways[int(rng.integers(len(ways)))](step, rng)
 
@@ -115,6 +115,18 @@ def _remove_one(step: pathlib.Path, rng: np.random.Generator) -> str:
   path = _any(_files(step), rng)
   path.unlink()
   return f"{path.relative_to(step)} removed"
+
+
+def _turn_one(step: pathlib.Path, rng: np.random.Generator) -> str:
+  paths = [path for path in _files(step) if path.stat().st_size]
+  # The larger a file, the likelier.
+  sizes = np.array([path.stat().st_size for path in paths], np.float64)
+  path = paths[int(rng.choice(len(paths), p=sizes / sizes.sum()))]
+  content = bytearray(path.read_bytes())
+  byte, bit = int(rng.integers(len(content))), int(rng.integers(8))
+  content[byte] ^= 1 << bit
+  path.write_bytes(content)
+  return f"bit {bit} of byte {byte} of {path.relative_to(step)} turned"
 
 
 def _remove_item(step: pathlib.Path, rng: np.random.Generator) -> str:

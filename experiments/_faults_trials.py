@@ -222,15 +222,16 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
 
   Returns:
     {"resumed_from", "steps_lost": made before and made again, "seconds_lost":
-    from the blow until the run was further than before; None where nothing was
-    left to do}.
+    from the blow until the run was further than before, or done; None where no
+    step was left}.
   """
   mark, begun_at = scene.marks[-1], scene_lib.begun_at(ended.said)
   later = [
     line["wall_time"] - mark.time
     for line in scene_lib.read_lines(scene.workdir)
-    if line["step"] > mark.step
+    if line["step"] >= min(mark.step + 1, scene_lib.STEPS)
   ]
+  later = [seconds for seconds in later if seconds > 0]
   return {
     "resumed_from": begun_at,
     "steps_lost": max(0, mark.step - begun_at),
