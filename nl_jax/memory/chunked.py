@@ -285,6 +285,7 @@ def walk(
   return jax.tree.map(back, ys), state, metrics
 
 
+@jax.named_scope("memory")
 def update(
   forward: rules.Forward,
   params: dict[str, jax.Array],

@@ -352,6 +352,7 @@ def _generate(
   return q, k, made.get("v", z["v"]), _gates(params, config, zeta)
 
 
+@jax.named_scope("generators")
 def _first_pass(
   params: dict,
   state: chunked.MemoryState,
