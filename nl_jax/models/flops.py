@@ -81,6 +81,8 @@ def forward(model: Any, tokens: int) -> Flops:
 def _unit(model: lm.LanguageModel, tokens: int) -> Flops:
   """One layer, or what the stack has in place of one."""
   mixer = MIXERS[model.arch](model, tokens)
+  if model.whole:
+    return mixer
   return _add(mixer, Flops(feed_forward=_feed_forward(model)))
 
 
@@ -221,6 +223,23 @@ def _delta(model: lm.LanguageModel, tokens: int) -> Flops:
   )
 
 
+def _rwkv(model: lm.LanguageModel, tokens: int) -> Flops:
+  """A whole layer; what is erased stands at another key than what is written.
+
+  Keys against keys four times, one solve, and two writes for each read.
+  """
+  del tokens
+  options, D, K = model.memory, model.width, model.head_dim
+  ranks = options.decay_rank + options.rate_rank + options.gate_rank
+  ranks += options.value_rank * (1 - 1 / model.layers)  # Not in the first.
+  one = 8.0 * K * K + 15.0 * K * options.chunk
+  return Flops(
+    projections=8.0 * D * D + 4.0 * D * ranks,
+    memories=model.heads * one,
+    feed_forward=4.0 * D * model.cms.widths[0],
+  )
+
+
 def _samba(model: lm.LanguageModel, tokens: int) -> Flops:
   """Mamba, its feed-forward part, and attention to a window."""
   D, N = model.width, model.memory.state_dim
@@ -341,6 +360,7 @@ MIXERS: dict[str, Callable[[lm.LanguageModel, int], Flops]] = {
   "hope_attention": _attention,
   "memora": _memora,
   "retnet": _retnet,
+  "rwkv7": _rwkv,
   "samba": _samba,
   "titans_lmm": _titans,
   "titans_mac": _context,
