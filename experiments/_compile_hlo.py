@@ -87,7 +87,7 @@ class Collective(NamedTuple):
   Attributes:
     kind: as "all-gather".
     axes: of the mesh, joined by commas.
-    place: "forward", "backward" or "update", and whether inside a loop.
+    place: "forward", "backward" or "rest", and in how many nested loops.
     hidden: the compiler runs it beside other work.
     count: how often, loops counted by their trips.
     payload: bytes of the whole arrays, on each device.
@@ -135,7 +135,7 @@ def count(text: str, mesh: dict[str, int]) -> Counts:
   found = collections.defaultdict(lambda: [0, 0.0, 0.0])
   flops = hbm = cycles = 0.0
   loops, unknown = [], []
-  for step in _walk(computations, entry, 1, False):
+  for step in _walk(computations, entry, 1, 0):
     ins, home = step.instruction, step.home
     if ins.op == "while":
       loops.append(step.trips or 1)
@@ -225,7 +225,7 @@ class _Step(NamedTuple):
   home: Computation
   times: int
   fused: bool
-  looped: bool
+  depth: int
   trips: int | None
 
 
@@ -233,7 +233,7 @@ def _walk(
   computations: dict[str, Computation],
   name: str,
   times: int,
-  looped: bool,
+  depth: int,
   fused: bool = False,
 ) -> Iterator[_Step]:
   """Every instruction that runs; all branches of a choice count."""
@@ -242,11 +242,11 @@ def _walk(
     trips = None
     if ins.op == "while":
       trips = _trips(ins, home, computations)
-    yield _Step(ins, home, times, fused, looped, trips)
+    yield _Step(ins, home, times, fused, depth, trips)
     for called in _called(ins):
       yield from _walk(
         computations, called, times * (trips or 1),
-        looped or ins.op == "while", fused or ins.op == "fusion",
+        depth + (ins.op == "while"), fused or ins.op == "fusion",
       )  # fmt: skip
 
 
@@ -363,8 +363,14 @@ def _collective(
   share = 1 if kind == "collective-permute" else (size - 1) / size
   wire = payload * share * (2 if kind == "all-reduce" else 1)
   hidden = bool(match[2]) or begun
-  place = _phase(ins) + (", in a loop" if step.looped else "")
+  place = _phase(ins) + _inside(step.depth)
   return (kind, axes, place, hidden), payload, wire
+
+
+def _inside(loops: int) -> str:
+  if loops < 2:
+    return ", in a loop" if loops else ""
+  return f", in {loops} nested loops"
 
 
 def _phase(ins: Instruction) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from experiments import _compile_hlo, _flags, _setup
 from nl_jax import sharding
 from nl_jax.memory import self_modifying
 from nl_jax.models import attention, cms, incontext, lm
@@ -226,36 +227,53 @@ def test_eight_devices_are_one(name, sizes):
   )
 
 
-def test_inner_loops_need_no_collective():
-  m, mesh = MODELS["hope"], sharding.mesh(replica=2, fsdp=2, tensor=2)
-  params = jax.eval_shape(m.init, jax.random.key(0))["blocks"]["mixer"]
-  params = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), params["memory"]
-  )
-  by_head = lambda x: jax.ShapeDtypeStruct(
-    x.shape,
-    x.dtype,
-    sharding=jax.NamedSharding(mesh, sharding.spec("heads")),
-  )
-  z = jax.ShapeDtypeStruct(
-    (B, T, m.heads, m.head_dim),
-    jnp.float32,
-    sharding=jax.NamedSharding(
-      mesh, sharding.spec("batch", None, "heads", "head_dim")
-    ),
-  )
+def smoke(name: str, **memory) -> lm.LanguageModel:
+  """The test size of a config, in short sequences of four heads."""
+  config = _setup.resolve(_flags.load_config(f"{name}_tiny:smoke"))
+  with config.unlocked():
+    config.data.sequence_length = 2 * T
+    config.model.layers = 2
+    config.model.memory.update(memory)
+  return _setup.model(config)
 
-  def reads(params, q, k, v):
-    state = self_modifying.start(params, B, m.memory)
-    return self_modifying.update(
-      params, state, q, k, v, config=m.memory, fresh=True, aligned=True
-    )[0]
 
+WALKS = {
+  "hope": {},
+  "hope_linear": dict(momentum="ema", objective="l2"),
+  "memora": {},
+  "retnet": {},
+  "titans_lmm": {},
+  "titans_mag": {},
+  "ttt_mlp": {},
+}
+
+
+@pytest.mark.parametrize("name", WALKS)
+def test_loops_over_chunks_have_no_collective(name):
+  # Forward and backward: neither fast weights nor the gradients of what they
+  # start from leave a device while a sequence is walked.
+  m, mesh = smoke(name, **WALKS[name]), sharding.mesh(2, 2, 1, 2)
+  blocks = jax.eval_shape(m.init, jax.random.key(0))["blocks"]
+  shardings = sharding.param_shardings({"blocks": blocks}, mesh)["blocks"]
+  blocks = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    blocks,
+    shardings,
+  )
+  by_batch = sharding.batch_sharding(mesh)
+  like = lambda dtype, *shape: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=by_batch
+  )
+  x, ids = like(jnp.float32, B, 2 * T, m.width), like(jnp.int32, B, 2 * T)
+  loss = lambda blocks, x, ids: m.stack(blocks, x, None, ids)[0].sum()
   with jax.set_mesh(mesh):
-    lowered = jax.jit(reads).lower(jax.tree.map(by_head, params), z, z, z)
-    text = lowered.compile().as_text()
-  for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-    assert name not in text
+    run = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(shardings, by_batch))
+    text = run.lower(blocks, x, ids).compile().as_text()
+  counts = _compile_hlo.count(text, dict(mesh.shape))
+  # The loops over layers, chunks in groups and chunks, and back.
+  assert len(counts.loops) >= 4, counts.loops
+  assert {c.axes for c in counts.collectives} >= {"tensor", "fsdp"}
+  assert not [c for c in counts.collectives if "nested" in c.place]
 
 
 def test_large_replicated_leaves_are_named():

@@ -55,6 +55,17 @@ def start(
   return MemoryState(anchor=w, w=w, s=s, phase=clock, segment=clock)
 
 
+def by_row(params: Any, batch: int) -> Any:
+  """Slow parameters as a copy for each row of a batch, [B, ...].
+
+  What a walk reads inside its scan comes from here: its gradient is then
+  summed over rows once, behind the scan, and not over devices in every chunk.
+  """
+  return jax.tree.map(
+    lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), params
+  )
+
+
 class _Grid(NamedTuple):
   """Where a call's tokens lie, and what happens at each block of c tokens.
 
@@ -223,10 +234,14 @@ def walk(
     ids = jnp.where(state.segment == 0, 1, state.segment)[:, None]
     ids = jnp.broadcast_to(ids, (B, T))
   grid = _grid(state, ids, C, blocks, c, shifts)
-  begin = jax.tree.map(lambda W, w: W[None].astype(w.dtype), params, state.w)
-  factor = None
+  begins = by_row(params, B)
+  begins = jax.tree.map(lambda W, w: W.astype(w.dtype), begins, state.w)
+  factor = last = None
   if row is not None:
-    factor = row[None, None] if c == C else row[grid.place][:, None, None]
+    H = jax.tree.leaves(state.w)[0].shape[1]
+    row_BxHxC = by_row(jnp.broadcast_to(row[None], (H, C)), B)
+    last = row_BxHxC[:, :, -1, None, None]
+    factor = row_BxHxC if c == C else row[grid.place][:, None, None]
 
   def lay(x: jax.Array) -> jax.Array:
     x = _lay(x, grid.offset, blocks, c) if shifts else _fold(x, blocks, c)
@@ -237,7 +252,7 @@ def walk(
     anchor, w, s = carry
     ids, resets, closes, xs = x
     if rule.stop_grad_writes:
-      w = jax.tree.map(lambda r, v: r + jax.lax.stop_gradient(v - r), begin, w)
+      w = jax.tree.map(lambda r, v: r + jax.lax.stop_gradient(v - r), begins, w)
       s = jax.lax.stop_gradient(s)
     if segment_ids is not None:
       s = _select(resets, jax.tree.map(jnp.zeros_like, s), s)
@@ -259,15 +274,11 @@ def walk(
     left = left if exact else now
     kept = _select((ids != 0).any(axis=1), left, anchor) if fresh else left
     if row is not None:
-      edge = jax.tree.map(lambda a, b: a + row[-1] * (b - a), left, w)
+      edge = jax.tree.map(lambda a, b: a + last * (b - a), left, w)
       w = _select(closes, edge, w)
     anchor = _select(closes, w, kept)
     return (anchor, w, s), (ys, metrics)
 
-  # A row each: summed once behind the scan, not over devices in every chunk.
-  begins = jax.tree.map(
-    lambda W, w: jnp.broadcast_to(W, w.shape), begin, state.w
-  )
   xs = (grid.ids, grid.resets, grid.closes, jax.tree.map(lay, xs))
   group = max(g for g in range(1, rule.remat_group + 1) if blocks % g == 0)
   fold = lambda x: x.reshape(blocks // group, group, *x.shape[1:])

@@ -140,12 +140,12 @@ class Block(NamedTuple):
     anchor, w: dicts of [B, H, a, b]: the gradient point and the current
       weights. s: momentum, and with a window what `window` carries; a dict
       that is empty without both.
-    start: dict of [1, H, a, b], the learned start.
+    start: dict of [B, H, a, b], the learned start.
     mask: bool [B, 1, C], real tokens.
     segment_ids: int32 [B, 1, C] where documents may begin inside the block.
     carried: bool [B, 1, C, 1], tokens of the document that the block begins
       in, with `segment_ids`; else None.
-    row: [B or 1, 1, C], factor on what is read of the open chunk's changes
+    row: [B, H or 1, C], factor on what is read of the open chunk's changes
       (see `rank_one`), or None.
   """
 

@@ -289,7 +289,7 @@ def _gates(
   eta = config.eta_max * jax.nn.sigmoid(zeta[0])
   log_beta = None
   if config.momentum != "off":
-    b_beta = params["gate"]["b_beta"].astype(eta.dtype)[None, :, None]
+    b_beta = params["gate"]["b_beta"].astype(eta.dtype)[:, :, None]
     log_beta = jnp.broadcast_to(_log_sigmoid(b_beta), zeta[0].shape[:3])
   return rules.Gates(eta, _log_sigmoid(zeta[1]), log_beta)
 
@@ -301,8 +301,8 @@ def _gate_logit(
   w = params["gate"][f"w_{name}"].astype(z.dtype)
   b = params["gate"][f"b_{name}"].astype(z.dtype)
   if config.gate_shape == "channel":
-    return z * w[None, :, None] + b[None, :, None]
-  return jnp.einsum("bhck,hk->bhc", z, w) + b[None, :, None]
+    return z * w[:, :, None] + b[:, :, None]
+  return jnp.einsum("bhck,bhk->bhc", z, w) + b[:, :, None]
 
 
 def _target(
@@ -430,6 +430,9 @@ def update(
   dtype = jax.tree.leaves(state.memory.w)[0].dtype
   z = {"q": z_q, "k": z_k, "v": z_v}
   z, static = jax.tree.map(lambda x: x.astype(dtype), (z, static_gates))
+  if "gate" in params:
+    gate = chunked.by_row(params["gate"], z_q.shape[0])
+    params = params | {"gate": gate}
   if config.generator_roles:
     made, generators, first = _first_pass(
       params, state.generators, z, static, config, implementation, **grid

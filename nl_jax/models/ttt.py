@@ -155,7 +155,7 @@ def _with_one(x: types.Array) -> types.Array:
 
 
 def forward(norm: types.Params, deep: bool) -> memory.rule.Forward:
-  """LN(f(z)), z [B,H,C,K]; norm: scale and bias [H,K]."""
+  """LN(f(z)), z [B,H,C,K]; norm: scale and bias [B,H,K]."""
 
   def run(apply: memory.rule.Apply, z: types.Array) -> types.Array:
     if deep:
@@ -163,8 +163,8 @@ def forward(norm: types.Params, deep: bool) -> memory.rule.Forward:
       y = apply("w_out", _with_one(y))
     else:
       y = apply("w", _with_one(z))
-    lead = (None, slice(None), None)
-    return layers.layer_norm(y, norm["scale"][lead], norm["bias"][lead])
+    scale, bias = norm["scale"][:, :, None], norm["bias"][:, :, None]
+    return layers.layer_norm(y, scale, bias)
 
   return run
 
@@ -247,8 +247,9 @@ def apply(
     y = y.astype(layers.at_least_float32(y.dtype))
     made[name] = layers.rope(y, places_BxT)
   v_BxTxHxK = layers.dense(x_BxTxD, params["w_v"]).reshape(heads)
+  affine = memory.chunked.by_row(params["memory_norm"], heads[0])
   y_BxTxHxK, fast, metrics = memory.chunked.update(
-    forward(params["memory_norm"], _deep(model)),
+    forward(affine, _deep(model)),
     _start(params),
     state.memory,
     made["q"],

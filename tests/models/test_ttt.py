@@ -118,7 +118,7 @@ def test_the_memory_is_that_of_flash_linear_attention():
     params = {"w": jnp.concatenate([x["w"], x["b"][:, None]], axis=1)}
     ones = jnp.ones(x["k"].shape[:3])
     _, state, _ = memory.chunked.update(
-      ttt.forward(affine, deep=False), params,
+      ttt.forward(memory.chunked.by_row(affine, 2), deep=False), params,
       memory.chunked.start(params, 2, rule), x["k"], x["k"], x["v"] - x["k"],
       memory.Gates(ones, 0 * ones), rule=rule, row=jax.nn.sigmoid(x["row"]),
     )  # fmt: skip
