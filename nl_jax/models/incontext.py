@@ -143,6 +143,11 @@ class InContextModel:
   options: Options
 
   def __post_init__(self):
+    if self.base.whole:
+      raise ValueError(
+        f"model.arch={self.base.arch!r} has a feed-forward part of its own "
+        "form, which does not learn in context: use model.arch='hope'"
+      )
     if self.fast_layers > self.base.units:
       raise ValueError(
         f"model.cms.fast_layers must be at most {self.base.units}, got "
@@ -225,7 +230,7 @@ class InContextModel:
     if self.local:
       return local_loss.init_state(self, params, batch_size, length)
     start = self.base.init_state(params, batch_size, length)
-    slow, fast = self.split(start.layers)
+    slow, fast = self.split_mixers(start.layers)
     again = jax.vmap(
       lambda mixers: micro_chunks.begin_levels(self, params, mixers), in_axes=1
     )
@@ -280,14 +285,11 @@ class InContextModel:
     wide = layers.at_least_float32(dtype)
     if learn is None:
       learn = jnp.ones(tokens_BxT.shape, wide)
-    slow_blocks, _ = self.split(params["blocks"])
-    x_BxTxD, slow, metrics = self.base.stack(
-      slow_blocks,
-      x_BxTxD,
-      None if state is None else state.layers["slow"],
-      segment_ids,
-    )
+    carried = None if state is None else state.layers["slow"]
     if self.local:
+      x_BxTxD, slow, metrics = self.base.stack(
+        self.split(params["blocks"])[0], x_BxTxD, carried, segment_ids
+      )
       x_BxTxD, held, fast_metrics = local_loss.apply(
         self, params, x_BxTxD, state, segment_ids, learn.astype(wide)
       )
@@ -296,12 +298,40 @@ class InContextModel:
       before = 0 if state is None else state.position_B
       after = lm.LMState({"slow": slow, **held}, before + seen)
       return logits, after, _joined(metrics, fast_metrics)
+    x_BxTxD, slow, metrics = self._before_levels(
+      params, x_BxTxD, carried, segment_ids
+    )
     run = micro_chunks.whole if state is None else micro_chunks.go_on
     logits, after, fast_metrics = run(
       self, params, x_BxTxD, tokens_BxT, segment_ids, learn.astype(wide), state
     )
     after.layers["slow"] = slow
     return logits, after, _joined(metrics, fast_metrics)
+
+  def _before_levels(
+    self,
+    params: types.Params,
+    x_BxTxD: types.Array,
+    carried: Any,
+    segment_ids: types.Array | None,
+  ) -> tuple[types.Array, Any, dict[str, Any]]:
+    """All that no fast weight is before: the whole call runs at once.
+
+    These are the layers without fast levels and the next one's mixer. Arguments
+    and results are as of `lm.LanguageModel.stack`.
+    """
+    blocks, fast = self.split(params["blocks"])
+    at = lambda tree, i: jax.tree.map(lambda x: x[i], tree)
+    x_BxTxD, held, metrics = self.base.stack(
+      blocks, x_BxTxD, at(carried, slice(-1)), segment_ids
+    )
+    mix = self.base.mix
+    if self.base.remat == "layer":
+      mix = jax.checkpoint(mix)
+    x_BxTxD, *more = mix(at(fast, 0), x_BxTxD, at(carried, -1), segment_ids)
+    join = lambda a, b: jnp.concatenate([a, b[None]])
+    held, metrics = jax.tree.map(join, (held, metrics), tuple(more))
+    return x_BxTxD, held, metrics
 
   def parameter_count(self) -> int:
     """That of `base`, a rate and, with a local loss, D² a layer and level."""
@@ -363,11 +393,11 @@ class InContextModel:
 
   def split(self, stacked: Any) -> tuple[Any, Any]:
     """The layers without fast levels, and those with."""
-    cut = self.base.units - self.fast_layers
-    return (
-      jax.tree.map(lambda x: x[:cut], stacked),
-      jax.tree.map(lambda x: x[cut:], stacked),
-    )
+    return _cut(stacked, self.base.units - self.fast_layers)
+
+  def split_mixers(self, states: Any) -> tuple[Any, Any]:
+    """The mixers that no fast weight is before, and the others."""
+    return _cut(states, self.base.units - self.fast_layers + 1)
 
   def theta(self, params: types.Params) -> dict[str, types.Params]:
     """The start of the fast weights by level, leaves [fast layers,...]."""
@@ -404,11 +434,16 @@ class InContextModel:
     return made
 
 
+def _cut(stacked: Any, at: int) -> tuple[Any, Any]:
+  before = jax.tree.map(lambda x: x[:at], stacked)
+  return before, jax.tree.map(lambda x: x[at:], stacked)
+
+
 def _joined(slow: dict[str, Any], fast: dict[str, Any]) -> dict[str, Any]:
   """Metrics of all layers; those of levels are of the fast layers only."""
   join = lambda a, b: jnp.concatenate([a, b])
-  both = {name: jax.tree.map(join, slow[name], fast[name]) for name in slow}
-  return {**fast, **both}
+  both = {k: jax.tree.map(join, slow[k], fast[k]) for k in slow if k in fast}
+  return {**slow, **fast, **both}
 
 
 def _reptile(

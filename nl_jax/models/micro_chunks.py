@@ -25,7 +25,7 @@ class Buffer(NamedTuple):
   """The open micro-chunk; zeros behind its tokens.
 
   Attributes:
-    x_BxCxD: what its tokens were before the fast layers.
+    x_BxCxD: what its tokens were before the first fast level.
     tokens_BxC: int32 ids.
     ids_BxC: int32, their documents; 0: padding, or none yet.
     learn_BxC: weights of their losses in the inner loss.
@@ -43,9 +43,9 @@ class InContextState(NamedTuple):
   """What a model carries from call to call, apart from its slow weights.
 
   Attributes:
-    layers: states of the mixers, leaves [L,B,...]: "slow", of the layers
-      without fast levels; "begin" and "now", of the others at the start of the
-      open micro-chunk and after the last token.
+    layers: states of the mixers, leaves [L,B,...]: "slow", of those that no
+      fast level is before; "begin" and "now", of the others at the start of
+      the open micro-chunk and after the last token.
     levels: `LevelState` of each fast level, leaves [B,...].
     buffer: the open micro-chunk.
     position_B: int32, real tokens seen.
@@ -61,7 +61,7 @@ class Unit(NamedTuple):
   """A micro-chunk of one sequence, as the inner loss takes it.
 
   Attributes:
-    x_CxD: residual stream before the fast layers.
+    x_CxD: residual stream before the first fast level.
     ids_C: int32 documents, or None: no padding, one document.
     targets_C: int32, the token after each.
     weights_C: of their losses.
@@ -82,7 +82,7 @@ def begin_levels(
 
   Args:
     params: of `init`.
-    mixers: states of the fast layers, or arrays like them.
+    mixers: states of the mixers behind fast levels, or arrays like them.
   """
   base, C = model.base, model.options.chunks[0]
   dtype = layers.activation_dtype(base.dtype, params)
@@ -106,7 +106,7 @@ def _fast(
   x_CxD: types.Array,
   ids_C: types.Array | None,
 ) -> tuple[types.Array, Any, dict[str, Any], dict[str, Any]]:
-  """The fast layers of one sequence.
+  """The levels of the fast layers of one sequence, and mixers between them.
 
   Returns:
     The residual stream [C,D], the mixers' states, metrics, and by level
@@ -120,20 +120,28 @@ def _fast(
   blocks = {**blocks, "cms": feed_forward}
   ids = None if ids_C is None else ids_C[None]
 
-  def layer(x: types.Array, scanned: Any) -> tuple[types.Array, Any]:
-    block, mixer_state = scanned
-    x, mixer_state, metrics = model.base.mix(block, x, mixer_state, ids)
+  def levels(block: types.Params, x: types.Array) -> tuple[types.Array, Any]:
     x, read = cms.apply_and_tell(
       block["cms"], x, model.base.cms, model.base.norm_epsilon
     )
-    if model.options.rule != "dgd":
-      read = {}
+    return x, read if model.options.rule == "dgd" else {}
+
+  def layer(x: types.Array, scanned: Any) -> tuple[types.Array, Any]:
+    block, mixer_state = scanned
+    x, mixer_state, metrics = model.base.mix(block, x, mixer_state, ids)
+    x, read = levels(block, x)
     return x, (mixer_state, metrics, read)
 
-  x, (state, metrics, read) = jax.lax.scan(
-    layer, x_CxD[None], (blocks, one(state))
-  )
   alone = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)
+  first = jax.tree.map(lambda x: x[0], blocks)
+  others = jax.tree.map(lambda x: x[1:], blocks)
+  x, read = levels(first, x_CxD[None])
+  read = jax.tree.map(lambda x: x[None], read)
+  if model.fast_layers == 1:
+    return x[0], state, {}, alone(read)
+  x, (state, metrics, more) = jax.lax.scan(layer, x, (others, one(state)))
+  join = lambda a, b: jnp.concatenate([a, b])
+  read = jax.tree.map(join, read, more)
   return x[0], alone(state), alone(metrics), alone(read)
 
 
@@ -177,7 +185,7 @@ def whole(
 
   Args:
     model, params: see `incontext`.
-    x_BxTxD: residual stream before the fast layers.
+    x_BxTxD: residual stream before the first fast level.
     tokens_BxT, ids_BxT: int32; ids None: no padding, one document.
     learn_BxT: weights of the tokens' losses.
     state: None.
@@ -205,7 +213,8 @@ def whole(
   cut = lambda x: x[:, : count * C].reshape((batch, count, C) + x.shape[2:])
   units = Unit(*jax.tree.map(cut, call[:4]), call.there)
   rest = jax.tree.map(lambda x: x[:, count * C :], call[:2])
-  start = model.split(model.base.init_state(params, 1, tokens).layers)[1]
+  start = model.base.init_state(params, 1, tokens).layers
+  start = model.split_mixers(start)[1]
   start = jax.tree.map(lambda x: x[:, 0], start)
 
   def row(units: Unit, rest: tuple) -> Any:
