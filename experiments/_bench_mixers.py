@@ -2,8 +2,8 @@
 
 One layer's mixer, without its feed-forward part, at the width and with the
 switches of its tiny config (Samba: its pair of layers, and the feed-forward
-part between them): a gradient with respect to its input and parameters, and
-tokens decoded one at a time after T tokens.
+part between them; RWKV-7: all of its layer): a gradient with respect to its
+input and parameters, and tokens decoded one at a time after T tokens.
 
 Attention runs as one head of the full width and not as four: four would keep
 4.3 GB of scores in each array of a gradient at 16K tokens. That is the faster
@@ -61,16 +61,24 @@ def _model(name: str) -> Any:
   heads = {}
   if net.mixer is attention:
     heads = dict(heads=1, head_dim=net.width)
-  depth = getattr(net.mixer, "LAYERS", 1)
+  depth = 2 if net.whole else getattr(net.mixer, "LAYERS", 1)
   return dataclasses.replace(net, layers=depth, **heads)
 
 
 def _layer(net: Any) -> Any:
-  """Parameters of the one layer."""
+  """Parameters of the one layer, or the first."""
   import jax
 
-  params = net.init(jax.random.key(0))
-  return jax.tree.map(lambda x: x[0], params["blocks"])
+  blocks = net.init(jax.random.key(0))["blocks"]
+  blocks = net.mixer.laid(blocks) if net.whole else blocks
+  return jax.tree.map(lambda x: x[0], blocks)
+
+
+def _mix(net: Any, params: Any, x: Any, state: Any) -> tuple[Any, Any]:
+  """The residual stream behind a mixer, and its state."""
+  x = net.mixer.enter(x) if net.whole else x
+  y, state, _ = net.mix(params, x, state, None)
+  return net.mixer.leave(y) if net.whole else y, state
 
 
 def _draws(net: Any, tokens: int) -> Any:
@@ -87,8 +95,14 @@ def _gradient(net: Any, tokens: int) -> Callable[[], Any]:
 
   @jax.jit
   def grad(params: Any, x: Any) -> Any:
-    loss = lambda p, x: jnp.sum(jnp.square(net.mix(p, x, None, None)[0]))
-    return jax.grad(loss, (0, 1))(params, x)
+    fixed = {k: v for k, v in params["mixer"].items() if k == "first"}
+
+    def loss(p: Any, x: Any) -> Any:
+      p = p | {"mixer": p["mixer"] | fixed}
+      return jnp.sum(jnp.square(_mix(net, p, x, None)[0]))
+
+    learned = {k: v for k, v in params["mixer"].items() if k not in fixed}
+    return jax.grad(loss, (0, 1))(params | {"mixer": learned}, x)
 
   return functools.partial(grad, _layer(net), _draws(net, tokens))
 
@@ -99,7 +113,7 @@ def _reader(net: Any) -> tuple[Callable, Callable]:
   import jax
 
   def step(params: Any, state: Any, x: Any) -> tuple[Any, Any]:
-    y, state, _ = net.mix(params, x, state, None)
+    y, state = _mix(net, params, x, state)
     return state, y
 
   def decode(params: Any, state: Any, x: Any) -> tuple[Any, Any]:

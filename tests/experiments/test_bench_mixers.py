@@ -42,13 +42,15 @@ def test_the_picture_is_written_once(times, tmp_path):
     bench.run(None, str(tmp_path / "rows.json"))
 
 
-def test_decoding_goes_on_where_the_text_ends(monkeypatch):
+@pytest.mark.parametrize("name", ["transformer", "rwkv7"])
+def test_decoding_goes_on_where_the_text_ends(monkeypatch, name):
   """The timed tokens are those of one pass over text and tokens."""
   monkeypatch.setattr(bench, "_DECODED", 3)
   monkeypatch.setattr(bench, "_PIECE", 4)
-  net = bench._model("transformer")
-  assert (net.heads, net.layers) == (1, 1)
+  net = bench._model(name)
+  assert net.whole or (net.heads, net.layers) == (1, 1)
   _, y = bench._decoding(net, 8)()
-  mix = jax.jit(lambda p, x: net.mix(p, x, None, None)[0])
+  mix = jax.jit(lambda p, x: bench._mix(net, p, x, None)[0])
   whole = mix(bench._layer(net), bench._draws(net, 11))
   np.testing.assert_allclose(y[:, 0, 0], whole[0, 8:], atol=1e-5)
+  assert all(x.size for x in jax.tree.leaves(bench._gradient(net, 8)()))

@@ -18,7 +18,7 @@ ARCHS = (
   "hope_incontext", "hope_attention_incontext",
   "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
   "retnet", "samba", "comba", "titans_mac", "titans_mag",
-  "titans_mal", "dla", "memora",
+  "titans_mal", "dla", "memora", "rwkv7",
 )  # fmt: skip
 
 
