@@ -9,6 +9,7 @@ the others why; one that dies is missed after --heartbeat_timeout.
 import atexit
 import contextlib
 import ctypes
+import hashlib
 import importlib.util
 import os
 import signal
@@ -17,12 +18,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 from absl import flags
 
+S, T = TypeVar("S"), TypeVar("T")
 _FLAGS = ("coordinator", "process_id", "process_count")
 # Set by launchers that jax knows.
 _LAUNCHERS = ("SLURM_STEP_NODELIST", "OMPI_MCA_orte_hnp_uri")
@@ -224,6 +227,7 @@ class _Others:
   def __init__(self, client: Any, process: int, count: int):
     """Args: jax's client, this process, their number."""
     self._client, self.process, self.count = client, process, count
+    self._checks = 0
     self._speaking = threading.Lock()  # Held for good by who ends us.
     self._over = threading.Event()
     self._thread = threading.Thread(target=self._listen, daemon=True)
@@ -265,7 +269,8 @@ class _Others:
 
   def check_same(self, what: str, text: str) -> None:
     """See `check_same`."""
-    key = f"nl_jax/same/{what}"
+    self._checks += 1
+    key = f"nl_jax/same/{self._checks}"
     if not self.process:
       self._client.key_value_set(key, text)
       return
@@ -317,11 +322,64 @@ def check_same(what: str, text: str) -> None:
   """Raises ValueError on a process whose text is not that of process 0.
 
   Args:
-    what: a name for it, used once; all processes call.
+    what: a name for it; all processes call, in the same order.
     text: short.
   """
   if _others:
     _others.check_same(what, text)
+
+
+def agreed(make: Callable[[], T], digest: Callable[[T], str]) -> T:
+  """What all processes have made alike; where one fails, all do.
+
+  Args:
+    make: a file is read, or the like; all processes call.
+    digest: of what was made, to compare.
+
+  Raises:
+    ValueError: another process failed, or made something else.
+    Exception: what `make` raises here.
+  """
+  if _others is None:
+    return make()
+  from jax.experimental import multihost_utils
+
+  found, text = None, ""
+  try:
+    found = make()
+    text = digest(found)
+    return found
+  finally:
+    # In a failure, too: the others wait for our digest.
+    hashed = hashlib.sha256(text.encode()).digest()
+    mine = np.frombuffer(hashed, np.uint8).astype(np.int32)
+    all_PxN = multihost_utils.process_allgather(mine)
+    odd = np.flatnonzero((all_PxN != mine).any(1))
+    if text and odd.size:
+      raise ValueError(
+        f"process {odd[0]} has another file than process {_others.process}, or "
+        "none; give all processes the same"
+      )
+
+
+def together(compute: Callable[[S], T]) -> Callable[[S], T]:
+  """The same function, whose failure on devices ends all processes.
+
+  The others wait in it: what came next could not be done together.
+  """
+
+  def called(x: S) -> T:
+    import jax
+
+    try:
+      return compute(x)
+    except jax.errors.JaxRuntimeError as error:
+      if sentence := lost(error):
+        print(f"error: {sentence}", file=sys.stderr, flush=True)
+        leave(sentence, 1)
+      raise
+
+  return called
 
 
 def lost(error: RuntimeError) -> str | None:

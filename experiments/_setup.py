@@ -127,20 +127,15 @@ def part_of_batch(on: jax.sharding.Mesh) -> tuple[int, int]:
 
 
 def gathered(params: Any) -> Any:
-  """Parameters as process 0 can use them alone; all processes call it.
+  """Parameters as a process can use them alone; all processes call it.
 
-  Other processes get nothing. One leaf at a time is whole on the devices.
+  Those of several processes are copied to each host, a leaf at a time.
   """
   if jax.process_count() == 1:
     return params
-  leaves, tree = jax.tree.flatten(params)
-  here = jax.local_devices()[0]
-  whole = []
-  for leaf in leaves:
-    array = multihost_utils.process_allgather(leaf, tiled=True)
-    if jax.process_index() == 0:
-      whole.append(jax.device_put(array, here))
-  return tree.unflatten(whole) if whole else None
+  return jax.tree.map(
+    lambda x: multihost_utils.process_allgather(x, tiled=True), params
+  )
 
 
 def tokens_per_step(config: ConfigDict) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from experiments import _main, _setup
+from experiments import _distributed, _main, _setup, _table1_training
 from experiments import _table1_result as result_lib
 from nl_jax import sharding
 from nl_jax.data import tokenizers
@@ -26,12 +26,6 @@ Asked, Loaded = result_lib.Asked, result_lib.Loaded
 _WINDOW = 2048  # Shown beside a longer trained length.
 _PATIENCE = 10.0  # Seconds between lines where there is no terminal.
 _ROOT = pathlib.Path(__file__).parents[1]
-
-
-def _say(text: str) -> None:
-  """A line on stderr, once however many processes there are."""
-  if jax.process_index() == 0:
-    _main.say(text)
 
 
 def require_seqio() -> None:
@@ -72,11 +66,13 @@ def run(
   windows = asked.windows or _default_windows(loaded.net.sequence_length)
   result = result_lib.about(asked, loaded, protocol, windows)
   before = result_lib.before(out, result)
+  known = {name: task["sha256"] for name, task in sorted(before.items())}
+  _distributed.check_same("result", f"{out}: {known}")
   for name, one in _score(asked, loaded, scorer, protocol, windows, before):
     result["tasks"][name] = one.record
     result_lib.finish(result, scorer, begin)
     result_lib.keep(asked, out, result, name, one)
-  if jax.process_index() == 0:
+  if _distributed.first():
     print(report.text(report.lines(result, others)))
     print("\n" + "\n".join(report.footer(result)))
     print(f"result: {out}")
@@ -96,7 +92,7 @@ def _trained(asked: Asked, step: int | None) -> Loaded:
   params, step = checkpoint.load_params(
     asked.workdir, net, step=step, mesh=mesh
   )
-  _say(f"{config.model.arch} at step {step} of {workdir}")
+  _main.tell(f"{config.model.arch} at step {step} of {workdir}")
   name = workdir.resolve().name
   return Loaded(name, config, net, params, mesh, step, tokenizer)
 
@@ -109,7 +105,7 @@ def _random(name: str, config: _setup.ConfigDict) -> Loaded:
   shardings = sharding.param_shardings(shapes, mesh)
   init = jax.jit(net.init, out_shardings=shardings)
   params = init(jax.random.key(config.train.seed))
-  _say(f"no --workdir: random weights of {name}, which is what chance is")
+  _main.tell(f"no --workdir: random weights of {name}, which is what chance is")
   return Loaded(name, config, net, params, mesh, 0, tokenizer)
 
 
@@ -156,7 +152,7 @@ def _score(
       full = f"{name}_{window}" if window else name
       shown = name if i == 0 else full
       try:
-        one = evaluate.prepare(
+        one = _table1_training.prepare(
           full, pathlib.Path(asked.data_dir), loaded.tokenizer, protocol,
           asked.limit,
         )  # fmt: skip
@@ -165,16 +161,18 @@ def _score(
         continue
       kept = before.get(shown, {"sha256": ""})
       if kept["sha256"] == one.loaded.sha256 and not asked.samples:
-        _say(f"{shown}: was scored before")
+        _main.tell(f"{shown}: was scored before")
         yield shown, evaluate.Result(kept, [])
         continue
       prepared.append(one._replace(name=shown))
       for warning in one.loaded.warnings:
-        _say(f"{shown}: {warning}")
+        _main.tell(f"{shown}: {warning}")
   if not prepared:
     return
   with _Progress() as bar:
-    score = lambda pairs: scorer(loaded.params, pairs, bar.show)
+    score = _distributed.together(
+      lambda pairs: scorer(loaded.params, pairs, bar.show)
+    )
     through = evaluate.through_seqio(prepared, loaded.tokenizer)
     for one in prepared:
       bar.start(one.name, len(one.rows.rows))
@@ -186,13 +184,13 @@ def _told(name: str, result: evaluate.Result) -> evaluate.Result:
   """The result of a task, after its line."""
   record = result.record
   if "error" in record:
-    _say(f"{name}: failed: {record['error']}")
+    _main.tell(f"{name}: failed: {record['error']}")
     return result
   shown = ", ".join(
     f"{key} {_figure(x['value'])} ± {_figure(x['stderr'])}"
     for key, x in record["metrics"].items()
   )
-  _say(
+  _main.tell(
     f"{name}: {record['n_docs']:,} documents, {record['n_rows']:,} rows in "
     f"{record['seconds']:.1f} s: {shown}"
   )
@@ -225,7 +223,7 @@ class _Progress:
       rich.progress.MofNCompleteColumn(),
       rich.progress.TimeRemainingColumn(),
       console=rich.console.Console(stderr=True),
-      disable=self._plain or bool(jax.process_index()),
+      disable=self._plain or not _distributed.first(),
       transient=True,
     )
     self._task = self._bar.add_task("")
@@ -247,4 +245,4 @@ class _Progress:
     self._bar.update(self._task, completed=done, total=total)
     if self._plain and time.monotonic() - self._told > _PATIENCE:
       self._told = time.monotonic()
-      _say(f"{self._name}: {done:,} of {total:,} rows")
+      _main.tell(f"{self._name}: {done:,} of {total:,} rows")

@@ -134,7 +134,6 @@ def _model(asked: Asked, loaded: Loaded) -> dict[str, Any]:
   total = net.parameter_count()
   outside = net.vocab_size * net.width * (1 if net.tied else 2)
   place = f"{asked.workdir}/{files.CHECKPOINTS}/{loaded.step}"
-  one_process = jax.process_count() == 1
   return {
     "config": loaded.name,
     "arch": net.arch,
@@ -147,7 +146,7 @@ def _model(asked: Asked, loaded: Loaded) -> dict[str, Any]:
     "workdir": asked.workdir,
     "checkpoint": place if asked.workdir else "",
     "step": loaded.step,
-    "weights_sha256": stream.weights_hash(loaded.params) if one_process else "",
+    "weights_sha256": stream.weights_hash(_setup.gathered(loaded.params)),
     "random_init": not asked.workdir,
   }
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from absl import logging
 
+from experiments import _distributed
 from nl_jax.eval import encoding, evaluate, metrics, scoring, special
 
 _MAX_LENGTH = 4096  # As experiments.table1 has it by default.
@@ -58,19 +59,33 @@ def make(
   for name, limit in tasks.items():
     prepared[name] = None
     try:
-      prepared[name] = evaluate.prepare(
-        name, folder, tokenizer, protocol, limit
-      )
+      prepared[name] = prepare(name, folder, tokenizer, protocol, limit)
     except evaluate.FAILURES as error:
       _tell(name, evaluate.sentence(error))
 
   def score(params: Any) -> dict[str, float]:
     values = {}
     for name, one in prepared.items():
-      values |= _scored(name, one, lambda pairs: scorer(params, pairs))
+      values |= _scored(
+        name, one, _distributed.together(lambda pairs: scorer(params, pairs))
+      )
     return values
 
   return score
+
+
+def prepare(
+  name: str,
+  folder: pathlib.Path,
+  tokenizer: Any,
+  protocol: encoding.Protocol,
+  limit: int,
+) -> evaluate.Prepared:
+  """`evaluate.prepare`, alike on all processes: where one fails, all do."""
+  return _distributed.agreed(
+    lambda: evaluate.prepare(name, folder, tokenizer, protocol, limit),
+    lambda one: f"{one.loaded.sha256} {len(one.rows.rows)}",
+  )
 
 
 def _scored(

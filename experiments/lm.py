@@ -107,13 +107,14 @@ def main() -> int:
     flops_per_token=flops.training(net, config.data.sequence_length),
   )
   if result.status == "interrupted":
-    _main.tell(f"stopped at step {result.step}; the same command goes on")
+    _main.say(f"stopped at step {result.step}; the same command goes on")
     return _main.INTERRUPTED
   if result.status == "preempted":
     _main.tell(f"saved at step {result.step}; the same command goes on")
     return _PREEMPTED.value
   params = _setup.gathered(result.state["params"])
   if _distributed.first():
+    params = jax.device_put(params, jax.local_devices()[0])
     _finish(net, params, dataset, workdir, result.metrics)
   return _main.DONE
 

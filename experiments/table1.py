@@ -8,6 +8,10 @@ on Hugging Face; the nine tasks are scored zero-shot through the seqio mixture
 kept in --out with all that it depends on. Exit status: 0 every task was scored;
 3 some failed, which the table says; 1 none was scored.
 
+Several processes, as on the workers of a slice, score together: each is started
+with the command (experiments/_distributed.py), and the first one prints and
+writes.
+
 With --config=<name> in the place of --workdir the weights are random: what
 chance is.
 """
@@ -19,9 +23,10 @@ import sys
 
 from absl import flags, logging
 
-from experiments import _flags, _main
+from experiments import _distributed, _flags, _main
 
 _flags.define_config(required=False)
+_distributed.define_flags()
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _DATA = flags.DEFINE_string(
   "data_dir", os.environ.get("NL_DATA", ""),
@@ -79,6 +84,7 @@ def main() -> int:
       f"no folder --data_dir={_DATA.value}: give the folder with the files of "
       "the tasks, <task>.jsonl"
     )
+  _distributed.initialize()
   from experiments import _table1, _table1_result
   from nl_jax.eval import evaluate
 
