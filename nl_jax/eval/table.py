@@ -55,7 +55,8 @@ SOURCES = {
 # Baselines of 340M and 15B tokens, which the paper does not print.
 _TITANS = "titans_arxiv_2501.00663"
 _FILES = ("table1.csv", "table1_titans.csv")
-# The paper's names of our archs, of either version.
+# The paper's names of our archs, of either version. Its "Titans" are the LMM,
+# with the same numbers: of the variants with attention no row is printed.
 _MODELS = {
   "hope": ("HOPE (ours)", "Hope"),
   "transformer": ("Transformer++",),
@@ -65,7 +66,10 @@ _MODELS = {
   "ttt_mlp": ("TTT",),
   "titans_lmm": ("Titans (LMM)", "Titans"),
   "samba": ("Samba*",),
+  "rwkv7": ("RWKV-7",),
   "comba": ("Comba",),
+  "dla": ("DLA",),
+  "memora": ("Miras (Memora)",),
 }
 _SIZES = {"340M": 340e6, "760M": 760e6, "1.3B": 1.3e9}
 

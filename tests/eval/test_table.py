@@ -5,6 +5,7 @@ import math
 import pytest
 
 from nl_jax.eval import report, requests, table
+from nl_jax.models import lm
 from tests import test_imports
 
 
@@ -104,6 +105,9 @@ def test_a_failed_task_is_an_empty_cell():
   ("titans_lmm", 76 * 10**7, "neurips", "Titans (LMM) 760M/30B [neurips"),
   ("titans_lmm", 34 * 10**7, "neurips", "Titans (LMM) 340M/15B [titans_"),
   ("ttt_mlp", 13 * 10**8, "arxiv", "TTT 1.3B/100B [arxiv"),
+  ("rwkv7", 76 * 10**7, "arxiv", "RWKV-7 760M/30B [arxiv"),
+  ("memora", 13 * 10**8, "arxiv", "Miras (Memora) 1.3B/100B [arxiv"),
+  ("dla", 10**6, "arxiv", "DLA 760M/30B [arxiv"),
 ])  # fmt: skip
 def test_the_published_row_beside(arch, parameters, version, name):
   made = result(arch, parameters, version)
@@ -114,6 +118,20 @@ def test_the_published_row_beside(arch, parameters, version, name):
   assert away == pytest.approx(25 - float(lines[2].cells["piqa_acc"]))
   sizes = {line.name.split("/")[0].split()[-1] for line in lines[4:]}
   assert len(sizes) == 1  # The baselines of the same size.
+
+
+def test_every_printed_model_is_one_of_ours():
+  """But for Titans' own table, all of whose rows are baselines."""
+  names = {name for names in table._MODELS.values() for name in names}
+  printed = {row.model for row in table.published()}
+  assert names <= printed and printed - names == {"Gated DeltaNet"}
+  assert set(table._MODELS) <= set(lm.MIXERS)
+
+
+@pytest.mark.parametrize("arch", ["titans_mac", "titans_mag", "titans_mal"])
+def test_titans_with_attention_are_not_the_printed_ones(arch):
+  made = result(arch, 13 * 10**8, "arxiv")
+  assert "no published row of this model" in report.footer(made)
 
 
 def test_no_published_row():
