@@ -60,6 +60,7 @@ def main() -> int:
 
   if _RESUME.value and _INIT.value:
     raise ValueError("--resume_from and --init_from are two ways; give one")
+  _refuse_stores()
   if not _DESCRIBE.value:
     _distributed.initialize(preemption=True)
   config = _setup.resolve(flags.FLAGS.config)
@@ -117,6 +118,17 @@ def main() -> int:
     params = jax.device_put(params, jax.local_devices()[0])
     _finish(net, params, dataset, workdir, result.metrics)
   return _main.DONE
+
+
+def _refuse_stores() -> None:
+  """pathlib would make a folder `gs:` here."""
+  for flag in (_WORKDIR, _RESUME, _INIT):
+    if "://" in (flag.value or ""):
+      raise ValueError(
+        f"--{flag.name}={flag.value} is in a store, and a run renames, "
+        "appends and locks in a folder; mount the bucket (gcsfuse, as experiments/launch does: "
+        "docs/launch.md), or give a disk"
+      )
 
 
 def _workdir() -> pathlib.Path:
