@@ -43,7 +43,8 @@ def parse(text: str) -> Steps | None:
 class Profile:
   """Writes the trace of one start of a run; a context manager.
 
-  Only process 0 traces: its devices do what all do.
+  Only process 0 traces, since its devices do what all do; but all ask when it
+  begins and ends, for all look at their metrics then.
   """
 
   def __init__(self, steps: Steps | None, folder: pathlib.Path, start: int):
@@ -54,8 +55,7 @@ class Profile:
       folder: of the run; the trace goes to its `profile/`.
       start: updates made before; a trace that begins earlier is not made.
     """
-    asked = steps is not None and jax.process_index() == 0
-    self._steps = steps if asked and start < steps.first else None
+    self._steps = steps if steps and start < steps.first else None
     self._folder = folder / FOLDER
     self._on = False
 
@@ -63,7 +63,7 @@ class Profile:
     return self
 
   def __exit__(self, *error: object) -> None:
-    if self._on:
+    if self._on:  # The run ended inside.
       self.end()
 
   def begins(self, step: int) -> bool:
@@ -80,17 +80,19 @@ class Profile:
     Raises:
       StorageError: the folder cannot be made.
     """
-    with files.writing(self._folder):
-      self._folder.mkdir(exist_ok=True)
-    options = jax.profiler.ProfileOptions()
-    # Calls of Python would be most of the file, and slow what is measured.
-    options.python_tracer_level = 0
-    jax.profiler.start_trace(self._folder, profiler_options=options)
+    if jax.process_index() == 0:
+      with files.writing(self._folder):
+        self._folder.mkdir(exist_ok=True)
+      options = jax.profiler.ProfileOptions()
+      # Calls of Python would be most of the file, and slow what is measured.
+      options.python_tracer_level = 0
+      jax.profiler.start_trace(self._folder, profiler_options=options)
     self._on = True
     return f"tracing steps {self._steps.first} to {self._steps.last}"
 
   def end(self) -> str:
     """Writes the trace; says where it is."""
     self._on = False
-    jax.profiler.stop_trace()
+    if jax.process_index() == 0:
+      jax.profiler.stop_trace()
     return f"traced; to look at it: xprof --logdir={self._folder}"

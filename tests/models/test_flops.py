@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
+from experiments import _compile_hlo, _flags, _setup
 from nl_jax import memory
 from nl_jax.memory import linear, mlp
 from nl_jax.models import flops, incontext, mamba
@@ -183,6 +183,16 @@ def test_forward_is_the_products_of_the_program(name):
   else:
     wanted += net.units * of_mixer(net, tokens)
   assert counted == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_compiled_program_of_attention_makes_just_that():
+  net, tokens = model_of("transformer_tiny:smoke")
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  row = jax.ShapeDtypeStruct((1, tokens), np.int32)
+  run = jax.jit(lambda p, x: net.apply(p, x)[0])
+  text = run.lower(params, row).compile().as_text()
+  wanted = tokens * flops.forward(net, tokens).total
+  assert _compile_hlo.count(text, {}).flops == wanted
 
 
 @pytest.mark.parametrize("name", TRAINED)

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _compile_chips
+from experiments import _compile_chips, _flags, _setup
 from nl_jax import sharding
 from nl_jax.train import files, loop, progress, timer
 from tests.train import stub
@@ -113,3 +113,19 @@ def test_no_mfu_is_said_once(tmp_path, one_device, monkeypatch):
   assert told == ["no MFU: the peak rate of 'cpu' is not known"]
   text = (tmp_path / "metrics.jsonl").read_text()
   assert "mfu" not in text and "flops" not in text
+
+
+def test_names_in_a_trace_tell_levels_apart():
+  config = _setup.resolve(_flags.load_config("hope_tiny:smoke"))
+  net = _setup.model(config)
+  made = _setup.make_optimizer(config, net)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  opt = jax.eval_shape(made.tx.init, params)
+  tokens = jax.ShapeDtypeStruct((1, 16), np.int32)
+  step = lambda params, opt, tokens: (
+    net.apply(params, tokens)[0], made.tx.update(params, opt, params)
+  )  # fmt: skip
+  text = jax.jit(step).lower(params, opt, tokens).as_text(debug_info=True)
+  for name in ("mixer/generators", "mixer/memory", "CMS/high", "CMS/low",
+               "output", "cms/mid"):  # fmt: skip
+    assert f"{name}/" in text, name
