@@ -125,9 +125,9 @@ def _refuse_stores() -> None:
   for flag in (_WORKDIR, _RESUME, _INIT):
     if "://" in (flag.value or ""):
       raise ValueError(
-        f"--{flag.name}={flag.value} is in a store, and a run renames, "
-        "appends and locks in a folder; mount the bucket (gcsfuse, as experiments/launch does: "
-        "docs/launch.md), or give a disk"
+        f"--{flag.name}={flag.value} is in a store, and a run renames, appends "
+        "and locks in a folder; mount the bucket (gcsfuse, as "
+        "experiments/launch does: docs/launch.md), or give a disk"
       )
 
 
