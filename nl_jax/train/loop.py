@@ -70,7 +70,7 @@ class Settings:
   profile_steps: str = ""
 
   def __post_init__(self):
-    profile.parse(self.profile_steps)
+    traced = profile.parse(self.profile_steps)
     least = {
       "train.steps": (self.steps, 1),
       "train.log_every": (self.log_every, 1),
@@ -87,6 +87,11 @@ class Settings:
         raise ValueError(
           f"{key} must be a whole number of at least {bound}, got {value!r}"
         )
+    if traced and traced.first > self.steps:
+      raise ValueError(
+        f"train.profile_steps={self.profile_steps} begins behind train.steps="
+        f"{self.steps}; give earlier steps"
+      )
     if self.nan_policy not in _POLICIES:
       raise ValueError(
         f"train.nan_policy must be one of {', '.join(_POLICIES)}; got "

@@ -9,6 +9,7 @@ import re
 from typing import NamedTuple
 
 import jax
+from absl import logging
 
 from nl_jax.train import files
 
@@ -63,8 +64,14 @@ class Profile:
     return self
 
   def __exit__(self, *error: object) -> None:
-    if self._on:  # The run ended inside.
+    if not self._on:
+      return
+    try:  # The run ended inside.
       self.end()
+    except files.StorageError as failed:
+      if error[0] is None:
+        raise
+      logging.warning("%s", failed)  # What ended the run is to be told.
 
   def begins(self, step: int) -> bool:
     """Whether the trace begins at state `step`."""
@@ -91,8 +98,15 @@ class Profile:
     return f"tracing steps {self._steps.first} to {self._steps.last}"
 
   def end(self) -> str:
-    """Writes the trace; says where it is."""
+    """Writes the trace; says where it is.
+
+    Raises:
+      StorageError: it cannot be written.
+    """
     self._on = False
     if jax.process_index() == 0:
-      jax.profiler.stop_trace()
+      try:
+        jax.profiler.stop_trace()
+      except jax.errors.JaxRuntimeError as failed:
+        raise files.StorageError.of(self._folder, failed) from failed
     return f"traced; to look at it: xprof --logdir={self._folder}"

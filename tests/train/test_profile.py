@@ -55,15 +55,18 @@ def test_a_run_that_ends_inside_writes_what_there_is(tmp_path, one_device):
   assert len(traces(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("asked", ["2:4", "11:12"])
-def test_steps_that_are_not_made_are_not_traced(tmp_path, one_device, asked):
+def test_steps_that_are_made_are_not_traced_again(tmp_path, one_device):
   stub.run(tmp_path, mesh=one_device, steps=6)
-  stub.run(tmp_path, mesh=one_device, steps=10, profile_steps=asked)
+  stub.run(tmp_path, mesh=one_device, steps=10, profile_steps="6:8")
   assert not (tmp_path / "profile").exists()
+  with pytest.raises(ValueError, match="begins behind train.steps=10"):
+    loop.Settings(steps=10, profile_steps="11:12")
 
 
-def test_a_folder_that_cannot_be_made(tmp_path, one_device):
-  (tmp_path / "profile").write_text("")
+@pytest.mark.parametrize("name", ["profile", "profile/plugins"])
+def test_a_trace_that_cannot_be_written(tmp_path, one_device, name):
+  (tmp_path / name).parent.mkdir(exist_ok=True)
+  (tmp_path / name).write_text("")
   with pytest.raises(files.StorageError, match="profile cannot be written"):
     stub.run(tmp_path, mesh=one_device, profile_steps="2:3")
 
