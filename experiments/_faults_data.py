@@ -11,9 +11,9 @@ from nl_jax.data import partition, preparation, sources
 
 TEXT = "corpus.jsonl"
 SHARDS = "prepared"
+LENGTH = 64  # Tokens of a row, as in configs of the smoke size.
 _DOCUMENTS = 60
 _SHARD_BYTES = 4096
-_LENGTH = 64  # Of the configs' smoke size.
 _ALIGNMENT = 16  # Of the matrix memories, and good for attention.
 
 
@@ -35,7 +35,7 @@ def prepare(folder: pathlib.Path) -> pathlib.Path:
     kind="jsonl",
     path=str(text),
     tokenizer="bytes",
-    sequence_length=_LENGTH,
+    sequence_length=LENGTH,
     alignment=_ALIGNMENT,
     shard_bytes=_SHARD_BYTES,
   )

@@ -14,10 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from experiments import _main, lm
-from nl_jax.train import loop
-
-_train = loop.train
+from experiments import _main
 
 
 class _Poisoned:
@@ -40,22 +37,23 @@ class _Poisoned:
     return {**rows, "weights": weights_BxT}
 
 
-def main() -> int:
-  """Runs the command; returns its exit status."""
-  return lm.main()
+def main(batch: int) -> None:
+  """Runs the command, with a batch that is not finite."""
+  # Imported here: its flags are defined only where it runs.
+  from experiments import lm
+  from nl_jax.train import loop
 
+  train = loop.train
 
-def _arrange(batch: int) -> None:
-  """Puts the poison in, and has small programs compiled once too."""
-
-  def train(*, data: Any, **arguments: Any) -> loop.Result:
+  def poisoned(*, data: Any, **arguments: Any) -> loop.Result:
+    # Small programs are compiled once too.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return _train(data=_Poisoned(data, batch), **arguments)
+    return train(data=_Poisoned(data, batch), **arguments)
 
-  loop.train = train
+  loop.train = poisoned
   lm._finish = lambda *result: None
+  _main.run(lm.main)
 
 
 if __name__ == "__main__":
-  _arrange(int(sys.argv.pop(1)))
-  _main.run(main)
+  main(int(sys.argv.pop(1)))

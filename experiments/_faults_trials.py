@@ -92,7 +92,7 @@ def whole(place: Place, config: str, *, skipped: bool) -> Whole:
     skipped: with the batch that `kinds.SKIPPED` skips.
 
   Raises:
-    RuntimeError: it fails, or the second is not as the first.
+    ValueError: it fails, or the second is not as the first.
   """
   name = config.replace(":", "_") + ("_skipped" if skipped else "")
   folder = place.folder / "whole" / name
@@ -109,12 +109,13 @@ def whole(place: Place, config: str, *, skipped: bool) -> Whole:
     )  # fmt: skip
     ended = _finish(scene, skipped)
     if ended.status:
-      raise RuntimeError(
-        f"a run that nothing was done to failed: {ended.said[-2000:]}"
+      last = ended.said.strip().rpartition("\n")[2]
+      raise ValueError(
+        f"a run of {config} that nothing was done to failed: {last}"
       )
     records.append(judge.read(scene.workdir))
   if found := judge.differences(*records):
-    raise RuntimeError(
+    raise ValueError(
       "two runs that nothing was done to are not the same, so nothing can be "
       f"judged: {judge.told(found)}"
     )
@@ -167,7 +168,10 @@ def run(place: Place, trial: Trial, unhurt: Whole) -> dict[str, Any]:
       continue
     break
   else:
-    raise RuntimeError(f"{trial.kind}: no moment came before the run's end")
+    raise ValueError(
+      f"{trial.kind}: {_ATTEMPTS} runs were done before the moment of their "
+      "fault came; start the same command again"
+    )
   if result["outcome"] == WRONG:
     for i, ended in enumerate(scene.ended):
       (folder / f"said_{i}.txt").write_text(ended.said, encoding="utf-8")

@@ -15,7 +15,6 @@ where it was stopped. Status 3: a run went wrong; its folder stays.
 """
 
 import difflib
-import os
 import pathlib
 import resource
 import signal
@@ -46,8 +45,10 @@ RESULT = "faults.json"
 
 def main() -> int:
   """Runs the command; returns its exit status."""
-  # Before any device is asked for: those are for the runs.
-  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  import jax
+
+  # The accelerator is the runs'.
+  jax.config.update("jax_platforms", "cpu")
   from experiments import _faults_kinds as kinds
   from nl_jax.train import files
 
@@ -58,8 +59,7 @@ def main() -> int:
   if _KILLS.value is None:
     raise ValueError("--kills is required: how many faults")
   only = _chosen(list(kinds.KINDS))
-  for config in _CONFIGS.value:
-    _flags.load_config(config)
+  _check_configs()
   folder = pathlib.Path(_WORKDIR.value).resolve()
   logging.set_verbosity(logging.WARNING)
   # A SIGTERM ends the run under way too.
@@ -86,6 +86,19 @@ def _chosen(known: list[str]) -> list[str]:
       "process; leave it out"
     )
   return _ONLY.value or [k for k in known if limits or k != "full_disk"]
+
+
+def _check_configs() -> None:
+  """Raises ValueError for a config that the corpus does not fit."""
+  from experiments import _faults_data as data
+
+  for name in _CONFIGS.value:
+    length = _flags.load_config(name).data.sequence_length
+    if length != data.LENGTH:
+      raise ValueError(
+        f"--configs are those of the smoke size, with data.sequence_length="
+        f"{data.LENGTH}; got {name!r} with {length}: give {name}:smoke"
+      )
 
 
 def _claim(folder: pathlib.Path, only: list[str]) -> None:
