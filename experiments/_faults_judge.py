@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pathlib
+import threading
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from nl_jax import sharding
 from nl_jax.train import checkpoint, files, metrics
 
 _CLOCK = ("wall_time", "train_seconds")
+_ONE = threading.Lock()  # Orbax is not made for many threads.
 _SHOWN = 3  # Differences that are told.
 
 
@@ -68,7 +70,7 @@ def _timeless(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _leaves(place: pathlib.Path) -> dict[str, str]:
-  with ocp.PyTreeCheckpointer() as checkpointer:
+  with _ONE, ocp.PyTreeCheckpointer() as checkpointer:
     state = checkpointer.restore(place.resolve())
   found = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):

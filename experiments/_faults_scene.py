@@ -26,11 +26,17 @@ HEALTHY = -1  # No batch is poisoned.
 _ROOT = pathlib.Path(__file__).parents[1]
 _PATIENCE = 300.0  # Seconds; a start that takes longer hangs.
 _POLL = 0.002
+_stopped = threading.Event()
+_alive: set["Start"] = set()
 _FROM = re.compile(r"^going on from step (\d+) in ", re.M)
 
 
 class WrongError(AssertionError):
   """A run did what it must not; the message says what."""
+
+
+class StoppedError(Exception):
+  """The command ends: no more starts."""
 
 
 class MissedError(Exception):
@@ -86,6 +92,8 @@ class Start:
 
   def __init__(self, arguments: list[str], poison: int):
     """Args: flags of `experiments.lm`, and the batch that is not finite."""
+    if _stopped.is_set():
+      raise StoppedError
     self._begun = time.time()
     self.process = subprocess.Popen(
       [sys.executable, "-m", "experiments._faults_run", str(poison)]
@@ -99,6 +107,7 @@ class Start:
     read = lambda: self._said.append(self.process.stderr.read())
     self._reader = threading.Thread(target=read, daemon=True)
     self._reader.start()
+    _alive.add(self)
 
   def wait(self) -> Ended:
     """Waits for the end.
@@ -120,6 +129,14 @@ class Start:
       self.process.kill()
       self.process.wait()
     self._reader.join()
+    _alive.discard(self)
+
+
+def stop() -> None:
+  """Kills all starts, and lets none begin."""
+  _stopped.set()
+  for start in list(_alive):
+    start.process.kill()
 
 
 class Scene:

@@ -33,6 +33,16 @@ class Trial(NamedTuple):
   kind: str
   config: str
 
+  @property
+  def whole(self) -> tuple[str, bool]:
+    """Config, and whether a batch is skipped, of the run it must equal."""
+    return self.config, self.kind == kinds.SKIPPED
+
+
+def of(result: Mapping[str, Any]) -> Trial:
+  """The trial of a result."""
+  return Trial(*(result[name] for name in Trial._fields))
+
 
 class Whole(NamedTuple):
   """A run that nothing was done to.

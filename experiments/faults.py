@@ -10,10 +10,11 @@ parameters, optimizer state and metrics, bit for bit, as a run that was left
 alone, or say in one sentence what is wrong; then what the sentence asks for is
 done, and the next start must end so.
 
-Prints a table in Markdown and writes faults.json. The same command goes on
-where it was stopped. Status 3: a run went wrong; its folder stays.
+Prints a table in Markdown and writes faults.json. The same command, with
+more --kills perhaps, goes on where it was stopped. Status 3: a run went wrong; its folder stays.
 """
 
+import concurrent.futures
 import difflib
 import pathlib
 import resource
@@ -38,6 +39,9 @@ _CONFIGS = flags.DEFINE_list(
   "configs",
   ["transformer_tiny:smoke", "hope_linear_tiny:smoke"],
   "Configs of the runs, in turn.",
+)
+_JOBS = flags.DEFINE_integer(
+  "jobs", 1, "How many runs at a time.", lower_bound=1
 )
 _PLAN = "plan.json"
 RESULT = "faults.json"
@@ -129,31 +133,51 @@ def _claim(folder: pathlib.Path, only: list[str]) -> None:
 def _trials(folder: pathlib.Path, only: list[str]) -> list[dict[str, Any]]:
   """All trials, those that were done before read from their files."""
   from experiments import _faults_data as data
-  from experiments import _faults_kinds as kinds
+  from experiments import _faults_scene as scene
   from experiments import _faults_trials as trials
   from nl_jax.train import files
 
   place = trials.Place(folder, _SEED.value)
   place.corpus.mkdir(exist_ok=True)
   data.prepare(place.corpus)
-  results, wholes = [], {}
-  for i in range(_KILLS.value):
-    config = _CONFIGS.value[(i + i // len(only)) % len(_CONFIGS.value)]
-    trial = trials.Trial(i, only[i % len(only)], config)
-    path = folder / "trials" / f"{i:04d}.json"
-    if path.exists():
-      results.append(files.read_json(path))
-      continue
-    key = (config, trial.kind == kinds.SKIPPED)
-    if key not in wholes:
+  path = lambda trial: folder / "trials" / f"{trial.number:04d}.json"
+  plan = [
+    trials.Trial(
+      i, only[i % len(only)],
+      _CONFIGS.value[(i + i // len(only)) % len(_CONFIGS.value)],
+    )
+    for i in range(_KILLS.value)
+  ]  # fmt: skip
+  open_ = [trial for trial in plan if not path(trial).exists()]
+  wholes = _wholes(place, open_)
+  (folder / "trials").mkdir(exist_ok=True)
+  pool = concurrent.futures.ThreadPoolExecutor(_JOBS.value)
+  try:
+    futures = [
+      pool.submit(trials.run, place, trial, wholes[trial.whole])
+      for trial in open_
+    ]
+    for future in concurrent.futures.as_completed(futures):
+      result = future.result()
+      files.write_json(path(trials.of(result)), result)
+      _main.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+    scene.stop()
+  return [files.read_json(path(trial)) for trial in plan]
+
+
+def _wholes(place: Any, open_: list[Any]) -> dict[Any, Any]:
+  """The runs that nothing is done to, of some trials."""
+  from experiments import _faults_trials as trials
+
+  found = {}
+  for trial in open_:
+    if trial.whole not in found:
+      config, skipped = trial.whole
       _main.say(f"{config}: a run that nothing is done to")
-      wholes[key] = trials.whole(place, config, skipped=key[1])
-    result = trials.run(place, trial, wholes[key])
-    path.parent.mkdir(exist_ok=True)
-    files.write_json(path, result)
-    _main.say(f"{i + 1}/{_KILLS.value} {_told(result)}")
-    results.append(result)
-  return results
+      found[trial.whole] = trials.whole(place, config, skipped=skipped)
+  return found
 
 
 def _told(result: dict[str, Any]) -> str:

@@ -35,6 +35,9 @@ def _small(command: list[str]) -> list[str]:
   memories = any(x.startswith(("--memory", "raster")) for x in command)
   fast = "hope_linear_tiny" if memories else "transformer_tiny"
   name, *args = [x.replace("hope_tiny", fast) for x in command]
+  if name == "faults":
+    # Faults themselves: tests/experiments/test_faults.py.
+    args.append("--only=list")
   for i, arg in enumerate(args):
     if re.fullmatch(r"--config=\w+", arg):
       args[i] = f"{arg}:smoke"

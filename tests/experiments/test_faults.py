@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -186,6 +187,16 @@ def test_figures_of_a_resume(tmp_path):
   expected = {"resumed_from": 4, "steps_lost": 4, "seconds_lost": 5.5}
   assert trials.lost(scene, ended) == expected
   assert scene_lib.begun_at("starting from scratch in x\n") == 0
+
+
+def test_a_command_that_ends_leaves_no_process_behind(monkeypatch):
+  monkeypatch.setattr(scene_lib, "_stopped", threading.Event())
+  start = scene_lib.Start([], scene_lib.HEALTHY)
+  scene_lib.stop()
+  assert start.wait().status == -9
+  start.close()
+  with pytest.raises(scene_lib.StoppedError):
+    scene_lib.Start([], scene_lib.HEALTHY)
 
 
 def test_the_table_counts_each_outcome():
