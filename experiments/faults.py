@@ -10,8 +10,9 @@ parameters, optimizer state and metrics, bit for bit, as a run that was left
 alone, or say in one sentence what is wrong; then what the sentence asks for is
 done, and the next start must end so.
 
-Prints a table in Markdown and writes faults.json. The same command, with
-more --kills perhaps, goes on where it was stopped. Status 3: a run went wrong; its folder stays.
+Prints a table in Markdown and writes faults.json. The same command, with more
+--kills perhaps, goes on where it was stopped. Status 3: a run went wrong; its
+folder stays.
 """
 
 import concurrent.futures
