@@ -1,4 +1,8 @@
-"""Test set-up: eight CPU devices, strict broadcasting, a compilation cache."""
+"""Test set-up: eight CPU devices, strict broadcasting, a compilation cache.
+
+Most of the suite's time is compiling, so code is optimised little; commands
+that tests start inherit that.
+"""
 
 import gc
 import os
@@ -6,6 +10,7 @@ import pathlib
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
