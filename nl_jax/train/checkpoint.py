@@ -19,12 +19,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from nl_jax import sharding
-from nl_jax.train import files, seal
+from nl_jax.train import files, reading, seal
 
 _ITEMS = ("state", "data", "meta")
 _DAMAGED = "damaged"
-# What orbax and tensorstore raise for files that are torn, gone or garbled.
-_DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
 # What they raise where the disk is full or gone.
 _REFUSED = (ValueError, OSError, jax.errors.JaxRuntimeError)
 
@@ -210,11 +208,10 @@ class Checkpoints:
     damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
-        with _damage_told():
-          restored = self._read(step, like)
+        restored = self._read(step, like)
       except LeavesMismatchError:
         raise
-      except _DAMAGE as error:
+      except reading.DAMAGE as error:
         damaged[step] = error
         continue
       self._set_aside(damaged, step)
@@ -228,14 +225,7 @@ class Checkpoints:
     return None
 
   def _read(self, step: int, like: Any) -> Restored:
-    # Read first: a mismatch must not look like damage.
-    args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-    meta = seal.open_(self._manager.restore(step, args=args).meta)
-    _check_leaves(step, meta["leaves"], describe_leaves(like))
-    args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-    )
-    items = self._manager.restore(step, args=args)
+    meta, items = reading.agreed(lambda: self._read_items(step, like))
     if int(items.state["step"]) != step:
       raise StepMismatchError(
         f"the checkpoint of step {step} holds a state of step "
@@ -245,6 +235,20 @@ class Checkpoints:
     if items.data != meta.get("data", items.data):
       raise seal.BrokenSealError("its place in the data is not what was saved")
     return Restored(step, items.state, items.data, meta)
+
+  def _read_items(self, step: int, like: Any) -> tuple[dict[str, Any], Any]:
+    """`meta`, and the other items; no process waits for another."""
+    place = self._folder / str(step)
+    handler = ocp.CompositeCheckpointHandler()
+    with reading.reader(handler) as reader:
+      # Read first: a mismatch must not look like damage.
+      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
+      meta = seal.open_(reader.restore(place, args=args).meta)
+      _check_leaves(step, meta["leaves"], describe_leaves(like))
+      args = ocp.args.Composite(
+        state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
+      )
+      return meta, reader.restore(place, args=args)
 
   def _set_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
     """Moves unreadable steps away: orbax takes no step before its latest."""
@@ -270,17 +274,6 @@ class Checkpoints:
 
       multihost_utils.sync_global_devices("damaged checkpoints")
     self._manager.reload()
-
-
-@contextlib.contextmanager
-def _damage_told() -> Iterator[None]:
-  """Where one array of many is torn, orbax raises an Exception of no type."""
-  try:
-    yield
-  except Exception as error:
-    if type(error) is not Exception or not isinstance(error.__cause__, _DAMAGE):
-      raise
-    raise error.__cause__ from None
 
 
 def describe_leaves(state: Any) -> dict[str, str]:
@@ -390,7 +383,7 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
     raise _no_checkpoint(workdir)
   try:
     saved = _meta(pathlib.Path(workdir), step)["leaves"]
-  except _DAMAGE:
+  except reading.DAMAGE:
     return  # An older one may be whole: reading finds it.
   expected = describe_leaves(like)
   if params_only:
@@ -423,7 +416,8 @@ def load_params(
 ) -> tuple[Any, int]:
   """Loads the parameters of a run, without its optimizer.
 
-  Nothing in the workdir is changed: damaged checkpoints are passed over.
+  Nothing in the workdir is changed: damaged checkpoints are passed over. Of
+  several processes all call it.
 
   Args:
     workdir: of the run.
@@ -451,11 +445,10 @@ def load_params(
   error = None
   for candidate in candidates:
     try:
-      with _damage_told():
-        return _read_params(folder, candidate, like), candidate
+      return _read_params(folder, candidate, like), candidate
     except LeavesMismatchError:
       raise
-    except _DAMAGE as e:
+    except reading.DAMAGE as e:
       logging.warning(
         "checkpoint of step %d cannot be read (%s)", candidate, _first_line(e)
       )
@@ -482,18 +475,21 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
   place = folder / files.CHECKPOINTS / str(step)
-  meta = _meta(folder, step)
-  saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
   item = {"params": like}
-  _check_leaves(step, saved, describe_leaves(item))
-  with ocp.PyTreeCheckpointer() as checkpointer:
-    restored = checkpointer.restore(
-      place / "state",
-      args=ocp.args.PyTreeRestore(
+
+  def read() -> tuple[dict[str, Any], Any]:
+    meta = _meta(folder, step)
+    saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
+    _check_leaves(step, saved, describe_leaves(item))
+    handler = ocp.PyTreeCheckpointHandler()
+    with reading.reader(handler) as reader:
+      args = ocp.args.PyTreeRestore(
         item=item,
         restore_args=ocp.checkpoint_utils.construct_restore_args(item),
         partial_restore=True,
-      ),
-    )
+      )
+      return meta, reader.restore(place / "state", args=args)
+
+  meta, restored = reading.agreed(read)
   seal.check_sums(restored, meta)
   return restored["params"]
