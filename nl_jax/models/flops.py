@@ -376,19 +376,34 @@ def _task(model: incontext.InContextModel, tokens: int) -> float:
   """The inner backward pass of levels that learn from the task loss.
 
   Through slow kernels one product for each of the forward pass, the gradient
-  of its input; through fast ones, attention and memories two. The micro-chunk
+  of its input; through fast ones, attention and memories two. It ends at the
+  first fast level, whose input no fast weight is before; and the micro-chunk
   that stays open is not learned from. Replays of `nested_meta="full"` are not
   counted.
   """
   base, chunk = model.base, model.options.chunks[0]
-  unit = _unit(base, tokens)
+  unit, count = _unit(base, tokens), model.fast_layers
   fast = _feed_forward(base, model.fast_levels)
-  passed = unit.total + unit.attention + unit.memories + fast
+  passed = (count - 1) * (unit.total + unit.attention + unit.memories + fast)
+  passed += _first_layer(model)
   if model.options.rule == "dgd":
-    passed += 2 * fast  # The erase, and its gradient by the kernels.
+    passed += 2 * count * fast  # The erase, and its gradient by the kernels.
   closed = (tokens - 1) // chunk * chunk / tokens
-  output = 2.0 * base.vocab_size * base.width
-  return closed * (model.fast_layers * passed + output)
+  return closed * (passed + 2.0 * base.vocab_size * base.width)
+
+
+def _first_layer(model: incontext.InContextModel) -> float:
+  """The same through the feed-forward part of the first fast layer."""
+  chain = model.base.cms.variant != "independent"
+  total, reached = 0.0, False
+  for name in model.base.cms.levels:
+    one, learns = _feed_forward(model.base, (name,)), name in model.fast_levels
+    # 6 D F: to its kernels; 2 D F: through w_down; 4 D F: to its input.
+    total += learns * 4 / 3 * one
+    if chain and reached:
+      total += one * (2 / 3 if learns else 1)
+    reached = reached or learns
+  return total
 
 
 def _local(model: incontext.InContextModel) -> float:

@@ -143,11 +143,11 @@ def of_hope(options, K):
 def in_context(net, tokens):
   """The same of a model whose levels learn in context.
 
-  Micro-chunks are calls of their own, which lay their tokens on the memories'
-  grid: a chunk more.
+  Mixers behind a fast level run in micro-chunks. These are calls of their own,
+  which lay their tokens on the memories' grid: a chunk more.
   """
   base, chunk, options = net.base, net.options.chunks[0], net.base.memory
-  own = of_mixer(base, tokens)
+  own, behind = of_mixer(base, tokens), net.fast_layers - 1
   closed = (tokens - 1) // chunk * chunk / tokens
   if base.arch == "hope_attention":
     span = min(chunk, options.window) + options.window - 1
@@ -160,7 +160,10 @@ def in_context(net, tokens):
     more = calls * (walked + own) - walked
     once = calls * (walked + own) - base.heads * calls * simpler(base)
     more += 2 * closed * (once - walked)
-  return (base.units - net.fast_layers) * own + net.fast_layers * more
+  more = (base.units - behind) * own + behind * more
+  if net.options.rule == "dgd":  # Sums over tokens, one a kernel.
+    more += closed * 6 * net.fast_layers * len(net.fast_levels)
+  return more
 
 
 def simpler(base):
@@ -182,6 +185,24 @@ def test_forward_is_the_products_of_the_program(name):
     wanted += in_context(net, tokens)
   else:
     wanted += net.units * of_mixer(net, tokens)
+  assert counted == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("name,change", [
+  ("hope_attention_incontext_tiny", dict(fast_layers=2)),
+  ("hope_attention_incontext_tiny", dict(fast_levels=("mid", "low"))),
+  ("hope_attention_incontext_tiny", dict(variant="independent")),
+  ("hope_attention_incontext_tiny", dict(fast_layers=2, rule="dgd")),
+  ("hope_incontext_tiny", dict(
+    fast_layers=2, fast_levels=("high",), chunks=(8,), rates=(0.1,))),
+])  # fmt: skip
+def test_other_ways_to_learn_in_context(name, change):
+  config = _flags.load_config(f"{name}:smoke")
+  config.model.cms.update(change)
+  config = _setup.resolve(config)
+  net, tokens = _setup.model(config), config.data.sequence_length
+  counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
+  wanted = flops.forward(net, tokens).total + in_context(net, tokens)
   assert counted == pytest.approx(wanted, rel=1e-12)
 
 
