@@ -165,6 +165,7 @@ def _trials(folder: pathlib.Path, only: list[str]) -> list[dict[str, Any]]:
   finally:
     pool.shutdown(wait=False, cancel_futures=True)
     scene.stop()
+    pool.shutdown()  # The folder stays locked until then.
   return [files.read_json(path(trial)) for trial in plan]
 
 
