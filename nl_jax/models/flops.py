@@ -351,6 +351,7 @@ def _hope(model: lm.LanguageModel, tokens: int) -> Flops:
   return Flops(projections=projections, memories=H * one)
 
 
+# By model.arch: (model, tokens of a sequence) -> Flops of a unit of the stack.
 MIXERS: dict[str, Callable[[lm.LanguageModel, int], Flops]] = {
   "comba": _delta,
   "deltanet": _delta,

@@ -16,7 +16,7 @@ import pytest
 from experiments import _compile_hlo, _flags, _setup
 from nl_jax import memory
 from nl_jax.memory import linear, mlp
-from nl_jax.models import flops, incontext, mamba
+from nl_jax.models import flops, incontext, lm, mamba
 
 _TINY = [n for n in _flags.config_names() if n.endswith("_tiny")]
 NAMES = [n + arg for n in _TINY for arg in ("", ":smoke")]
@@ -224,6 +224,10 @@ def test_training_is_at_most_three_times_the_forward_pass(name):
   forward = traced(loss, net, tokens)
   assert 2.8 < traced(jax.grad(loss), net, tokens) / forward <= 3
   assert flops.training(net, tokens) == 3 * flops.forward(net, tokens).total
+
+
+def test_every_mixer_has_a_formula():
+  assert set(flops.MIXERS) == set(lm.MIXERS)
 
 
 @pytest.mark.parametrize("name", _flags.config_names())
