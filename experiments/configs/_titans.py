@@ -25,7 +25,7 @@ def dla(size: str, arg: str) -> ConfigDict:
   memory = _memory(shape)
   memory.objective = "dot"  # What makes it DLA.
   memory.momentum = "off"  # So does this.
-  del memory.beta_bias
+  del memory.beta_bias, memory.inner_muon
   memory.retention_target = "init"  # At 0 two layers have no gradient; ours.
   memory.eta_max = 0.02  # Above it products of layers grow; ours.
   return _common.baseline("dla", size, shape, memory, learning_rate=None)
@@ -38,7 +38,7 @@ def memora(size: str, arg: str) -> ConfigDict:
   memory = _memory(shape)
   memory.arch = "mlp_ln"  # What Miras has.
   memory.momentum = "off"  # Memora has none.
-  del memory.beta_bias, memory.omega
+  del memory.beta_bias, memory.omega, memory.inner_muon
   # Rank of the gates' projections (Miras: 32 to 64).
   memory.rank = 32 if size in ("smoke", "tiny") else 64
   return _common.baseline("memora", size, shape, memory, learning_rate=None)
@@ -94,6 +94,7 @@ def _memory(shape: presets.Shape) -> ConfigDict:
       stop_grad_writes=False,  # Outer gradient stops at inner writes.
       chunk=shape.chunk,  # Tokens that share one gradient point.
       omega=1,  # Tokens whose gradients each token writes (Atlas).
+      inner_muon="off",  # Momentum made orthogonal: chunk, token (Atlas).
       value_norm="none",  # Of values; or l2.
       eta_max=0.1,  # Largest inner learning rate per token.
       eta_bias=0.0,  # eta = eta_max sigmoid(. + eta_bias).

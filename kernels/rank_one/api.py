@@ -1,5 +1,7 @@
 """The one chunk algebra that every memory is made of (design.md 3)."""
 
+from collections.abc import Callable
+
 import jax
 
 from nl_jax.kernels.rank_one import reference, xla
@@ -26,6 +28,7 @@ def rank_one(
   row: jax.Array | None = None,
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   simplex: bool = False,
+  orthogonal: tuple[jax.Array, Callable] | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """Writes one chunk into one weight matrix, and reads it (model.md 2.3, 2.5).
@@ -57,6 +60,8 @@ def rank_one(
       of masked tokens.
     simplex: W, anchor and start are logarithms of columns that sum to 1, each
       new W is made so again, and reads see exp W. Reference only.
+    orthogonal: (rate [B, H, C], f), W moves by rate_t f(S_t) in place of S_t.
+      Reference only, with momentum.
     implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
 
   Returns:
@@ -90,7 +95,14 @@ def rank_one(
       "simplex runs only with implementation='reference', without an erase "
       "rate and a row factor"
     )
+  if orthogonal is not None and (form is xla or S is None):
+    raise ValueError(
+      "momentum made orthogonal at every token runs only with "
+      "implementation='reference', and with S"
+    )
   options = dict(simplex=True) if simplex else {}
+  if orthogonal is not None:
+    options["orthogonal"] = orthogonal
   return form.rank_one(
     U, Delta, Q, gates, W, S, R,
     read=read, erase_of=erase_of, anchor=anchor, start=start,

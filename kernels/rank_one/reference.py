@@ -10,6 +10,8 @@ Without momentum the last term is `- write u^T delta`. Every memory of the
 project is made of this rule; the chunk form (`xla.py`) is tested against it.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -38,6 +40,7 @@ def rank_one(
   row: jax.Array | None = None,
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   simplex: bool = False,
+  orthogonal: tuple[jax.Array, Callable] | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The token loop; arguments and results as `api.rank_one`.
 
@@ -55,7 +58,7 @@ def rank_one(
     begins = jnp.diff(index, axis=-1, prepend=first) > 0
   weights = None if window is None else window[2]
   xs = (U, Delta, Q, log_alpha, log_beta, write, erase, mask, begins, row)
-  xs = (*xs, weights)
+  xs = (*xs, None if orthogonal is None else orthogonal[0], weights)
   xs = jax.tree.map(lambda x: jnp.moveaxis(x, token_axis, 0), xs)
   scalar = log_alpha.ndim == U.ndim - 1
 
@@ -66,7 +69,7 @@ def rank_one(
 
   def token(carry, x):
     W, S, anchor = carry
-    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x[:-1]
+    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x[:-2]
     real, begins = real[..., None, None], begins[..., None, None]
     if segment_ids is not None:
       W = jnp.where(begins, start, W)
@@ -81,6 +84,8 @@ def rank_one(
     if S is not None:
       S_new = _columns(jnp.exp(log_beta), log_beta.ndim == u.ndim - 1) * S
       step = S_new = S_new + step
+    if orthogonal is not None:
+      step = _columns(x[-2], True) * orthogonal[1](S_new)
     W_new = alpha * W + (1.0 - alpha) * R + step
     if erase is not None:
       target = W - R if erase_of == "deviation" else W

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels.rank_one import segments
+from nl_jax.memory import muon, window
 from nl_jax.memory import rule as rules
-from nl_jax.memory import window
 
 
 class MemoryState(NamedTuple):
@@ -26,7 +26,7 @@ class MemoryState(NamedTuple):
     w: the same, the weights now; with a row factor (see `walk`) without it,
       until the chunk is full.
     s: momentum, the same, and with a window the tokens of `memory.window`; an
-      empty dict without both.
+      empty dict without both. With `inner_muon` also `muon.RATE`.
     phase: int32 [B], tokens in the open chunk.
     segment: int32 [B], id of the last real token; 0 where there was none.
   """
@@ -51,6 +51,8 @@ def start(
   s = jax.tree.map(jnp.zeros_like, w) if rule.has_momentum else {}
   if rule.omega > 1:
     s |= window.start(w, rule.omega, rules.INPUT_LAYERS)
+  if rule.inner_muon == "chunk":
+    s |= muon.start(w)
   clock = jnp.zeros((batch,), jnp.int32)
   return MemoryState(anchor=w, w=w, s=s, phase=clock, segment=clock)
 
@@ -276,6 +278,10 @@ def walk(
     if row is not None:
       edge = jax.tree.map(lambda a, b: a + last * (b - a), left, w)
       w = _select(closes, edge, w)
+    if rule.inner_muon == "chunk":
+      # While no chunk ends, as while single tokens are read, nothing is made.
+      moved = jax.lax.cond(closes.any(), muon.move, lambda w, s: w, w, s)
+      w = _select(closes, moved, w)
     anchor = _select(closes, w, kept)
     return (anchor, w, s), (ys, metrics)
 

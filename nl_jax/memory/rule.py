@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels import rank_one
-from nl_jax.memory import objectives, window
+from nl_jax.memory import muon, objectives, window
 
 Apply = Callable[[str, jax.Array], jax.Array]
 Forward = Callable[[Apply, jax.Array], jax.Array]
@@ -31,6 +31,7 @@ _CHOICES = {
   "retention_target": ("init", "zero"),
   "erase_of": rank_one.api.ERASES,
   "read": rank_one.api.READS,
+  "inner_muon": muon.MODES,
 }
 
 
@@ -56,6 +57,8 @@ class Rule:
     stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
     omega: tokens whose gradients one token writes, each times its gate gamma
       (Atlas, see `window`); 1: its own, without gate.
+    inner_muon: "off"; "chunk", the memory moves at the end of a chunk by its
+      momentum made orthogonal; "token", at every token (Atlas, see `muon`).
   """
 
   chunk: int = 16
@@ -71,6 +74,7 @@ class Rule:
   remat_group: int = 4
   stop_grad_writes: bool = False
   omega: int = 1
+  inner_muon: str = "off"
 
   def __post_init__(self):
     for name, allowed in _CHOICES.items():
@@ -84,6 +88,20 @@ class Rule:
         raise ValueError(
           f"memory.{name} must be at least 1, got {getattr(self, name)}"
         )
+    if self.inner_muon != "off":
+      self._check_muon()
+
+  def _check_muon(self) -> None:
+    if not self.has_momentum:
+      raise ValueError(
+        f"memory.inner_muon={self.inner_muon!r} makes momentum orthogonal: set "
+        "memory.momentum to 'ema' or 'sum', got 'off'"
+      )
+    if self.dgd_scope != "none":
+      raise ValueError(
+        f"memory.inner_muon={self.inner_muon!r} erases nothing: set memory."
+        f"dgd_scope to 'none', got {self.dgd_scope!r}"
+      )
 
   @property
   def has_momentum(self) -> bool:
@@ -94,6 +112,11 @@ class Rule:
   def simplex(self) -> bool:
     """Whether fast weights are logarithms of columns that sum to 1 (Memora)."""
     return False
+
+  @property
+  def loops(self) -> bool:
+    """Whether there is no chunk form: token by token, by the reference."""
+    return self.simplex or self.inner_muon == "token"
 
 
 class Gates(NamedTuple):
@@ -280,6 +303,9 @@ def write_and_read(
   loss = loss[..., before:]
   w, squared_steps = {}, []
   s = {} if laid is None else dict(laid.past)
+  if rule.inner_muon == "chunk":
+    rate = block.s[muon.RATE]
+    s[muon.RATE] = muon.last_rate(rate, gates.eta, block.mask)
 
   def layer(name: str, x: jax.Array | None) -> jax.Array | None:
     W = block.w[name]
@@ -292,23 +318,42 @@ def write_and_read(
     if laid is not None:
       ahead = (x[name][..., :before, :] for x in (all_u, all_delta))
       past = (*ahead, laid.weights)
+    how = dict(
+      read=rule.read,
+      erase_of=rule.erase_of,
+      segment_ids=block.segment_ids,
+      implementation=implementation,
+    )
+    rates = (own.log_alpha, own.log_beta, write, erase, block.mask)
+    S = block.s.get(name)
+    if rule.inner_muon == "chunk":
+      # S is a memory that decays by beta, beside one that nothing is written
+      # to before the chunk ends.
+      kept = (own.log_beta, None, write, None, block.mask)
+      start = jnp.zeros_like(block.start[name])
+      _, s[name], _ = rank_one.rank_one(
+        u[name], delta[name], None, kept, S, None, None,
+        start=start, window=past, **how,
+      )  # fmt: skip
+      rates = (own.log_alpha, None, jnp.zeros_like(write), None, block.mask)
+      S = past = None
     reads, w[name], momentum = rank_one.rank_one(
       u[name],
       delta[name],
       x,
-      (own.log_alpha, own.log_beta, write, erase, block.mask),
+      rates,
       W,
-      block.s.get(name),
+      S,
       block.start[name] if rule.retention_target == "init" else None,
-      read=rule.read,
-      erase_of=rule.erase_of,
       anchor=block.anchor[name],
       start=block.start[name],
-      segment_ids=block.segment_ids,
       row=block.row,
       window=past,
       simplex=rule.simplex,
-      implementation=implementation,
+      orthogonal=(
+        (own.eta, muon.orthogonal) if rule.inner_muon == "token" else None
+      ),
+      **how,
     )
     if momentum is not None:
       s[name] = momentum

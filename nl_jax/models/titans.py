@@ -217,7 +217,7 @@ def advance(
     gates(params["gate"], x_BxTxD, options) if rates is None else rates,
     rule=options,
     segment_ids=segment_ids,
-    implementation="reference" if options.simplex else None,
+    implementation="reference" if options.loops else None,
     fresh=at_edge,
     aligned=at_edge,
   )
@@ -300,6 +300,8 @@ def rule_name(options: Options) -> str:
     name += f" + {options.momentum} momentum"
   if options.omega > 1:
     name += f" of {options.omega} tokens"
+  if options.inner_muon != "off":
+    name += f" by Muon at each {options.inner_muon}"
   return name + ", retention"
 
 
