@@ -297,7 +297,7 @@ def _of_titans(model: lm.LanguageModel) -> float:
     layers_of(options.arch, model.head_dim, options.hidden),
     options,
     normed=options.arch == "mlp_ln",
-    loop=options.simplex,
+    loop=options.loops,
   )
 
 
