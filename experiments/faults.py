@@ -67,8 +67,10 @@ def main() -> int:
   _check_configs()
   folder = pathlib.Path(_WORKDIR.value).resolve()
   logging.set_verbosity(logging.WARNING)
-  # A SIGTERM ends the run under way too.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  # A SIGTERM ends the runs under way too; and in the background of a shell,
+  # where Ctrl-C is ignored, the runs would inherit that.
+  for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, signal.default_int_handler)
   with files.lock(folder):
     _claim(folder, only)
     results = _trials(folder, only)
