@@ -139,6 +139,8 @@ class Checkpoints:
     except (StepMismatchError, files.StorageError):
       raise
     except _REFUSED as error:
+      if reading.is_of_others(error):
+        raise
       full = "No space left on device"
       reason = full if full in str(error) else _first_line(error)
       path = self._folder / str(self._begun)

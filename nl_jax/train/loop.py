@@ -25,6 +25,7 @@ from nl_jax.train import (
   files,
   profile,
   progress,
+  reading,
 )
 from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
@@ -221,6 +222,7 @@ def train(
         folder, config, fingerprint, allow_config_change=allow_config_change
       )
     _barrier("workdir claimed")
+    reading.check_shared(folder)
     saver = checkpoint.Checkpoints(
       folder, keep=settings.keep, keep_period=settings.keep_period
     )

@@ -6,6 +6,8 @@ the others would not.
 """
 
 import contextlib
+import pathlib
+import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -14,9 +16,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from nl_jax.train import files
+
 T = TypeVar("T")
 # What orbax and tensorstore raise for files that are torn, gone or garbled.
 DAMAGE = (ValueError, KeyError, TypeError, AttributeError, FileNotFoundError)
+_TOKEN = "token"
+_PATIENCE = 10.0  # Seconds.
 
 
 def reader(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
@@ -54,6 +60,54 @@ def agreed(read: Callable[[], T]) -> T:
   if failed.any():
     raise ValueError(f"process {failed.argmax()} cannot read it")
   return found
+
+
+def check_shared(workdir: pathlib.Path) -> None:
+  """Finds that a process does not see the folder that process 0 writes to.
+
+  Args:
+    workdir: exists on process 0; all processes call.
+
+  Raises:
+    ValueError: on all processes, where one does not see it.
+  """
+  if jax.process_count() == 1:
+    return
+  token = np.int32(time.time_ns() % 2**31)
+  token = str(multihost_utils.broadcast_one_to_all(token))
+  path = workdir / _TOKEN
+  if jax.process_index() == 0:
+    files.replace(path, token)
+  multihost_utils.sync_global_devices("token written")
+  sees = _has(path, token)
+  sees_P = multihost_utils.process_allgather(np.int32(sees))
+  if jax.process_index() == 0:
+    path.unlink()
+  if not sees_P.all():
+    raise ValueError(
+      f"process {sees_P.argmin()} does not see what process 0 writes to "
+      f"{workdir}; give a --workdir on a disk that all hosts share"
+    )
+
+
+def _has(path: pathlib.Path, text: str) -> bool:
+  """Whether a file holds a text, now or soon: shared disks take their time."""
+  deadline = time.monotonic() + _PATIENCE
+  while not (path.is_file() and path.read_text(encoding="utf-8") == text):
+    if time.monotonic() > deadline:
+      return False
+    time.sleep(0.1)
+  return True
+
+
+def is_of_others(error: Exception) -> bool:
+  """Whether a save failed since another process did not come to it."""
+  known = ("Gloo", "oordination", "unhealthy", "arrier")
+  return (
+    jax.process_count() > 1
+    and isinstance(error, jax.errors.JaxRuntimeError)
+    and any(word in str(error) for word in known)
+  )
 
 
 @contextlib.contextmanager
