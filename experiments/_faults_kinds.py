@@ -17,6 +17,7 @@ Scene = scene_lib.Scene
 SKIPPED = "nan_skipped"
 POISON = 3 * scene_lib.STEPS // 8  # The batch that SKIPPED skips.
 SKIP = "--config.train.nan_policy=skip"
+_INTERRUPTED = (130, -signal.SIGINT)  # Which shells show as 130.
 _LARGEST = 2**17  # Bytes of a file on a disk that is full, at most.
 
 
@@ -44,7 +45,7 @@ def ctrl_c(scene: Scene) -> None:
   """SIGINT: saves and ends."""
   with scene.start() as start:
     scene.blow(start, signal.SIGINT)
-    scene.end(start, (130,))
+    scene.end(start, _INTERRUPTED)
 
 
 def ctrl_c_twice(scene: Scene) -> None:
@@ -53,7 +54,7 @@ def ctrl_c_twice(scene: Scene) -> None:
     scene.blow(start, signal.SIGINT)
     time.sleep(scene.rng.uniform(0, 0.1))
     start.process.send_signal(signal.SIGINT)
-    scene.end(start, (130,))
+    scene.end(start, _INTERRUPTED)
 
 
 def torn_checkpoint(scene: Scene) -> None:
