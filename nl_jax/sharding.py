@@ -22,6 +22,7 @@ AXES = ("replica", "fsdp", "sequence", "tensor")
 LOGICAL = {
   "batch": ("replica", "fsdp"),
   "length": "sequence",
+  "tokens": ("sequence", "tensor"),  # Where each goes its own way.
   "act_embed": None,  # Model width of activations, norms and convolutions.
   "embed": "fsdp",  # Model width of matrices.
   "heads": "tensor",
@@ -143,6 +144,10 @@ STATES = (
   (r"buffer/phase_B", ()),
 )
 
+# The small network that an optimizer keeps for a matrix: which of the last two
+# axes has its hidden units.
+LEARNED = {"w_in": 1, "w_out": 0}
+
 _LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.
 
 
@@ -207,6 +212,32 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*split))
 
 
+def shard_shape(
+  shape: Sequence[int], *names: str | None
+) -> tuple[int, ...] | None:
+  """What a device has of an activation; None if its axes do not divide.
+
+  Without a mesh the shape itself.
+
+  Args:
+    shape: of the whole.
+    names: logical names of the axes.
+  """
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if not set(AXES) <= set(sizes):
+    return tuple(shape)
+  parts = [math.prod(sizes[a] for a in _over(name)) for name in names]
+  if any(n % part for n, part in zip(shape, parts)):
+    return None
+  return tuple(n // part for n, part in zip(shape, parts))
+
+
+def _over(name: str | None) -> tuple[str, ...]:
+  """The mesh axes of a logical one."""
+  axes = None if name is None else LOGICAL[name]
+  return (axes,) if isinstance(axes, str) else axes or ()
+
+
 def path_name(path: Sequence[Any]) -> str:
   """'/'-joined names of a path in a tree: "blocks/mixer/w_q"."""
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
@@ -252,8 +283,7 @@ def _named(
 ) -> NamedSharding:
   """The sharding of logical axes, checked against the shape."""
   for size, axis in zip(shape, axes):
-    over = LOGICAL[axis] or ()
-    over = (over,) if isinstance(over, str) else over
+    over = _over(axis)
     parts = math.prod(mesh.shape[a] for a in over)
     if size % parts:
       sizes = ", ".join(f"mesh.{a}={mesh.shape[a]}" for a in over)
@@ -301,6 +331,9 @@ def state_shardings(
 ) -> Tree:
   """Shardings of `tx.init(params)`: a leaf's path ends in a parameter's path.
 
+  A slot lies as its parameter, the learned memory of one (see `LEARNED`) with
+  the parameter's leading axes and its hidden units over `fsdp`.
+
   Args:
     tx: an optax transformation.
     params: the parameters, or their shapes.
@@ -320,7 +353,9 @@ def state_shardings(
       extra = leaf.ndim - len(shape)  # E.g. a history axis in front.
       if extra >= 0 and leaf.shape[extra:] == shape:
         return NamedSharding(s.mesh, P(*(None,) * extra, *s.spec))
-    return replicated  # Counters, learned memories of the optimizer.
+      if path_name(path[-1:]) in LEARNED and path[start:-1] in by_path:
+        return _learned(path_name(path[-1:]), leaf, *by_path[path[start:-1]])
+    return replicated  # Counters.
 
   state = jax.eval_shape(tx.init, params)
   result = jax.tree_util.tree_map_with_path(one, state)
@@ -329,6 +364,23 @@ def state_shardings(
       "optimizer state %s (%.1f MiB) is on every device", name, size / 2**20
     )
   return result
+
+
+def _learned(
+  name: str,
+  leaf: jax.ShapeDtypeStruct,
+  shape: tuple[int, ...],
+  sharding: NamedSharding,
+) -> NamedSharding:
+  """The sharding of a learned memory of a parameter of this shape."""
+  lead = leaf.ndim - 2
+  axes = (*sharding.spec, *(None,) * len(shape))[:lead]
+  if leaf.shape[:lead] != shape[:lead] or "fsdp" in axes:
+    axes = (None,) * lead
+  spread = leaf.shape[lead + LEARNED[name]] % sharding.mesh.shape["fsdp"] == 0
+  hidden = "fsdp" if spread else None
+  last = (None, hidden) if LEARNED[name] else (hidden, None)
+  return NamedSharding(sharding.mesh, P(*axes, *last))
 
 
 def large_replicated(tree: Tree, shardings: Tree) -> Iterator[tuple[str, int]]:

@@ -50,6 +50,11 @@ MODELS = {
     cms=cms.CMSConfig(("a", "b"), (32, 32), (0, 0), variant="independent"),
   ),
   "transformer": model("transformer", cms=cms.CMSConfig(widths=(64,))),
+  # So narrow that the chain is split by tokens.
+  "narrow": model(
+    "hope_attention",
+    cms=cms.CMSConfig(("a", "b", "c"), (4, 4, 4), (0, 0, 0)),
+  ),
   "incontext": incontext.InContextModel(
     model("hope_attention", memory=attention.Options(window=8)),
     incontext.Options(chunks=(4,), rates=(0.3,), rule="momentum"),
@@ -118,6 +123,66 @@ def test_every_state_has_one_rule(name):
   if name == "hope":
     spec = shardings.layers.memory.memory.w["w_in"].spec
     assert spec == P(None, ("replica", "fsdp"), "tensor", None, None)
+
+
+LARGEST = [n for n in _flags.config_names() if n.endswith("_1b3")]
+
+
+@pytest.mark.parametrize("name", LARGEST)
+def test_every_config_is_laid_out(name):
+  # Parameters, the state of sequences and every slot, by shapes alone: heads
+  # and widths of the paper's size divide by `tensor`.
+  config = _setup.resolve(_flags.load_config(name))
+  net, mesh = _setup.model(config), sharding.mesh(2, 2, 1, 2)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  shardings = sharding.param_shardings(params, mesh)
+  whole = sharding.large_replicated(params, shardings)
+  assert not [path for path, size in whole if size > 2**24]
+  assert any("tensor" in s.spec for s in jax.tree.leaves(shardings))
+  state = jax.eval_shape(lambda p: net.init_state(p, B, 64), params)
+  sharding.sequence_shardings(state, mesh)
+  by_path = {
+    sharding.path_name(path): s.spec
+    for path, s in jax.tree_util.tree_leaves_with_path(shardings)
+  }
+  tx = _setup.make_optimizer(config, net).tx
+  slots = jax.eval_shape(tx.init, params)
+  placed = sharding.state_shardings(
+    tx, params, shardings, sharding.replicated(mesh)
+  )
+  for (path, leaf), s in zip(
+    jax.tree_util.tree_leaves_with_path(slots), jax.tree.leaves(placed)
+  ):
+    full = "/" + sharding.path_name(path)
+    same = [p for p in by_path if full.endswith("/" + p)]
+    # A parameter's path may end another's: the longest is meant.
+    expected = by_path[max(same, key=len)] if same else P()
+    assert s.spec == expected and (same or not leaf.shape), full
+
+
+def test_heads_that_do_not_divide_say_so():
+  config = _setup.resolve(_flags.load_config("gated_deltanet_tiny:smoke"))
+  params = jax.eval_shape(_setup.model(config).init, jax.random.key(0))
+  with pytest.raises(ValueError, match="'heads' of size 3 must be a multiple"):
+    sharding.param_shardings(params, sharding.mesh(fsdp=4, tensor=2))
+
+
+def test_learned_memories_of_an_optimizer_are_split():
+  m, mesh = MODELS["hope"], sharding.mesh(2, 2, 1, 2)
+  made = optimizer.make(
+    m, steps=10, tokens_per_step=B * T, learning_rate=1e-2,
+    name="deep_momentum",
+  )  # fmt: skip
+  like = state_lib.abstract(m, made.tx, mesh)
+  found = {
+    sharding.path_name(path[-4:]): x.sharding.spec
+    for path, x in jax.tree_util.tree_leaves_with_path(like["opt"])
+    if sharding.path_name(path[-1:]) in sharding.LEARNED
+  }
+  assert found["blocks/mixer/w_q/w_in"] == P(None, None, "fsdp")
+  assert found["blocks/mixer/w_q/w_out"] == P(None, "fsdp", None)
+  # The start of a memory is a parameter of that name, not a memory of one.
+  assert found["mixer/memory/memory/w_in"][1] == "tensor"
 
 
 def test_unknown_parameter_and_wrong_rank():
@@ -209,6 +274,7 @@ def two_steps(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
     ("incontext", dict(replica=2, fsdp=2, tensor=2)),
     ("transformer", dict(fsdp=4, tensor=2)),
     ("transformer", dict(fsdp=2, sequence=2, tensor=2)),
+    ("narrow", dict(fsdp=2, sequence=2, tensor=2)),
   ],
 )
 def test_eight_devices_are_one(name, sizes):
@@ -252,7 +318,16 @@ WALKS = {
 def test_loops_over_chunks_have_no_collective(name):
   # Forward and backward: neither fast weights nor the gradients of what they
   # start from leave a device while a sequence is walked.
-  m, mesh = smoke(name, **WALKS[name]), sharding.mesh(2, 2, 1, 2)
+  counts = gradient_of_stack(smoke(name, **WALKS[name]), 2 * T)
+  # The loops over layers, chunks in groups and chunks, and back.
+  assert len(counts.loops) >= 4, counts.loops
+  assert {c.axes for c in counts.collectives} >= {"tensor", "fsdp"}
+  assert not [c for c in counts.collectives if "nested" in c.place]
+
+
+def gradient_of_stack(m: lm.LanguageModel, length: int) -> _compile_hlo.Counts:
+  """What the layers and their gradients send between eight devices."""
+  mesh = sharding.mesh(2, 2, 1, 2)
   blocks = jax.eval_shape(m.init, jax.random.key(0))["blocks"]
   shardings = sharding.param_shardings({"blocks": blocks}, mesh)["blocks"]
   blocks = jax.tree.map(
@@ -264,16 +339,26 @@ def test_loops_over_chunks_have_no_collective(name):
   like = lambda dtype, *shape: jax.ShapeDtypeStruct(
     shape, dtype, sharding=by_batch
   )
-  x, ids = like(jnp.float32, B, 2 * T, m.width), like(jnp.int32, B, 2 * T)
+  x, ids = like(jnp.float32, B, length, m.width), like(jnp.int32, B, length)
   loss = lambda blocks, x, ids: m.stack(blocks, x, None, ids)[0].sum()
   with jax.set_mesh(mesh):
     run = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(shardings, by_batch))
     text = run.lower(blocks, x, ids).compile().as_text()
-  counts = _compile_hlo.count(text, dict(mesh.shape))
-  # The loops over layers, chunks in groups and chunks, and back.
-  assert len(counts.loops) >= 4, counts.loops
-  assert {c.axes for c in counts.collectives} >= {"tensor", "fsdp"}
-  assert not [c for c in counts.collectives if "nested" in c.place]
+  return _compile_hlo.count(text, dict(mesh.shape))
+
+
+def test_a_chain_of_levels_waits_no_more_than_one_block():
+  def sums(name: str) -> int:
+    counts = gradient_of_stack(MODELS[name], T)
+    return sum(
+      c.count
+      for c in counts.collectives
+      if c.kind == "all-reduce" and c.axes == "tensor" and "loop" in c.place
+    )
+
+  # 5 a layer: the mixer's and the block's forward and backward, and the
+  # mixer's recomputed; by widths, three levels have 11.
+  assert sums("narrow") <= sums("transformer") == 5 * 2
 
 
 def test_large_replicated_leaves_are_named():

@@ -10,12 +10,13 @@ residual SwiGLU, x ← x + MLP(RMSNorm(x)).
 """
 
 import dataclasses
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import types
+from nl_jax import sharding, types
 from nl_jax.models import layers
 
 VARIANTS = ("sequential", "nested", "independent")
@@ -103,12 +104,14 @@ class Level(nn.Module):
     down_std: start of w_down.
     norm: whether there is a norm.
     epsilon: of the norm.
+    gathers: each device has tokens of its own and all of the kernels.
   """
 
   hidden: int
   down_std: float
   norm: bool
   epsilon: float = layers.EPSILON
+  gathers: bool = False
 
   @nn.compact
   def __call__(self, x: types.Array) -> types.Array:
@@ -120,6 +123,9 @@ class Level(nn.Module):
     w_gate = self.param("w_gate", init(layers.INIT_STD), shape)
     w_up = self.param("w_up", init(layers.INIT_STD), shape)
     w_down = self.param("w_down", init(self.down_std), shape[::-1])
+    if self.gathers:
+      whole = lambda w: sharding.constrain(w.astype(x.dtype), None, None)
+      w_gate, w_up, w_down = whole(w_gate), whole(w_up), whole(w_down)
     hidden = layers.gated(x, w_gate, w_up)
     self.sow(_READ, "x", x)
     self.sow(_READ, "hidden", hidden)
@@ -144,8 +150,11 @@ class CMS(nn.Module):
     """x_BxTxD to the same shape."""
     config = self.config
     down_std = layers.residual_std(self.depth)
+    gathers = _gathers(config, x_BxTxD)
+    if gathers:  # Told both places, XLA leaves the mixer's heads split.
+      x_BxTxD = _place(_place(x_BxTxD, "length"), "tokens")
     blocks = [
-      Level(hidden, down_std, config.norm, self.epsilon, name=name)
+      Level(hidden, down_std, config.norm, self.epsilon, gathers, name=name)
       for name, hidden in zip(config.levels, config.widths)
     ]
     if config.variant == "independent":
@@ -153,6 +162,8 @@ class CMS(nn.Module):
     for block in blocks:
       y_BxTxD = block(x_BxTxD)
       x_BxTxD = x_BxTxD + y_BxTxD if config.residual else y_BxTxD
+    if gathers:
+      x_BxTxD = _place(_place(x_BxTxD, "tokens"), "length")
     return x_BxTxD
 
   def _sum(
@@ -166,6 +177,26 @@ class CMS(nn.Module):
       outputs = [mix[i] * y for i, y in enumerate(outputs)]
     y_BxTxD = sum(outputs[1:], outputs[0])
     return x_BxTxD + y_BxTxD if self.config.residual else y_BxTxD
+
+
+def _place(x_BxTxD: types.Array, length: str) -> types.Array:
+  return sharding.constrain(x_BxTxD, "batch", length, "act_embed")
+
+
+def _gathers(config: CMSConfig, x_BxTxD: types.Array) -> bool:
+  """Whether `tensor` splits tokens here, and not the widths of levels.
+
+  By widths, what a level writes is a sum over devices, for which the next one
+  waits: in a step k sums forward, k - 1 recomputed and k backward, and a sum
+  sends all tokens twice. By tokens the kernels are gathered, forward and
+  backward, and their gradients summed: 3 x 3 F a level, and nothing waits.
+  """
+  here = sharding.shard_shape(x_BxTxD.shape, "batch", "tokens", "act_embed")
+  beside = sharding.shard_shape(x_BxTxD.shape, "batch", "length", "act_embed")
+  if config.variant == "independent" or here == beside or here is None:
+    return False
+  tokens, sums = math.prod(beside[:2]), 3 * len(config.levels) - 1
+  return 2 * sums * tokens > 9 * sum(config.widths)
 
 
 def init(
