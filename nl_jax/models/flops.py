@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from nl_jax import memory
-from nl_jax.memory import self_modifying
+from nl_jax.memory import muon, self_modifying
 from nl_jax.models import attention, incontext, lm, local_loss, mamba, titans
 
 _Shapes = Mapping[str, tuple[int, int]]  # (a, b) by layer, the output last.
@@ -171,7 +171,15 @@ def _layer(
   elif reads:
     rows += 1 + kept + S
     across += 2 * (a + b) * written + 2 * b * C * erases
-  return 2.0 * a * b * rows + (0.0 if loop else across)
+  if rule.inner_muon == "chunk":  # W stands still while its momentum moves.
+    rows = (gradient + 1) * written / C + reads * (1 + kept)
+    across = 0.0
+  total = 2.0 * a * b * rows + (0.0 if loop else across)
+  if rule.inner_muon != "off":
+    short, steps = min(a, b), len(muon.COEFFICIENTS)
+    one = steps * (4.0 * short * a * b + 2.0 * short**3)
+    total += one / (C if rule.inner_muon == "chunk" else 1)
+  return total
 
 
 def layers_of(arch: str, K: int, hidden: int) -> _Shapes:

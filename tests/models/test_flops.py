@@ -34,8 +34,9 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> int:
       total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
       continue
     inside = [products(x) for x in inner(eqn)]
-    assert not inside or eqn.primitive.name not in ("cond", "while")
-    total += sum(inside) * eqn.params.get("length", 1)
+    assert not inside or eqn.primitive.name != "while"
+    one = max if eqn.primitive.name == "cond" and inside else sum
+    total += one(inside) * eqn.params.get("length", 1)
   return total
 
 
@@ -77,7 +78,9 @@ def beyond(shapes, rule, normed=False, row=False, loop=False):
       more += inverse(C) + C * b  # In place of a solve.
       if known and rule.retention_target == "zero":
         more += 2 * a * b  # u W, known from the inner forward pass.
-    if rule.has_momentum:
+    if rule.inner_muon == "chunk":
+      more += 2 * a * b + 2 * (a + b) * C  # Writes of nothing to W.
+    elif rule.has_momentum:
       more += (2 * C * C + 2 * C) * (1 + (rule.dgd_scope != "none"))  # Decays.
     if rule.omega > 1:  # Weights of the writes; their sizes, a metric.
       W = C + rule.omega - 1
@@ -269,6 +272,7 @@ RULES = {
   "momentum": ("mlp", dict(momentum="ema")),
   "normed": ("mlp_ln", dict(dgd_scope="none", read="chunk_start")),
   "gated": ("glu", dict(dgd_scope="none", momentum="sum")),
+  "muon": ("mlp", dict(dgd_scope="none", momentum="ema", inner_muon="chunk")),
   "window": ("mlp", dict(dgd_scope="none", omega=3)),
 }
 
