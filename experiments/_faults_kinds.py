@@ -45,7 +45,7 @@ def ctrl_c(scene: Scene) -> None:
   """SIGINT: saves and ends."""
   with scene.start() as start:
     scene.blow(start, signal.SIGINT)
-    scene.end(start, _INTERRUPTED)
+    _end_interrupted(scene, start)
 
 
 def ctrl_c_twice(scene: Scene) -> None:
@@ -54,7 +54,14 @@ def ctrl_c_twice(scene: Scene) -> None:
     scene.blow(start, signal.SIGINT)
     time.sleep(scene.rng.uniform(0, 0.1))
     start.process.send_signal(signal.SIGINT)
-    scene.end(start, _INTERRUPTED)
+    _end_interrupted(scene, start)
+
+
+def _end_interrupted(scene: Scene, start: scene_lib.Start) -> None:
+  """What came when all was done changes nothing."""
+  ended = scene.end(start, (0, *_INTERRUPTED))
+  if not ended.status and not scene.is_done:
+    raise scene_lib.WrongError("did not hear Ctrl-C")
 
 
 def torn_checkpoint(scene: Scene) -> None:

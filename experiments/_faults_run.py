@@ -11,7 +11,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from experiments import _main
@@ -37,9 +36,11 @@ class _Poisoned:
     return {**rows, "weights": weights_BxT}
 
 
-def main(batch: int) -> None:
-  """Runs the command, with a batch that is not finite."""
-  # Imported here: its flags are defined only where it runs.
+def main(batch: int) -> int:
+  """Trains, with a batch that is not finite; returns the exit status."""
+  # Imported here, as in lm: from now on Ctrl-C is answered.
+  import jax
+
   from experiments import lm
   from nl_jax.train import loop
 
@@ -52,8 +53,11 @@ def main(batch: int) -> None:
 
   loop.train = poisoned
   lm._finish = lambda *result: None
-  _main.run(lm.main)
+  return lm.main()
 
 
 if __name__ == "__main__":
-  main(int(sys.argv.pop(1)))
+  import experiments.lm  # noqa: F401  Defines its flags.
+
+  number = int(sys.argv.pop(1))
+  _main.run(lambda: main(number))
