@@ -41,6 +41,7 @@ def memora(size: str, arg: str) -> ConfigDict:
   del memory.beta_bias, memory.omega, memory.inner_muon
   # Rank of the gates' projections (Miras: 32 to 64).
   memory.rank = 32 if size in ("smoke", "tiny") else 64
+  memory.lag = False  # Sums to one at chunk starts alone: a chunk at once.
   return _common.baseline("memora", size, shape, memory, learning_rate=None)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 
 from nl_jax.kernels.rank_one import reference, xla
+from nl_jax.kernels.rank_one import simplex as simplex_form
 
 READS = ("after", "before", "chunk_start")
 ERASES = ("deviation", "whole")
@@ -28,6 +29,7 @@ def rank_one(
   row: jax.Array | None = None,
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   simplex: bool = False,
+  lag: jax.Array | None = None,
   orthogonal: tuple[jax.Array, Callable] | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
@@ -59,7 +61,9 @@ def rank_one(
       place of u_t^T delta_t. No weight but 0 for i > t, across documents and
       of masked tokens.
     simplex: W, anchor and start are logarithms of columns that sum to 1, each
-      new W is made so again, and reads see exp W. Reference only.
+      new W is made so again, and reads see exp W. Reference only without lag.
+    lag: bool [B or 1, 1], with simplex: only the first token of the call, and
+      only where this is set, makes W so again; reads see softmax(W).
     orthogonal: (rate [B, H, C], f), W moves by rate_t f(S_t) in place of S_t.
       Reference only, with momentum.
     implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
@@ -84,23 +88,34 @@ def rank_one(
   if segment_ids is not None and start is None:
     raise ValueError("segment_ids needs start: the state of a new document")
   form = reference if implementation == "reference" else xla
-  if form is xla and gates[0].ndim != U.ndim - 1:
+  if form is xla and not simplex and gates[0].ndim != U.ndim - 1:
     raise ValueError(
       "gates of one value a channel run only with "
       f"implementation='reference', got gates of rank {gates[0].ndim} for "
       f"inputs of rank {U.ndim}"
     )
-  if simplex and (form is xla or gates[3] is not None or row is not None):
+  if simplex and (gates[3] is not None or row is not None or R is not None):
     raise ValueError(
-      "simplex runs only with implementation='reference', without an erase "
-      "rate and a row factor"
+      "simplex runs without an erase rate, a row factor and a state to decay to"
+    )
+  if simplex and form is xla and lag is None:
+    raise ValueError(
+      "simplex without lag runs only with implementation='reference'"
     )
   if orthogonal is not None and (form is xla or S is None):
     raise ValueError(
       "momentum made orthogonal at every token runs only with "
       "implementation='reference', and with S"
     )
-  options = dict(simplex=True) if simplex else {}
+  if simplex and form is xla:
+    if S is not None or window is not None:
+      raise ValueError("simplex runs without momentum and a window")
+    return simplex_form.rank_one(
+      U, Delta, Q, gates, W, lag=lag, read=read,
+      anchor=W if anchor is None else anchor, start=start,
+      segment_ids=segment_ids,
+    )  # fmt: skip
+  options = dict(simplex=True, lag=lag) if simplex else {}
   if orthogonal is not None:
     options["orthogonal"] = orthogonal
   return form.rank_one(

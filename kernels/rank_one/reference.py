@@ -40,6 +40,7 @@ def rank_one(
   row: jax.Array | None = None,
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   simplex: bool = False,
+  lag: jax.Array | None = None,
   orthogonal: tuple[jax.Array, Callable] | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
   """The token loop; arguments and results as `api.rank_one`.
@@ -58,7 +59,11 @@ def rank_one(
     begins = jnp.diff(index, axis=-1, prepend=first) > 0
   weights = None if window is None else window[2]
   xs = (U, Delta, Q, log_alpha, log_beta, write, erase, mask, begins, row)
-  xs = (*xs, None if orthogonal is None else orthogonal[0], weights)
+  made = None
+  if lag is not None:  # The first token's.
+    made = jnp.zeros((*lag.shape, U.shape[-2], 1, 1), bool)
+    made = made.at[..., 0, 0, 0].set(lag)
+  xs = (*xs, made, None if orthogonal is None else orthogonal[0], weights)
   xs = jax.tree.map(lambda x: jnp.moveaxis(x, token_axis, 0), xs)
   scalar = log_alpha.ndim == U.ndim - 1
 
@@ -69,7 +74,7 @@ def rank_one(
 
   def token(carry, x):
     W, S, anchor = carry
-    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x[:-2]
+    u, delta, q, log_alpha, log_beta, write, erase, real, begins, row = x[:-3]
     real, begins = real[..., None, None], begins[..., None, None]
     if segment_ids is not None:
       W = jnp.where(begins, start, W)
@@ -93,7 +98,8 @@ def rank_one(
       outer = u[..., :, None] * recalled[..., None, :]
       W_new = W_new - _columns(erase, scalar) * outer
     if simplex:
-      W_new = jax.nn.log_softmax(W_new, axis=-2)
+      whole = jax.nn.log_softmax(W_new, axis=-2)
+      W_new = whole if lag is None else jnp.where(x[-3], whole, W_new)
     W_new = jnp.where(real, W_new, W)
     S_new = None if S is None else jnp.where(real, S_new, S)
     y = None
@@ -101,7 +107,8 @@ def rank_one(
       seen = {"after": W_new, "before": W, "chunk_start": anchor}[read]
       if row is not None:
         seen = anchor + _columns(row, True) * (seen - anchor)
-      seen = jnp.exp(seen) if simplex else seen
+      if simplex:
+        seen = jnp.exp(seen) if lag is None else jax.nn.softmax(seen, axis=-2)
       y = jnp.einsum("...a,...ab->...b", q, seen)
     return (W_new, S_new, anchor), y
 

@@ -245,6 +245,9 @@ def walk(
     last = row_BxHxC[:, :, -1, None, None]
     factor = row_BxHxC if c == C else row[grid.place][:, None, None]
 
+  # A block is a chunk, or the one token of a call.
+  first = jnp.ones((1, 1), bool) if c == C else grid.place[:, None] == 0
+
   def lay(x: jax.Array) -> jax.Array:
     x = _lay(x, grid.offset, blocks, c) if shifts else _fold(x, blocks, c)
     real = (grid.ids != 0).reshape(*grid.ids.shape, *(1,) * (x.ndim - 3))
@@ -269,7 +272,7 @@ def walk(
       left = _select(index[:, -1] != 0, begins, now)
     block = rules.Block(
       now, w, s, begins, (ids != 0)[:, None],
-      ids[:, None] if exact else None, carried, factor,
+      ids[:, None] if exact else None, carried, factor, first,
     )  # fmt: skip
     ys, w, s, metrics = body(block, xs)
     # After a row's last token only its clocks stand still: w is no edge.

@@ -114,9 +114,14 @@ class Rule:
     return False
 
   @property
+  def lags(self) -> bool:
+    """Whether they are made so only at the first token of a chunk."""
+    return False
+
+  @property
   def loops(self) -> bool:
     """Whether there is no chunk form: token by token, by the reference."""
-    return self.simplex or self.inner_muon == "token"
+    return (self.simplex and not self.lags) or self.inner_muon == "token"
 
 
 class Gates(NamedTuple):
@@ -170,6 +175,7 @@ class Block(NamedTuple):
       in, with `segment_ids`; else None.
     row: [B, H or 1, C], factor on what is read of the open chunk's changes
       (see `rank_one`), or None.
+    first: bool [B or 1, 1], the block begins with the first place of a chunk.
   """
 
   anchor: Weights
@@ -180,6 +186,7 @@ class Block(NamedTuple):
   segment_ids: jax.Array | None = None
   carried: jax.Array | None = None
   row: jax.Array | None = None
+  first: jax.Array | None = None
 
   def at_anchor(self, name: str, x: jax.Array) -> jax.Array:
     """x [B, H, C, a] through the anchor of each token's own document."""
@@ -295,7 +302,8 @@ def write_and_read(
     before, view = rule.omega - 1, window.widened(block, rule.omega)
     k, target = laid.k, laid.target
   if rule.simplex:
-    anchor, start = jax.tree.map(jnp.exp, (view.anchor, view.start))
+    real = lambda W: jax.nn.softmax(W, axis=-2) if rule.lags else jnp.exp(W)
+    anchor, start = jax.tree.map(real, (view.anchor, view.start))
     view = view._replace(anchor=anchor, start=start)
   all_u, all_delta, loss = pairs(forward, view, k, target, rule)
   own = lambda x: x[..., before:, :] if before else x
@@ -350,6 +358,7 @@ def write_and_read(
       row=block.row,
       window=past,
       simplex=rule.simplex,
+      lag=block.first if rule.lags else None,
       orthogonal=(
         (own.eta, muon.orthogonal) if rule.inner_muon == "token" else None
       ),

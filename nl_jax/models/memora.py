@@ -36,11 +36,14 @@ class Options(titans.Options):
 
   Attributes:
     rank: of the gates' projections.
+    lag: columns are made to sum to 1 at the first token of a chunk alone, and
+      the rest of it runs at once; off: at every token, one after the other.
   """
 
   arch: str = "mlp_ln"
   momentum: str = "off"
   rank: int = 32
+  lag: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -54,13 +57,21 @@ class Options(titans.Options):
       raise ValueError(
         f"memory.rank must be an integer >= 1, got {self.rank!r}"
       )
+    if type(self.lag) is not bool:
+      raise ValueError(f"memory.lag must be True or False, got {self.lag!r}")
 
-  # Deviation from Miras, which is non-linear only at the first token of a
-  # chunk: the rule at every token; it has no chunk form.
   @property
   def simplex(self) -> bool:
     """Columns of the weights sum to 1."""
     return True
+
+  # Deviation from Miras, which does not say in what the rest of a chunk is
+  # linear: the logarithms are, because weights would leave the simplex; and
+  # without `lag` the rule is that of the definition at every token.
+  @property
+  def lags(self) -> bool:
+    """`lag`."""
+    return self.lag
 
 
 check = titans.check

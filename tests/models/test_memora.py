@@ -1,6 +1,7 @@
 """Memora against a token loop that takes the softmax of the definition."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -39,17 +40,17 @@ def token_loop(model, p, x_TxD):
   loss = lambda W, k, v: 0.5 * ((forward(W, k) - v) ** 2).sum()
   out = []
   for h in range(H):
-    W = {n: jax.nn.softmax(w[h], 0) for n, w in p["memory"].items()}
-    anchor, reads = W, []
+    log = {n: jax.nn.log_softmax(w[h], 0) for n, w in p["memory"].items()}
+    anchor, reads = jax.tree.map(jnp.exp, log), []
     for t in range(len(x_TxD)):
       G = jax.grad(loss)(anchor, unit(z["k"][t, h]), z["v"][t, h])
       eta, alpha = options.eta_max * rate["eta"][t, h], rate["alpha"][t, h]
       # Along the key's side of w_in, and the value's side of w_out.
       along = {"w_in": lambda g: g[:, None], "w_out": lambda g: g[None]}
-      W = {
-        n: jax.nn.softmax(f(alpha) * jnp.log(W[n]) - f(eta) * G[n], 0)
-        for n, f in along.items()
-      }
+      log = {n: f(alpha) * log[n] - f(eta) * G[n] for n, f in along.items()}
+      W = jax.tree.map(lambda w: jax.nn.softmax(w, 0), log)
+      if not options.lag or t % options.chunk == 0:
+        log = jax.tree.map(jnp.log, W)
       reads.append(forward(W, unit(z["q"][t, h])))
       anchor = W if (t + 1) % options.chunk == 0 else anchor
     y = jnp.stack(reads)
@@ -59,10 +60,10 @@ def token_loop(model, p, x_TxD):
   return y @ p["w_o"]
 
 
-@pytest.mark.parametrize("chunk", [1, 4])
-def test_a_layer_is_its_token_loop(chunk):
+@pytest.mark.parametrize("chunk,lag", [(1, False), (4, False), (4, True)])
+def test_a_layer_is_its_token_loop(chunk, lag):
   options = memora.Options(
-    chunk=chunk, hidden=6, rank=3, residual_clip=0.0, eta_max=1.0
+    chunk=chunk, hidden=6, rank=3, residual_clip=0.0, eta_max=1.0, lag=lag
   )
   model = test_titans.small("memora", options)
   with jax.enable_x64(True):
@@ -114,16 +115,78 @@ def test_every_parameter_has_a_place_on_the_mesh():
   (dict(arch="mlp"), "must be 'mlp_ln', got 'mlp'"),
   (dict(omega=2), "use model.arch='titans_lmm'"),
   (dict(rank=0), "memory.rank must be an integer >= 1"),
+  (dict(lag=1), "memory.lag must be True or False, got 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
     dataclasses.replace(MODELS["memora"]().memory, **change)
 
 
+@pytest.mark.parametrize("read", ["after", "before", "chunk_start"])
+def test_a_chunk_at_once_is_the_reference(read):
+  """With documents that begin inside it, padding and gates of a channel."""
+  B, H, C, a, b = 2, 2, 6, 3, 4
+  with jax.enable_x64(True):
+    rng = np.random.default_rng(0)
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s))
+    ids = jnp.asarray([[[1, 1, 0, 2, 2, 3]], [[1, 1, 1, 1, 0, 0]]])
+    log_alpha = jax.nn.log_sigmoid(draw(B, H, C, a, 1))
+    gates = (
+      log_alpha,
+      None,
+      jax.nn.sigmoid(draw(B, H, C, a, 1)),
+      None,
+      ids > 0,
+    )
+    W, anchor, start = (draw(n, H, a, b) for n in (B, B, 1))
+    lag = jnp.asarray([[True], [False]])
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *x):
+      return rank_one.rank_one(
+        *x, gates, W, None, None, read=read, erase_of="whole", anchor=anchor,
+        start=start, segment_ids=ids, simplex=True, lag=lag,
+        implementation=implementation,
+      )[:2]  # fmt: skip
+
+    x = draw(B, H, C, a), draw(B, H, C, b), draw(B, H, C, a)
+    real = (ids > 0)[..., None]
+    for i in (0, 1):
+      made, same = (run(how, *x)[i] for how in (None, "reference"))
+      made, same = (
+        (jnp.where(real, y, 0) if i == 0 else y) for y in (made, same)
+      )
+      np.testing.assert_allclose(made, same, atol=1e-12)
+    grads = [
+      jax.grad(lambda u, how=how: jnp.square(run(how, u, *x[1:])[1]).sum())(
+        x[0]
+      )
+      for how in (None, "reference")
+    ]
+    np.testing.assert_allclose(*grads, atol=1e-12)
+
+
+def test_a_text_with_lags_is_its_parts():
+  options = memora.Options(chunk=4, hidden=6, rank=3, lag=True, eta_max=1.0)
+  model = test_titans.small("memora", options)
+  with jax.enable_x64(True):
+    params = test_titans.generic(memora.init(jax.random.key(0), model))
+    x = draw(1, 10, model.width)
+    run = jax.jit(lambda p, x, s: memora.apply(p, x, s, None, model=model)[:2])
+    begin = memora.init_state(params, 1, 0, model=model)
+    whole, end = run(params, x, begin)
+    parts, state = [], begin
+    for i, j in ((0, 4), (4, 5), (5, 6), (6, 10)):
+      y, state = run(params, x[:, i:j], state)
+      parts.append(y)
+  close(np.concatenate(parts, 1), whole, 1e-10)
+  close(state.memory.w["w_in"], end.memory.w["w_in"], 1e-10)
+
+
 def test_the_chunk_form_refuses_a_simplex():
   x, gate = jnp.ones((1, 1, 2, 3)), jnp.zeros((1, 1, 2))
   gates = (gate, None, gate, None, gate == 0)
-  with pytest.raises(ValueError, match="simplex runs only with"):
+  with pytest.raises(ValueError, match="simplex without lag runs only"):
     rank_one.rank_one(
       x, x, x, gates, jnp.ones((1, 1, 3, 3)), None, None,
       read="after", erase_of="whole", simplex=True,
