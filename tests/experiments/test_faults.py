@@ -199,6 +199,39 @@ def test_a_command_that_ends_leaves_no_process_behind(monkeypatch):
     scene_lib.Start([], scene_lib.HEALTHY)
 
 
+_TRACE = "Traceback (most recent call last):\n  x\n"
+
+
+@pytest.mark.parametrize("status,said,done,why", [
+  (0, "log\n", False, ""), (1, "log\nerror: full\n", False, ""),
+  (3, "", False, "ended with status 3"), (-9, "", False, "status -9"),
+  (1, "log\n", False, "not with one sentence"),
+  (0, "log\n" + _TRACE, False, "printed a traceback"),
+  (0, "log\n" + _TRACE, True, "printed a traceback"),
+  (0, "log\n" + _TRACE + "KeyboardInterrupt\n", False, "a traceback"),
+  # Python's own answers: before there is a command, and after all is done.
+  (0, _TRACE + "KeyboardInterrupt\n", False, ""),
+  (0, "log\n" + _TRACE + "KeyboardInterrupt\n", True, ""),
+])  # fmt: skip
+def test_a_bad_end_is_wrong(tmp_path, status, said, done, why):
+  class Start:
+    def wait(self):
+      return scene_lib.Ended(status, said, begun=0.0, seconds=1.0)
+
+  scene = scene_lib.Scene(
+    tmp_path, tmp_path, [], scene_lib.Pace(1, 1, 1), np.random.default_rng(0)
+  )
+  scene.workdir.mkdir()
+  if done:
+    (scene.workdir / "results.json").write_text("{}")
+  if why:
+    with pytest.raises(scene_lib.WrongError, match=why):
+      scene.end(Start(), (0, 1))
+  else:
+    assert scene.end(Start(), (0, 1)).status == status
+    assert scene.sentences == (["error: full"] if status else [])
+
+
 def test_the_table_counts_each_outcome():
   rows = [
     {"kind": "nan", "outcome": outcome, "steps_lost": i, "seconds_lost": 2 * i}
