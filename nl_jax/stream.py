@@ -475,8 +475,10 @@ def _clocks(state: lm.LMState) -> dict[str, list[int]]:
   for name, leaf in _named(state):
     if name.endswith(("phase", "clock", "phase_B")):
       rows = np.asarray(leaf)
-      rows = rows[0] if name.startswith("layers/") else rows
-      clocks[name] = [int(x) for x in rows]
+      if name.startswith("layers/"):
+        rows = rows[:1].ravel()  # There may be no layer of this kind.
+      if rows.size:
+        clocks[name] = [int(x) for x in rows]
   return clocks
 
 
