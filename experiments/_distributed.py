@@ -61,7 +61,7 @@ def define_flags() -> None:
   flags.DEFINE_integer(
     "heartbeat_timeout",
     100,
-    "Seconds after which a process that says nothing is missed.",
+    "Seconds in which the others have ended when a process dies.",
     lower_bound=5,
   )
   flags.DEFINE_integer(
@@ -104,7 +104,8 @@ def initialize(*, preemption: bool = False) -> None:
         count,
         process,
         initialization_timeout=limit,
-        heartbeat_timeout_seconds=flags.FLAGS.heartbeat_timeout,
+        # What is left of it is for the end.
+        heartbeat_timeout_seconds=flags.FLAGS.heartbeat_timeout * 4 // 5,
         shutdown_timeout_seconds=_SHUTDOWN,
       )
   except ValueError as error:

@@ -100,8 +100,8 @@ def _has(path: pathlib.Path, text: str) -> bool:
   return True
 
 
-def is_of_others(error: Exception) -> bool:
-  """Whether a save failed since another process did not come to it."""
+def is_of_others(error: object) -> bool:
+  """Whether what processes do together failed since one is gone."""
   known = ("Gloo", "oordination", "unhealthy", "arrier")
   return (
     jax.process_count() > 1
