@@ -21,6 +21,7 @@ from typing import Any
 import apache_beam as beam
 from apache_beam.metrics import metric
 from apache_beam.options import pipeline_options
+from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.runners.portability import fn_api_runner
 
 from experiments import _prepare_pool, _prepare_remote
@@ -30,6 +31,12 @@ _JOBS = ".jobs.jsonl"  # Too many for the graph that is sent to a cluster.
 _MISTAKE = "{}.mistake"
 _BESIDE = "tokenizer_config.json"
 _COUNTS = ("shards", "bytes")
+# In this process a worker's own error comes through.
+_GAVE_UP = (
+  RuntimeError,
+  OSError,
+  dataflow_runner.DataflowRuntimeException,
+)
 
 
 def make(
@@ -152,7 +159,7 @@ def _run(
   try:
     result = pipeline.run()
     result.wait_until_finish()
-  except RuntimeError as error:
+  except _GAVE_UP as error:
     raise OSError(
       f"the Beam job failed: {str(error).strip().splitlines()[-1]}; start the "
       "same command again: it goes on"

@@ -202,6 +202,20 @@ def test_a_mistake_in_the_corpus_is_one_sentence_and_goes_when_mended(
 
 
 @with_beam
+def test_a_runner_that_gives_up_is_one_sentence(corpora, tmp_path, monkeypatch):
+  from experiments import _prepare_beam
+
+  def no_disk(job, advance):
+    raise OSError("the disk is gone")
+
+  monkeypatch.setattr(_prepare_beam.preparation, "run_job", no_disk)
+  with pytest.raises(OSError, match="the Beam job failed: .*disk is gone"):
+    make(corpora / "jsonl", tmp_path / "out")
+  monkeypatch.undo()
+  assert make(corpora / "jsonl", tmp_path / "out").made > 3
+
+
+@with_beam
 def test_the_command_by_many_processes(corpora, tmp_path):
   out = tmp_path / "out"
   args = (
