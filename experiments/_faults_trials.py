@@ -236,16 +236,17 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
 
   Returns:
     {"resumed_from", "steps_lost": made before and made again, "seconds_lost":
-    from the blow until the run was further than before, or done; None where no
-    step was left}.
+    from the blow until the last start was further than before, or done; None
+    where no step was left to it}.
   """
   mark, begun_at = scene.marks[-1], scene_lib.begun_at(ended.said)
+  further = min(mark.step + 1, scene_lib.STEPS)
+  # Of the last start: a run that is told to end makes a step before it does.
   later = [
     line["wall_time"] - mark.time
     for line in scene_lib.read_lines(scene.workdir)
-    if line["step"] >= min(mark.step + 1, scene_lib.STEPS)
+    if line["step"] >= further and line["wall_time"] > ended.begun
   ]
-  later = [seconds for seconds in later if seconds > 0]
   return {
     "resumed_from": begun_at,
     "steps_lost": max(0, mark.step - begun_at),
