@@ -177,10 +177,13 @@ def test_figures_of_a_resume(tmp_path):
     tmp_path, tmp_path, [], scene_lib.Pace(1, 1, 1), np.random.default_rng(0)
   )
   scene.workdir.mkdir()
-  lines = [{"step": i, "wall_time": t} for i, t in ((8, 1.0), (9, 7.5))]
+  lines = [
+    {"step": i, "wall_time": t} for i, t in enumerate((1.0, 2.5, 7.5), 8)
+  ]
   (scene.workdir / "metrics.jsonl").write_text(
     "".join(json.dumps(line) + "\n" for line in lines) + '{"torn'
   )
+  # Step 9 was made before the run ended, and saved.
   scene.marks.append(scene_lib.Mark(time=2.0, step=8, promised=4))
   said = "log\ngoing on from step 4 in x\n"
   ended = scene_lib.Ended(0, said, begun=3.0, seconds=6.0)
