@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[2]
-_LIMIT = 150  # Seconds of a group, on a machine with other work too.
+_LIMIT = 300  # Seconds of a group, on a machine with other work too.
 
 
 class Done(NamedTuple):
@@ -70,6 +70,7 @@ class Server:
     *,
     processes: int = 1,
     devices: int = 1,
+    each: Sequence[Sequence[str]] = (),
     send: Signal | None = None,
   ) -> list[Done]:
     """Runs a group to its end.
@@ -78,12 +79,19 @@ class Server:
       command: the module below experiments, and its arguments.
       processes: how many; more than one get the flags to find each other.
       devices: of each.
+      each: further arguments of each.
       send: a signal to one of them.
     """
     with socket.socket() as free:
       free.bind(("localhost", 0))
       port = free.getsockname()[1]
-    asked = [list(command), processes, devices, port, send]
+    commands = [[*command] for _ in range(processes)]
+    for i, flags in enumerate(commands if processes > 1 else ()):
+      flags += [f"--coordinator=localhost:{port}", f"--process_id={i}"]
+      flags += [f"--process_count={processes}"]
+    for flags, more in zip(commands, each):
+      flags += more
+    asked = [commands, devices, send]
     self._process.stdin.write(json.dumps(asked) + "\n")
     self._process.stdin.flush()
     ready, _, _ = select.select([self._process.stdout], [], [], _LIMIT + 30)
@@ -122,26 +130,20 @@ def _main() -> None:
 
 
 def _group(
-  command: list[str], processes: int, devices: int, port: int, send: list | None
+  commands: list[list[str]], devices: int, send: list | None
 ) -> list[list]:
   with contextlib.ExitStack() as stack:
     started = []
-    for i in range(processes):
+    for command in commands:
       files = [stack.enter_context(tempfile.TemporaryFile()) for _ in range(2)]
-      flags = [
-        f"--coordinator=localhost:{port}",
-        f"--process_id={i}",
-        f"--process_count={processes}",
-      ]
-      argv = command + (flags if processes > 1 else [])
       pid = os.fork()
       if not pid:
-        _child(argv, devices, *(file.fileno() for file in files))
+        _child(command, devices, *(file.fileno() for file in files))
       started.append((pid, files))
     begin = time.monotonic()
     pids = [pid for pid, _ in started]
     ended = {}
-    while len(ended) < processes:
+    while len(ended) < len(pids):
       if send and _there(send[2]):
         os.kill(pids[send[1]], send[0])
         send, begin = None, time.monotonic()
