@@ -5,6 +5,7 @@ from its path: exactly one rule of `PARAMETERS` matches it. Fast weights are
 laid out by sequence and head, so that inner loops need no collective.
 """
 
+import functools
 import logging
 import math
 import re
@@ -12,8 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -171,8 +170,7 @@ def mesh(
     devices: all of them by default.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices, or replica
-      is no multiple of the number of slices.
+    ValueError: the sizes do not multiply to the number of devices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (replica, fsdp, sequence, tensor)))
@@ -191,30 +189,11 @@ def mesh(
       f"({len(devices)}), got {given}; set one size to -1"
     )
   # Auto: embeddings and scans of Explicit meshes need a sharding each.
-  auto = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(d, "slice_index", 0) for d in devices})
-  if slices > 1:
-    return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=auto)
   return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=auto, devices=devices
-  )
-
-
-def _over_slices(
-  sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]
-) -> np.ndarray:
-  """Devices of several slices: only the replicas cross the slow network."""
-  if sizes["replica"] % slices:
-    raise ValueError(
-      f"mesh.replica must be a multiple of the {slices} slices, got "
-      f"{sizes['replica']}; set mesh.replica={slices}"
-    )
-  within = {**sizes, "replica": sizes["replica"] // slices}
-  return mesh_utils.create_hybrid_device_mesh(
-    tuple(within.values()),
-    (slices, 1, 1, 1),
-    devices,
-    allow_split_physical_axes=True,  # As jax.make_mesh on a v5e.
+    tuple(sizes.values()),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+    devices=devices,
   )
 
 
@@ -232,6 +211,33 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return x
   split = [None if n == 1 else name for n, name in zip(x.shape, names)]
   return jax.lax.with_sharding_constraint(x, spec(*split))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gathered(w: jax.Array, names: tuple[str, ...]) -> jax.Array:
+  """All of a kernel on every device; its gradient is summed to its shards.
+
+  Args:
+    w: with these logical axes.
+    names: two of them; the one over `tensor` is gathered first, when shards
+      are small.
+  """
+  first = [None if LOGICAL[name] == "tensor" else name for name in names]
+  return constrain(constrain(w, *first), None, None)
+
+
+def _gathered_forward(w: jax.Array, names: tuple[str, ...]) -> tuple:
+  return gathered(w, names), None
+
+
+def _gathered_backward(
+  names: tuple[str, ...], _: None, g: jax.Array
+) -> tuple[jax.Array]:
+  # A constraint's own transpose would first sum all of it on every device.
+  return (constrain(g, *names),)
+
+
+gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def shard_shape(

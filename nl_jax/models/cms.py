@@ -124,8 +124,9 @@ class Level(nn.Module):
     w_up = self.param("w_up", init(layers.INIT_STD), shape)
     w_down = self.param("w_down", init(self.down_std), shape[::-1])
     if self.gathers:
-      whole = lambda w: sharding.constrain(w.astype(x.dtype), None, None)
-      w_gate, w_up, w_down = whole(w_gate), whole(w_up), whole(w_down)
+      whole = lambda w, *axes: sharding.gathered(w.astype(x.dtype), axes)
+      w_gate, w_up = (whole(w, "embed", "mlp") for w in (w_gate, w_up))
+      w_down = whole(w_down, "mlp", "embed")
     hidden = layers.gated(x, w_gate, w_up)
     self.sow(_READ, "x", x)
     self.sow(_READ, "hidden", hidden)
