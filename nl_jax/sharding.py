@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -170,7 +172,8 @@ def mesh(
     devices: all of them by default.
 
   Raises:
-    ValueError: the sizes do not multiply to the number of devices.
+    ValueError: the sizes do not multiply to the number of devices, or replica
+      is no multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (replica, fsdp, sequence, tensor)))
@@ -189,11 +192,30 @@ def mesh(
       f"({len(devices)}), got {given}; set one size to -1"
     )
   # Auto: embeddings and scans of Explicit meshes need a sharding each.
+  auto = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(d, "slice_index", 0) for d in devices})
+  if slices > 1:
+    return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=auto)
   return jax.make_mesh(
-    tuple(sizes.values()),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+    tuple(sizes.values()), AXES, axis_types=auto, devices=devices
+  )
+
+
+def _over_slices(
+  sizes: dict[str, int], slices: int, devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """Devices of several slices: only the replicas cross the slow network."""
+  if sizes["replica"] % slices:
+    raise ValueError(
+      f"mesh.replica must be a multiple of the {slices} slices, got "
+      f"{sizes['replica']}; set mesh.replica={slices}"
+    )
+  within = {**sizes, "replica": sizes["replica"] // slices}
+  return mesh_utils.create_hybrid_device_mesh(
+    tuple(within.values()),
+    (slices, 1, 1, 1),
+    devices,
+    allow_split_physical_axes=True,  # As jax.make_mesh on a v5e.
   )
 
 
