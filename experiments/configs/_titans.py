@@ -38,6 +38,7 @@ def memora(size: str, arg: str) -> ConfigDict:
   memory = _memory(shape)
   memory.arch = "mlp_ln"  # What Miras has.
   memory.momentum = "off"  # Memora has none.
+  memory.eta_max = 0.01  # At 0.1 gradients reach 1e4 at 256 tokens; ours.
   del memory.beta_bias, memory.omega, memory.inner_muon
   # Rank of the gates' projections (Miras: 32 to 64).
   memory.rank = 32 if size in ("smoke", "tiny") else 64
