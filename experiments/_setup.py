@@ -13,7 +13,8 @@ from ml_collections import config_dict
 from nl_jax import data, sharding
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
-from nl_jax.train import loop, optimizer
+from nl_jax.train import optimizer
+from nl_jax.train import settings as settings_lib
 
 ConfigDict = config_dict.ConfigDict
 
@@ -178,7 +179,7 @@ def mesh(config: ConfigDict) -> jax.sharding.Mesh:
   return made
 
 
-def settings(config: ConfigDict) -> loop.Settings:
+def settings(config: ConfigDict) -> settings_lib.Settings:
   """What the loop does, and when.
 
   Raises:
@@ -193,7 +194,7 @@ def settings(config: ConfigDict) -> loop.Settings:
       f"eval.batches must be 0 (all) or more, got {config.eval.batches}"
     )
   train = config.train
-  return loop.Settings(
+  return settings_lib.Settings(
     steps=train.steps,
     log_every=train.log_every,
     eval_every=train.eval_every,

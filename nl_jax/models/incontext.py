@@ -24,7 +24,14 @@ import optax
 
 from nl_jax import card, types
 from nl_jax import levels as runner
-from nl_jax.models import cms, layers, lm, local_loss, micro_chunks
+from nl_jax.models import (
+  cms,
+  layers,
+  lm,
+  local_loss,
+  micro_chunks,
+  open_chunk,
+)
 
 TARGETS = ("inside", "next")
 RULES = ("sgd", "momentum", "dgd")
@@ -241,7 +248,7 @@ class InContextModel:
     return micro_chunks.InContextState(
       {"slow": slow, "begin": fast, "now": fast},
       again(fast),
-      micro_chunks.Buffer(
+      open_chunk.Buffer(
         jnp.zeros((batch_size, C, self.base.width), dtype),
         zero,
         zero,

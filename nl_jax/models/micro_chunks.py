@@ -15,28 +15,10 @@ import jax.numpy as jnp
 
 from nl_jax import levels as runner
 from nl_jax import types
-from nl_jax.models import cms, layers
+from nl_jax.models import cms, layers, open_chunk
 
 if TYPE_CHECKING:
   from nl_jax.models import incontext
-
-
-class Buffer(NamedTuple):
-  """The open micro-chunk; zeros behind its tokens.
-
-  Attributes:
-    x_BxCxD: what its tokens were before the first fast level.
-    tokens_BxC: int32 ids.
-    ids_BxC: int32, their documents; 0: padding, or none yet.
-    learn_BxC: weights of their losses in the inner loss.
-    phase_B: int32, tokens in it.
-  """
-
-  x_BxCxD: types.Array
-  tokens_BxC: types.Array
-  ids_BxC: types.Array
-  learn_BxC: types.Array
-  phase_B: types.Array
 
 
 class InContextState(NamedTuple):
@@ -53,7 +35,7 @@ class InContextState(NamedTuple):
 
   layers: dict[str, Any]
   levels: runner.State
-  buffer: Buffer
+  buffer: open_chunk.Buffer
   position_B: types.Array
 
 
@@ -233,7 +215,9 @@ def whole(
     row, out_axes=(0, 1, 1, 0, 0, 1)
   )(units, rest)
   logits = jnp.concatenate([logits, model.base.logits(params, x)], axis=1)
-  buffer = _open(model, x_BxTxD, tokens_BxT, ids, learn_BxT, closed_B, end_B)
+  buffer = open_chunk.of_call(
+    model, x_BxTxD, tokens_BxT, ids, learn_BxT, closed_B, end_B
+  )
   seen = jnp.sum(ids > 0, axis=1, dtype=jnp.int32)
   mixers = {"slow": None, "begin": begin, "now": now}
   return logits, InContextState(mixers, at, buffer, seen), metrics
@@ -289,30 +273,6 @@ def _targets(
   return after(tokens), jnp.where(same, learn, 0)
 
 
-def _open(
-  model: "incontext.InContextModel",
-  x_BxTxD: types.Array,
-  tokens: types.Array,
-  ids: types.Array,
-  learn: types.Array,
-  closed_B: types.Array,
-  end_B: types.Array,
-) -> Buffer:
-  """The micro-chunk that stays open in each row."""
-  C = model.options.chunks[0]
-  phase_B = end_B - closed_B * C
-  there = jnp.arange(C)[None] < phase_B[:, None]
-
-  def cut(x: types.Array) -> types.Array:
-    x = jnp.pad(x, [(0, 0), (0, C)] + [(0, 0)] * (x.ndim - 2))
-    take = lambda row, i: jax.lax.dynamic_slice_in_dim(row, i * C, C)
-    return jax.vmap(take)(x, closed_B)
-
-  ids = jnp.where(there, cut(ids), 0)
-  real = lambda x: _where_rows(ids > 0, cut(x), 0)
-  return Buffer(real(x_BxTxD), real(tokens), ids, real(learn), phase_B)
-
-
 def go_on(
   model: "incontext.InContextModel",
   params: types.Params,
@@ -331,7 +291,7 @@ def go_on(
   documents = ids_BxT is not None and by_document
   if ids_BxT is None:
     ids_BxT = jnp.broadcast_to(
-      jnp.maximum(_segment(state.buffer), 1)[:, None], (batch, tokens)
+      jnp.maximum(open_chunk.segment(state.buffer), 1)[:, None], (batch, tokens)
     )
   begin_B, end_B = layers.real_span(ids_BxT > 0)
   width = min(tokens, C)
@@ -351,11 +311,11 @@ def go_on(
       # Micro-chunks end with their document; what is between is no part.
       blank = ids[:, 0] == 0
       inside = jnp.cumprod(ids == ids[:, :1], axis=1, dtype=jnp.int32)
-      before, more = _segment(buffer), more & ~blank
+      before, more = open_chunk.segment(buffer), more & ~blank
       new = more & (before > 0) & (ids[:, 0] != before)
       anew = jax.vmap(lambda x: begin_levels(model, params, x), in_axes=1)(now)
       at = _choose(new, anew, at)
-      buffer = jax.tree.map(lambda x: _where_rows(~new, x, 0), buffer)
+      buffer = jax.tree.map(lambda x: open_chunk.where_rows(~new, x, 0), buffer)
       begin = _choose(new, now, begin, axis=1)
     due = more & (buffer.phase_B == C)
     at, begin, buffer = jax.lax.cond(
@@ -372,7 +332,7 @@ def go_on(
     ids = jnp.where(real, ids, 0)
     y, now, metrics = _forward(model, params, at, now, x, ids)
     added_B = jnp.where(blank, 0, size_B)
-    buffer = _append(buffer, (x, ids_tokens, ids, learn), added_B)
+    buffer = open_chunk.append(buffer, (x, ids_tokens, ids, learn), added_B)
     place = jnp.where(real, offset_B[:, None] + jnp.arange(width)[None], tokens)
     out = out.at[rows, place].set(y, mode="drop")
     return (at, begin, now, buffer, out, offset_B + size_B), metrics
@@ -418,11 +378,11 @@ def _close(
   at: runner.State,
   begin: Any,
   now: Any,
-  buffer: Buffer,
+  buffer: open_chunk.Buffer,
   due_B: types.Array,
   next_token_B: types.Array,
   next_id_B: types.Array,
-) -> tuple[runner.State, Any, Buffer]:
+) -> tuple[runner.State, Any, open_chunk.Buffer]:
   """Closes the full micro-chunks of the rows that are due."""
   behind = lambda x, last: jnp.concatenate([x, last[:, None]], axis=1)
   targets, weights = _targets(
@@ -448,7 +408,7 @@ def _close(
 
   at = jax.vmap(row, in_axes=(0, 1, 0))(at, begin, units)
   begin = _choose(due_B, now, begin, axis=1)
-  empty = lambda x: _where_rows(~due_B, x, 0)
+  empty = lambda x: open_chunk.where_rows(~due_B, x, 0)
   return at, begin, jax.tree.map(empty, buffer)
 
 
@@ -466,37 +426,6 @@ def _erase(
       square = jnp.square(jnp.einsum("lca,lab->lcb", u, w))
       total += 0.5 * jnp.einsum("c,lcb->", weights_C.astype(w.dtype), square)
   return total
-
-
-def _segment(buffer: Buffer) -> types.Array:
-  """int32 [B], the document of the last token; 0 before the first."""
-  last = jnp.maximum(buffer.phase_B - 1, 0)[:, None]
-  return jnp.take_along_axis(buffer.ids_BxC, last, axis=1)[:, 0]
-
-
-def _append(
-  buffer: Buffer, new: tuple[types.Array, ...], size_B: types.Array
-) -> Buffer:
-  """The first `size_B` of the new tokens behind those of the buffer.
-
-  Args:
-    buffer: with room for them.
-    new: x [B,W,D], tokens, ids and learn [B,W]; ids 0 at padding.
-    size_B: padding inside included.
-  """
-  real = new[2] > 0
-  rows = jnp.arange(real.shape[0])[:, None]
-  place = buffer.phase_B[:, None] + jnp.arange(real.shape[1])[None]
-  place = jnp.where(real, place, buffer.ids_BxC.shape[1])
-  put = lambda old, x: old.at[rows, place].set(x, mode="drop")
-  parts = [put(old, x) for old, x in zip(buffer[:4], new)]
-  return Buffer(*parts, buffer.phase_B + size_B)
-
-
-def _where_rows(keep: types.Array, x: types.Array, other: int) -> types.Array:
-  """x where `keep` [B] or [B,C] is true, over its trailing axes."""
-  shape = keep.shape + (1,) * (x.ndim - keep.ndim)
-  return jnp.where(keep.reshape(shape), x, jnp.asarray(other, x.dtype))
 
 
 def _choose(rows: types.Array, new: Any, old: Any, axis: int = 0) -> Any:

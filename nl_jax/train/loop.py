@@ -6,7 +6,6 @@ holds the loss and norms of the update that led to state i (`train/`, `opt/`,
 """
 
 import contextlib
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,83 +28,14 @@ from nl_jax.train import (
 )
 from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
+from nl_jax.train import settings as settings_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
 from nl_jax.train import stop as stop_lib
 from nl_jax.train import timer as timer_lib
 
 Evaluate = Callable[[Any, int], Mapping[str, float]]
-_POLICIES = ("raise", "skip")
 _DONE = "done"
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-  """What the loop does, and when; counts are outer steps.
-
-  Attributes:
-    steps: updates of the whole run.
-    log_every: a line of metrics every so many steps (and at 1 and the last).
-    eval_every: `evaluate` every so many steps and at the end; 0: at the end.
-    accumulate: micro-batches of one step; divides the batch.
-    nan_policy: "raise", or "skip" the update of a non-finite step.
-    max_skipped: with "skip", more skipped steps than these raise.
-    checkpoint_every: a checkpoint every so many steps and at the end; 0: at
-      the end.
-    keep: newest checkpoints that stay.
-    keep_period: checkpoints at multiples of it stay too; 0: none does.
-    seed: of the initial parameters.
-    profile_steps: first and last step of a trace, as "10:13"; "": none.
-  """
-
-  steps: int
-  log_every: int = 10
-  eval_every: int = 0
-  accumulate: int = 1
-  nan_policy: str = "raise"
-  max_skipped: int = 100
-  checkpoint_every: int = 0
-  keep: int = 3
-  keep_period: int = 0
-  seed: int = 0
-  profile_steps: str = ""
-
-  def __post_init__(self):
-    traced = profile.parse(self.profile_steps)
-    least = {
-      "train.steps": (self.steps, 1),
-      "train.log_every": (self.log_every, 1),
-      "train.eval_every": (self.eval_every, 0),
-      "train.accumulate": (self.accumulate, 1),
-      "train.max_skipped": (self.max_skipped, 0),
-      "checkpoint.every": (self.checkpoint_every, 0),
-      "checkpoint.keep": (self.keep, 1),
-      "checkpoint.keep_period": (self.keep_period, 0),
-      "train.seed": (self.seed, 0),
-    }
-    for key, (value, bound) in least.items():
-      if not isinstance(value, int) or value < bound:
-        raise ValueError(
-          f"{key} must be a whole number of at least {bound}, got {value!r}"
-        )
-    if traced and traced.first > self.steps:
-      raise ValueError(
-        f"train.profile_steps={self.profile_steps} begins behind train.steps="
-        f"{self.steps}; give earlier steps"
-      )
-    if self.nan_policy not in _POLICIES:
-      raise ValueError(
-        f"train.nan_policy must be one of {', '.join(_POLICIES)}; got "
-        f"{self.nan_policy!r}"
-      )
-
-  def due(self, step: int, every: int) -> bool:
-    """Whether what happens every so many steps, and at the end, is due."""
-    return step == self.steps or every > 0 and step > 0 and step % every == 0
-
-  def logs(self, step: int) -> bool:
-    """Whether a step has a line of metrics."""
-    return step == 1 or self.due(step, self.log_every)
 
 
 class Result(NamedTuple):
@@ -158,7 +88,7 @@ def train(
   sequence_length: int,
   workdir: str,
   config: Mapping[str, Any],
-  settings: Settings,
+  settings: settings_lib.Settings,
   fingerprint: str = "",
   mesh: jax.sharding.Mesh | None = None,
   evaluate: Evaluate | None = None,
@@ -253,7 +183,7 @@ class _Run:
     model: Any,
     data: Any,
     evaluate: Evaluate | None,
-    settings: Settings,
+    settings: settings_lib.Settings,
     folder: pathlib.Path,
     saver: checkpoint.Checkpoints,
     mesh: jax.sharding.Mesh,

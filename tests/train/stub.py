@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nl_jax.train import loop, optimizer
+from nl_jax.train import settings as settings_lib
 
 VOCAB, WIDTH, BATCH, LENGTH = 16, 8, 8, 4
 TOKENS = BATCH * LENGTH
@@ -152,7 +153,7 @@ def run(
   """Trains the stub; 10 steps, a line every other step."""
   model = Model() if model is None else model
   settings = {"steps": 10, "log_every": 2, "checkpoint_every": 4} | settings
-  settings = loop.Settings(**settings)
+  settings = settings_lib.Settings(**settings)
   made = optimizer.make(
     model,
     steps=settings.steps,

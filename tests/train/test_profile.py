@@ -6,7 +6,8 @@ import pytest
 
 from experiments import _compile_chips, _flags, _setup
 from nl_jax import sharding
-from nl_jax.train import files, loop, progress, timer
+from nl_jax.train import files, progress, timer
+from nl_jax.train import settings as settings_lib
 from tests.train import stub
 
 
@@ -22,7 +23,7 @@ def traces(workdir):
 @pytest.mark.parametrize("text", ["10", "13:10", "0:3", "a:b", "1:2:3", (1, 2)])
 def test_a_wrong_value_is_one_sentence(text):
   with pytest.raises(ValueError, match="train.profile_steps .* as 10:13"):
-    loop.Settings(steps=20, profile_steps=text)
+    settings_lib.Settings(steps=20, profile_steps=text)
 
 
 def test_steps_are_traced_once_and_change_no_number(
@@ -60,7 +61,7 @@ def test_steps_that_are_made_are_not_traced_again(tmp_path, one_device):
   stub.run(tmp_path, mesh=one_device, steps=10, profile_steps="6:8")
   assert not (tmp_path / "profile").exists()
   with pytest.raises(ValueError, match="begins behind train.steps=10"):
-    loop.Settings(steps=10, profile_steps="11:12")
+    settings_lib.Settings(steps=10, profile_steps="11:12")
 
 
 @pytest.mark.parametrize("name", ["profile", "profile/plugins"])
