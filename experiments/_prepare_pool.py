@@ -1,12 +1,14 @@
 """The workers of experiments.prepare: processes that make shards."""
 
 import concurrent.futures
+import contextlib
 import multiprocessing
 import os
 import pathlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nl_jax.data import partition, preparation
@@ -93,7 +95,8 @@ def run(jobs: list, total: int, workers: int) -> list[int]:
     workers, context, initializer=_begin, initargs=(done, stopped)
   )
   try:
-    futures = [pool.submit(_work, job) for job in jobs]
+    with _deaf():
+      futures = [pool.submit(_work, job) for job in jobs]
     with _Bar(total) as show:
       waiting = set(futures)
       while waiting:
@@ -116,11 +119,20 @@ def run(jobs: list, total: int, workers: int) -> list[int]:
   return [job.number for job, future in zip(jobs, futures) if future.result()]
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+  """Processes begun here never hear Ctrl-C: their parent tells them."""
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
+
+
 def _begin(done: Any, stopped: Any) -> None:
   """Of a worker, before its first job."""
   global _done, _stopped
   _done, _stopped = done, stopped
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # Its parent tells it.
   threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
