@@ -1,7 +1,7 @@
 """Test set-up: eight CPU devices, strict broadcasting, a compilation cache.
 
-Most of the suite's time is compiling, so code is optimised little; commands
-that tests start inherit that.
+Most of the suite's time is compiling, so code is optimised little, and what
+was compiled is kept; commands that tests start inherit both.
 """
 
 import gc
@@ -11,18 +11,16 @@ import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault(
+  "NL_TEST_CACHE", os.path.join(tempfile.gettempdir(), "nl_jax_test_cache")
+)
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update(
-  "jax_compilation_cache_dir",
-  os.environ.get(
-    "NL_TEST_CACHE", os.path.join(tempfile.gettempdir(), "nl_jax_test_cache")
-  ),
-)
+jax.config.update("jax_compilation_cache_dir", os.environ["NL_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
