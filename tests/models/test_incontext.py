@@ -240,7 +240,7 @@ def test_dgd_erases_what_each_kernel_reads():
 
 
 def test_without_rate_or_updates_it_is_the_plain_chain():
-  net, tokens = model(), draw(2, 31)
+  net, tokens = model(fast_layers=1), draw(2, 31)
   params = generic(net)
   still = apply(net.base, plain(params), tokens)[0]
   rates = params["in_context"]["log_rate"]
@@ -249,7 +249,7 @@ def test_without_rate_or_updates_it_is_the_plain_chain():
   np.testing.assert_allclose(made, still, atol=2e-6)
   grads = jax.grad(lambda p: apply(net, p, tokens)[0].sum())(no_rate)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
-  slow = model(net.base, chunks=(40, 80))
+  slow = model(net.base, chunks=(40, 80), fast_layers=1)
   params["in_context"]["log_rate"] = np.zeros(2)
   np.testing.assert_allclose(apply(slow, params, tokens)[0], still, atol=2e-6)
 
@@ -257,7 +257,10 @@ def test_without_rate_or_updates_it_is_the_plain_chain():
 def test_nested_with_slow_levels_beyond_the_text_is_sequential():
   tokens = draw(2, 31)
   nested = dataclasses.replace(LEVELS, variant="nested")
-  made = [model(levels=levels, chunks=(4, 32)) for levels in (LEVELS, nested)]
+  made = [
+    model(levels=levels, chunks=(4, 32), fast_layers=1)
+    for levels in (LEVELS, nested)
+  ]
   params = generic(made[0])
   a, b = (apply(net, params, tokens)[0] for net in made)
   np.testing.assert_allclose(a, b, atol=1e-6)
@@ -265,7 +268,7 @@ def test_nested_with_slow_levels_beyond_the_text_is_sequential():
 
 def test_what_is_not_to_be_learned_is_not():
   """With learn 0 nothing is written; a target with weight 0 leaves no trace."""
-  net, tokens = model(), draw(1, 31)
+  net, tokens = model(fast_layers=1), draw(1, 31)
   params = generic(net)
   nothing = apply(net, params, tokens, learn=np.zeros_like(tokens))[0]
   still = apply(net.base, plain(params), tokens)[0]
