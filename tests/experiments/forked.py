@@ -69,23 +69,28 @@ def _one(command: list[str], cwd: str) -> list:
 
 
 def _child(command: list[str], cwd: str, out: int, err: int) -> None:
-  import runpy
-
   os.dup2(out, 1)
   os.dup2(err, 2)
   os.chdir(cwd)
-  sys.argv = [command[0], *command[1:]]
-  code = 0
+  code = run_module(command)
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def run_module(command: list[str]) -> int:
+  """Runs a command in this process; its exit status."""
+  import runpy
+
+  sys.argv = list(command)
   try:
     runpy.run_module(f"experiments.{command[0]}", run_name="__main__")
   except SystemExit as error:
-    code = error.code
-    if isinstance(code, str):
-      print(code, file=sys.stderr)
-      code = 1
-  sys.stdout.flush()
-  sys.stderr.flush()
-  os._exit(code or 0)
+    if isinstance(error.code, str):
+      print(error.code, file=sys.stderr)
+      return 1
+    return error.code or 0
+  return 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-ROOT = pathlib.Path(__file__).parents[2]
+from tests.experiments import forked
+
+ROOT = forked.ROOT
 _LIMIT = 300  # Seconds of a group, on a machine with other work too.
 
 
@@ -173,29 +175,19 @@ def _told(code: int, seconds: float, files: list) -> list:
 
 
 def _child(command: list[str], devices: int, out: int, err: int) -> None:
-  import runpy
-
   import jax
 
   os.dup2(out, 1)
   os.dup2(err, 2)
   jax.config.update("jax_num_cpu_devices", devices)
-  sys.argv = list(command)
-  code = 0
-  try:
-    runpy.run_module(f"experiments.{command[0]}", run_name="__main__")
-  except SystemExit as error:
-    code = error.code
-    if isinstance(code, str):
-      print(code, file=sys.stderr)
-      code = 1
+  code = forked.run_module(command)
   # What a process does at its end: leaves the others.
   import atexit
 
   atexit._run_exitfuncs()
   sys.stdout.flush()
   sys.stderr.flush()
-  os._exit(code or 0)
+  os._exit(code)
 
 
 if __name__ == "__main__":
