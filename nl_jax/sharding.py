@@ -5,11 +5,10 @@ from its path: exactly one rule of `PARAMETERS` matches it. Fast weights are
 laid out by sequence and head, so that inner loops need no collective.
 """
 
-import functools
 import logging
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,6 +30,7 @@ LOGICAL = {
   "heads": "tensor",
   "head_dim": None,
   "mem_in": None,
+  "start_in": "fsdp",  # Of learned starts of memories, where it divides.
   "mem_out": None,
   "mlp": "tensor",
   "vocab": "tensor",
@@ -98,7 +98,7 @@ PARAMETERS = (
   (_MIXER + r"memory/gate/b_(eta|alpha)", ("heads", "head_dim")),
   (
     _MIXER + r"memory/((?!gate/)\w+/)?w(_in|_out|_gate)?",
-    ("heads", "mem_in", "mem_out"),
+    ("heads", "start_in", "mem_out"),
   ),
 )
 
@@ -235,31 +235,38 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, spec(*split))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gathered(w: jax.Array, names: tuple[str, ...]) -> jax.Array:
-  """All of a kernel on every device; its gradient is summed to its shards.
+def by_tokens(
+  f: Callable[..., Tree],
+  x_BxTxD: jax.Array,
+  kernels: Sequence[jax.Array],
+  names: Sequence[tuple[str, str]],
+) -> Tree:
+  """f(x, *kernels), each device with tokens of its own and all of the kernels.
+
+  Kernels are gathered, and their gradients scattered to their shards. Said
+  axis by axis, since XLA makes a sum over all devices of a gradient that is
+  split in both of its axes.
 
   Args:
-    w: with these logical axes.
-    names: two of them; the one over `tensor` is gathered first, when shards
-      are small.
+    f: of tokens [b, t, D] and whole kernels, to arrays [b, t, ...].
+    x_BxTxD: tokens.
+    kernels: matrices.
+    names: the logical axes of each.
   """
-  first = [None if LOGICAL[name] == "tensor" else name for name in names]
-  return constrain(constrain(w, *first), None, None)
 
+  def whole(w: jax.Array, axes: tuple[str, str]) -> jax.Array:
+    over = [(i, a) for i, name in enumerate(axes) for a in _over(name)]
+    # Over `tensor` first, while shards are small.
+    for i, axis in sorted(over, key=lambda entry: entry[1] != "tensor"):
+      w = jax.lax.all_gather(w, axis, axis=i, tiled=True)
+    return w
 
-def _gathered_forward(w: jax.Array, names: tuple[str, ...]) -> tuple:
-  return gathered(w, names), None
-
-
-def _gathered_backward(
-  names: tuple[str, ...], _: None, g: jax.Array
-) -> tuple[jax.Array]:
-  # A constraint's own transpose would first sum all of it on every device.
-  return (constrain(g, *names),)
-
-
-gathered.defvjp(_gathered_forward, _gathered_backward)
+  tokens = spec("batch", "tokens", None)
+  return jax.shard_map(
+    lambda x, *w: f(x, *map(whole, w, names)),
+    in_specs=(tokens, *(spec(*axes) for axes in names)),
+    out_specs=tokens,
+  )(x_BxTxD, *kernels)
 
 
 def shard_shape(
@@ -332,10 +339,13 @@ def _named(
   mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str]
 ) -> NamedSharding:
   """The sharding of logical axes, checked against the shape."""
-  for size, axis in zip(shape, axes):
+  axes = list(axes)
+  for i, (size, axis) in enumerate(zip(shape, axes)):
     over = _over(axis)
     parts = math.prod(mesh.shape[a] for a in over)
-    if size % parts:
+    if size % parts and axis == "start_in":
+      axes[i] = None  # Memories are narrower than meshes are long.
+    elif size % parts:
       sizes = ", ".join(f"mesh.{a}={mesh.shape[a]}" for a in over)
       raise ValueError(
         f"{name}: the axis {axis!r} of size {size} must be a multiple of its "

@@ -123,14 +123,24 @@ class Level(nn.Module):
     w_gate = self.param("w_gate", init(layers.INIT_STD), shape)
     w_up = self.param("w_up", init(layers.INIT_STD), shape)
     w_down = self.param("w_down", init(self.down_std), shape[::-1])
+    kernels = (w_gate, w_up, w_down)
     if self.gathers:
-      whole = lambda w, *axes: sharding.gathered(w.astype(x.dtype), axes)
-      w_gate, w_up = (whole(w, "embed", "mlp") for w in (w_gate, w_up))
-      w_down = whole(w_down, "mlp", "embed")
-    hidden = layers.gated(x, w_gate, w_up)
+      kernels = [w.astype(x.dtype) for w in kernels]
+      axes = (("embed", "mlp"),) * 2 + (("mlp", "embed"),)
+      y, hidden = sharding.by_tokens(_feed_forward, x, kernels, axes)
+    else:
+      y, hidden = _feed_forward(x, *kernels)
     self.sow(_READ, "x", x)
     self.sow(_READ, "hidden", hidden)
-    return layers.dense(hidden, w_down)
+    return y
+
+
+def _feed_forward(
+  x: types.Array, w_gate: types.Array, w_up: types.Array, w_down: types.Array
+) -> tuple[types.Array, types.Array]:
+  """(the output [..., D], what w_down reads [..., F])."""
+  hidden = layers.gated(x, w_gate, w_up)
+  return layers.dense(hidden, w_down), hidden
 
 
 class CMS(nn.Module):
