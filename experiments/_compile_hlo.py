@@ -168,7 +168,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
   Raises:
     ValueError: there is no entry in the text.
   """
-  computations, entry, current = {}, "", None
+  computations, entry, current, last = {}, "", None, None
   for line in text.splitlines():
     if current is None:
       head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
@@ -176,11 +176,14 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
         current = Computation(head[2], {})
         computations[head[2]] = current
         entry = head[2] if head[1] else entry
-    elif line.startswith("}"):
+    elif line == "}" or line.startswith("}, "):
       current = None
     elif match := _LINE.match(line):
-      instruction = _instruction(*match.groups())
-      current.body[instruction.name] = instruction
+      last = _instruction(*match.groups())
+      current.body[last.name] = last
+    else:  # The attributes of a kernel may go over several lines.
+      last = last._replace(text=last.text + line)
+      current.body[last.name] = last
   if not entry:
     raise ValueError("expected the text of a compiled program, got no ENTRY")
   return computations, entry

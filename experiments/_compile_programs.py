@@ -12,6 +12,7 @@ from jax.experimental import topologies
 
 from experiments import _compile_chips, _compile_hlo, _setup
 from nl_jax import sharding
+from nl_jax.models import flops
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
 
@@ -151,6 +152,8 @@ def report(
   counts = _compile_hlo.count(text, dict(mesh.shape))
   once = run.cost_analysis() or {}
   roofline = _compile_chips.roofline(counts, made, per_chip)
+  if program == "train":
+    row["formula"] = _formula(config) / mesh.size
   return row | dict(
     flops=counts.flops,
     hbm_bytes=counts.hbm_bytes,
@@ -162,6 +165,12 @@ def report(
     estimate=roofline._asdict()
     | dict(least=roofline.least, most=roofline.most),
   )
+
+
+def _formula(config: _setup.ConfigDict) -> float:
+  """Operations of a step as MFU counts them: nothing twice, all kernels."""
+  rows, length = config.data.batch_size, config.data.sequence_length
+  return rows * length * flops.training(_setup.model(config), length)
 
 
 def _per_device(tree: Any) -> float:

@@ -6,8 +6,11 @@ or failure; 3 part of the work failed; 130 Ctrl-C.
 
 import functools
 import logging as std_logging
+import os
 import pathlib
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 
@@ -25,6 +28,7 @@ _DEBUG = flags.DEFINE_boolean(
 )
 _EXTRAS = {"datasets": "hf"}  # Of setup.py, where it is not `train`.
 _ROOT = pathlib.Path(__file__).parents[1]
+_AGAIN = 0.05  # Seconds.
 # What a room raises for a user's mistake, and what the system refuses.
 _MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
 
@@ -35,6 +39,7 @@ def run(main: Callable[[], int]) -> None:
   logging.get_absl_handler().setFormatter(plain)
   # Tells of every accelerator that is not here.
   std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)
+  sys.unraisablehook = _unraisable
   guarded = functools.partial(_guarded, main)
   app.run(lambda argv: guarded(), flags_parser=_flags.parse)
 
@@ -58,6 +63,18 @@ def _guarded(main: Callable[[], int]) -> int:
       if sentence is None:
         raise
       return _stopped(f"error: {sentence}", FAILED)
+
+
+def _unraisable(what: "sys.UnraisableHookArgs") -> None:
+  """Lets Ctrl-C come again where it fell into a callback of Python's own.
+
+  What is raised in those, as while libraries are imported, Python only prints.
+  """
+  if not issubclass(what.exc_type, KeyboardInterrupt):
+    sys.__unraisablehook__(what)
+    return
+  again = (os.getpid(), signal.SIGINT)
+  threading.Timer(_AGAIN, os.kill, again).start()
 
 
 def _stopped(text: str, status: int) -> int:

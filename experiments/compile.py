@@ -220,6 +220,13 @@ def transfers(row: dict[str, Any]) -> str:
   lines.append(f"\nestimate, if one thing bounds all: {', '.join(parts)}")
   if row["unknown"]:
     lines.append(f"without a number: {', '.join(row['unknown'])}")
+  if "formula" in row:
+    busy = row["formula"] / row["flops"] * estimate["products"]
+    lines.append(
+      f"by formula {row['formula'] / 1e9:,.1f} GFLOP, kernels too and nothing "
+      f"twice: MFU of {busy / estimate['most']:.2f} to "
+      f"{busy / estimate['least']:.2f} at the estimated seconds"
+    )
   return "\n".join(lines)
 
 

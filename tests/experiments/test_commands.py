@@ -154,3 +154,30 @@ def test_list_configs_prints_names():
 def test_bench_answers_an_unknown_suite():
   got = run("bench", "--suite=memory")
   assert got.returncode == 1 and "unknown suite 'memory'" in got.stderr
+
+
+SWALLOWED = """
+import gc, os, signal, time
+from experiments import _main
+
+def callback(phase, info):
+  gc.callbacks.clear()
+  os.kill(os.getpid(), signal.SIGINT)
+
+def main():
+  gc.callbacks.append(callback)
+  gc.collect()
+  time.sleep(20)
+  return 0
+
+_main.run(main)
+"""
+
+
+def test_ctrl_c_is_heard_inside_pythons_own_callbacks():
+  done = subprocess.run(
+    [sys.executable, "-c", SWALLOWED],
+    capture_output=True, text=True, cwd=ROOT, timeout=60,
+  )  # fmt: skip
+  assert done.returncode == 130, done.stderr
+  assert done.stderr == "stopped by Ctrl-C\n"
