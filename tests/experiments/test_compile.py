@@ -31,8 +31,8 @@ MESH = dict(replica=1, fsdp=4, sequence=1, tensor=2)
 
 # As a TPU's compiler writes it, shortened: a loop of 24 turns with a gather
 # that runs beside a product (its pieces have one chain_id), a kernel whose
-# attributes go over several lines, a sum of which a shard is kept, and a batched
-# product as a dilated convolution.
+# attributes go over several lines, a sum of which a shard is kept, and a
+# batched product as a dilated convolution.
 TPU = """HloModule jit_step, is_scheduled=true
 
 %add (x: f32[], y: f32[]) -> f32[] {
