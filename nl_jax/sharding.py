@@ -196,9 +196,11 @@ def mesh(
   slices = len({getattr(d, "slice_index", 0) for d in devices})
   if slices > 1:
     return Mesh(_over_slices(sizes, slices, devices), AXES, axis_types=auto)
-  return jax.make_mesh(
-    tuple(sizes.values()), AXES, axis_types=auto, devices=devices
+  # jax.make_mesh splits a side of the torus on some kinds of chips only.
+  placed = mesh_utils.create_device_mesh(
+    tuple(sizes.values()), devices, allow_split_physical_axes=True
   )
+  return Mesh(placed, AXES, axis_types=auto)
 
 
 def _over_slices(
@@ -215,7 +217,7 @@ def _over_slices(
     tuple(within.values()),
     (slices, 1, 1, 1),
     devices,
-    allow_split_physical_axes=True,  # As jax.make_mesh on a v5e.
+    allow_split_physical_axes=True,
   )
 
 

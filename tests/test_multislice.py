@@ -1,5 +1,6 @@
-"""A mesh over several slices: only the replicas cross the network."""
+"""Meshes over slices: replicas cross the network, sides of a torus split."""
 
+import dataclasses
 import types
 
 import numpy as np
@@ -37,3 +38,37 @@ def test_replica_must_cover_the_slices():
     sharding._over_slices(
       dict(replica=1, fsdp=8, sequence=1, tensor=2), 2, devices(2, 8)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What a mesh reads of a device."""
+
+  id: int
+  coords: tuple[int, int, int]
+  device_kind: str
+  platform: str = "tpu"
+  core_on_chip: int = 0
+  process_index: int = 0
+
+
+@pytest.mark.parametrize(
+  ("kind", "sides", "sizes"),
+  [
+    ("TPU v6 lite", (16, 16, 1), dict(fsdp=128, tensor=2)),
+    ("TPU v5 lite", (16, 16, 1), dict(fsdp=128, tensor=2)),
+    ("TPU v5", (4, 4, 4), dict(fsdp=32, tensor=2)),
+    ("TPU v4", (4, 4, 4), dict(replica=2, fsdp=4, tensor=8)),
+  ],
+)
+def test_axes_of_a_mesh_may_split_a_side_of_the_torus(kind, sides, sizes):
+  chips = [Chip(i, at, kind) for i, at in enumerate(np.ndindex(sides))]
+  made = sharding.mesh(**sizes, devices=chips)
+  assert {made.shape[axis] == size for axis, size in sizes.items()} == {True}
+  assert sorted(chip.id for chip in made.devices.flat) == list(range(len(chips)))
+  # Those of `tensor`, which wait for each other most, are near: their chips
+  # span no more of the torus than there are of them.
+  for group in made.devices.reshape(-1, sizes["tensor"]):
+    at = np.array([chip.coords for chip in group])
+    spans = at.max(axis=0) - at.min(axis=0) + 1
+    assert np.prod(spans) <= sizes["tensor"]
