@@ -65,7 +65,7 @@ def test_axes_of_a_mesh_may_split_a_side_of_the_torus(kind, sides, sizes):
   chips = [Chip(i, at, kind) for i, at in enumerate(np.ndindex(sides))]
   made = sharding.mesh(**sizes, devices=chips)
   assert {made.shape[axis] == size for axis, size in sizes.items()} == {True}
-  assert sorted(chip.id for chip in made.devices.flat) == list(range(len(chips)))
+  assert {chip.id for chip in made.devices.flat} == {*range(len(chips))}
   # Those of `tensor`, which wait for each other most, are near: their chips
   # span no more of the torus than there are of them.
   for group in made.devices.reshape(-1, sizes["tensor"]):
