@@ -30,7 +30,7 @@ _LINE = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*)$")
 _FREE = {
   "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
   "call", "conditional", "after-all", "partition-id", "replica-id", "iota",
-  "opt-barrier",
+  "opt-barrier", "async-start",
 }  # fmt: skip
 _ASYNC = "AsyncCollectiveStart"  # Of a gather that runs beside products.
 
@@ -428,8 +428,9 @@ def _hbm(
     return 0.0
   if ins.op == "fusion":
     return _fusion(ins, home, computations[_attribute(ins, "calls")[0]])
-  if ins.op == "dynamic-slice":
-    return 2 * _outside(ins.arrays)
+  if ins.op in ("slice", "dynamic-slice"):
+    read = home.body[ins.operands[0]].arrays[0]
+    return ins.bytes * (not read.on_chip) + _outside(ins.arrays)
   if ins.op == "dynamic-update-slice":
     return 2 * _outside(home.body[ins.operands[1]].arrays)
   # The tuple of a beginning copy has its result first, then its operand.

@@ -3,6 +3,8 @@
 import importlib.util
 import math
 import os
+import pathlib
+import shutil
 import time
 from typing import Any
 
@@ -12,15 +14,19 @@ from jax.experimental import topologies
 
 from experiments import _compile_chips, _compile_hlo, _setup
 from nl_jax import sharding
-from nl_jax.models import flops
+from nl_jax.models import flops as flops_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
 
 PROGRAMS = ("train", "decode")
 
 
-def environment() -> None:
+def environment(folder: pathlib.Path) -> None:
   """Lets the compiler run without its chips; before JAX finds its devices.
+
+  Args:
+    folder: where the compiler writes the programs that it makes. JAX has them
+      too, but cannot read those with work on sparse cores (jaxlib 0.10.2).
 
   Raises:
     ValueError: the compiler is not installed.
@@ -32,6 +38,11 @@ def environment() -> None:
     )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  written = (
+    f"--xla_dump_to={folder} --xla_dump_hlo_as_text "
+    "--xla_dump_hlo_module_re=jit_step"
+  )
+  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {written}"
   jax.config.update("jax_platforms", "cpu")
 
 
@@ -41,9 +52,13 @@ def devices(topology: str) -> list[Any]:
   Raises:
     ValueError: no such slice.
   """
-  # JAX's meshes are of chips; the cores of a v4 are apart by default.
-  apart = _compile_chips.kind(topology) == "v4"
-  options = {"chip_config_name": "megacore"} if apart else {}
+  chip = _compile_chips.kind(topology)
+  options = {}
+  if chip == "v4":  # JAX's meshes are of chips; its cores are apart by default.
+    options["chip_config_name"] = "megacore"
+  sides = topology.partition(":")[2].split("x")
+  if len(sides) == 3 and not any(int(side) % 4 for side in sides):
+    options["wrap"] = (True,) * 3  # Slices of whole cubes close to a torus.
   try:
     found = topologies.get_topology_desc(
       platform="tpu", topology_name=topology, **options
@@ -112,7 +127,11 @@ def make_mesh(
 
 
 def report(
-  config: _setup.ConfigDict, program: str, mesh: jax.sharding.Mesh, chip: str
+  config: _setup.ConfigDict,
+  program: str,
+  mesh: jax.sharding.Mesh,
+  chip: str,
+  folder: pathlib.Path,
 ) -> dict[str, Any]:
   """Compiles a program and tells what a device needs for it.
 
@@ -121,6 +140,7 @@ def report(
     program: of PROGRAMS.
     mesh: over a topology's devices.
     chip: a key of CHIPS.
+    folder: of `environment`.
   """
   like, lower = (_train if program == "train" else _decode)(config, mesh)
   made = _compile_chips.CHIPS[chip]
@@ -143,17 +163,15 @@ def report(
   row["compile_seconds"] = time.perf_counter() - begin
   memory.update(_memory(run.memory_analysis()))
   row |= _fits(config, memory, made.hbm_bytes / per_chip)
-  try:
-    text = run.as_text()
-  except jax.errors.JaxRuntimeError as error:
-    # A compiler newer than jaxlib may write what jaxlib does not know.
-    row["unreadable"] = str(error).splitlines()[0]
-    return row
-  counts = _compile_hlo.count(text, dict(mesh.shape))
+  counts = _compile_hlo.count(_text(folder), dict(mesh.shape))
   once = run.cost_analysis() or {}
-  roofline = _compile_chips.roofline(counts, made, per_chip)
+  flops = counts.flops
   if program == "train":
     row["formula"] = _formula(config) / mesh.size
+    flops = max(flops, row["formula"])  # Products in kernels are not counted.
+  roofline = _compile_chips.roofline(
+    counts._replace(flops=flops), made, per_chip
+  )
   return row | dict(
     flops=counts.flops,
     hbm_bytes=counts.hbm_bytes,
@@ -167,10 +185,19 @@ def report(
   )
 
 
+def _text(folder: pathlib.Path) -> str:
+  """The program that was compiled last; its files are removed."""
+  written = folder.glob("*.after_codegen.txt")
+  text = max(written, key=lambda path: path.stat().st_mtime_ns).read_text()
+  for path in folder.iterdir():
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+  return text
+
+
 def _formula(config: _setup.ConfigDict) -> float:
   """Operations of a step as MFU counts them: nothing twice, all kernels."""
   rows, length = config.data.batch_size, config.data.sequence_length
-  return rows * length * flops.training(_setup.model(config), length)
+  return rows * length * flops_lib.training(_setup.model(config), length)
 
 
 def _per_device(tree: Any) -> float:

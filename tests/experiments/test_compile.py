@@ -264,10 +264,10 @@ def test_a_mesh_that_does_not_fit(sizes, sentence):
     _compile_programs.make_mesh(config, sizes, jax.devices())
 
 
-def test_without_the_compiler_the_extra_is_named(monkeypatch):
+def test_without_the_compiler_the_extra_is_named(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install -e \.\[tpu\]"):
-    _compile_programs.environment()
+    _compile_programs.environment(tmp_path)
 
 
 def test_a_roofline_is_bytes_and_products_over_the_makers_rates():
@@ -312,15 +312,26 @@ def test_a_refused_program_is_a_line_of_the_table():
   assert "too much" in compile.transfers(row)
 
 
-def test_a_program_that_cannot_be_read_has_its_memory():
-  memory = dict(parameters=1024, optimizer=0, temporaries=2048, total=4096)
-  row = dict(program="decode", capacity=2**34, fits=True, memory=memory,
-             compile_seconds=7.0, unreadable="INTERNAL: why")  # fmt: skip
-  report = dict(topology="tpu7x:2x2x1", mesh=dict(fsdp=1), programs=[row])
-  line = compile.table([report]).splitlines()[-1]
-  assert "| one device | decode | 1.0 KiB | 2.0 KiB | 4.0 KiB of" in line
-  assert line.endswith("| - | - | - | 7 s |")
-  assert "INTERNAL: why" in compile.transfers(row)
+SLICE = """HloModule jit_step
+
+%copied (p.0: f32[64,4]) -> f32[16,4] {
+  %p.0 = f32[64,4]{1,0} parameter(0)
+  ROOT %slice.1 = f32[16,4]{1,0:S(1)} slice(%p.0), slice={[0:16], [0:4]}
+}
+
+ENTRY %main (p: f32[64,4]) -> f32[16,4] {
+  %p = f32[64,4]{1,0} parameter(0)
+  %start = ((f32[64,4]{1,0}), f32[16,4]{1,0:S(1)}, s32[]{:S(2)}) async-start(%p), calls=%copied
+  ROOT %done = f32[16,4]{1,0:S(1)} async-done(%start)
+}
+"""  # noqa: E501
+
+
+def test_a_slice_reads_only_itself():
+  onto_the_chip = _compile_hlo.count(SLICE, MESH)
+  assert onto_the_chip.hbm_bytes == 16 * 4 * 4
+  beside = _compile_hlo.count(SLICE.replace(":S(1)", ""), MESH)
+  assert beside.hbm_bytes == 2 * 16 * 4 * 4
 
 
 MISTAKES = (
