@@ -30,7 +30,7 @@ _LINE = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*)$")
 _FREE = {
   "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
   "call", "conditional", "after-all", "partition-id", "replica-id", "iota",
-  "opt-barrier", "async-start",
+  "opt-barrier", "async-start", "async-update",
 }  # fmt: skip
 _ASYNC = "AsyncCollectiveStart"  # Of a gather that runs beside products.
 
@@ -150,9 +150,12 @@ def count(text: str, mesh: dict[str, int]) -> Counts:
       total[2] += step.times * wire
     if step.fused:
       continue
+    if ins.op == "custom-call" and _called(ins):
+      continue  # Counted inside.
     hbm += step.times * _hbm(ins, home, computations)
     estimate = re.search(r'"estimated_cycles":"(\d+)"', ins.text)
-    cycles += step.times * int(estimate[1]) if estimate else 0
+    if estimate and not step.beside:
+      cycles += step.times * int(estimate[1])
     if ins.op == "custom-call" and "tpu_custom_call" in ins.text:
       unknown.append(f"kernel {ins.name}")
   transfers = [Collective(*key, *total) for key, total in found.items()]
@@ -222,7 +225,7 @@ def _array(dtype: str, dims: str, layout: str) -> Array:
 
 
 class _Step(NamedTuple):
-  """An instruction as it is met: how often, and where."""
+  """An instruction as it is met: how often, where, and beside what follows."""
 
   instruction: Instruction
   home: Computation
@@ -230,6 +233,7 @@ class _Step(NamedTuple):
   fused: bool
   depth: int
   trips: int | None
+  beside: bool
 
 
 def _walk(
@@ -238,6 +242,7 @@ def _walk(
   times: int,
   depth: int,
   fused: bool = False,
+  beside: bool = False,
 ) -> Iterator[_Step]:
   """Every instruction that runs; all branches of a choice count."""
   home = computations[name]
@@ -245,11 +250,12 @@ def _walk(
     trips = None
     if ins.op == "while":
       trips = _trips(ins, home, computations)
-    yield _Step(ins, home, times, fused, depth, trips)
+    yield _Step(ins, home, times, fused, depth, trips, beside)
     for called in _called(ins):
       yield from _walk(
         computations, called, times * (trips or 1),
         depth + (ins.op == "while"), fused or ins.op == "fusion",
+        beside or ins.op == "async-start",
       )  # fmt: skip
 
 
@@ -267,6 +273,9 @@ def _called(ins: Instruction) -> list[str]:
     ]
   if ins.op in ("fusion", "async-start"):
     return _attribute(ins, "calls")
+  if ins.op == "custom-call":  # What a sparse core does is inside of one.
+    listed = re.search(r"called_computations=\{([^}]*)\}", ins.text)
+    return _NAME.findall(listed[1]) if listed else []
   return _attribute(ins, "to_apply") if ins.op == "call" else []
 
 
@@ -365,7 +374,7 @@ def _collective(
   payload = given * size if kind == "all-gather" else given
   share = 1 if kind == "collective-permute" else (size - 1) / size
   wire = payload * share * (2 if kind == "all-reduce" else 1)
-  hidden = bool(match[2]) or begun
+  hidden = bool(match[2]) or begun or step.beside
   place = _phase(ins) + _inside(step.depth)
   return (kind, axes, place, hidden), payload, wire
 

@@ -46,8 +46,8 @@ def _small(command: list[str]) -> list[str]:
               if a.startswith("--config=")]  # fmt: skip
     if not any(a.startswith("--workdir") for a in args):
       args.append(f"--workdir=runs/{folder[0]}")
-    cache = os.environ.get("NL_TEST_CACHE")
-    args += [*_SMALL, *([f"--compilation_cache={cache}"] if cache else [])]
+    cache = os.environ["NL_TEST_CACHE"]
+    args += [*_SMALL, f"--compilation_cache={cache}"]
   return [name, *args]
 
 

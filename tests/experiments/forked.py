@@ -30,13 +30,12 @@ def run(commands: list[list[str]], cwd: pathlib.Path) -> list[Done]:
     commands: the module below experiments, and its arguments.
     cwd: the folder.
   """
-  cache = os.environ.get("NL_TEST_CACHE")
-  more = {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
+  cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["NL_TEST_CACHE"]}
   done = subprocess.run(
     [sys.executable, "-W", "ignore", "-m", "tests.experiments.forked"],
     input=json.dumps({"cwd": str(cwd), "commands": commands}),
     capture_output=True, text=True, cwd=ROOT, timeout=600,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **more},
+    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **cache},
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   return [Done(*x) for x in json.loads(done.stdout)]

@@ -15,8 +15,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 def run(command, *args, cwd=ROOT):
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
   env.pop("XLA_FLAGS", None)
-  cache = os.environ.get("NL_TEST_CACHE", "")
-  env |= {"JAX_COMPILATION_CACHE_DIR": cache} if cache else {}
+  env["JAX_COMPILATION_CACHE_DIR"] = env["NL_TEST_CACHE"]
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{command}", *args],
     capture_output=True, text=True, cwd=cwd, env=env, timeout=300,

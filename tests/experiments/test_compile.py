@@ -334,6 +334,35 @@ def test_a_slice_reads_only_itself():
   assert beside.hbm_bytes == 2 * 16 * 4 * 4
 
 
+OFFLOADED = """HloModule jit_step
+
+%called (p.0: bf16[8,16]) -> bf16[32,16] {
+  %p.0 = bf16[8,16]{1,0} parameter(0)
+  ROOT %gather = bf16[32,16]{1,0} all-gather(%p.0), replica_groups=mesh['axis_0'=4,'axis_1'=2] {'axis_0'}, dimensions={0}, backend_config={"estimated_cycles":"9223372036854775807"}
+}, execution_thread="sparsecore"
+
+%async (p.1: bf16[8,16]) -> bf16[32,16] {
+  %p.1 = bf16[8,16]{1,0} parameter(0)
+  ROOT %custom = bf16[32,16]{1,0} custom-call(%p.1), custom_call_target="TODO", called_computations={%called}
+}, execution_thread="sparsecore"
+
+ENTRY %main (p: bf16[8,16]) -> bf16[32,16] {
+  %p = bf16[8,16]{1,0} parameter(0)
+  %start = ((), (), (s32[8]{0})) async-start(), async_execution_thread="sparsecore", calls=%async
+  %update = ((bf16[8,16]{1,0}), bf16[32,16]{1,0}, (s32[8]{0})) async-update(%start, %p)
+  ROOT %done = bf16[32,16]{1,0} async-done(%update)
+}
+"""  # noqa: E501
+
+
+def test_a_gather_of_a_sparse_core_is_counted_once_and_hidden():
+  counts = _compile_hlo.count(OFFLOADED, MESH)
+  (found,) = counts.collectives
+  assert (found.kind, found.axes, found.hidden) == ("all-gather", "fsdp", True)
+  assert (found.count, found.payload) == (1, 32 * 16 * 2)
+  assert counts.hbm_bytes == (8 + 32) * 16 * 2 and not counts.cycles
+
+
 MISTAKES = (
   ([], "give one of --topology"),
   (["--topology=v5e:2x2", "--all"], "give one of --topology"),

@@ -49,7 +49,7 @@ def train(
   every: int = 2,
 ) -> list[str]:
   """A command; its rates depend on no number of steps."""
-  cache = os.environ.get("NL_TEST_CACHE", str(folder / "cache"))
+  cache = os.environ["NL_TEST_CACHE"]
   return [
     "lm", f"--config={config}:smoke", f"--workdir={folder / name}",
     f"--compilation_cache={cache}", f"--config.train.steps={steps}",

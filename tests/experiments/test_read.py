@@ -18,8 +18,7 @@ TEXT = "".join(
   f"line {i} of a long text, ünïcode {i * i}\n" for i in range(300)
 )
 SMOKE = ["--config.train.steps=2", "--config.eval.batches=1"]
-if CACHE := os.environ.get("NL_TEST_CACHE"):
-  SMOKE.append(f"--compilation_cache={CACHE}")
+SMOKE.append(f"--compilation_cache={os.environ['NL_TEST_CACHE']}")
 
 
 @pytest.fixture

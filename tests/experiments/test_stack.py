@@ -45,8 +45,7 @@ SMALL = [
   "--config.train.log_every=1", "--config.optim.warmup_steps=1",
   "--config.optim.learning_rate=0.01",
 ]  # fmt: skip
-if CACHE := os.environ.get("NL_TEST_CACHE"):
-  SMALL.append(f"--compilation_cache={CACHE}")
+SMALL.append(f"--compilation_cache={os.environ['NL_TEST_CACHE']}")
 
 
 @pytest.fixture(scope="module")

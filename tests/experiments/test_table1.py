@@ -12,8 +12,7 @@ from tests.eval import documents
 from tests.experiments import forked
 
 SMOKE = ["--config.train.steps=2", "--config.eval.batches=1"]
-if CACHE := os.environ.get("NL_TEST_CACHE"):
-  SMOKE.append(f"--compilation_cache={CACHE}")
+SMOKE.append(f"--compilation_cache={os.environ['NL_TEST_CACHE']}")
 TRAIN = ["lm", "--config=transformer_tiny:smoke", *SMOKE]
 SCORE = ["table1", "--workdir=t", "--batch_tokens=4096"]
 needs_seqio = pytest.mark.skipif(
