@@ -214,8 +214,8 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 
-def bars(values: dict[str, list[float]], title: str, path: Any) -> None:
-  """A bar a row, least first, with a dot for each of its values; a PNG.
+def dots(values: dict[str, list[float]], title: str, path: Any) -> None:
+  """A line a row, least first: its values and their mean; a PNG.
 
   Args:
     values: by row.
@@ -225,16 +225,19 @@ def bars(values: dict[str, list[float]], title: str, path: Any) -> None:
   ordered = sorted(values.items(), key=lambda x: -sum(x[1]) / len(x[1]))
   figure = new_figure((9.0, 0.6 + 0.32 * len(ordered)))
   axes = figure.subplots()
+  axes.grid(axis="y", alpha=0.35)
+  axes.set_axisbelow(True)
   for place, (_, found) in enumerate(ordered):
     mean = sum(found) / len(found)
-    axes.barh(place, mean, color=COLOURS[0], alpha=0.55)
     axes.plot(found, [place] * len(found), "o", color=_INK, markersize=4)
-    axes.text(mean, place, f" {mean:.3f}", va="center", fontsize=8)
+    axes.plot(mean, place, "|", color=COLOURS[0], markersize=16, mew=2.5)
+    axes.annotate(
+      f"{mean:.3f}", (max(found), place), (10, 0), va="center", fontsize=8,
+      textcoords="offset points",
+    )  # fmt: skip
   axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
-  everything = [x for found in values.values() for x in found]
-  # Differences are what is looked for; the axis says where it begins.
-  axes.set_xlim(0.95 * min(everything), 1.03 * max(everything))
-  axes.set_title(title, fontsize=10, loc="left")
+  axes.margins(x=0.08)
+  axes.set_title(f"{title}: each seed, and the mean", fontsize=10, loc="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 

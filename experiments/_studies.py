@@ -174,5 +174,5 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
         f"{cell(loss)} | {statistics.fmean(speed):,.0f} | {len(group)} |",
       )
     )
-  charts.bars(losses, "nat per byte, validation", folder / "table.png")
+  charts.dots(losses, "nat per byte, validation", folder / "table.png")
   return "\n".join([*lines, *(text for _, text in sorted(rows))])
