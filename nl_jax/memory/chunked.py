@@ -6,6 +6,7 @@ first real token begins a new document, which then falls on a chunk edge. A
 masked token is an exact no-op, so every row can have its own grid.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -191,6 +192,70 @@ def _select(rows: jax.Array, x: Any, y: Any) -> Any:
 Body = Callable[..., tuple[Any, Any, Any, rules.Metrics]]
 
 
+class _Call(NamedTuple):
+  """What holds for all blocks of a call.
+
+  Attributes:
+    body, rule, fresh: of `walk`.
+    begins: dict of [B, H, a, b], the learned start, as each row's own.
+    factor: [B or 1, H or 1, c], how much of a write a token sees; None is 1.
+    last: [B, H, 1, 1], the same at a chunk's last token.
+    first: bool [B or 1, 1], a block is the first of its chunk.
+    segmented: documents may begin in the call.
+    exact: they may begin inside a block.
+  """
+
+  body: Body
+  rule: rules.Rule
+  fresh: bool
+  begins: dict[str, jax.Array]
+  factor: jax.Array | None
+  last: jax.Array | None
+  first: jax.Array
+  segmented: bool
+  exact: bool
+
+
+_Weights = tuple[dict[str, jax.Array], dict[str, jax.Array], Any]
+
+
+def _block(call: _Call, carry: _Weights, x: Any) -> tuple[_Weights, Any]:
+  """One block: from (anchor, w, s) to the next, and (ys, metrics)."""
+  anchor, w, s = carry
+  ids, resets, closes, xs = x
+  rule, begins, fresh = call.rule, call.begins, call.fresh
+  if rule.stop_grad_writes:
+    w = jax.tree.map(lambda r, v: r + jax.lax.stop_gradient(v - r), begins, w)
+    s = jax.lax.stop_gradient(s)
+  if call.segmented:
+    s = _select(resets, jax.tree.map(jnp.zeros_like, s), s)
+    anchor, w = _select(resets, (begins, begins), (anchor, w))
+  # From a fresh start every block begins on a chunk edge, where the anchor
+  # is w; only a row's first block of a later call may be in an open chunk.
+  now = left = w if fresh else anchor
+  carried = None
+  if call.exact:
+    index = segments.running_index(ids, jnp.zeros_like(ids[:, 0]))
+    carried = (index == 0)[:, None, :, None]
+    left = _select(index[:, -1] != 0, begins, now)
+  block = rules.Block(
+    now, w, s, begins, (ids != 0)[:, None],
+    ids[:, None] if call.exact else None, carried, call.factor, call.first,
+  )  # fmt: skip
+  ys, w, s, metrics = call.body(block, xs)
+  # After a row's last token only its clocks stand still: w is no edge.
+  kept = _select((ids != 0).any(axis=1), left, anchor) if fresh else left
+  if call.last is not None:
+    edge = jax.tree.map(lambda a, b: a + call.last * (b - a), left, w)
+    w = _select(closes, edge, w)
+  if rule.inner_muon == "chunk":
+    # While no chunk ends, as while single tokens are read, nothing is made.
+    moved = jax.lax.cond(closes.any(), muon.move, lambda w, s: w, w, s)
+    w = _select(closes, moved, w)
+  anchor = _select(closes, w, kept)
+  return (anchor, w, s), (ys, metrics)
+
+
 def walk(
   body: Body,
   state: MemoryState,
@@ -230,7 +295,6 @@ def walk(
   c = 1 if T == 1 else C
   shifts = c > 1 and not (fresh and (aligned or segment_ids is None))
   blocks = -(-(T + (c - 1) * shifts) // c)
-  exact = segment_ids is not None and not aligned and c > 1
   ids = segment_ids
   if ids is None:
     ids = jnp.where(state.segment == 0, 1, state.segment)[:, None]
@@ -244,53 +308,23 @@ def walk(
     row_BxHxC = by_row(jnp.broadcast_to(row[None], (H, C)), B)
     last = row_BxHxC[:, :, -1, None, None]
     factor = row_BxHxC if c == C else row[grid.place][:, None, None]
-
   # A block is a chunk, or the one token of a call.
   first = jnp.ones((1, 1), bool) if c == C else grid.place[:, None] == 0
+  segmented = segment_ids is not None
+  call = _Call(
+    body, rule, fresh, begins, factor, last, first, segmented,
+    exact=segmented and not aligned and c > 1,
+  )  # fmt: skip
 
   def lay(x: jax.Array) -> jax.Array:
     x = _lay(x, grid.offset, blocks, c) if shifts else _fold(x, blocks, c)
     real = (grid.ids != 0).reshape(*grid.ids.shape, *(1,) * (x.ndim - 3))
     return jnp.moveaxis(jnp.where(real, x, 0), 2, 3)
 
-  def step(carry, x):
-    anchor, w, s = carry
-    ids, resets, closes, xs = x
-    if rule.stop_grad_writes:
-      w = jax.tree.map(lambda r, v: r + jax.lax.stop_gradient(v - r), begins, w)
-      s = jax.lax.stop_gradient(s)
-    if segment_ids is not None:
-      s = _select(resets, jax.tree.map(jnp.zeros_like, s), s)
-      anchor, w = _select(resets, (begins, begins), (anchor, w))
-    # From a fresh start every block begins on a chunk edge, where the anchor
-    # is w; only a row's first block of a later call may be in an open chunk.
-    now = w if fresh else anchor
-    carried = None
-    if exact:
-      index = segments.running_index(ids, jnp.zeros_like(ids[:, 0]))
-      carried = (index == 0)[:, None, :, None]
-      left = _select(index[:, -1] != 0, begins, now)
-    block = rules.Block(
-      now, w, s, begins, (ids != 0)[:, None],
-      ids[:, None] if exact else None, carried, factor, first,
-    )  # fmt: skip
-    ys, w, s, metrics = body(block, xs)
-    # After a row's last token only its clocks stand still: w is no edge.
-    left = left if exact else now
-    kept = _select((ids != 0).any(axis=1), left, anchor) if fresh else left
-    if row is not None:
-      edge = jax.tree.map(lambda a, b: a + last * (b - a), left, w)
-      w = _select(closes, edge, w)
-    if rule.inner_muon == "chunk":
-      # While no chunk ends, as while single tokens are read, nothing is made.
-      moved = jax.lax.cond(closes.any(), muon.move, lambda w, s: w, w, s)
-      w = _select(closes, moved, w)
-    anchor = _select(closes, w, kept)
-    return (anchor, w, s), (ys, metrics)
-
   xs = (grid.ids, grid.resets, grid.closes, jax.tree.map(lay, xs))
   group = max(g for g in range(1, rule.remat_group + 1) if blocks % g == 0)
   fold = lambda x: x.reshape(blocks // group, group, *x.shape[1:])
+  step = functools.partial(_block, call)
   scan = lambda carry, x: jax.lax.scan(step, carry, x)
   carry, ys = jax.lax.scan(
     jax.checkpoint(scan, prevent_cse=False),

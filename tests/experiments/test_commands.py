@@ -10,6 +10,7 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("commands")  # One worker trains the runs.
 
 
 def run(command, *args, cwd=ROOT):
@@ -158,6 +159,8 @@ def test_bench_answers_an_unknown_suite():
 SWALLOWED = """
 import gc, os, signal, time
 from experiments import _main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def callback(phase, info):
   gc.callbacks.clear()

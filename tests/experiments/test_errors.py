@@ -8,6 +8,8 @@ import pytest
 
 from tests.experiments import forked
 
+# One worker runs the commands.
+pytestmark = pytest.mark.xdist_group("errors")
 PAGE = forked.ROOT / "docs" / "errors.md"
 FIRST = (
   "lm --config=transformer_tiny:smoke --workdir=runs/done "

@@ -22,6 +22,7 @@ from nl_jax.train import checkpoint, files
 from tests.train import stub
 
 ROOT = pathlib.Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("faults")  # One worker makes the trials.
 CONFIG = "transformer_tiny:smoke"
 THREE = [
   "--kills=3", "--only=sigkill,torn_checkpoint,full_disk",

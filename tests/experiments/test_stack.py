@@ -14,6 +14,8 @@ from nl_jax.train import checkpoint, files
 from tests.experiments import forked, hub
 from tests.laws.models import MODELS
 
+pytestmark = pytest.mark.xdist_group("stack")  # One worker runs the commands.
+
 
 def write_tokenizer(folder):
   """Words of one letter, in the format of the hub."""

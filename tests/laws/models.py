@@ -107,8 +107,14 @@ MODELS = {
   "titans_omega": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32, omega=11)
   ),
+  "titans_muon": lambda: _shaped(
+    "titans_lmm", titans.Options(chunk=8, hidden=32, inner_muon="chunk")
+  ),
   "memora": lambda: _shaped(
     "memora", memora.Options(chunk=8, hidden=32, rank=8)
+  ),
+  "memora_lag": lambda: _shaped(
+    "memora", memora.Options(chunk=8, hidden=32, rank=8, lag=True)
   ),
   "dla": lambda: _shaped("dla", dla.Options(chunk=8, hidden=32)),
   "titans_mac": lambda: _shaped(

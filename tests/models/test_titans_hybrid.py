@@ -374,7 +374,7 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(arch):
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
   places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
   assert places["attention"]["w_q"].spec[1:] == ("fsdp", "tensor")
-  assert places["lmm"]["memory"]["w_in"].spec[1:] == ("tensor", None, None)
+  assert places["lmm"]["memory"]["w_in"].spec[1:] == ("tensor", "fsdp", None)
   made = sharding.sequence_shardings(state, mesh).layers
   if arch == "titans_mac":
     cache, w = made.segment.s.cache, made.segment.s.anchor
