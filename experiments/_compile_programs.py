@@ -71,19 +71,15 @@ def devices(topology: str) -> list[Any]:
   return found.devices
 
 
-def mesh_sizes(text: str, config: _setup.ConfigDict, count: int) -> dict:
-  """The sizes of the mesh: of --mesh, else of the config, else what fits.
+def asked_mesh(text: str) -> dict[str, int]:
+  """The sizes of --mesh.
 
   Args:
-    text: as "fsdp=128,tensor=2"; empty: the config's. A config that leaves
-      everything to fsdp gets as much of it as the batch fills, and tensor.
-    config: its groups mesh, data and train.
-    count: devices.
+    text: as "fsdp=128,tensor=2".
 
   Raises:
     ValueError: text that is no mesh.
   """
-  sizes = config.mesh.to_dict()
   given = {}
   for pair in text.split(",") if text else ():
     axis, _, size = pair.partition("=")
@@ -94,36 +90,7 @@ def mesh_sizes(text: str, config: _setup.ConfigDict, count: int) -> dict:
         f"fsdp=128,tensor=2; got {pair!r}; axes: {', '.join(sharding.AXES)}"
       )
     given[axis] = int(size)
-  left_open = sizes == dict(replica=1, fsdp=-1, sequence=1, tensor=1)
-  if left_open and not given:
-    rows = config.data.batch_size // config.train.accumulate
-    fsdp = math.gcd(count, rows)
-    return sizes | dict(fsdp=fsdp, tensor=count // fsdp)
-  return sizes | given
-
-
-def make_mesh(
-  config: _setup.ConfigDict, sizes: dict[str, int], found: list[Any]
-) -> jax.sharding.Mesh:
-  """The mesh over a topology's devices.
-
-  Raises:
-    ValueError: devices, heads or batch do not divide.
-  """
-  made = sharding.mesh(**sizes, devices=found)
-  tensor = made.shape["tensor"]
-  if config.model.heads % tensor:
-    raise ValueError(
-      "model.heads must be a multiple of mesh.tensor, got "
-      f"{config.model.heads} and {tensor}; give another --mesh"
-    )
-  sharding.check_batch(
-    made,
-    config.data.batch_size,
-    config.data.sequence_length,
-    config.train.accumulate,
-  )
-  return made
+  return given
 
 
 def report(

@@ -4,6 +4,8 @@ Everything that can be checked is checked here, before the first compile.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -156,19 +158,46 @@ def make_optimizer(
   )
 
 
-def mesh(config: ConfigDict) -> jax.sharding.Mesh:
-  """The mesh of the group `mesh`; on one host, of devices the batch fills.
+def mesh_sizes(config: ConfigDict, count: int) -> dict[str, int]:
+  """Devices along each axis of the mesh, as the group `mesh` has them.
 
-  Raises:
-    ValueError: heads or batch do not divide.
+  A group that leaves open what a replica's devices do gets as much fsdp as the
+  batch fills, and has them split tensors with the rest.
+
+  Args:
+    config: its groups mesh, data and train.
+    count: devices.
   """
   sizes = config.mesh.to_dict()
-  made = sharding.mesh(**sizes)
+  replica = max(sizes["replica"], 1)
+  axes = [sizes[axis] for axis in ("fsdp", "sequence", "tensor")]
+  if axes != [-1, 1, 1] or count % replica:
+    return sizes
+  rows = config.data.batch_size // (config.train.accumulate * replica)
+  fsdp = math.gcd(count // replica, rows)
+  return sizes | dict(fsdp=fsdp, tensor=count // replica // fsdp)
+
+
+def mesh(
+  config: ConfigDict, devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+  """The mesh of the group `mesh`.
+
+  Args:
+    config: resolved.
+    devices: all of them by default.
+
+  Raises:
+    ValueError: devices, heads or batch do not divide.
+  """
+  devices = jax.devices() if devices is None else devices
+  sizes = mesh_sizes(config, len(devices))
+  made = sharding.mesh(**sizes, devices=devices)
   tensor = made.shape["tensor"]
   if config.model.heads % tensor:
     raise ValueError(
       "model.heads must be a multiple of mesh.tensor, got "
-      f"{config.model.heads} and {tensor}"
+      f"{config.model.heads} and {tensor} (mesh: {dict(made.shape)})"
     )
   sharding.check_batch(
     made,

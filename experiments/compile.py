@@ -26,7 +26,7 @@ _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Chip and sides of the slice: v5e:16x16."
 )
 _MESH = flags.DEFINE_string(
-  "mesh", "", "Sizes of axes: fsdp=128,tensor=2; default what the batch fills."
+  "mesh", "", "Sizes of axes: fsdp=128,tensor=2; default the config's."
 )
 _ALL = flags.DEFINE_boolean("all", False, "A slice of every kind of chip.")
 _PROGRAMS = flags.DEFINE_list(
@@ -96,14 +96,14 @@ def _report(topology: str, folder: pathlib.Path) -> dict[str, Any]:
 
   logging.set_verbosity(logging.WARNING)
   config = flags.FLAGS.config
-  if config.train.dtype == "auto":
-    with config.unlocked():
+  with config.unlocked():
+    config.mesh.update(_compile_programs.asked_mesh(_MESH.value))
+    if config.train.dtype == "auto":
       config.train.dtype = "bfloat16"  # Of the chips, not of this machine.
   config = _setup.resolve(config)
   chip = _compile_chips.kind(topology)
   found = _compile_programs.devices(topology)
-  sizes = _compile_programs.mesh_sizes(_MESH.value, config, len(found))
-  mesh = _compile_programs.make_mesh(config, sizes, found)
+  mesh = _setup.mesh(config, found)
   rows = []
   for program in _PROGRAMS.value:
     _main.say(f"compiling the {program} step for {topology} ...")

@@ -150,7 +150,7 @@ def language_model(
       mesh=ConfigDict(
         dict(
           replica=1,  # Devices: copies of all weights (slices of a pod).
-          fsdp=-1,  # Devices: weights and batch split; -1: all that remain.
+          fsdp=-1,  # Devices: weights and batch split; -1: as the batch fills.
           sequence=1,  # Devices: tokens of a row split.
           tensor=1,  # Devices: heads and hidden units split.
         )

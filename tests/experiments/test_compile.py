@@ -227,41 +227,13 @@ def test_a_slice_is_found_by_its_chip():
     assert chip.slice.count("x") + 1 == chip.sides
 
 
-def config_1b3():
-  return _setup.resolve(_flags.load_config("hope_1b3"))
-
-
-def test_the_mesh_takes_what_the_batch_fills():
-  config = config_1b3()
-  sizes = _compile_programs.mesh_sizes("", config, 256)
-  assert sizes == dict(replica=1, fsdp=128, sequence=1, tensor=2)
-  sizes = _compile_programs.mesh_sizes("tensor=4,replica=2", config, 256)
-  assert sizes == dict(replica=2, fsdp=-1, sequence=1, tensor=4)
-  with config.unlocked():
-    config.mesh.tensor = 8
-  assert _compile_programs.mesh_sizes("", config, 256)["tensor"] == 8
-
-
 @pytest.mark.parametrize(
   "text",
   ["fsdp:2", "data=2", "fsdp=2,fsdp=4", "tensor=x", "tensor=", "fsdp=2,"],
 )
 def test_a_mesh_that_is_none(text):
   with pytest.raises(ValueError, match="--mesh=.*axes: replica, fsdp"):
-    _compile_programs.mesh_sizes(text, config_1b3(), 8)
-
-
-@pytest.mark.parametrize("sizes,sentence", [
-  (dict(fsdp=3), "as many places as there are devices"),
-  (dict(fsdp=1, tensor=8), "model.heads must be a multiple of mesh.tensor"),
-  (dict(fsdp=8), "data.batch_size must be a multiple"),
-])  # fmt: skip
-def test_a_mesh_that_does_not_fit(sizes, sentence):
-  config = _setup.resolve(_flags.load_config("hope_tiny:smoke"))
-  with config.unlocked():
-    config.data.batch_size = 12
-  with pytest.raises(ValueError, match=sentence):
-    _compile_programs.make_mesh(config, sizes, jax.devices())
+    _compile_programs.asked_mesh(text)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from absl import flags
 
 from experiments import _flags, _setup
+from nl_jax import sharding
 from nl_jax.models import presets
 
 NAMES = _flags.config_names()
@@ -138,6 +139,37 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
     _setup.settings(config)
     _setup.mesh(config)
     _setup.dataset(config, net)
+
+
+@pytest.mark.parametrize("devices,given,expected", [
+  (256, {}, (1, 128, 1, 2)),
+  (64, {}, (1, 64, 1, 1)),
+  (512, dict(replica=2), (2, 64, 1, 4)),
+  (256, dict(tensor=4), (1, -1, 1, 4)),
+  (256, dict(sequence=2), (1, -1, 2, 1)),
+  (256, dict(fsdp=32, tensor=8), (1, 32, 1, 8)),
+  (64, dict(replica=3), (3, -1, 1, 1)),
+])  # fmt: skip
+def test_the_mesh_takes_what_the_batch_fills(devices, given, expected):
+  config = _setup.resolve(_flags.load_config("hope_1b3"))
+  with config.unlocked():
+    config.mesh.update(given)
+  sizes = _setup.mesh_sizes(config, devices)
+  assert tuple(sizes[axis] for axis in sharding.AXES) == expected
+
+
+@pytest.mark.parametrize("sizes,sentence", [
+  (dict(fsdp=3), "as many places as there are devices"),
+  (dict(fsdp=1, tensor=8), "model.heads must be a multiple of mesh.tensor"),
+  (dict(fsdp=8), "data.batch_size must be a multiple"),
+])  # fmt: skip
+def test_a_mesh_that_does_not_fit(sizes, sentence):
+  config = _setup.resolve(_flags.load_config("hope_tiny:smoke"))
+  with config.unlocked():
+    config.data.batch_size = 12
+    config.mesh.update(sizes)
+  with pytest.raises(ValueError, match=sentence):
+    _setup.mesh(config)
 
 
 @pytest.mark.parametrize("body,sentence", [
