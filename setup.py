@@ -27,7 +27,7 @@ _TRAIN = [
   "matplotlib>=3.9",  # The page of a run.
 ]
 _DEV = [
-  "pytest>=8.0",
+  "pytest>=8.0,<9.2",
   "pytest-xdist>=3.6",
   "ruff>=0.9",
   "jaxtyping>=0.3",

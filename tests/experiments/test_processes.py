@@ -243,7 +243,7 @@ def test_mistakes_of_flags(server, folder, flags, sentence):
 
 
 @pytest.mark.parametrize("more,each,sentence", [
-  (["--config.data.batch_size=7"], [],
+  (["--config.data.batch_size=7", "--config.mesh.fsdp=2"], [],
    "data.batch_size must be a multiple of mesh.replica * mesh.fsdp * "
    "train.accumulate = 2 * 1, got 7; nearest: 6 or 8"),
   ([], [[], ["--config.train.seed=1"]],
