@@ -38,6 +38,9 @@ def environment(folder: pathlib.Path) -> None:
     )
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  # Any will do: without them it prints that it found no host.
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
   written = (
     f"--xla_dump_to={folder} --xla_dump_hlo_as_text "
     "--xla_dump_hlo_module_re=jit_step"
