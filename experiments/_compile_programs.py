@@ -26,7 +26,8 @@ def environment(folder: pathlib.Path) -> None:
 
   Args:
     folder: where the compiler writes the programs that it makes. JAX has them
-      too, but cannot read those with work on sparse cores (jaxlib 0.10.2).
+      too, but jaxlib 0.10.2 cannot read those with work on sparse cores of
+      libtpu 0.0.51.
 
   Raises:
     ValueError: the compiler is not installed.
