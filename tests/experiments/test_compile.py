@@ -315,7 +315,7 @@ OFFLOADED = """HloModule jit_step
 
 %async (p.1: bf16[8,16]) -> bf16[32,16] {
   %p.1 = bf16[8,16]{1,0} parameter(0)
-  ROOT %custom = bf16[32,16]{1,0} custom-call(%p.1), custom_call_target="TODO", called_computations={%called}
+  ROOT %custom = bf16[32,16]{1,0} custom-call(%p.1), custom_call_target="sparse_core", called_computations={%called}
 }, execution_thread="sparsecore"
 
 ENTRY %main (p: bf16[8,16]) -> bf16[32,16] {
