@@ -169,9 +169,9 @@ def mesh_sizes(config: ConfigDict, count: int) -> dict[str, int]:
     count: devices.
   """
   sizes = config.mesh.to_dict()
-  replica = max(sizes["replica"], 1)
+  replica = sizes["replica"]
   axes = [sizes[axis] for axis in ("fsdp", "sequence", "tensor")]
-  if axes != [-1, 1, 1] or count % replica:
+  if axes != [-1, 1, 1] or replica < 1 or count % replica:
     return sizes
   rows = config.data.batch_size // (config.train.accumulate * replica)
   fsdp = math.gcd(count // replica, rows)

@@ -101,6 +101,7 @@ def _report(topology: str, folder: pathlib.Path) -> dict[str, Any]:
     if config.train.dtype == "auto":
       config.train.dtype = "bfloat16"  # Of the chips, not of this machine.
   config = _setup.resolve(config)
+  _setup.settings(config)  # Raises what experiments.lm does.
   chip = _compile_chips.kind(topology)
   found = _compile_programs.devices(topology)
   mesh = _setup.mesh(config, found)

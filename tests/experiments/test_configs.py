@@ -149,6 +149,7 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
   (256, dict(sequence=2), (1, -1, 2, 1)),
   (256, dict(fsdp=32, tensor=8), (1, 32, 1, 8)),
   (64, dict(replica=3), (3, -1, 1, 1)),
+  (64, dict(replica=-1), (-1, -1, 1, 1)),
 ])  # fmt: skip
 def test_the_mesh_takes_what_the_batch_fills(devices, given, expected):
   config = _setup.resolve(_flags.load_config("hope_1b3"))
