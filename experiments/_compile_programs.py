@@ -136,15 +136,14 @@ def report(
   row |= _fits(config, memory, made.hbm_bytes / per_chip)
   counts = _compile_hlo.count(_text(folder), dict(mesh.shape))
   once = run.cost_analysis() or {}
-  flops = counts.flops
-  if program == "train":
-    row["formula"] = _formula(config) / mesh.size
-    flops = max(flops, row["formula"])  # Products in kernels are not counted.
-  roofline = _compile_chips.roofline(
-    counts._replace(flops=flops), made, per_chip
-  )
+  formula = _formula(config) / mesh.size if program == "train" else 0.0
+  # Products in kernels are not counted.
+  least = counts._replace(flops=max(counts.flops, formula))
+  roofline = _compile_chips.roofline(least, made, per_chip)
   return row | dict(
     flops=counts.flops,
+    formula=formula,
+    formula_seconds=formula * per_chip / made.flops,
     hbm_bytes=counts.hbm_bytes,
     cycles=counts.cycles,
     loops=counts.loops,

@@ -214,9 +214,7 @@ def transfers(row: dict[str, Any]) -> str:
   lines.append(f"\nestimate, if one thing bounds all: {', '.join(parts)}")
   if row["unknown"]:
     lines.append(f"without a number: {', '.join(row['unknown'])}")
-  if "formula" in row:
-    least = max(row["formula"], row["flops"])
-    busy = row["formula"] / least * estimate["products"]
+  if busy := row["formula_seconds"]:
     lines.append(
       f"by formula {row['formula'] / 1e9:,.1f} GFLOP, kernels too and nothing "
       f"twice: MFU of {busy / estimate['most']:.2f} to "
