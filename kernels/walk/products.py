@@ -136,9 +136,11 @@ class Tile:
 
     Args:
       x, y: [..., a, b]; form: "nn", "nt" or "tn".
-      kind: what it is for, a field of `Policy`.
+      kind: what it is for, a field of `Policy`; "exact" is full precision
+        by any policy.
     """
-    return self._mm(x, y, form, getattr(self.policy, kind))
+    how = "full" if kind == "exact" else getattr(self.policy, kind)
+    return self._mm(x, y, form, how)
 
   def _mm(self, x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
     lead = jnp.broadcast_shapes(x.shape[:-2], y.shape[:-2])
@@ -154,6 +156,26 @@ class Tile:
     """Layer inputs as the policy takes them; gradients pass."""
     return _rounded(x) if self.policy.rounded else x
 
+  def row(self, column: jax.Array) -> jax.Array:
+    """[..., P, 1] to [..., 1, P]."""
+    if not self.fused:
+      return jnp.swapaxes(column, -1, -2)
+    # By a masked sum: Mosaic would transpose whole registers.
+    return jnp.sum(self._diagonal(column), axis=-2, keepdims=True)
+
+  def column(self, row: jax.Array) -> jax.Array:
+    """[..., 1, P] to [..., P, 1]."""
+    if not self.fused:
+      return jnp.swapaxes(row, -1, -2)
+    return jnp.sum(self._diagonal(row), axis=-1, keepdims=True)
+
+  def _diagonal(self, x: jax.Array) -> jax.Array:
+    size = max(x.shape[-2:])
+    shape = (*x.shape[:-2], size, size)
+    t = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 2)
+    u = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
+    return jnp.where(t == u, x, 0.0)
+
   def inverse(self, L: jax.Array, block: int) -> jax.Array:
     """(I + L)^{-1} for L [..., P, P], strictly lower in blocks of `block`.
 
@@ -165,6 +187,9 @@ class Tile:
       return _inverse(L, self, block)
     flat = L.reshape(-1, *L.shape[-2:])
     return _fused_inverse(flat, self, block).reshape(L.shape)
+
+
+EXACT = Tile()
 
 
 def _invert(L: jax.Array, tile: Tile, block: int) -> jax.Array:

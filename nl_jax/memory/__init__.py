@@ -11,6 +11,7 @@ from nl_jax.memory import mlp as mlp
 from nl_jax.memory import objectives as objectives
 from nl_jax.memory import self_modifying as self_modifying
 from nl_jax.memory.chunked import MemoryState as MemoryState
+from nl_jax.memory.chunked import Run as Run
 from nl_jax.memory.rule import Gates as Gates
 from nl_jax.memory.rule import Metrics as Metrics
 from nl_jax.memory.rule import Rule as Rule

@@ -1,9 +1,10 @@
 """The walk over chunks, once for all memories (model.md 2.4, 2.6, 2.7).
 
-A call lays its T tokens on a grid of chunks of C. Each row goes on where its
-last call stopped: `phase` masked tokens are laid before its own, unless its
-first real token begins a new document, which then falls on a chunk edge. A
-masked token is an exact no-op, so every row can have its own grid.
+A call lays its T tokens on a grid of chunks of C, and `kernels.walk` runs the
+memory's chunk function over it. Each row goes on where its last call stopped:
+`phase` masked tokens are laid before its own, unless its first real token
+begins a new document, which then falls on a chunk edge. A masked token is an
+exact no-op, so every row can have its own grid.
 """
 
 import functools
@@ -12,7 +13,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from nl_jax.kernels import walk as walks
 from nl_jax.kernels.rank_one import segments
 from nl_jax.memory import muon, window
 from nl_jax.memory import rule as rules
@@ -21,13 +24,17 @@ from nl_jax.memory import rule as rules
 class MemoryState(NamedTuple):
   """Fast weights of a batch of sequences, and where each one stands.
 
+  Weights are kept as deviations from the learned start, so that a memory that
+  has read nothing is 0.
+
   Attributes:
-    anchor: dict of [B, H, a, b], at least float32: the weights at the last
+    anchor: dict of [B, H, a, b], at least float32: the deviations at the last
       chunk edge, where gradients are taken.
-    w: the same, the weights now; with a row factor (see `walk`) without it,
-      until the chunk is full.
-    s: momentum, the same, and with a window the tokens of `memory.window`; an
-      empty dict without both. With `inner_muon` also `muon.RATE`.
+    w: the same, the deviations now; with a row factor (see `update`) without
+      it, until the chunk is full.
+    s: momentum, the same; an empty dict without.
+    carried: what else goes on with a sequence and is 0 at its start: the
+      tokens of `memory.window`, the rate of `memory.muon`; else empty.
     phase: int32 [B], tokens in the open chunk.
     segment: int32 [B], id of the last real token; 0 where there was none.
   """
@@ -35,86 +42,79 @@ class MemoryState(NamedTuple):
   anchor: dict[str, jax.Array]
   w: dict[str, jax.Array]
   s: dict[str, jax.Array]
+  carried: Any
   phase: jax.Array
   segment: jax.Array
+
+
+class Run(NamedTuple):
+  """How a walk runs: fields of the mixers, and where the mesh has its axes.
+
+  Attributes:
+    implementation: None, "xla", "pallas_tpu", "pallas_interpret"; also
+      "reference", the token loop.
+    spec: mesh axes of [B, T, H d], see `kernels.walk`.
+  """
+
+  implementation: str | None = None
+  spec: PartitionSpec | None = None
 
 
 def start(
   params: dict[str, jax.Array], batch: int, rule: rules.Rule
 ) -> MemoryState:
-  """Fast weights at the start of a sequence: copies of the learned start."""
+  """Fast weights at the start of a sequence.
 
-  def copy(W: jax.Array) -> jax.Array:
-    W = W.astype(jnp.promote_types(W.dtype, jnp.float32))
-    return jnp.broadcast_to(W[None], (batch, *W.shape))
-
-  w = jax.tree.map(copy, dict(params))
-  s = jax.tree.map(jnp.zeros_like, w) if rule.has_momentum else {}
-  if rule.omega > 1:
-    s |= window.start(w, rule.omega, rules.INPUT_LAYERS)
-  if rule.inner_muon == "chunk":
-    s |= muon.start(w)
-  clock = jnp.zeros((batch,), jnp.int32)
-  return MemoryState(anchor=w, w=w, s=s, phase=clock, segment=clock)
-
-
-def by_row(params: Any, batch: int) -> Any:
-  """Slow parameters as a copy for each row of a batch, [B, ...].
-
-  What a walk reads inside its scan comes from here: its gradient is then
-  summed over rows once, behind the scan, and not over devices in every chunk.
+  Args:
+    params: the learned start, dict of [H, a, b].
+    batch: B.
+    rule: whether there is momentum, a window or inner Muon.
   """
-  return jax.tree.map(
-    lambda x: jnp.broadcast_to(x[None], (batch, *x.shape)), params
-  )
+
+  def zeros(W: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(W.dtype, jnp.float32)
+    return jnp.zeros((batch, *W.shape), wide)
+
+  w = jax.tree.map(zeros, dict(params))
+  carried = {}
+  if rule.omega > 1:
+    carried |= window.start(w, rule.omega, rules.INPUT_LAYERS)
+  if rule.inner_muon == "chunk":
+    carried |= muon.start(w)
+  clock = jnp.zeros((batch,), jnp.int32)
+  s = w if rule.has_momentum else {}
+  return MemoryState(w, w, s, carried, clock, clock)
 
 
 class _Grid(NamedTuple):
-  """Where a call's tokens lie, and what happens at each block of c tokens.
+  """Where a call's tokens lie: N blocks of c tokens a row.
 
   Attributes:
     offset: int32 [B], masked tokens before the call's own, < c.
     place: int32 [B], tokens in the row's open chunk before the call.
-    ids: int32 [N, B, c], documents of the call, counted from 1; 0 = masked.
-    resets: bool [N, B], the row begins a new document with this block.
-    closes: bool [N, B], the row's open chunk is full after this block.
+    real: bool [B, N, c].
+    inside: int32 [B, N, c], documents counted within the block from 0.
+    resets: bool [B, N], the row begins a new document with this block.
+    closes: bool [B, N], the row's open chunk is full after this block.
     phase, segment: int32 [B], the clocks after the call.
   """
 
   offset: jax.Array
   place: jax.Array
-  ids: jax.Array
+  real: jax.Array
+  inside: jax.Array
   resets: jax.Array
   closes: jax.Array
   phase: jax.Array
   segment: jax.Array
 
 
-def _lay(x: jax.Array, offset: jax.Array, blocks: int, c: int) -> jax.Array:
-  """[B, T, ...] to [N, B, c, ...], row b shifted right by offset[b] < c."""
-  B, T = x.shape[:2]
-  size = blocks * c
+def _lay(x: jax.Array, offset: jax.Array, size: int, c: int) -> jax.Array:
+  """[B, T, ...] to [B, size, ...], row b shifted right by offset[b] < c."""
+  T = x.shape[1]
   x = jnp.pad(x, [(0, 0), (c - 1, max(size - T, 0)), *[(0, 0)] * (x.ndim - 2)])
   take = lambda row, o: jax.lax.dynamic_slice_in_dim(row, c - 1 - o, size)
-  x = jax.vmap(take)(x, offset)
-  return jnp.moveaxis(x.reshape(B, blocks, c, *x.shape[2:]), 1, 0)
-
-
-def _fold(x: jax.Array, blocks: int, c: int) -> jax.Array:
-  """`_lay` where every offset is 0."""
-  B, T = x.shape[:2]
-  x = jnp.pad(x, [(0, 0), (0, blocks * c - T), *[(0, 0)] * (x.ndim - 2)])
-  return jnp.moveaxis(x.reshape(B, blocks, c, *x.shape[2:]), 1, 0)
-
-
-def _unlay(y: jax.Array, offset: jax.Array | None, T: int) -> jax.Array:
-  """[N, B, c, ...] back to [B, T, ...]."""
-  y = jnp.moveaxis(y, 0, 1)
-  y = y.reshape(y.shape[0], -1, *y.shape[3:])
-  if offset is None:
-    return y[:, :T]
-  take = lambda row, o: jax.lax.dynamic_slice_in_dim(row, o, T)
-  return jax.vmap(take)(y, offset)
+  return jax.vmap(take)(x, offset)
 
 
 def _first(state: MemoryState, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,184 +165,121 @@ def _grid(
   consumed = phase + jnp.where(any_real, last + 1, 0)
   offset = phase.astype(jnp.int32) if shifts else jnp.zeros_like(phase)
 
-  laid = jnp.moveaxis(_lay(ids, offset, blocks, c), 0, 1)
-  index = segments.running_index(laid.reshape(B, -1), state.segment)
-  index = index.reshape(B, blocks, c)
+  laid = _lay(ids, offset, blocks * c, c)
+  index = segments.running_index(laid, state.segment).reshape(B, blocks, c)
+  laid = laid.reshape(B, blocks, c)
   ends = jnp.pad(index[:, :-1, -1], [(0, 0), (1, 0)])
   head = jnp.argmax(laid != 0, axis=2)[..., None]
   head = jnp.take_along_axis(index, head, axis=2)[..., 0]
-  edges = chunk * (1 + jnp.arange(blocks)[:, None])
+  edges = chunk * (1 + jnp.arange(blocks)[None])
   return _Grid(
     offset=offset,
     place=phase.astype(jnp.int32),
-    ids=jnp.moveaxis(jnp.where(laid != 0, index + 1, 0), 1, 0),
-    resets=((laid != 0).any(axis=2) & (head != ends)).T,
-    closes=any_real[None] & (consumed[None] >= edges),
+    real=laid != 0,
+    inside=segments.running_index(laid, jnp.zeros_like(laid[..., 0])),
+    resets=(laid != 0).any(axis=2) & (head != ends),
+    closes=any_real[:, None] & (consumed[:, None] >= edges),
     phase=jnp.where(any_real, consumed % chunk, state.phase).astype(jnp.int32),
     segment=jnp.where(any_real, id_at(last), state.segment),
   )
 
 
-def _select(rows: jax.Array, x: Any, y: Any) -> Any:
-  """x in the rows [B] that are set, y elsewhere."""
-  pick = lambda a, b: jnp.where(rows.reshape(-1, *(1,) * (b.ndim - 1)), a, b)
-  return jax.tree.map(pick, x, y)
-
-
-Body = Callable[..., tuple[Any, Any, Any, rules.Metrics]]
-
-
-class _Call(NamedTuple):
-  """What holds for all blocks of a call.
-
-  Attributes:
-    body, rule, fresh: of `walk`.
-    begins: dict of [B, H, a, b], the learned start, as each row's own.
-    factor: [B or 1, H or 1, c], how much of a write a token sees; None is 1.
-    last: [B, H, 1, 1], the same at a chunk's last token.
-    first: bool [B or 1, 1], a block is the first of its chunk.
-    segmented: documents may begin in the call.
-    exact: they may begin inside a block.
-  """
-
-  body: Body
-  rule: rules.Rule
-  fresh: bool
-  begins: dict[str, jax.Array]
-  factor: jax.Array | None
-  last: jax.Array | None
-  first: jax.Array
-  segmented: bool
-  exact: bool
-
-
-_Weights = tuple[dict[str, jax.Array], dict[str, jax.Array], Any]
-
-
-def _block(call: _Call, carry: _Weights, x: Any) -> tuple[_Weights, Any]:
-  """One block: from (anchor, w, s) to the next, and (ys, metrics)."""
-  anchor, w, s = carry
-  ids, resets, closes, xs = x
-  rule, begins, fresh = call.rule, call.begins, call.fresh
-  if rule.stop_grad_writes:
-    w = jax.tree.map(lambda r, v: r + jax.lax.stop_gradient(v - r), begins, w)
-    s = jax.lax.stop_gradient(s)
-  if call.segmented:
-    s = _select(resets, jax.tree.map(jnp.zeros_like, s), s)
-    anchor, w = _select(resets, (begins, begins), (anchor, w))
-  # From a fresh start every block begins on a chunk edge, where the anchor
-  # is w; only a row's first block of a later call may be in an open chunk.
-  now = left = w if fresh else anchor
-  carried = None
-  if call.exact:
-    index = segments.running_index(ids, jnp.zeros_like(ids[:, 0]))
-    carried = (index == 0)[:, None, :, None]
-    left = _select(index[:, -1] != 0, begins, now)
-  block = rules.Block(
-    now, w, s, begins, (ids != 0)[:, None],
-    ids[:, None] if call.exact else None, carried, call.factor, call.first,
-  )  # fmt: skip
-  ys, w, s, metrics = call.body(block, xs)
-  # After a row's last token only its clocks stand still: w is no edge.
-  kept = _select((ids != 0).any(axis=1), left, anchor) if fresh else left
-  if call.last is not None:
-    edge = jax.tree.map(lambda a, b: a + call.last * (b - a), left, w)
-    w = _select(closes, edge, w)
-  if rule.inner_muon == "chunk":
-    # While no chunk ends, as while single tokens are read, nothing is made.
-    moved = jax.lax.cond(closes.any(), muon.move, lambda w, s: w, w, s)
-    w = _select(closes, moved, w)
-  anchor = _select(closes, w, kept)
-  return (anchor, w, s), (ys, metrics)
-
-
 def walk(
-  body: Body,
+  body: walks.Body,
   state: MemoryState,
-  params: dict[str, jax.Array],
+  slow: Any,
   xs: Any,
   *,
-  rule: rules.Rule,
+  chunk: int,
+  save: int,
   segment_ids: jax.Array | None = None,
-  fresh: bool = False,
+  at_edge: bool = False,
   aligned: bool = False,
-  row: jax.Array | None = None,
-) -> tuple[Any, MemoryState, rules.Metrics]:
-  """Runs `body` over the chunks of a call.
+  chunk_free: bool = False,
+  run: Run | None = None,
+  name: str = "walk",
+) -> tuple[Any, MemoryState, jax.Array | None]:
+  """Runs a chunk function over the chunks of a call.
 
   Args:
-    body: (block, xs) -> (ys, w, s, metrics); leaves of xs and ys are
-      [B, H, C, ...] inside it.
+    body: (slow, state, x, at) -> (state, y, sums), see `kernels.walk`; the
+      state's `w` is that of `state`, its `s` the pair (s, carried).
     state: where the sequences stand.
-    params: the learned start, dict of [H, a, b].
-    xs: tree of [B, T, H, ...].
-    rule: chunk length, remat group, stop_grad_writes.
+    slow: tree of [H, a, b], what the chunk function reads of slow parameters.
+    xs: tree of [B, T, H, d], or [B, T, H] for gates: [..., C, 1] in the body.
+    chunk: C.
+    save: chunks between saved states of the XLA form.
     segment_ids: int32 [B, T], 0 is padding; None continues `state.segment`.
-    fresh: the caller knows that `state` is `start(...)`: spares the shift to
-      each row's grid.
+    at_edge: the caller knows that every row stands at a chunk edge: spares the
+      shift to each row's grid.
     aligned: the caller knows that documents begin at multiples of C of the
       grid: spares a second gradient point a chunk. A document that begins
       elsewhere would read the one before it until the next edge.
-    row: [C], by place in the chunk: a token sees anchor + row_t (w - anchor),
-      the next chunk begins from anchor + row_C (w - anchor). TTT's step size,
-      which shrinks as more tokens of a chunk are summed. None is 1.
+    chunk_free: the chunk is no part of the function.
+    run: what runs the walk, and where.
+    name: of the kernels.
 
   Returns:
-    (ys [B, T, H, ...], state, metrics summed over the call).
+    (ys [B, T, h d], state, sums [B, H, n] or None).
   """
   B, T = jax.tree.leaves(xs)[0].shape[:2]
-  C = rule.chunk
-  c = 1 if T == 1 else C
-  shifts = c > 1 and not (fresh and (aligned or segment_ids is None))
+  run = run or Run()
+  c = 1 if T == 1 else chunk
+  # Where the chunk is no part of the function, any token may begin one.
+  at_edge = at_edge or chunk_free
+  shifts = c > 1 and not (
+    at_edge and (aligned or chunk_free or segment_ids is None)
+  )
   blocks = -(-(T + (c - 1) * shifts) // c)
   ids = segment_ids
   if ids is None:
     ids = jnp.where(state.segment == 0, 1, state.segment)[:, None]
     ids = jnp.broadcast_to(ids, (B, T))
-  grid = _grid(state, ids, C, blocks, c, shifts)
-  begins = by_row(params, B)
-  begins = jax.tree.map(lambda W, w: W.astype(w.dtype), begins, state.w)
-  factor = last = None
-  if row is not None:
-    H = jax.tree.leaves(state.w)[0].shape[1]
-    row_BxHxC = by_row(jnp.broadcast_to(row[None], (H, C)), B)
-    last = row_BxHxC[:, :, -1, None, None]
-    factor = row_BxHxC if c == C else row[grid.place][:, None, None]
-  # A block is a chunk, or the one token of a call.
-  first = jnp.ones((1, 1), bool) if c == C else grid.place[:, None] == 0
+  grid = _grid(state, ids, chunk, blocks, c, shifts)
   segmented = segment_ids is not None
-  call = _Call(
-    body, rule, fresh, begins, factor, last, first, segmented,
-    exact=segmented and not aligned and c > 1,
-  )  # fmt: skip
+  exact = segmented and not aligned and c > 1
+  places = walks.Places(
+    real=grid.real,
+    resets=grid.resets if segmented else None,
+    closes=grid.closes,
+    ids=grid.inside if exact else None,
+    first=None if c == chunk else grid.place[:, None] == 0,
+  )
 
   def lay(x: jax.Array) -> jax.Array:
-    x = _lay(x, grid.offset, blocks, c) if shifts else _fold(x, blocks, c)
-    real = (grid.ids != 0).reshape(*grid.ids.shape, *(1,) * (x.ndim - 3))
-    return jnp.moveaxis(jnp.where(real, x, 0), 2, 3)
+    x = x.reshape(B, T, -1)
+    rest = blocks * c - T
+    if not shifts:
+      return jnp.pad(x, [(0, 0), (0, rest), (0, 0)])
+    return _lay(x, grid.offset, blocks * c, c)
 
-  xs = (grid.ids, grid.resets, grid.closes, jax.tree.map(lay, xs))
-  group = max(g for g in range(1, rule.remat_group + 1) if blocks % g == 0)
-  fold = lambda x: x.reshape(blocks // group, group, *x.shape[1:])
-  step = functools.partial(_block, call)
-  scan = lambda carry, x: jax.lax.scan(step, carry, x)
-  carry, ys = jax.lax.scan(
-    jax.checkpoint(scan, prevent_cse=False),
-    (state.anchor, state.w, state.s),
-    jax.tree.map(fold, xs),
-  )
-  ys, metrics = jax.tree.map(lambda y: y.reshape(blocks, *y.shape[2:]), ys)
-  metrics = jax.tree.map(lambda m: m.sum(axis=0), metrics)
-  offset = grid.offset if shifts else None
-  back = lambda y: _unlay(jnp.moveaxis(y, 3, 2), offset, T)
-  state = MemoryState(*carry, grid.phase, grid.segment)
-  return jax.tree.map(back, ys), state, metrics
+  ys, after, edges, sums = walks.walk(
+    body, slow, jax.tree.map(lay, xs), places,
+    state=walks.State(state.w, (state.s, state.carried)),
+    anchor=None if at_edge else state.anchor,
+    save=save, name=name, chunk_free=chunk_free, spec=run.spec,
+    implementation=(
+      "xla" if run.implementation == "reference" else run.implementation
+    ),
+  )  # fmt: skip
+
+  def unlay(y: jax.Array) -> jax.Array:
+    if shifts:
+      take = lambda row, o: jax.lax.dynamic_slice_in_dim(row, o, T)
+      y = jax.vmap(take)(y, grid.offset)
+    return y[:, :T]
+
+  phase = grid.phase
+  if chunk_free:
+    edges, phase = after.w, jnp.zeros_like(phase)
+  state = MemoryState(edges, after.w, *after.s, phase, grid.segment)
+  return jax.tree.map(unlay, ys), state, sums
 
 
 @jax.named_scope("memory")
 def update(
   forward: rules.Forward,
-  params: dict[str, jax.Array],
+  params: dict[str, jax.Array] | None,
   state: MemoryState,
   q: jax.Array,
   k: jax.Array,
@@ -350,25 +287,32 @@ def update(
   gates: rules.Gates,
   *,
   rule: rules.Rule,
+  slow: Any = None,
   target: Callable[[rules.Block, jax.Array], jax.Array] | None = None,
   segment_ids: jax.Array | None = None,
-  implementation: str | None = None,
-  fresh: bool = False,
+  at_edge: bool = False,
   aligned: bool = False,
+  chunk_free: bool = False,
   row: jax.Array | None = None,
+  run: Run | None = None,
+  name: str = "memory",
 ) -> tuple[jax.Array, MemoryState, rules.Metrics]:
   """Writes T tokens into a memory and reads it at each (model.md 2.3-2.7).
 
   Args:
     forward: the memory's architecture, see `rule`.
-    params: the learned start, dict of [H, a, b].
+    params: the learned start, dict of [H, a, b]; None: it starts empty.
     state: where the sequences stand.
     q, k, v: [B, T, H, K], [B, T, H, K], [B, T, H, V].
     gates: raw, [B, T, H] each.
     rule: how it learns.
-    target: (block, v [B, H, C, V]) -> what the memory is to learn; default v.
-    segment_ids, fresh, aligned, row: as `walk`.
-    implementation: of `rank_one`.
+    slow: what else `forward` reads, tree of [H, a, b]: it is then called with
+      slow=, the leaves with the leading axes of a chunk function.
+    target: (block, v [..., C, V]) -> what the memory is to learn; default v.
+    segment_ids, at_edge, aligned, chunk_free, run, name: as `walk`.
+    row: [C], by place in the chunk: a token sees anchor + row_t (w - anchor),
+      the next chunk begins from anchor + row_C (w - anchor). TTT's step size,
+      which shrinks as more tokens of a chunk are summed. None is 1.
 
   Returns:
     (reads [B, T, H, V], state, metrics).
@@ -387,19 +331,50 @@ def update(
       f"memory.omega={rule.omega} and "
       f"{'no ' if gates.gamma is None else ''}gates.gamma do not fit"
     )
-  dtype = jax.tree.leaves(state.w)[0].dtype
-  xs = jax.tree.map(lambda x: x.astype(dtype), (q, k, v, gates))
+  B, T, H = q.shape[:3]
+  wide = jax.tree.leaves(state.w)[0].dtype
+  fixed = {"start": params, "forward": slow}
+  xs = {"q": q, "k": k, "v": v, "gates": gates}
+  if row is not None:
+    seen = row[places(state, segment_ids, T, rule.chunk)]
+    xs["row"] = jnp.broadcast_to(seen[..., None], (B, T, H))
+    fixed["row"] = jnp.broadcast_to(row[-1], (H, 1, 1))
+  fixed = jax.tree.map(lambda x: x.astype(wide), fixed)
+  by_token = run is not None and run.implementation == "reference"
 
-  def body(block: rules.Block, xs):
-    q, k, v, gates = xs
-    v = v if target is None else target(block, v)
-    reads, w, s, metrics = rules.write_and_read(
-      forward, block, rule, q, k, v, gates, implementation=implementation
-    )
-    return reads, w, s, metrics
+  def body(fixed, now: walks.State, x, at: walks.At):
+    if rule.stop_grad_writes:
+      now = jax.lax.stop_gradient(now)
+    block = rules.Block(fixed["start"], now.w, *now.s, at)
+    architecture = forward
+    if slow is not None:
+      architecture = functools.partial(forward, slow=fixed["forward"])
+    v = x["v"] if target is None else target(block, x["v"])
+    reads, after, sums = rules.write_and_read(
+      architecture, block, rule, x["q"], x["k"], v, x["gates"],
+      by_token=by_token, factor=x.get("row"),
+    )  # fmt: skip
+    w = after.w
+    if row is not None:
+      w = _scaled(block, w, fixed["row"])
+    return walks.State(w, (after.s, after.carried)), reads, sums
 
-  return walk(
-    body, state, params, xs,
-    rule=rule, segment_ids=segment_ids, fresh=fresh, aligned=aligned,
-    row=None if row is None else row.astype(dtype),
+  y, state, sums = walk(
+    body, state, fixed, xs,
+    chunk=rule.chunk, save=rule.remat_group, segment_ids=segment_ids,
+    at_edge=at_edge, aligned=aligned, chunk_free=chunk_free, run=run, name=name,
   )  # fmt: skip
+  return y.reshape(B, T, H, -1), state, rules.metrics(sums)
+
+
+def _scaled(
+  block: rules.Block, w: rules.Weights, last: jax.Array
+) -> rules.Weights:
+  """Where the chunk closes, anchor + last (w - anchor)."""
+  at = block.at
+  edge = block.w if at.anchor is None else at.anchor
+  if at.ids is not None:  # Of a document that began inside it: the start.
+    held = jnp.where(at.ids[..., -1:] == 0, 1.0, 0.0)
+    edge = jax.tree.map(lambda x: held * x, edge)
+  scale = lambda e, x: jnp.where(at.closes > 0, e + last * (x - e), x)
+  return jax.tree.map(scale, dict(edge), dict(w))

@@ -41,19 +41,18 @@ def _forward(residual: bool) -> rules.Forward:
 
 
 def read(
-  params: dict[str, jax.Array],
+  params: dict[str, jax.Array] | None,
   state: MemoryState,
   z: jax.Array,
   *,
   residual: bool = False,
 ) -> jax.Array:
   """Reads z [B, T, H, K] from the weights as they are now; no write."""
-  del params
-  return rules.read(_forward(residual), state.w, z)
+  return rules.read(_forward(residual), params, state.w, z)
 
 
 def update(
-  params: dict[str, jax.Array],
+  params: dict[str, jax.Array] | None,
   state: MemoryState,
   q: jax.Array,
   k: jax.Array,
@@ -63,13 +62,14 @@ def update(
   rule: rules.Rule,
   residual: bool = False,
   segment_ids: jax.Array | None = None,
-  implementation: str | None = None,
-  fresh: bool = False,
+  at_edge: bool = False,
   aligned: bool = False,
+  chunk_free: bool = False,
+  run: chunked.Run | None = None,
 ) -> tuple[jax.Array, MemoryState, rules.Metrics]:
   """Writes and reads T tokens; arguments as `chunked.update`."""
   return chunked.update(
     _forward(residual), params, state, q, k, v, gates,
-    rule=rule, segment_ids=segment_ids, implementation=implementation,
-    fresh=fresh, aligned=aligned,
+    rule=rule, segment_ids=segment_ids, at_edge=at_edge, aligned=aligned,
+    chunk_free=chunk_free, run=run, name="linear",
   )  # fmt: skip

@@ -7,6 +7,9 @@
 `residual=False` drops the leading z.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -15,7 +18,6 @@ from nl_jax.memory import rule as rules
 from nl_jax.memory.chunked import MemoryState as MemoryState
 from nl_jax.memory.chunked import start as start
 
-ARCHITECTURES = ("mlp", "mlp_ln", "glu")
 _gelu = jax.nn.gelu  # The tanh form; the paper does not state one.
 
 
@@ -25,16 +27,35 @@ def _layer_norm(x: jax.Array) -> jax.Array:
   return centred * jax.lax.rsqrt(variance + 1e-6)
 
 
-def _mlp(apply: rules.Apply, z: jax.Array) -> jax.Array:
-  return apply("w_out", _gelu(apply("w_in", z)))
+class Architecture(NamedTuple):
+  """A memory as its parts: finish(hidden(z W_1, ...) w_out).
+
+  Attributes:
+    inputs: names of the layers that are fed with z.
+    hidden: from what these make of z to the hidden units.
+    output: name of the layer that is fed with these; None: they are the end.
+    finish: what follows it, or None.
+  """
+
+  inputs: tuple[str, ...]
+  hidden: Callable[..., jax.Array]
+  output: str | None = None
+  finish: Callable[[jax.Array], jax.Array] | None = None
+
+  def __call__(self, apply: rules.Apply, z: jax.Array) -> jax.Array:
+    """z [..., K] -> [..., V], as `rule.Forward`."""
+    y = self.hidden(*(apply(name, z) for name in self.inputs))
+    y = y if self.output is None else apply(self.output, y)
+    return y if self.finish is None else self.finish(y)
 
 
-def _mlp_ln(apply: rules.Apply, z: jax.Array) -> jax.Array:
-  return _layer_norm(_mlp(apply, z))
-
-
-def _glu(apply: rules.Apply, z: jax.Array) -> jax.Array:
-  return apply("w_out", _gelu(apply("w_in", z)) * apply("w_gate", z))
+ARCHITECTURES = {
+  "mlp": Architecture(("w_in",), _gelu, "w_out"),
+  "mlp_ln": Architecture(("w_in",), _gelu, "w_out", _layer_norm),
+  "glu": Architecture(
+    ("w_in", "w_gate"), lambda x, gate: _gelu(x) * gate, "w_out"
+  ),
+}
 
 
 def forward(arch: str, residual: bool = True) -> rules.Forward:
@@ -43,7 +64,7 @@ def forward(arch: str, residual: bool = True) -> rules.Forward:
     raise ValueError(
       f"memory.arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}"
     )
-  inner = {"mlp": _mlp, "mlp_ln": _mlp_ln, "glu": _glu}[arch]
+  inner = ARCHITECTURES[arch]
   return (lambda apply, z: z + inner(apply, z)) if residual else inner
 
 
@@ -90,8 +111,7 @@ def read(
   residual: bool = True,
 ) -> jax.Array:
   """Reads z [B, T, H, K] from the weights as they are now; no write."""
-  del params
-  return rules.read(forward(arch, residual), state.w, z)
+  return rules.read(forward(arch, residual), params, state.w, z)
 
 
 def update(
@@ -106,13 +126,13 @@ def update(
   arch: str = "mlp",
   residual: bool = True,
   segment_ids: jax.Array | None = None,
-  implementation: str | None = None,
-  fresh: bool = False,
+  at_edge: bool = False,
   aligned: bool = False,
+  run: chunked.Run | None = None,
 ) -> tuple[jax.Array, MemoryState, rules.Metrics]:
   """Writes and reads T tokens; arguments as `chunked.update`."""
   return chunked.update(
     forward(arch, residual), params, state, q, k, v, gates,
-    rule=rule, segment_ids=segment_ids, implementation=implementation,
-    fresh=fresh, aligned=aligned,
+    rule=rule, segment_ids=segment_ids, at_edge=at_edge, aligned=aligned,
+    run=run, name=arch,
   )  # fmt: skip

@@ -22,7 +22,7 @@ class Objective(NamedTuple):
   """An inner objective.
 
   Attributes:
-    loss: (prediction, target) -> loss, [..., V] -> [...].
+    loss: (prediction, target) -> loss, [..., V] -> [..., 1].
     error: (prediction, target) -> d loss / d prediction, [..., V].
   """
 
@@ -31,7 +31,7 @@ class Objective(NamedTuple):
 
 
 def _dot_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return -jnp.sum(prediction * target, axis=-1)
+  return -jnp.sum(prediction * target, axis=-1, keepdims=True)
 
 
 def _dot_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -39,7 +39,7 @@ def _dot_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _l2_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return 0.5 * jnp.sum(jnp.square(prediction - target), axis=-1)
+  return 0.5 * jnp.sum(jnp.square(prediction - target), axis=-1, keepdims=True)
 
 
 def _l2_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -53,7 +53,7 @@ def _huber(r: jax.Array) -> jax.Array:
 
 
 def _huber_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return jnp.sum(_huber(prediction - target), axis=-1)
+  return jnp.sum(_huber(prediction - target), axis=-1, keepdims=True)
 
 
 def _huber_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -62,7 +62,8 @@ def _huber_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 def _norm(r: jax.Array) -> jax.Array:
   # The added constant keeps the derivative finite at r = 0.
-  return jnp.sqrt(jnp.sum(jnp.square(r), axis=-1) + 1e-12)
+  size = jnp.sum(jnp.square(r), axis=-1, keepdims=True)
+  return jnp.sqrt(size + 1e-12)
 
 
 def _huber_norm_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -71,7 +72,7 @@ def _huber_norm_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 def clip_norm(error: jax.Array, limit: float) -> jax.Array:
   """Scales error [..., V] to a norm of at most `limit`."""
-  return error * jnp.minimum(1.0, limit / _norm(error))[..., None]
+  return error * jnp.minimum(1.0, limit / _norm(error))
 
 
 def _huber_norm_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -79,7 +80,8 @@ def _huber_norm_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 def _lp_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return jnp.sum(jnp.abs(prediction - target) ** LP_POWER, axis=-1)
+  power = jnp.abs(prediction - target) ** LP_POWER
+  return jnp.sum(power, axis=-1, keepdims=True)
 
 
 def _lp_error(prediction: jax.Array, target: jax.Array) -> jax.Array:

@@ -8,13 +8,14 @@ per-token weights of `rank_one` it gives the reads.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax.kernels import rank_one
+from nl_jax.kernels import rank_one, walk
 from nl_jax.memory import muon, objectives, window
 
 Apply = Callable[[str, jax.Array], jax.Array]
@@ -29,8 +30,8 @@ _CHOICES = {
   "dgd_coef": ("prox", "raw", "decayed"),
   "momentum": ("off", "ema", "sum"),
   "retention_target": ("init", "zero"),
-  "erase_of": rank_one.api.ERASES,
-  "read": rank_one.api.READS,
+  "erase_of": rank_one.ERASES,
+  "read": rank_one.READS,
   "inner_muon": muon.MODES,
 }
 
@@ -109,19 +110,9 @@ class Rule:
     return self.momentum != "off"
 
   @property
-  def simplex(self) -> bool:
-    """Whether fast weights are logarithms of columns that sum to 1 (Memora)."""
-    return False
-
-  @property
-  def lags(self) -> bool:
-    """Whether they are made so only at the first token of a chunk."""
-    return False
-
-  @property
   def loops(self) -> bool:
     """Whether there is no chunk form: token by token, by the reference."""
-    return (self.simplex and not self.lags) or self.inner_muon == "token"
+    return self.inner_muon == "token"
 
 
 class Gates(NamedTuple):
@@ -162,38 +153,45 @@ class Metrics(NamedTuple):
 
 
 class Block(NamedTuple):
-  """A memory at the start of a block, and what the block's tokens may see.
+  """A memory at the start of a chunk, and what the chunk's tokens may see.
+
+  Leading axes are those of a chunk function: [B, H], or the heads of a kernel.
 
   Attributes:
-    anchor, w: dicts of [B, H, a, b]: the gradient point and the current
-      weights. s: momentum, and with a window what `window` carries; a dict
-      that is empty without both.
-    start: dict of [B, H, a, b], the learned start.
-    mask: bool [B, 1, C], real tokens.
-    segment_ids: int32 [B, 1, C] where documents may begin inside the block.
-    carried: bool [B, 1, C, 1], tokens of the document that the block begins
-      in, with `segment_ids`; else None.
-    row: [B, H or 1, C], factor on what is read of the open chunk's changes
-      (see `rank_one`), or None.
-    first: bool [B or 1, 1], the block begins with the first place of a chunk.
+    start: dict of [..., a, b], the learned start; None: memories start empty.
+    w: dict of [..., a, b], the deviations from the start now.
+    s: their momentum; an empty dict without.
+    carried: what a window or inner Muon has from before; else empty.
+    at: the chunk's tokens, see `kernels.walk.At`.
   """
 
-  anchor: Weights
+  start: Weights | None
   w: Weights
   s: Weights
-  start: Weights
-  mask: jax.Array
-  segment_ids: jax.Array | None = None
-  carried: jax.Array | None = None
-  row: jax.Array | None = None
-  first: jax.Array | None = None
+  carried: Weights
+  at: walk.At
+
+  def begin(self, name: str) -> jax.Array:
+    """The learned start of a layer, [..., a, b]."""
+    return (
+      jnp.zeros_like(self.w[name]) if self.start is None else (self.start[name])
+    )
+
+  def absolute(self, name: str, deviation: jax.Array) -> jax.Array:
+    """The weights of a layer from their deviation."""
+    return deviation if self.start is None else self.start[name] + deviation
 
   def at_anchor(self, name: str, x: jax.Array) -> jax.Array:
-    """x [B, H, C, a] through the anchor of each token's own document."""
-    y = x @ self.anchor[name]
-    if self.carried is None:
+    """x [..., C, a] through the anchor of each token's own document."""
+    at, kind = self.at, "anchor"
+    deviation = self.w if at.anchor is None else at.anchor
+    y = at.tile.mm(x, self.absolute(name, deviation[name]), "nn", kind)
+    if at.ids is None:
       return y
-    return jnp.where(self.carried, y, x @ self.start[name])
+    own = jnp.swapaxes(at.ids, -1, -2) == 0
+    if self.start is None:
+      return jnp.where(own, y, 0.0)
+    return jnp.where(own, y, at.tile.mm(x, self.start[name], "nn", kind))
 
 
 def pairs(
@@ -208,21 +206,21 @@ def pairs(
   Args:
     forward: the memory's architecture.
     block: see `Block`.
-    k: keys [B, H, C, K]; target: [B, H, C, V], constant for the inner
-      gradient (the outer one goes through it).
+    k: keys [..., C, K]; target: [..., C, V], constant for the inner gradient
+      (the outer one goes through it).
     rule: the objective, its clip and mean.
 
   Returns:
-    (u, delta, loss): dicts of [B, H, C, a] and [B, H, C, b] whose outer
-    products are the gradients of each token's loss, and that loss [B, H, C].
+    (u, delta, loss): dicts of [..., C, a] and [..., C, b] whose outer products
+    are the gradients of each token's loss, and that loss [..., C, 1].
   """
 
   def tapped(taps: Weights) -> tuple[jax.Array, Weights]:
     inputs = {}
 
     def apply(name: str, x: jax.Array) -> jax.Array:
-      inputs[name] = x
-      return block.at_anchor(name, x) + taps[name]
+      inputs[name] = block.at.tile.rounded(x)
+      return block.at_anchor(name, inputs[name]) + taps[name]
 
     y = forward(apply, k)
     return y, inputs
@@ -231,46 +229,156 @@ def pairs(
     lead = jnp.broadcast_shapes(k.shape[:-2], W.shape[:-2])
     return jnp.zeros((*lead, k.shape[-2], W.shape[-1]), W.dtype)
 
-  taps = jax.tree.map(zeros, block.anchor)
+  taps = jax.tree.map(zeros, dict(block.w))
   prediction, pull, inputs = jax.vjp(tapped, taps, has_aux=True)
+  error, loss = output_error(rule, prediction, target)
+  return inputs, pull(error)[0], loss
+
+
+def output_error(
+  rule: Rule, prediction: jax.Array, target: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """(error [..., C, V], loss [..., C, 1]) of what a memory predicts."""
   objective = objectives.OBJECTIVES[rule.objective]
   error = objective.error(prediction, target)
   if rule.inner_mean:
     error = error / error.shape[-1]
   if rule.residual_clip:
     error = objectives.clip_norm(error, rule.residual_clip)
-  return inputs, pull(error)[0], objective.loss(prediction, target)
+  return error, objective.loss(prediction, target)
 
 
-def coefficients(
-  rule: Rule, gates: Gates, u: jax.Array, erases: bool
-) -> tuple[jax.Array, jax.Array | None]:
-  """Write and erase rates of one layer with inputs u [B, H, C, a]."""
+def rates(
+  rule: Rule, gates: Gates, u: jax.Array, mask: jax.Array, erases: bool
+) -> rank_one.Rates:
+  """The rates of one layer with inputs u [..., C, a], eq. 56 and 88.
+
+  Args:
+    rule: the switches.
+    gates: columns [..., C, 1], or of a channel [..., C, a, 1].
+    u: the layer's inputs.
+    mask: [..., C, 1], 1 for real tokens.
+    erases: whether the layer erases too.
+  """
   rate = gates.eta
   if erases and rule.dgd_coef == "prox":
-    size = jnp.sum(jnp.square(u), axis=-1)
+    size = jnp.sum(jnp.square(u), axis=-1, keepdims=True)
     if rate.ndim > size.ndim:
-      size = size[..., None, None]
+      size = size[..., None]
     rate = rate / (1.0 + rate * size)
-  write = rate
+  write, erase = rate, "write"
   if rule.momentum == "ema":
     kept = gates.log_beta
-    kept = kept[..., None, None] if rate.ndim > kept.ndim else kept
-    write = rate * -jnp.expm1(kept)
+    kept = kept[..., None] if rate.ndim > kept.ndim else kept
+    write, erase = rate * (1.0 - jnp.exp(kept)), rate
   if rule.dgd_coef == "decayed":
-    rate = rate * jnp.exp(gates.log_alpha)
-  return write, rate if erases else None
+    apart = rule.momentum == "ema"
+    erase = rate * jnp.exp(gates.log_alpha) if apart else "decayed"
+  return rank_one.Rates(
+    gates.log_alpha, gates.log_beta, write, erase if erases else None, mask
+  )
 
 
 def _layer_gates(gates: Gates, W: jax.Array) -> Gates:
   """Gates of one layer; those of a channel lie along its K-wide axis."""
-  if gates.eta.ndim < W.ndim:
+  size = gates.eta.shape[-1]
+  if size == 1:
     return gates
-  axis = -1 if W.shape[-2] == gates.eta.shape[-1] else -2
-  return gates._replace(
-    eta=jnp.expand_dims(gates.eta, axis),
-    log_alpha=jnp.expand_dims(gates.log_alpha, axis),
+  axis = -1 if W.shape[-2] == size else -2
+  wide = lambda x: jnp.expand_dims(x, axis)
+  return gates._replace(eta=wide(gates.eta), log_alpha=wide(gates.log_alpha))
+
+
+def erases(rule: Rule, name: str) -> bool:
+  """Whether a layer erases what it recalls, beside writing."""
+  inputs = rule.dgd_scope == "input_layer" and name in INPUT_LAYERS
+  return rule.dgd_scope == "per_layer" or inputs
+
+
+class _Layer(NamedTuple):
+  """What one layer learns from a chunk, and how.
+
+  Attributes:
+    u, delta: [..., C, ·]; rates: see `rank_one.Rates`.
+    W: [..., a, b], the weights now; S: momentum or None.
+    R: what retention goes to, the start or None; begin: the start.
+    window: of `rank_one`.
+  """
+
+  u: jax.Array
+  delta: jax.Array
+  rates: rank_one.Rates
+  W: jax.Array
+  S: jax.Array | None
+  R: jax.Array | None
+  begin: jax.Array
+  window: tuple[jax.Array, jax.Array, jax.Array] | None
+
+
+_Read = Callable[[str, jax.Array], jax.Array]
+_End = Callable[[str], tuple[jax.Array, jax.Array | None]]
+
+
+def _by_chunk(
+  layers: Mapping[str, _Layer], block: Block, rule: Rule
+) -> tuple[_Read, _End]:
+  """Reads of layers, and their weights and momentum after the chunk."""
+  at, made = block.at, {}
+  first = next(iter(layers.values())).rates
+  tokens = rank_one.Tokens(
+    first.log_alpha, first.log_beta, at.real, ids=at.ids, tile=at.tile
   )
+  for name, x in layers.items():
+    D, fresh = block.w[name], None
+    if x.R is None and block.start is not None:
+      D, fresh = x.W, x.begin  # What decays to 0 is W, and begins at the start.
+    made[name] = rank_one.Chunk(
+      tokens, x.u, x.delta, x.rates.write, x.rates.erase, D, x.S, x.R,
+      fresh=fresh, window=x.window,
+    )  # fmt: skip
+  solved = rank_one.recall(list(made.values()), rule.erase_of)
+  rows = dict(zip(made, solved))
+
+  def end(name: str) -> tuple[jax.Array, jax.Array | None]:
+    D, S = made[name].end(rows[name])
+    start = block.start
+    if layers[name].R is None and start is not None:
+      D = D - start[name]
+    return D, S
+
+  return lambda name, x: made[name].read(x, rule.read, rows[name]), end
+
+
+def _by_token(
+  layers: Mapping[str, _Layer], block: Block, rule: Rule, eta: jax.Array
+) -> tuple[_Read, _End]:
+  """`_by_chunk` by the token loop, the definition."""
+  at, ends = block.at, {}
+  ids = None if at.ids is None else at.ids[..., 0, :].astype(jnp.int32) + 1
+
+  def run(name: str, x: jax.Array | None) -> jax.Array | None:
+    own = layers[name]
+    call = functools.partial(
+      rank_one.rank_one, window=own.window, implementation="reference",
+      read=rule.read, erase_of=rule.erase_of,
+    )  # fmt: skip
+    if rule.inner_muon == "token":
+      call = functools.partial(muon.by_token, eta=eta, read=rule.read)
+    anchor = block.w if at.anchor is None else at.anchor
+    y, *ends[name] = call(
+      own.u, own.delta, x, own.rates, own.W, own.S, own.R,
+      anchor=block.absolute(name, anchor[name]), start=own.begin,
+      segment_ids=ids,
+    )  # fmt: skip
+    return y
+
+  def end(name: str) -> tuple[jax.Array, jax.Array | None]:
+    if name not in ends:
+      run(name, None)
+    W, S = ends[name]
+    return W if block.start is None else W - block.start[name], S
+
+  return run, end
 
 
 def write_and_read(
@@ -282,151 +390,139 @@ def write_and_read(
   target: jax.Array,
   gates: Gates,
   *,
-  implementation: str | None = None,
-) -> tuple[jax.Array | None, Weights, Weights, Metrics]:
-  """Writes a block's tokens into a memory; reads it along the way.
+  by_token: bool = False,
+  factor: jax.Array | None = None,
+) -> tuple[jax.Array | None, Block, jax.Array]:
+  """Writes a chunk's tokens into a memory; reads it along the way (eq. 88).
 
   Args:
     forward, block, rule: see their types.
-    q: [B, H, C, K], or None to write only.
-    k, target: [B, H, C, K], [B, H, C, V].
-    gates: each [B, H, C]; [B, H, C, K] for gates of a channel.
-    implementation: of `rank_one`.
+    q: [..., C, K], or None to write only.
+    k, target: [..., C, K], [..., C, V].
+    gates: columns [..., C, 1]; [..., C, K] for gates of a channel.
+    by_token: one token at a time, the definition, in place of the chunk form.
+    factor: [..., C, 1], what a token sees of the changes since the anchor
+      (TTT); None is 1.
 
   Returns:
-    (reads [B, H, C, V] or None, w, s, metrics).
+    (reads [..., C, V] or None, the block after the chunk, sums [..., 1, 7]),
+    the sums those of `Metrics`.
   """
-  laid, before, view = None, 0, block
+  at, laid, before, view = block.at, None, 0, block
   if rule.omega > 1:
     laid = window.extend(block, k, target, gates.gamma, rule.omega)
     before, view = rule.omega - 1, window.widened(block, rule.omega)
     k, target = laid.k, laid.target
-  if rule.simplex:
-    real = lambda W: jax.nn.softmax(W, axis=-2) if rule.lags else jnp.exp(W)
-    anchor, start = jax.tree.map(real, (view.anchor, view.start))
-    view = view._replace(anchor=anchor, start=start)
   all_u, all_delta, loss = pairs(forward, view, k, target, rule)
   own = lambda x: x[..., before:, :] if before else x
-  u, delta = jax.tree.map(own, (all_u, all_delta))
-  loss = loss[..., before:]
-  w, squared_steps = {}, []
-  s = {} if laid is None else dict(laid.past)
-  if rule.inner_muon == "chunk":
-    rate = block.s[muon.RATE]
-    s[muon.RATE] = muon.last_rate(rate, gates.eta, block.mask)
-
-  def layer(name: str, x: jax.Array | None) -> jax.Array | None:
-    W = block.w[name]
-    erases = rule.dgd_scope == "per_layer" or (
-      rule.dgd_scope == "input_layer" and name in INPUT_LAYERS
-    )
-    own = _layer_gates(gates, W)
-    write, erase = coefficients(rule, own, u[name], erases)
+  layers, momenta, steps = {}, {}, 0.0
+  for name, D in block.w.items():
+    u, delta = own(all_u[name]), own(all_delta[name])
+    gate = _layer_gates(gates, D)
+    rate = rates(rule, gate, u, at.real, erases(rule, name))
     past = None
     if laid is not None:
-      ahead = (x[name][..., :before, :] for x in (all_u, all_delta))
-      past = (*ahead, laid.weights)
-    how = dict(
-      read=rule.read,
-      erase_of=rule.erase_of,
-      segment_ids=block.segment_ids,
-      implementation=implementation,
-    )
-    rates = (own.log_alpha, own.log_beta, write, erase, block.mask)
-    S = block.s.get(name)
+      past = all_u[name][..., :before, :], all_delta[name][..., :before, :]
+      past = (*past, laid.weights)
+    W, S = block.absolute(name, D), block.s.get(name)
+    R = block.begin(name) if rule.retention_target == "init" else None
     if rule.inner_muon == "chunk":
-      # S is a memory that decays by beta, beside one that nothing is written
-      # to before the chunk ends.
-      kept = (own.log_beta, None, write, None, block.mask)
-      start = jnp.zeros_like(block.start[name])
-      _, s[name], _ = rank_one.rank_one(
-        u[name], delta[name], None, kept, S, None, None,
-        start=start, window=past, **how,
-      )  # fmt: skip
-      rates = (own.log_alpha, None, jnp.zeros_like(write), None, block.mask)
+      momenta[name] = muon.momentum(u, delta, rate, S, past, at)
+      rate = rate._replace(log_beta=None, write=0 * rate.write)
       S = past = None
-    reads, w[name], momentum = rank_one.rank_one(
-      u[name],
-      delta[name],
-      x,
-      rates,
-      W,
-      S,
-      block.start[name] if rule.retention_target == "init" else None,
-      anchor=block.anchor[name],
-      start=block.start[name],
-      row=block.row,
-      window=past,
-      simplex=rule.simplex,
-      lag=block.first if rule.lags else None,
-      orthogonal=(
-        (own.eta, muon.orthogonal) if rule.inner_muon == "token" else None
-      ),
-      **how,
-    )
-    if momentum is not None:
-      s[name] = momentum
-    if write.ndim == gates.log_alpha.ndim:
+    layers[name] = _Layer(u, delta, rate, W, S, R, block.begin(name), past)
+    if gate.eta.ndim == u.ndim:
       size = _write_sizes(all_u[name], all_delta[name], laid)
-      squared_steps.append(jnp.square(write) * size)
-    return reads
-
-  if q is None:
-    reads = None
-    for name in block.w:
-      layer(name, None)
+      steps = steps + jnp.square(layers[name].rates.write) * size
+  if by_token or rule.loops:
+    read, end = _by_token(layers, block, rule, gates.eta)
   else:
-    reads = forward(layer, q)
-  steps = sum(squared_steps) if squared_steps else jnp.zeros_like(loss)
-  return reads, w, s, _metrics(block, w, gates, loss, jnp.sqrt(steps))
+    read, end = _by_chunk(layers, block, rule)
+
+  def layer(name: str, x: jax.Array) -> jax.Array:
+    still = None
+    if rule.read == "chunk_start" or factor is not None:
+      still = block.at_anchor(name, x)
+    if rule.read == "chunk_start":
+      return still
+    reads = read(name, x)
+    return reads if factor is None else still + factor * (reads - still)
+
+  reads = None if q is None else forward(layer, q)
+  ends = {name: end(name) for name in layers}
+  w = {name: D for name, (D, _) in ends.items()}
+  s = {name: S for name, (_, S) in ends.items() if S is not None} or momenta
+  carried = dict(block.carried) if laid is None else laid.past
+  after = block._replace(w=w, s=s, carried=carried)
+  if rule.inner_muon == "chunk":
+    after = muon.move(after, gates.eta)
+  size = norm(after.absolute(name, D) for name, D in after.w.items())
+  loss = own(loss)
+  steps = jnp.sqrt(steps + jnp.zeros_like(loss))
+  return reads, after, metric_sums(at, gates, loss, steps, size)
 
 
 def _write_sizes(
   u: jax.Array, delta: jax.Array, laid: window.Window | None
 ) -> jax.Array:
-  """Squared norm of what each token writes, [B, H, C], but for its rate."""
+  """Squared norm of what each token writes, [..., C, 1], but for its rate."""
   if laid is not None:
     return window.squared_norms(u, delta, laid.weights)
-  square = lambda x: jnp.sum(jnp.square(x), axis=-1)
+  square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
   return square(u) * square(delta)
 
 
-def _metrics(
-  block: Block,
-  w: Weights,
+def norm(weights: Iterable[jax.Array]) -> jax.Array:
+  """Frobenius norm over all weights of a head, [..., 1, 1]."""
+  total = 0.0
+  for W in weights:
+    rows = jnp.sum(jnp.square(W), axis=-1, keepdims=True)
+    total = total + jnp.sum(rows, axis=-2, keepdims=True)
+  return jnp.sqrt(total)
+
+
+def metric_sums(
+  at: walk.At,
   gates: Gates,
   loss: jax.Array,
   steps: jax.Array,
-) -> Metrics:
-  """Sums over the block's real tokens; roles, where there are, averaged."""
-  loss, steps, gates, w = jax.lax.stop_gradient((loss, steps, gates, w))
-  mask = block.mask
+  size: jax.Array,
+) -> jax.Array:
+  """The sums of `Metrics`, [..., 1, 7]; gates of a channel are averaged.
+
+  Args:
+    at: the chunk.
+    gates: columns [..., C, 1], or [..., C, K].
+    loss, steps: [..., C, 1].
+    size: [..., 1, 1], the norm of the weights after the chunk.
+  """
 
   def total(x: jax.Array) -> jax.Array:
-    if x.ndim > loss.ndim:
-      x = x.mean(axis=-1)
-    x = jnp.sum(jnp.where(mask, x, 0.0), axis=-1).astype(jnp.float32)
-    return x.mean(axis=tuple(range(2, x.ndim)))
+    x = x.mean(axis=-1, keepdims=True) if x.shape[-1] > 1 else x
+    return jnp.sum(x * at.real, axis=-2, keepdims=True)
 
   count = total(jnp.ones_like(loss))
-  squares = [jnp.sum(jnp.square(W), axis=(-2, -1)) for W in w.values()]
-  norm = jnp.sqrt(sum(squares)).astype(jnp.float32)
-  norm = norm.mean(axis=tuple(range(2, norm.ndim)))
-  beta = jnp.zeros_like(count)
+  beta = 0 * count
   if gates.log_beta is not None:
     beta = total(jnp.exp(gates.log_beta))
-  return Metrics(
-    inner_loss=total(loss),
-    update_norm=total(steps),
-    memory_norm=norm * count,
-    eta=total(gates.eta),
-    alpha=total(jnp.exp(gates.log_alpha)),
-    beta=beta,
-    count=count,
-  )
+  alpha = total(jnp.exp(gates.log_alpha))
+  sums = total(loss), total(steps), size * count, total(gates.eta), alpha, beta
+  return jnp.concatenate([*sums, count], axis=-1)
 
 
-def read(forward: Forward, w: Weights, z: jax.Array) -> jax.Array:
-  """Reads z [B, T, H, K] through weights w (dict of [B, H, a, b])."""
-  z = jnp.moveaxis(z.astype(jax.tree.leaves(w)[0].dtype), 1, 2)
-  return jnp.moveaxis(forward(lambda name, x: x @ w[name], z), 2, 1)
+def metrics(sums: jax.Array) -> Metrics:
+  """From the sums of a walk, [B, H, 7]."""
+  sums = jax.lax.stop_gradient(sums).astype(jnp.float32)
+  return Metrics(*(sums[..., i] for i in range(len(Metrics._fields))))
+
+
+def read(
+  forward: Forward, params: Weights | None, w: Weights, z: jax.Array
+) -> jax.Array:
+  """Reads z [B, T, H, K] through a start and deviations [B, H, a, b]."""
+  wide = jax.tree.leaves(w)[0].dtype
+  weights = w
+  if params is not None:
+    weights = jax.tree.map(lambda r, d: r[None].astype(wide) + d, params, w)
+  z = jnp.moveaxis(z.astype(wide), 1, 2)
+  return jnp.moveaxis(forward(lambda name, x: x @ weights[name], z), 2, 1)

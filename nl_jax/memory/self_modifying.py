@@ -8,8 +8,9 @@ and the gates with which all memories, M_memory too, are then written:
     y_t = M_memory,t(q_t)
 
 Generators are read at their chunk's start and never see M_memory, so the
-algorithm runs in two passes (3.4): one scan over the stacked generators, then
-the walk of an ordinary memory. All is differentiated, through every write.
+algorithm has two passes (3.4): the generators, then an ordinary memory. With
+one chunk length for both they are one chunk function, with two they are two
+walks. All is differentiated, through every write.
 
 Departures from the print: the sign of eq. 92 and the index of eq. 90 are
 corrected (model.md 8.3); M_eta and M_alpha give one scalar a head through a
@@ -17,15 +18,19 @@ learned vector, so that the chunk form stays exact (`gate_shape`).
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax.memory import chunked, linear, mlp
+from nl_jax.kernels import walk
+from nl_jax.memory import chunked, linear, mlp, roles
 from nl_jax.memory import rule as rules
 
 ROLES = ("q", "k", "v", "eta", "alpha")
+# As they lie side by side: those that read z^k are neighbours.
+_LAID = ("k", "eta", "alpha", "v", "q")
 _ADAPTIVE = ("k", "v", "eta", "alpha")
 _SOURCES = ("self", "plain")
 _NORMS = ("none", "l2", "target")
@@ -182,9 +187,21 @@ class Config:
 
   @property
   def generator_roles(self) -> tuple[str, ...]:
-    """The adaptive roles, in the order in which their weights are stacked."""
+    """The adaptive roles, in the order in which they are drawn."""
     wanted = (*self.adaptive, *(("q",) if self.adaptive_q else ()))
     return tuple(role for role in ROLES if role in wanted)
+
+  @property
+  def laid(self) -> tuple[str, ...]:
+    """The adaptive roles, in the order in which they lie side by side."""
+    return tuple(role for role in _LAID if role in self.generator_roles)
+
+  @property
+  def architecture(self) -> mlp.Architecture:
+    """The parts of each memory, without residual."""
+    if self.arch == "linear":
+      return roles.MATRIX
+    return mlp.ARCHITECTURES[self.arch]
 
   def forward(self, residual: bool) -> rules.Forward:
     """The architecture of one memory."""
@@ -197,8 +214,9 @@ class State(NamedTuple):
   """Fast weights of all memories of a layer.
 
   Attributes:
-    generators: weights [B, H, R, a, b], R = `Config.generator_roles`; None
-      where no role is adaptive.
+    generators: of the R = `Config.laid` roles side by side: w [B, H, K, R K],
+      or w_in (w_gate) [B, H, K, R M] and w_out [B, H, R M, K]; None where no
+      role is adaptive.
     memory: M_memory, weights [B, H, a, b].
   """
 
@@ -256,18 +274,22 @@ def init(
   return params
 
 
-def _stacked(params: dict, config: Config) -> dict[str, jax.Array]:
-  """Generators' starts on one axis: dict of [H, R, a, b]."""
-  trees = [params[role] for role in config.generator_roles]
-  return jax.tree.map(lambda *xs: jnp.stack(xs, axis=1), *trees)
+def _laid(params: dict, config: Config) -> dict[str, jax.Array]:
+  """Generators' starts side by side."""
+  trees = [params[role] for role in config.laid]
+  axis = lambda name: -1 if name in config.architecture.inputs else -2
+  return {
+    name: jnp.concatenate([tree[name] for tree in trees], axis=axis(name))
+    for name in trees[0]
+  }
 
 
 def start(params: dict, batch: int, config: Config) -> State:
   """All memories at the start of a sequence."""
   generators = None
   if config.generator_roles:
-    stacked = _stacked(params, config)
-    generators = chunked.start(stacked, batch, config.generator_rule)
+    laid = _laid(params, config)
+    generators = chunked.start(laid, batch, config.generator_rule)
   memory = chunked.start(params["memory"], batch, config.memory_rule)
   return State(generators, memory)
 
@@ -277,60 +299,18 @@ def _l2(x: jax.Array) -> jax.Array:
 
 
 def _log_sigmoid(x: jax.Array) -> jax.Array:
-  return -jax.nn.softplus(-x)
+  return -(jnp.maximum(-x, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(x))))
 
 
-def _gates(
-  params: dict,
-  config: Config,
-  zeta: tuple[jax.Array, jax.Array],
-) -> rules.Gates:
-  """Squashes gate logits [B, H, C] (or [B, H, C, K])."""
-  eta = config.eta_max * jax.nn.sigmoid(zeta[0])
-  log_beta = None
-  if config.momentum != "off":
-    b_beta = params["gate"]["b_beta"].astype(eta.dtype)[:, :, None]
-    log_beta = jnp.broadcast_to(_log_sigmoid(b_beta), zeta[0].shape[:3])
-  return rules.Gates(eta, _log_sigmoid(zeta[1]), log_beta)
-
-
-def _gate_logit(
-  params: dict, config: Config, name: str, z: jax.Array
-) -> jax.Array:
-  """From z [B, H, C, K] to [B, H, C], or [B, H, C, K] a channel."""
-  w = params["gate"][f"w_{name}"].astype(z.dtype)
-  b = params["gate"][f"b_{name}"].astype(z.dtype)
-  if config.gate_shape == "channel":
-    return z * w[:, :, None] + b[:, :, None]
-  return jnp.einsum("bhck,bhk->bhc", z, w) + b[:, :, None]
-
-
-def _target(
-  config: Config,
-  part: Config | Generators,
-  block: rules.Block,
-  v: jax.Array,
-) -> jax.Array:
-  """What a memory is to learn from v [..., C, K] (eq. 84)."""
-  v = _l2(v) if part.value_norm == "l2" else v
-  if part.value_source == "self":
-    v = config.forward(part.residual)(block.at_anchor, v)
-  return _l2(v) if part.value_norm == "target" else v
-
-
-def _with_roles(block: rules.Block) -> rules.Block:
-  """The masks of a block, ready for weights [B, H, R, a, b]."""
-  carried = block.carried
-  ids = block.segment_ids
-  return block._replace(
-    mask=block.mask[:, :, None],
-    segment_ids=None if ids is None else ids[:, :, None],
-    carried=None if carried is None else carried[:, :, None],
-  )
+def _slow_gate(params: dict, config: Config) -> dict[str, jax.Array]:
+  """The gate heads as a walk takes them, leaves [H, 1, K] or [H, 1, 1]."""
+  gate = params.get("gate", {})
+  shape = lambda g: g[:, None, :] if g.ndim == 2 else g[:, None, None]
+  return {name: shape(g) for name, g in gate.items()}
 
 
 def _generate(
-  params: dict,
+  gate: dict[str, jax.Array],
   config: Config,
   z: dict[str, jax.Array],
   made: dict[str, jax.Array],
@@ -338,53 +318,103 @@ def _generate(
 ) -> tuple[jax.Array, jax.Array, jax.Array, rules.Gates]:
   """(q, k, v, gates) from the inputs z and what the generators made of them.
 
-  All [B, H, C, K]; `made` has the adaptive roles only.
+  Args:
+    gate: of `_slow_gate`, with the leading axes of a chunk function.
+    config: the switches.
+    z: "q", "k", "v" [..., C, K].
+    made: the same of the adaptive roles.
+    static: logits of eta and alpha [..., C, 1], with `gate_source="static"`.
+
+  Returns:
+    q, k, v [..., C, K] and gates [..., C, 1], or [..., C, K] a channel.
   """
-  zeta = static
-  if config.gate_source == "memory":
-    source = lambda name: made.get(name, z["k"])
-    zeta = tuple(
-      _gate_logit(params, config, name, source(name))
-      for name in ("eta", "alpha")
-    )
-  k = _l2(made.get("k", z["k"]))
-  q = _l2(made.get("q", z["q"]))
-  return q, k, made.get("v", z["v"]), _gates(params, config, zeta)
+
+  def logit(name: str) -> jax.Array:
+    x = made.get(name, z["k"]) * gate[f"w_{name}"]
+    if config.gate_shape == "head":
+      x = jnp.sum(x, axis=-1, keepdims=True)
+    return x + gate[f"b_{name}"]
+
+  eta, alpha = static or (logit("eta"), logit("alpha"))
+  log_beta = None
+  if config.momentum != "off":
+    log_beta = _log_sigmoid(gate["b_beta"]) + jnp.zeros_like(eta[..., :1])
+  gates = rules.Gates(
+    config.eta_max * jax.nn.sigmoid(eta), _log_sigmoid(alpha), log_beta
+  )
+  k, q = _l2(made.get("k", z["k"])), _l2(made.get("q", z["q"]))
+  return q, k, made.get("v", z["v"]), gates
 
 
-@jax.named_scope("generators")
-def _first_pass(
-  params: dict,
-  state: chunked.MemoryState,
-  z: dict[str, jax.Array],
-  static: tuple[jax.Array, jax.Array] | None,
+def _targets(
+  part: Config | Generators,
+  side: roles.Part,
+  v: jax.Array,
+) -> list[jax.Array]:
+  """What each memory of a part is to learn from v [..., C, K] (eq. 84)."""
+  v = _l2(v) if part.value_norm == "l2" else v
+  goals = [v] * side.roles
+  if part.value_source == "self":
+    goals = roles.read_anchor(side, goals)
+  return [_l2(v) for v in goals] if part.value_norm == "target" else goals
+
+
+def _body(
   config: Config,
-  implementation: str | None,
-  **grid,
-) -> tuple:
-  """Runs the generators over a call: ((q, k, v, gates), state, metrics)."""
-  roles = config.generator_roles
-  rule, part = config.generator_rule, config.generators
-  forward = config.forward(part.residual)
+  by_token: bool,
+  slow: dict,
+  now: walk.State,
+  x: tuple,
+  at: walk.At,
+) -> tuple[walk.State, dict, jax.Array]:
+  """Generators, and with its weights in `now` M_memory too, over a chunk.
 
-  def body(block: rules.Block, xs):
-    z, static = xs
-    block = _with_roles(block)
-    inputs = [z[role if role in ("q", "v") else "k"] for role in roles]
-    out = forward(block.at_anchor, jnp.stack(inputs, axis=2))
-    made = {role: out[:, :, i] for i, role in enumerate(roles)}
-    q, k, v, gates = _generate(params, config, z, made, static)
-    shared = jax.tree.map(lambda g: g[:, :, None], gates)
-    shared = shared._replace(eta=part.rate * shared.eta)
-    target = _target(config, part, block, v[:, :, None])
-    _, w, s, metrics = rules.write_and_read(
-      forward, block, rule, None, k[:, :, None], target, shared,
-      implementation=implementation,
-    )  # fmt: skip
-    return (q, k, v, gates), w, s, metrics
+  Args:
+    config: every switch.
+    by_token: write one token at a time, the definition; generators alone.
+    slow: "generators", "memory" (learned starts) and "gate".
+    now: w and s by "generators" and "memory".
+    x: ({"q", "k", "v"}, static gates or None), see `_generate`.
+    at: the chunk.
 
-  stacked = _stacked(params, config)
-  return chunked.walk(body, state, stacked, (z, static), rule=rule, **grid)
+  Returns:
+    The state, {"y"} or {"q", "k", "v", "gates"}, and the sums of the parts,
+    one behind the other.
+  """
+  if config.stop_grad_writes:
+    now = jax.lax.stop_gradient(now)
+  z, static = x
+
+  def part(name: str, own: Config | Generators, *rest) -> roles.Part:
+    anchor = None if at.anchor is None else at.anchor[name]
+    block = rules.Block(
+      slow[name], now.w[name], now.s[0][name], {}, at._replace(anchor=anchor)
+    )
+    count = len(config.laid) if name == "generators" else 1
+    return roles.side_by_side(
+      block, count, config.architecture, own.residual, *rest
+    )
+
+  gen = config.generators
+  parts = [part("generators", gen, config.generator_rule, gen.rate)]
+  inputs = [z[r if r in ("q", "v") else "k"] for r in config.laid]
+  made = dict(zip(config.laid, roles.read_anchor(parts[0], inputs)))
+  q, k, v, gates = _generate(slow["gate"], config, z, made, static)
+  k = at.tile.rounded(k)
+  targets = [_targets(gen, parts[0], v)]
+  if "memory" in now.w:
+    parts.append(part("memory", config, config.memory_rule))
+    targets.append(_targets(config, parts[1], v))
+  write = roles.by_token if by_token else roles.by_chunk
+  written = write(parts, k, targets, gates)
+  names = ("generators", "memory")[: len(parts)]
+  after = dict(zip(names, written.blocks))
+  out = {"q": q, "k": k, "v": v, "gates": gates}
+  if "memory" in now.w:
+    out = {"y": written.read(1, q)}
+  w = {name: block.w for name, block in after.items()}
+  s = {name: block.s for name, block in after.items()}
+  return walk.State(w, (s, now.s[1])), out, written.sums
 
 
 def update(
@@ -397,9 +427,9 @@ def update(
   config: Config,
   static_gates: tuple[jax.Array, jax.Array] | None = None,
   segment_ids: jax.Array | None = None,
-  implementation: str | None = None,
-  fresh: bool = False,
+  at_edge: bool = False,
   aligned: bool = False,
+  run: chunked.Run | None = None,
 ) -> tuple[jax.Array, State, Metrics]:
   """Writes T tokens into all memories and reads M_memory at each.
 
@@ -411,8 +441,7 @@ def update(
     static_gates: logits of eta and alpha, [B, T, H], for
       `gate_source="static"`.
     segment_ids: int32 [B, T], 0 is padding; None continues the document.
-    implementation: of `rank_one`.
-    fresh, aligned: as `chunked.walk`; `aligned` for both chunk lengths.
+    at_edge, aligned, run: as `chunked.walk`; for both chunk lengths.
 
   Returns:
     (y [B, T, H, K], state, metrics).
@@ -426,29 +455,114 @@ def update(
       f"memory.gate_source={config.gate_source!r} and static_gates="
       f"{'None' if static_gates is None else 'given'} do not fit"
     )
-  grid = dict(segment_ids=segment_ids, fresh=fresh, aligned=aligned)
-  dtype = jax.tree.leaves(state.memory.w)[0].dtype
+  by_token = run is not None and run.implementation == "reference"
+  if config.gate_shape == "channel" and not by_token:
+    raise ValueError(
+      "gates of one value a channel run only with "
+      "Run(implementation='reference')"
+    )
+  grid = dict(
+    segment_ids=segment_ids, at_edge=at_edge, aligned=aligned, run=run
+  )
+  wide = jax.tree.leaves(state.memory.w)[0].dtype
+  cast = lambda tree: jax.tree.map(lambda x: x.astype(wide), tree)
+  slow = {"gate": _slow_gate(params, config), "memory": params["memory"]}
   z = {"q": z_q, "k": z_k, "v": z_v}
-  z, static = jax.tree.map(lambda x: x.astype(dtype), (z, static_gates))
-  if "gate" in params:
-    gate = chunked.by_row(params["gate"], z_q.shape[0])
-    params = params | {"gate": gate}
+  joint = config.chunk_gen == config.chunk_memory and not by_token
+  if config.generator_roles:
+    slow["generators"] = _laid(params, config)
+  slow = cast(slow)
+  if config.generator_roles and joint:
+    return _one_walk(slow, state, (z, static_gates), config, grid)
   if config.generator_roles:
     made, generators, first = _first_pass(
-      params, state.generators, z, static, config, implementation, **grid
+      slow, state.generators, (z, static_gates), config, by_token, grid
     )
   else:
-    swap = lambda x: jnp.swapaxes(x, 1, 2)
-    heads_first = jax.tree.map(swap, (z, static))
-    made = _generate(params, config, heads_first[0], {}, heads_first[1])
-    made, generators, first = jax.tree.map(swap, made), None, None
+    swap = lambda x: jnp.swapaxes(x.reshape(*x.shape[:3], -1), 1, 2)
+    heads_first = jax.tree.map(swap, cast((z, static_gates)))
+    gate = jax.tree.map(lambda g: g[None], slow["gate"])
+    made = _generate(gate, config, heads_first[0], {}, heads_first[1])
+    made = jax.tree.map(lambda x: jnp.swapaxes(x, 1, 2), made)
+    generators, first = None, None
   q, k, v, gates = made
+  if config.gate_shape == "head":
+    gates = jax.tree.map(lambda g: g[..., 0], gates)
+  elif gates.log_beta is not None:
+    gates = gates._replace(log_beta=gates.log_beta[..., 0])
   y, memory, second = chunked.update(
     config.forward(config.residual), params["memory"], state.memory,
     q, k, v, gates,
     rule=config.memory_rule,
-    target=lambda block, v: _target(config, config, block, v),
-    implementation=implementation,
-    **grid,
+    target=lambda block, v: _memory_target(config, block, v),
+    name=f"smt_{config.arch}_memory", **grid,
   )  # fmt: skip
   return y, State(generators, memory), Metrics(first, second)
+
+
+def _memory_target(
+  config: Config, block: rules.Block, v: jax.Array
+) -> jax.Array:
+  """What M_memory learns in a walk of its own."""
+  side = roles.side_by_side(
+    block, 1, config.architecture, config.residual, config.memory_rule
+  )
+  return _targets(config, side, v)[0]
+
+
+def _one_walk(
+  slow: dict, state: State, xs: tuple, config: Config, grid: dict
+) -> tuple[jax.Array, State, Metrics]:
+  """Both passes as one chunk function."""
+  both = lambda field: {
+    "generators": getattr(state.generators, field),
+    "memory": getattr(state.memory, field),
+  }
+  together = state.memory._replace(
+    anchor=both("anchor"), w=both("w"), s=both("s")
+  )
+  out, after, sums = chunked.walk(
+    functools.partial(_body, config, False), together, slow, xs,
+    chunk=config.chunk_memory, save=config.remat_group,
+    name=f"smt_{config.arch}", **grid,
+  )  # fmt: skip
+  split = {
+    name: after._replace(
+      anchor=after.anchor[name], w=after.w[name], s=after.s[name]
+    )
+    for name in ("generators", "memory")
+  }
+  count = len(rules.Metrics._fields)
+  metrics = rules.metrics(sums[..., :count]), rules.metrics(sums[..., count:])
+  y = out["y"].reshape(xs[0]["q"].shape)
+  return y, State(**split), Metrics(*metrics)
+
+
+@jax.named_scope("generators")
+def _first_pass(
+  slow: dict,
+  state: chunked.MemoryState,
+  xs: tuple,
+  config: Config,
+  by_token: bool,
+  grid: dict,
+) -> tuple:
+  """Runs the generators over a call: ((q, k, v, gates), state, metrics)."""
+  alone = {name: x for name, x in slow.items() if name != "memory"}
+  within = lambda tree: {"generators": tree}
+  own = state._replace(
+    anchor=within(state.anchor), w=within(state.w), s=within(state.s)
+  )
+  out, after, sums = chunked.walk(
+    functools.partial(_body, config, by_token), own, alone, xs,
+    chunk=config.chunk_gen, save=config.remat_group,
+    name=f"smt_{config.arch}_generators", **grid,
+  )  # fmt: skip
+  heads = xs[0]["q"].shape[:3]
+  out = jax.tree.map(lambda x: x.reshape(*heads, -1), out)
+  after = after._replace(
+    anchor=after.anchor["generators"], w=after.w["generators"],
+    s=after.s["generators"],
+  )  # fmt: skip
+  made = out["q"], out["k"], out["v"], out["gates"]
+  return made, after, rules.metrics(sums)

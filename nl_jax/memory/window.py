@@ -4,16 +4,14 @@
 
 with every gradient at the anchor of t (Atlas, arXiv 2505.23735; model.md 2.3).
 Masked tokens do not count, and the sum stays inside t's document. The omega - 1
-tokens before a block are carried beside the momentum: `past_k`, `past_v` (what
-was to be learned) and `past_gamma`, which is 0 where there is no such token.
+tokens before a block are carried: `past_k`, `past_v` (what was to be learned)
+and `past_gamma`, which is 0 where there is no such token.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from nl_jax.kernels.rank_one import segments
 
 if TYPE_CHECKING:
   from nl_jax.memory import rule as rules
@@ -48,8 +46,8 @@ class Window(NamedTuple):
   """A block's tokens with the h = omega - 1 before it.
 
   Attributes:
-    k, target: [B, H, h + C, ·].
-    weights: [B, H, C, h + C], of the gradient of i in the write of t.
+    k, target: [..., h + C, ·].
+    weights: [..., C, h + C], of the gradient of i in the write of t.
     past: what the next block has before it.
   """
 
@@ -69,52 +67,59 @@ def extend(
   """The window of a block.
 
   Args:
-    block: with `start`, or what `Window.past` has, in its s.
-    k, target: [B, H, C, ·].
-    gamma: [B, H, C], from 0 to 1.
+    block: with `start`, or what `Window.past` has, in its `carried`.
+    k, target: [..., C, ·].
+    gamma: [..., C, 1], from 0 to 1.
     omega: tokens in the window.
   """
-  before = omega - 1
-  rows = zip(_PAST, (k, target, gamma[..., None]))
-  laid = [jnp.concatenate([block.s[name], x], axis=-2) for name, x in rows]
+  at, before = block.at, omega - 1
+  rows = zip(_PAST, (k, target, gamma))
+  laid = [jnp.concatenate([block.carried[name], x], -2) for name, x in rows]
+  C = k.shape[-2]
   # Tokens by number, 1 the first real one of the block; the carried are 0 and
   # below. Masked tokens have no number.
-  count = jnp.cumsum(block.mask, axis=-1, dtype=jnp.int32)
-  lead = lambda x, values: jnp.concatenate(
-    [jnp.broadcast_to(values, (*x.shape[:-1], before)).astype(x.dtype), x], -1
-  )
-  number = lead(count, jnp.arange(1 - before, 1))
-  real = lead(block.mask, True)
-  back = count[..., :, None] - number[..., None, :]
-  seen = (back >= 0) & (back < omega) & real[..., None, :]
-  newest = count[..., -1:] + jnp.arange(1 - before, 1)[None, None]
-  found = number[..., None, :] == newest[..., None]
-  kept = jnp.argmax(found & real[..., None, :], axis=-1)
-  past = [jnp.take_along_axis(x, kept[..., None], axis=-2) for x in laid]
-  if block.segment_ids is not None:
-    ids = block.segment_ids
-    index = segments.running_index(ids, jnp.zeros_like(ids[..., 0]))
-    document = lead(index, 0)
-    seen &= index[..., :, None] == document[..., None, :]
-    alive = jnp.take_along_axis(document, kept, axis=-1) == index[..., -1:]
-    past[2] = jnp.where(alive[..., None], past[2], 0)
-  weights = jnp.where(seen, jnp.swapaxes(laid[2], -1, -2), 0)
+  t = jax.lax.broadcasted_iota(jnp.int32, (C, C), 0)
+  s = jax.lax.broadcasted_iota(jnp.int32, (C, C), 1)
+  lower = (t >= s).reshape((1,) * (k.ndim - 2) + (C, C))
+  real = at.tile.row(at.real)
+  count = jnp.sum(jnp.where(lower, real, 0.0), axis=-1, keepdims=True)
+  old = jax.lax.broadcasted_iota(jnp.int32, (before, 1), 0) - (before - 1)
+  old = old.astype(count.dtype).reshape((1,) * (k.ndim - 2) + (before, 1))
+  old = jnp.broadcast_to(old, (*count.shape[:-2], before, 1))
+  lead = lambda x, head: jnp.concatenate([head, x], axis=-1)
+  number = lead(at.tile.row(count), at.tile.row(old))
+  there = lead(real, jnp.ones_like(at.tile.row(old)))
+  back = count - number
+  seen = (back >= 0) & (back < omega) & (there > 0)
+  # One-hot rows: where the omega - 1 newest tokens stand.
+  kept = (number == count[..., -1:, :] + old) & (there > 0)
+  kept = jnp.where(kept, 1.0, 0.0).astype(k.dtype)
+  past = [at.tile.mm(kept, x, "nn", "exact") for x in laid]
+  if at.ids is not None:
+    document = lead(at.ids, jnp.zeros_like(at.tile.row(old)))
+    seen &= at.tile.column(at.ids) == document
+    own = jnp.sum(kept * document, axis=-1, keepdims=True)
+    past[2] = past[2] * jnp.where(own == at.ids[..., -1:], 1.0, 0.0)
+  weights = jnp.where(seen, at.tile.row(laid[2]), 0.0)
   return Window(laid[0], laid[1], weights, dict(zip(_PAST, past)))
 
 
 def widened(block: "rules.Block", omega: int) -> "rules.Block":
   """The block with a place for each token before it: of its own document."""
-  if block.carried is None:
+  if block.at.ids is None:
     return block
-  head = [(0, 0), (0, 0), (omega - 1, 0), (0, 0)]
-  carried = jnp.pad(block.carried, head, constant_values=True)
-  return block._replace(carried=carried)
+  ids = block.at.ids
+  head = jnp.zeros_like(ids[..., :1])
+  head = jnp.broadcast_to(head, (*ids.shape[:-1], omega - 1))
+  ids = jnp.concatenate([head, ids], axis=-1)
+  return block._replace(at=block.at._replace(ids=ids))
 
 
 def squared_norms(
   u: jax.Array, delta: jax.Array, weights: jax.Array
 ) -> jax.Array:
-  """|sum_i weights_ti u_i^T delta_i|^2 of every t, [B, H, C]."""
+  """|sum_i weights_ti u_i^T delta_i|^2 of every t, [..., C, 1]."""
   gram = lambda x: jnp.matmul(x, jnp.swapaxes(x, -1, -2))
   mixed = jnp.matmul(weights, gram(u) * gram(delta))
-  return jnp.maximum(jnp.sum(mixed * weights, axis=-1), 0)
+  total = jnp.sum(mixed * weights, axis=-1, keepdims=True)
+  return jnp.maximum(total, 0)

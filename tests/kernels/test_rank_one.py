@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nl_jax.kernels import rank_one
-from nl_jax.kernels.rank_one import inverse
+from nl_jax.kernels.walk import products
 
 B, H, C, A, E = 2, 2, 7, 4, 3
 
@@ -19,6 +19,10 @@ RULES = {
   "dgd": dict(momentum=False, erase=True),
   "gd_momentum": dict(momentum=True, erase=False),
   "dgd_momentum": dict(momentum=True, erase=True),
+  # One rate for both: the system of fewer terms.
+  "write": dict(momentum=False, erase="write"),
+  "decayed": dict(momentum=False, erase="decayed"),
+  "decayed_momentum": dict(momentum=True, erase="decayed"),
 }
 RETENTION = {
   "zero": (False, "whole"),
@@ -31,14 +35,14 @@ def make(seed, *, momentum, erase, target, masked=False, C=C):
   rng = np.random.default_rng(seed)
   f = lambda *shape: jnp.asarray(rng.standard_normal(shape))
   sigmoid = lambda *shape: jax.nn.sigmoid(f(*shape))
-  mask = jnp.ones((B, 1, C), bool)
+  mask = jnp.ones((B, 1, C, 1), bool)
   if masked:
-    mask = jnp.asarray(rng.random((B, 1, C)) < 0.6)
-  gates = (
-    jnp.log(sigmoid(B, H, C)),
-    jnp.log(sigmoid(B, H, C)) if momentum else None,
-    sigmoid(B, H, C),
-    sigmoid(B, H, C) if erase else None,
+    mask = jnp.asarray(rng.random((B, 1, C, 1)) < 0.6)
+  gates = rank_one.Rates(
+    jnp.log(sigmoid(B, H, C, 1)),
+    jnp.log(sigmoid(B, H, C, 1)) if momentum else None,
+    sigmoid(B, H, C, 1),
+    sigmoid(B, H, C, 1) if erase is True else erase or None,
     mask,
   )
   args = dict(
@@ -73,8 +77,12 @@ def close(x, y, tolerance=1e-10):
 def both(args, gates, extra, **options):
   """Values and all gradients of the two forms."""
 
+  logs = [None if isinstance(g, str) else g for g in gates[:-1]]
+
   def loss(args, logs, extra, implementation):
-    gates_now = (*logs, gates[-1])
+    gates_now = rank_one.Rates(*logs, gates.mask)
+    if isinstance(gates.erase, str):
+      gates_now = gates_now._replace(erase=gates.erase)
     out = run(args, gates_now, extra, implementation=implementation, **options)
     weights = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size)), out)
     terms = jax.tree.map(lambda x, w: (x.ravel() * w).sum(), out, weights)
@@ -87,7 +95,7 @@ def both(args, gates, extra, **options):
         lambda *a, i=implementation: loss(*a, i), (0, 1, 2), has_aux=True
       )
     )
-    (_, out), grads = fun(args, gates[:-1], extra)
+    (_, out), grads = fun(args, logs, extra)
     results.append((out, grads))
   return results
 
@@ -114,36 +122,12 @@ def test_documents_inside_a_chunk(rule, read):
   ids = jnp.asarray([[3, 3, 0, 5, 5, 0, 6], [0, 2, 2, 2, 2, 4, 0]])[:, None]
   with jax.enable_x64(True):
     args, gates, extra = make(1, target=True, **RULES[rule])
-    gates = (*gates[:-1], ids != 0)
+    gates = gates._replace(mask=(ids != 0)[..., None])
     reference, chunk = both(
       args, gates, extra,
       read=read, erase_of="deviation", segment_ids=ids,
     )  # fmt: skip
   close(chunk, reference)
-
-
-@pytest.mark.parametrize(
-  "rule,read", [("gd", "after"), *(("dgd_momentum", read) for read in READS)]
-)
-def test_a_row_factor_scales_what_changed_since_the_anchor(rule, read):
-  """Both forms, documents included; and reads are affine in the factor."""
-  ids = jnp.asarray([[3, 3, 0, 5, 5, 0, 6], [0, 2, 2, 2, 2, 4, 0]])[:, None]
-  with jax.enable_x64(True):
-    args, gates, extra = make(8, target=True, **RULES[rule])
-    gates = (*gates[:-1], ids != 0)
-    options = dict(read=read, erase_of="deviation", segment_ids=ids)
-    row = jnp.asarray(np.random.default_rng(9).random((1, 1, C)))
-    extra["row"] = row
-    reference, chunk = both(args, gates, extra, **options)
-    close(chunk, reference)
-    at = lambda r: run(args, gates, extra | {"row": r}, **options)
-    (none, W, S), (full, W1, S1) = at(0.0 * row), at(jnp.ones_like(row))
-    plain, W2, S2 = run(
-      args, gates, {k: v for k, v in extra.items() if k != "row"}, **options
-    )
-    close((full, W1, S1, W, S), (plain, W2, S2, W2, S2))
-    expected = none + row[..., None] * (full - none)
-    close(reference[0][0], expected)
 
 
 def past(weights, seed=9):
@@ -168,7 +152,7 @@ def test_a_token_writes_for_others_too(rule, read):
   with jax.enable_x64(True):
     args, gates, extra = make(11, target=True, **RULES[rule])
     ids = jnp.asarray(ids)[:, None]
-    gates = (*gates[:-1], ids != 0)
+    gates = gates._replace(mask=(ids != 0)[..., None])
     extra["window"] = past(weights * allowed[:, None])
     reference, chunk = both(
       args, gates, extra,
@@ -207,15 +191,15 @@ def test_two_calls_equal_one():
     whole = run(args, gates, extra, **options)
     tokens = {name: args[name] for name in ("U", "Delta", "Q")}
     first = dict(args, **{k: v[:, :, :3] for k, v in tokens.items()})
-    y1, W, S = run(first, tuple(g[..., :3] for g in gates), extra, **options)
+    y1, W, S = run(first, jax.tree.map(lambda g: g[..., :3, :], gates), extra, **options)
     rest = dict(args, **{k: v[:, :, 3:] for k, v in tokens.items()}, W=W, S=S)
-    y2, W, S = run(rest, tuple(g[..., 3:] for g in gates), extra, **options)
+    y2, W, S = run(rest, jax.tree.map(lambda g: g[..., 3:, :], gates), extra, **options)
   close((jnp.concatenate([y1, y2], 2), W, S), whole)
 
 
 def test_masked_token_is_an_exact_no_op():
   args, gates, extra = make(4, target=True, **RULES["dgd_momentum"])
-  none = (*gates[:-1], jnp.zeros((B, 1, C), bool))
+  none = gates._replace(mask=jnp.zeros((B, 1, C, 1), bool))
   for implementation in ("reference", "xla"):
     _, W, S = run(
       args, none, extra,
@@ -227,7 +211,7 @@ def test_masked_token_is_an_exact_no_op():
 @pytest.mark.parametrize("value", [0.0, -20.0, -80.0])
 def test_extreme_decay_has_finite_gradients(value):
   args, gates, extra = make(5, target=True, **RULES["dgd_momentum"])
-  gates = (jnp.full_like(gates[0], value), *gates[1:])
+  gates = gates._replace(log_alpha=jnp.full_like(gates[0], value))
   reference, chunk = both(
     args, gates, extra, read="after", erase_of="deviation"
   )
@@ -236,16 +220,23 @@ def test_extreme_decay_has_finite_gradients(value):
   close(chunk, reference, 1e-4)
 
 
-@pytest.mark.parametrize("rate", [1.0, 0.5])
-def test_identical_keys(rate):
+@pytest.mark.parametrize("rate,shared", [(1.0, False), (0.5, True)])
+def test_identical_keys(rate, shared):
   """The erase system at its worst: every key of the chunk is the same."""
   args, gates, extra = make(6, target=False, C=64, **RULES["dgd"])
   u = jax.nn.one_hot(jnp.zeros((B, H, 64), int), A)
   args = dict(args, U=u, Q=u)
-  gates = (jnp.zeros_like(gates[0]), None, gates[2] * 0 + rate,
-           gates[3] * 0 + rate, gates[4])  # fmt: skip
+  full = jnp.full_like(gates.write, rate)
+  gates = gates._replace(
+    log_alpha=0 * full, write=full, erase="write" if shared else full
+  )
   reference, chunk = both(args, gates, extra, read="after", erase_of="whole")
   close(chunk, reference, 1e-5)
+
+
+def invert(L):
+  block = 1 << (L.shape[-1] - 1).bit_length()
+  return products.EXACT.inverse(L, block)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 16, 48, 128])
@@ -254,14 +245,14 @@ def test_inverse_of_correlated_keys(size):
   for L in (np.ones((size, size)), 0.9 + 0.1 * rng.random((size, size))):
     L = np.tril(L, -1)
     with jax.enable_x64(True):
-      X = np.asarray(inverse.unit_lower_inverse(jnp.asarray(L)[None])[0])
+      X = np.asarray(invert(jnp.asarray(L)[None])[0])
     np.testing.assert_allclose(X @ (np.eye(size) + L), np.eye(size), atol=1e-9)
 
 
 def test_inverse_derivative_matches_finite_differences():
   with jax.enable_x64(True):
     L = jnp.tril(jax.random.normal(jax.random.key(0), (5, 5)), -1)
-    f = lambda L: jnp.sin(inverse.unit_lower_inverse(jnp.tril(L, -1))).sum()
+    f = lambda L: jnp.sin(invert(jnp.tril(L, -1)[None])).sum()
     jax.test_util.check_grads(f, (L,), order=2, modes=("rev",))
 
 
@@ -271,6 +262,6 @@ def test_errors_name_the_switch():
     run(args, gates, extra, read="later", erase_of="whole")
   with pytest.raises(ValueError, match="only one of them"):
     run(dict(args, S=args["W"]), gates, extra, read="after", erase_of="whole")
-  channel = (gates[0][..., None, None], *gates[1:])
+  channel = gates._replace(log_alpha=gates.log_alpha[..., None])
   with pytest.raises(ValueError, match="reference"):
     run(args, channel, extra, read="after", erase_of="whole")

@@ -112,7 +112,7 @@ def test_chunked_equals_the_definition(arch, name):
     run = jax.jit(
       lambda p, fresh: update(
         p, memory.chunked.start(p, B, rule), q, k, v, gates,
-        rule=rule, fresh=fresh,
+        rule=rule, at_edge=fresh,
       ),
       static_argnums=1,
     )  # fmt: skip
@@ -240,7 +240,7 @@ def test_outer_gradient_equals_the_token_loops(omega):
       now = dataclasses.replace(rule, remat_group=group)
       p, *rest = args
       start = memory.chunked.start(p, 1, now)
-      return jnp.sin(update(p, start, *rest, rule=now, fresh=True)[0]).sum()
+      return jnp.sin(update(p, start, *rest, rule=now, at_edge=True)[0]).sum()
 
     def theirs(args):
       p, q, k, v, gates = jax.tree.map(lambda x: x, args)
@@ -305,7 +305,7 @@ def test_stop_grad_writes_keeps_values_and_cuts_the_past():
 
   def last(v, rule):
     start = memory.chunked.start(params, B, rule)
-    y, _, _ = update(params, start, q, k, v, gates, rule=rule, fresh=True)
+    y, _, _ = update(params, start, q, k, v, gates, rule=rule, at_edge=True)
     return y[:, -1].sum(), y
 
   (_, y), grad = jax.value_and_grad(last, has_aux=True)(v, rule)
@@ -360,7 +360,7 @@ def test_contraction_of_a_repeated_key_is_the_closed_form():
   )
   factor = (2 * (1 - eta) ** C - 1) ** 2
   np.testing.assert_allclose(
-    state.w["w"][0, 0, 0], factor * params["w"][0, 0], rtol=1e-4
+    (params["w"] + state.w["w"][0])[0, 0], factor * params["w"][0, 0], rtol=1e-4
   )
 
 

@@ -95,7 +95,7 @@ def case(arch, rule, seed=0):
 
   def run(params, state, x, ids=None, fresh=False):
     return update(
-      params, state, *x, rule=rule, segment_ids=ids, fresh=fresh,
+      params, state, *x, rule=rule, segment_ids=ids, at_edge=fresh,
       implementation=how,
     )[:2]  # fmt: skip
 
@@ -121,7 +121,7 @@ def test_any_split_is_one_call():
   with jax.enable_x64(True):
     params, run, x = case("linear", rule)
     begin = memory.chunked.start(params, B, rule)
-    y, end = run(params, begin, x, fresh=True)
+    y, end = run(params, begin, x, at_edge=True)
     state, parts = begin, []
     for a, b in ((0, 3), (3, 4), (4, T)):
       cut = jax.tree.map(lambda z, a=a, b=b: z[:, a:b], x)

@@ -58,7 +58,7 @@ def test_two_passes_equal_the_joint_token_loop(name):
   config = CONFIGS[name]
   with jax.enable_x64(True):
     params, z = make(config)
-    y, _, _ = jax.jit(lambda p, z: run(config, p, z, fresh=True))(params, z)
+    y, _, _ = jax.jit(lambda p, z: run(config, p, z, at_edge=True))(params, z)
     per_head = jax.vmap(
       lambda p, *z: oracle.self_modifying(config, p, *z), (0, 1, 1, 1), 1
     )
@@ -69,7 +69,7 @@ def test_two_passes_equal_the_joint_token_loop(name):
     assert np.abs(y - expected).max() > 1e-6
     with jax.enable_x64(True):
       free = dataclasses.replace(config, residual_clip=0.0)
-      y, _, _ = run(free, params, z, fresh=True)
+      y, _, _ = run(free, params, z, at_edge=True)
   close(y, expected, 1e-10)
 
 
@@ -82,7 +82,7 @@ def test_outer_gradient_equals_the_joint_loops():
 
     def ours(p, z):
       y, _, _ = sm.update(
-        p, sm.start(p, 1, config), *z, config=config, fresh=True
+        p, sm.start(p, 1, config), *z, config=config, at_edge=True
       )
       return jnp.sin(y).sum()
 
@@ -102,7 +102,7 @@ def test_every_initial_memory_gets_a_gradient(name):
   config = CONFIGS[name]
   with jax.enable_x64(True):
     params, z = make(config)
-    loss = lambda p: jnp.sin(run(config, p, z, fresh=True)[0]).sum()
+    loss = lambda p: jnp.sin(run(config, p, z, at_edge=True)[0]).sum()
     grads = jax.jit(jax.grad(loss))(params)
   for path, g in jax.tree_util.tree_leaves_with_path(grads):
     assert (g != 0).all(), jax.tree_util.keystr(path)
@@ -137,7 +137,7 @@ def test_frozen_identity_generators_are_titans():
       params[role] = dict(
         params[role], w_out=jnp.zeros_like(params[role]["w_out"])
       )
-    y, _, _ = run(config, params, (zq, zk, zv), fresh=True)
+    y, _, _ = run(config, params, (zq, zk, zv), at_edge=True)
     gate = params["gate"]
     logit = lambda n: (
       jnp.einsum("bthk,hk->bth", zk, gate[f"w_{n}"])
@@ -150,7 +150,7 @@ def test_frozen_identity_generators_are_titans():
     rule = config.memory_rule
     titans, _, _ = mlp.update(
       params["memory"], memory.chunked.start(params["memory"], B, rule),
-      unit(zq), unit(zk), zv, gates, rule=rule, fresh=True,
+      unit(zq), unit(zk), zv, gates, rule=rule, at_edge=True,
     )  # fmt: skip
   close(y, titans, 1e-10)
 
@@ -162,7 +162,7 @@ def test_rate_moves_the_generators_writes_only():
       CONFIGS["mlp"], generators=sm.Generators(rate=rate)
     )
     params, z = make(config)
-    _, state, _ = run(config, params, z, fresh=True)
+    _, state, _ = run(config, params, z, at_edge=True)
     moved = jax.tree.map(
       lambda w, p: jnp.abs(w - p[None]).max(),
       state.generators.w,
@@ -177,7 +177,7 @@ def test_gates_of_a_channel_run_on_the_reference_only():
   params, z = make(config)
   with pytest.raises(ValueError, match="reference"):
     run(config, params, z)
-  y, _, _ = run(config, params, z, implementation="reference")
+  y, _, _ = run(config, params, z, run=memory.Run("reference"))
   # Equal gates in all channels are the gates of a head.
   flat = dict(params, gate=dict(params["gate"]))
   for name in ("eta", "alpha"):
@@ -187,7 +187,7 @@ def test_gates_of_a_channel_run_on_the_reference_only():
   head = dict(flat, gate=dict(flat["gate"]))
   for name in ("eta", "alpha"):
     head["gate"][f"b_{name}"] = flat["gate"][f"b_{name}"][:, 0]
-  channel, _, _ = run(config, flat, z, implementation="reference")
+  channel, _, _ = run(config, flat, z, run=memory.Run("reference"))
   scalar, _, _ = run(CONFIGS["mlp"], head, z)
   close(channel, scalar, 1e-5)
   assert np.abs(np.asarray(y - channel)).max() > 1e-3
@@ -221,7 +221,7 @@ def test_state_stays_bounded(arch, stream):
     z = jnp.repeat(z[:, :, : tokens // 16], 16, axis=2)
   start = sm.start(params, 1, config)
   _, state, _ = jax.jit(
-    lambda z: sm.update(params, start, *z, config=config, fresh=True)
+    lambda z: sm.update(params, start, *z, config=config, at_edge=True)
   )(tuple(z))
   for before, after in ((start.memory, state.memory),
                         (start.generators, state.generators)):  # fmt: skip

@@ -1,0 +1,381 @@
+"""The chunk function of self-modifying Titans (paper eq. 83-90; model.md 3).
+
+All memories of a layer learn one key with one gate, so what they share is made
+once: the products of keys, the decays, one inverse a rate. Roles of one shape
+lie side by side: w_in [K, R M], w_out [R M, K], a matrix memory [K, R K]. The
+work is ordered by stages, and in a stage by role, so that products which do
+not wait for each other stand next to each other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax.kernels import rank_one
+from nl_jax.memory import mlp
+from nl_jax.memory import rule as rules
+
+MATRIX = mlp.Architecture(("w",), lambda x: x)
+
+
+class Part(NamedTuple):
+  """Memories that stand side by side and learn by one rule.
+
+  Attributes:
+    block: their weights, see `rule.Block`.
+    anchor: dict of [..., a, b], their weights at the anchor.
+    roles: how many.
+    architecture, residual: of each; `residual` adds the input.
+    rule: how they learn.
+    rate: a factor on eta.
+  """
+
+  block: rules.Block
+  anchor: rules.Weights
+  roles: int
+  architecture: mlp.Architecture
+  residual: bool
+  rule: rules.Rule
+  rate: float
+
+  def cut(self, name: str, W: jax.Array, begin: int, end: int) -> jax.Array:
+    """The weights of roles begin to end - 1."""
+    axis = W.ndim - (1 if name in self.architecture.inputs else 2)
+    size = W.shape[axis] // self.roles
+    if end - begin == self.roles:
+      return W
+    return jax.lax.slice_in_dim(W, begin * size, end * size, axis=axis)
+
+  def at_anchor(
+    self, name: str, x: jax.Array, begin: int, end: int, form: str = "nn"
+  ) -> jax.Array:
+    """x W (or x W^T) at the anchor, of adjacent roles, by document."""
+    at = self.block.at
+    W = self.cut(name, self.anchor[name], begin, end)
+    y = at.tile.mm(x, W, form, "anchor")
+    if at.ids is None:
+      return y
+    own = jnp.swapaxes(at.ids, -1, -2) == 0
+    begun = self.cut(name, self.block.begin(name), begin, end)
+    return jnp.where(own, y, at.tile.mm(x, begun, form, "anchor"))
+
+
+def side_by_side(
+  block: rules.Block,
+  roles: int,
+  architecture: mlp.Architecture,
+  residual: bool,
+  rule: rules.Rule,
+  rate: float = 1.0,
+) -> Part:
+  """A `Part` at the start of a chunk."""
+  deviation = block.w if block.at.anchor is None else block.at.anchor
+  anchor = {name: block.absolute(name, D) for name, D in deviation.items()}
+  return Part(block, anchor, roles, architecture, residual, rule, rate)
+
+
+class _Pairs(NamedTuple):
+  """What one part learns from a chunk.
+
+  Attributes:
+    deltas: by input layer, [..., C, R b], the errors of all roles.
+    hidden: [..., C, M] of each role; errors: [..., C, K] at the output layer
+      of each role. Empty without an output layer.
+    losses: [..., C, 1] of each role.
+  """
+
+  deltas: dict[str, jax.Array]
+  hidden: list[jax.Array]
+  errors: list[jax.Array]
+  losses: list[jax.Array]
+
+
+def lanes(x: jax.Array, i: int, of: int) -> jax.Array:
+  """The i-th of `of` equal parts of the last axis."""
+  size = x.shape[-1] // of
+  return x[..., i * size : (i + 1) * size]
+
+
+def _concatenated(parts: Sequence[jax.Array]) -> jax.Array:
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _outputs(part: Part, hidden: Sequence[jax.Array]) -> list[jax.Array]:
+  """What each role's output layer makes of its hidden units, unfinished."""
+  name = part.architecture.output
+  if name is None:
+    return list(hidden)
+  return [part.at_anchor(name, h, r, r + 1) for r, h in enumerate(hidden)]
+
+
+def read_anchor(part: Part, inputs: Sequence[jax.Array]) -> list[jax.Array]:
+  """What each role makes of its input, at the anchor.
+
+  Args:
+    part: the memories.
+    inputs: [..., C, K] of each role; one object where roles share it, and
+      then these are adjacent.
+  """
+  hidden, begin = [], 0
+  while begin < part.roles:  # Roles with one input: one product.
+    z, end = inputs[begin], begin + 1
+    while end < part.roles and inputs[end] is z:
+      end += 1
+    names = part.architecture.inputs
+    made = [part.at_anchor(name, z, begin, end) for name in names]
+    h = part.architecture.hidden(*made)
+    hidden += [lanes(h, i, end - begin) for i in range(end - begin)]
+    begin = end
+  out = _outputs(part, hidden)
+  finish = part.architecture.finish or (lambda y: y)
+  out = [finish(y) for y in out]
+  return [z + y for z, y in zip(inputs, out)] if part.residual else out
+
+
+def pairs(
+  parts: Sequence[Part], k: jax.Array, targets: Sequence[list[jax.Array]]
+) -> list[_Pairs]:
+  """Layer inputs and errors of every token, at the anchor (eq. 84).
+
+  Args:
+    parts: the memories.
+    k: [..., C, K], the key of all, rounded where the policy says so.
+    targets: of each part [..., C, K] of each role.
+  """
+  made, pulls, hiddens = [], [], []
+  for part in parts:
+    names = part.architecture.inputs
+    made.append([part.at_anchor(name, k, 0, part.roles) for name in names])
+  for part, inputs in zip(parts, made):
+    h, pull = jax.vjp(part.architecture.hidden, *inputs)
+    if part.architecture.output is not None:
+      h = part.block.at.tile.rounded(h)
+    hiddens.append([lanes(h, i, part.roles) for i in range(part.roles)])
+    pulls.append(pull)
+  outs = [_outputs(part, h) for part, h in zip(parts, hiddens)]
+  errors, losses = [], []
+  for part, out, target in zip(parts, outs, targets):
+    errors.append([])
+    losses.append([])
+    for y, goal in zip(out, target):
+      back = None
+      if part.architecture.finish is not None:
+        y, back = jax.vjp(part.architecture.finish, y)
+      y = k + y if part.residual else y
+      error, loss = rules.output_error(part.rule, y, goal)
+      errors[-1].append(error if back is None else back(error)[0])
+      losses[-1].append(loss)
+  result = []
+  for part, h, pull, error, loss in zip(parts, hiddens, pulls, errors, losses):
+    name, below, own = part.architecture.output, error, error
+    if name is None:
+      h, own = [], []
+    else:
+      below = [
+        part.at_anchor(name, e, r, r + 1, "nt") for r, e in enumerate(error)
+      ]
+    deltas = pull(_concatenated(below))
+    deltas = dict(zip(part.architecture.inputs, deltas))
+    result.append(_Pairs(deltas, h, own, loss))
+  return result
+
+
+class Written(NamedTuple):
+  """Parts after a chunk.
+
+  Attributes:
+    blocks: of each part, after the chunk.
+    read: (part, q [..., C, K]) -> [..., C, K], of a part of one role, at
+      every token; None where there are writes alone.
+    sums: those of `rule.Metrics`, means over roles, part behind part,
+      [..., 1, n].
+  """
+
+  blocks: list[rules.Block]
+  read: Callable[[int, jax.Array], jax.Array] | None
+  sums: jax.Array
+
+
+def by_chunk(
+  parts: Sequence[Part],
+  k: jax.Array,
+  targets: Sequence[list[jax.Array]],
+  gates: rules.Gates,
+) -> Written:
+  """Writes a chunk into all parts, by one batch of inverses (model.md 2.5).
+
+  Args:
+    parts: the memories; one retention and one momentum for all.
+    k: [..., C, K], the key of all.
+    targets: of each part [..., C, K] of each role.
+    gates: columns [..., C, 1].
+  """
+  at = parts[0].block.at
+  tokens = rank_one.Tokens(
+    gates.log_alpha, gates.log_beta, at.real, ids=at.ids, tile=at.tile
+  )
+  learned = pairs(parts, k, targets)
+  chunks, steps = {}, []
+  for i, (part, pair) in enumerate(zip(parts, learned)):
+    own, squares = gates._replace(eta=part.rate * gates.eta), []
+    for name, delta in pair.deltas.items():
+      chunk = _chunk(part, tokens, own, name, k, delta, 0, part.roles)
+      chunks[i, name, 0] = chunk
+      each = [lanes(delta, r, part.roles) for r in range(part.roles)]
+      squares.append([_square(chunk.write, k, x) for x in each])
+    name, last = part.architecture.output, []
+    for r, (h, error) in enumerate(zip(pair.hidden, pair.errors)):
+      chunk = _chunk(part, tokens, own, name, h, error, r, r + 1)
+      chunks[i, name, r] = chunk
+      last.append(_square(chunk.write, h, error))
+    squares += [last] if last else []
+    steps.append(_mean([jnp.sqrt(sum(of)) for of in zip(*squares)]))
+  solved = rank_one.recall(list(chunks.values()), parts[0].rule.erase_of)
+  rows = dict(zip(chunks, solved))
+
+  def read(i: int, q: jax.Array) -> jax.Array:
+    part = parts[i]
+
+    def layer(name: str, x: jax.Array) -> jax.Array:
+      if part.rule.read == "chunk_start":
+        return part.at_anchor(name, x, 0, 1)
+      return chunks[i, name, 0].read(x, part.rule.read, rows[i, name, 0])
+
+    y = part.architecture(layer, q)
+    return q + y if part.residual else y
+
+  blocks = []
+  for i, part in enumerate(parts):
+    ends = {name: [] for name in part.block.w}
+    for key, chunk in chunks.items():
+      if key[0] == i:
+        ends[key[1]].append(chunk.end(rows[key]))
+    after = _after(part, ends)
+    if part.rule.retention_target == "zero":  # What decayed is the weight.
+      w = {n: W - part.block.begin(n) for n, W in after.w.items()}
+      after = after._replace(w=w)
+    blocks.append(after)
+  sums = [_sums(*x, gates) for x in zip(parts, blocks, learned, steps)]
+  return Written(blocks, read, jnp.concatenate(sums, axis=-1))
+
+
+def _chunk(
+  part: Part,
+  tokens: rank_one.Tokens,
+  gates: rules.Gates,
+  name: str,
+  u: jax.Array,
+  delta: jax.Array,
+  begin: int,
+  end: int,
+) -> rank_one.Chunk:
+  """One weight matrix, or those of adjacent roles that share u."""
+  block, rule = part.block, part.rule
+  cut = lambda W: part.cut(name, W, begin, end)
+  erases = rules.erases(rule, name)
+  rates = rules.rates(rule, gates, u, block.at.real, erases)
+  D, start = cut(block.w[name]), cut(block.begin(name))
+  S = cut(block.s[name]) if name in block.s else None
+  R, fresh = start, None
+  if rule.retention_target == "zero":
+    D, R, fresh = D + start, None, start
+  return rank_one.Chunk(
+    tokens, u, delta, rates.write, rates.erase, D, S, R, fresh=fresh
+  )
+
+
+def _after(
+  part: Part, ends: dict[str, list[tuple[jax.Array, jax.Array | None]]]
+) -> rules.Block:
+  """The block of a part from the ends of its layers, by role or for all."""
+  w, s = {}, {}
+  for name, each in ends.items():
+    axis = -1 if name in part.architecture.inputs else -2
+    made = [jnp.concatenate(x, axis) for x in zip(*each) if x[0] is not None]
+    w[name] = made[0]
+    if len(made) > 1:
+      s[name] = made[1]
+  return part.block._replace(w=w, s=s)
+
+
+def _square(write: jax.Array, u: jax.Array, delta: jax.Array) -> jax.Array:
+  """Squared norm of what each token writes, [..., C, 1]."""
+  square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+  return jnp.square(write) * square(u) * square(delta)
+
+
+def _mean(xs: Sequence[jax.Array]) -> jax.Array:
+  return sum(xs[1:], xs[0]) / len(xs)
+
+
+def _sums(
+  part: Part,
+  after: rules.Block,
+  pair: _Pairs,
+  steps: jax.Array,
+  gates: rules.Gates,
+) -> jax.Array:
+  """The sums of a part, means over its roles."""
+  absolute = {name: after.absolute(name, D) for name, D in after.w.items()}
+  sizes = [
+    rules.norm(part.cut(name, W, r, r + 1) for name, W in absolute.items())
+    for r in range(part.roles)
+  ]
+  own = gates._replace(eta=part.rate * gates.eta)
+  return rules.metric_sums(
+    after.at, own, _mean(pair.losses), steps, _mean(sizes)
+  )
+
+
+def by_token(
+  parts: Sequence[Part],
+  k: jax.Array,
+  targets: Sequence[list[jax.Array]],
+  gates: rules.Gates,
+) -> Written:
+  """`by_chunk` by the token loop, role by role: the definition; no reads."""
+  blocks, sums = [], []
+  for part, goals in zip(parts, targets):
+    own = gates._replace(eta=part.rate * gates.eta)
+    ends, each = {name: [] for name in part.block.w}, []
+    for r, goal in enumerate(goals):
+      _, after, total = rules.write_and_read(
+        _forward(part),
+        _role(part, r),
+        part.rule,
+        None,
+        k,
+        goal,
+        own,
+        by_token=True,
+      )
+      each.append(total)
+      for name, W in after.w.items():
+        ends[name].append((W, after.s.get(name)))
+    blocks.append(_after(part, ends))
+    sums.append(_mean(each))
+  return Written(blocks, None, jnp.concatenate(sums, axis=-1))
+
+
+def _forward(part: Part) -> rules.Forward:
+  """The architecture of one role."""
+  if not part.residual:
+    return part.architecture
+  return lambda apply, z: z + part.architecture(apply, z)
+
+
+def _role(part: Part, role: int) -> rules.Block:
+  """The block of one role."""
+
+  def cut(tree: rules.Weights | None) -> rules.Weights | None:
+    if tree is None:
+      return None
+    return {n: part.cut(n, W, role, role + 1) for n, W in tree.items()}
+
+  block, at = part.block, part.block.at
+  return block._replace(
+    start=cut(block.start), w=cut(block.w), s=cut(block.s),
+    at=at._replace(anchor=cut(at.anchor)),
+  )  # fmt: skip
