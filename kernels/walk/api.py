@@ -1,0 +1,318 @@
+"""The walk of a chunk function over the chunks of a call (see `contract`).
+
+`xla` runs anywhere, takes any call and has derivatives of any order;
+`pallas_tpu` keeps the fast weights in VMEM and has one derivative;
+`pallas_interpret` is the same kernels on any platform, for tests. All call the
+same chunk function.
+"""
+
+import functools
+import json
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from nl_jax.kernels.walk import contract, pallas, products, vmem, xla
+
+IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_interpret")
+_TILES = pathlib.Path(__file__).with_name("tiles.json")
+
+
+def walk(
+  body: contract.Body,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  *,
+  state: contract.State,
+  anchor: Any = None,
+  save: int | None = None,
+  heads: int | None = None,
+  policy: products.Policy | str | None = None,
+  implementation: str | None = None,
+  spec: P | None = None,
+  name: str = "walk",
+  chunk_free: bool = False,
+) -> tuple[Any, contract.State, Any, jax.Array | None]:
+  """Runs `body` over N chunks of C tokens.
+
+  Of each chunk: fast weights are 0 where a document begins with it, inputs
+  are 0 where no token is, then comes the body.
+
+  Args:
+    body: the chunk function, see `contract`.
+    slow: leaves [H,a,b], the slow parameters that it reads.
+    xs: leaves [B,N*C,H*d], heads packed; cast to the state's type inside.
+    places: where the tokens stand.
+    state: fast weights before the call.
+    anchor: tree like `state.w`, the weights at the last chunk edge; None where
+      every row stands at an edge.
+    save: chunks between saved states; those between are made again in the
+      backward pass. None: 4, or what `tiles.json` has; always the next smaller
+      divisor of N.
+    heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
+    policy: of products, or its name. None: "f32", and "lean" where an input is
+      bfloat16.
+    implementation: one of `IMPLEMENTATIONS`. None: the kernel on a TPU where
+      `supports` has nothing against it, else "xla".
+    spec: mesh axes of [B, T, H*d]; a kernel runs on each device's own rows
+      and heads.
+    name: of the kernels.
+    chunk_free: the chunk is no part of the function, and documents may begin
+      inside one in a kernel as well.
+
+  Returns:
+    (ys leaves [B,N*C,h*d] with the heads h that the body returned, state, the
+    weights at the last chunk edge, sums float32 [B,H,n] or None). Sums have no
+    gradient.
+
+  Raises:
+    ValueError: an unknown name, inputs that do not fit each other, or what
+      `supports` says of an implementation that was named.
+  """
+  if implementation not in (None, *IMPLEMENTATIONS):
+    raise ValueError(
+      f"walk: no implementation {implementation!r}; there are "
+      f"{', '.join(IMPLEMENTATIONS)}"
+    )
+  H = _check(slow, xs, places, state)
+  tile = products.Tile(_policy(policy, xs))
+  why = functools.partial(
+    supports, slow=slow, xs=xs, places=places, state=state, anchor=anchor,
+    heads=heads, spec=spec, chunk_free=chunk_free,
+  )  # fmt: skip
+  if implementation is None:
+    on_tpu = _platform() == "tpu" and why("pallas_tpu") is None
+    implementation = "pallas_tpu" if on_tpu else "xla"
+  elif (reason := why(implementation)) is not None:
+    raise ValueError(f"{name} cannot run as {implementation}: {reason}")
+  if implementation == "xla":
+    return xla.walk(
+      body, slow, xs, places,
+      state=state, anchor=anchor, heads=H, save=save, tile=tile,
+    )  # fmt: skip
+  interpret = implementation == "pallas_interpret"
+  run = functools.partial(
+    _fused, body, tile.policy, name, heads, save, interpret
+  )
+  mesh = jax.sharding.get_abstract_mesh()
+  if spec is None or mesh.empty or mesh.size == 1:
+    return run(slow, xs, places, state)
+  rows, _, across = (*spec, None, None)[:3]
+  own = P(rows, across)
+  shard = jax.shard_map(
+    run,
+    in_specs=(P(across), P(rows, None, across), P(rows), own),
+    out_specs=(P(rows, None, across), own, own, own),
+    # A kernel does not say over which axes its outputs vary.
+    check_vma=False,
+  )
+  return shard(slow, xs, places, state)
+
+
+def _fused(
+  body: contract.Body,
+  policy: products.Policy,
+  name: str,
+  heads: int | None,
+  save: int | None,
+  interpret: Any,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  state: contract.State,
+) -> Any:
+  """The kernels on the rows and heads of a device."""
+  N, C = places.real.shape[1:]
+  H = _heads(slow, state)
+  chip, capacity = vmem.chip()
+  entry = _tile(chip, name, C, state)
+  limit = int(0.8 * capacity)
+
+  def how(G: int) -> pallas.How:
+    pack = max(p for p in _powers(128 // C) if G % p == 0)
+    return pallas.How(
+      body, products.Tile(policy, fused=True, pack=pack), C, G,
+      xla.divisor(N, save or entry.get("save", 1)), name, limit, interpret,
+    )  # fmt: skip
+
+  need = lambda G: vmem.need(how(G), slow, xs, state, places.ids is not None)
+  asked = heads or entry.get("heads")
+  if asked:
+    G = asked
+  else:
+    fit = [g for g in _groups(H, xs) if _light(g, state)] or _groups(H, xs)[:1]
+    G = next((g for g in fit[::-1] if need(g) <= limit), fit[0])
+  if (bytes_ := need(G)) > limit:
+    raise ValueError(
+      f"{name}: a step of {G} heads needs about {bytes_ / 2**20:.0f} MiB of "
+      f"VMEM, {chip} has {capacity / 2**20:.0f}, of which a kernel gets "
+      f"{limit / 2**20:.0f}: set heads=… or implementation='xla'"
+    )
+  return pallas.walk(how(G), slow, xs, places, state)
+
+
+def _light(heads: int, state: contract.State) -> bool:
+  """A step is 16 heads or 1.3 MiB of fast weights: more only makes it long."""
+  size = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(state.w))
+  return heads <= 16 and heads * size * 4 <= 1.3 * 2**20
+
+
+def _powers(most: int) -> list[int]:
+  return [1 << i for i in range(max(1, most).bit_length())]
+
+
+def _groups(H: int, xs: Any) -> list[int]:
+  """Heads that a step can take: blocks are 128 lanes wide, or whole."""
+  widths = [x.shape[-1] // H for x in jax.tree.leaves(xs)]
+  fits = lambda g: all(d == 1 or g * d % 128 == 0 for d in widths)
+  return [g for g in range(1, H + 1) if H % g == 0 and (g == H or fits(g))]
+
+
+def supports(
+  implementation: str,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  *,
+  state: contract.State,
+  anchor: Any = None,
+  heads: int | None = None,
+  spec: P | None = None,
+  chunk_free: bool = False,
+) -> str | None:
+  """Why an implementation cannot take a call, or None where it can.
+
+  Args: as `walk`; of arrays only shapes and types are read.
+  """
+  if implementation == "xla":
+    return None
+  C = places.real.shape[-1]
+  H = _heads(slow, state)
+  mesh = jax.sharding.get_abstract_mesh()
+  parts = _parts(mesh, spec)
+  if implementation == "pallas_tpu":
+    if (platform := _platform()) != "tpu":
+      return (
+        f"it needs a TPU, got the platform {platform!r}; "
+        "'pallas_interpret' runs anywhere"
+      )
+    if mesh.empty and jax.device_count() > 1:
+      return "over several devices it needs a mesh: use jax.set_mesh"
+    if mesh.size > 1 and spec is None:
+      return "over several devices it needs spec=, the mesh axes of xs"
+  if anchor is not None:
+    return (
+      "a row may stand inside a chunk (anchor is given), and kernels start at "
+      "chunk edges; 'xla' takes it"
+    )
+  if C == 1:
+    return "a single token is no work for a kernel; 'xla' takes it"
+  if C & (C - 1) or not 8 <= C <= 128:
+    return f"kernels take chunks of 8, 16, 32, 64 or 128 tokens, got {C}"
+  if places.ids is not None and not chunk_free:
+    return (
+      "a document may begin inside a chunk (ids are given), and this chunk "
+      "function takes that only in 'xla'; pack documents at chunk edges"
+    )
+  for kind, tree, rank in (("slow", slow, 3), ("state", state, 4)):
+    for x in jax.tree.leaves(tree):
+      if x.dtype != jnp.float32:
+        return f"kernels take float32 {kind}, got {x.dtype}; 'xla' takes it"
+      if x.ndim != rank or x.shape[rank - 3] != H:
+        return (
+          f"leaves of {kind} are {'[B, H, a, b]'[-3 * rank :]} with H={H} in a "
+          f"kernel, got the shape {x.shape}; 'xla' takes it"
+        )
+  if any(x.dtype.itemsize == 8 for x in jax.tree.leaves(xs)):
+    return "kernels take float32 and bfloat16 inputs; 'xla' takes float64"
+  if parts[1] > 1:
+    return "the tokens of a row cannot be split over devices"
+  for what, size, part in (
+    ("rows", places.real.shape[0], parts[0]), ("heads", H, parts[2]),
+  ):  # fmt: skip
+    if size % part:
+      return f"{size} {what} do not divide over {part} devices of the mesh"
+  if heads is not None and heads not in (may := _groups(H // parts[2], xs)):
+    return (
+      f"a step cannot take {heads} of {H // parts[2]} heads: they must divide "
+      f"them and fill rows of 128 lanes; possible are {may}"
+    )
+  return None
+
+
+def _parts(
+  mesh: jax.sharding.AbstractMesh, spec: P | None
+) -> tuple[int, int, int]:
+  """Devices over which rows, tokens and heads are split."""
+  spec = (*(spec or ()), None, None, None)[:3]
+  axes = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
+  return tuple(math.prod(mesh.shape.get(n, 1) for n in a) for a in axes)
+
+
+def _platform() -> str:
+  """Where the program will run: the mesh may be of chips that are not here."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  return jax.default_backend() if device is None else device.platform
+
+
+def _heads(slow: Any, state: contract.State) -> int:
+  """H: the first axis of slow parameters, or the second of fast weights."""
+  leaves = jax.tree.leaves(slow)
+  return leaves[0].shape[0] if leaves else jax.tree.leaves(state.w)[0].shape[1]
+
+
+def _check(
+  slow: Any, xs: Any, places: contract.Places, state: contract.State
+) -> int:
+  """H, of a call whose arrays fit each other."""
+  H = _heads(slow, state)
+  B, N, C = places.real.shape
+  for x in jax.tree.leaves(xs):
+    if x.ndim != 3 or x.shape[:2] != (B, N * C) or x.shape[2] % H:
+      raise ValueError(
+        f"walk: an input is [B, N*C, H*d] with B={B}, N={N}, C={C}, H={H}, "
+        f"got the shape {x.shape}"
+      )
+  for x in jax.tree.leaves(state):
+    if x.shape[:1] != (B,):
+      raise ValueError(f"walk: {B} rows of inputs, but a state {x.shape}")
+  return H
+
+
+def _policy(policy: products.Policy | str | None, xs: Any) -> products.Policy:
+  if policy is None:
+    low = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(xs))
+    return products.LEAN if low else products.F32
+  if isinstance(policy, products.Policy):
+    return policy
+  if policy not in products.POLICIES:
+    raise ValueError(
+      f"walk: no policy {policy!r}; there are {', '.join(products.POLICIES)}"
+    )
+  return products.POLICIES[policy]
+
+
+def sizes(state: contract.State) -> tuple[int, int]:
+  """(K, M) of a row of `tiles.json`: the first array of a head's weights."""
+  return tuple(jax.tree.leaves(state.w)[0].shape[2:])
+
+
+@functools.cache
+def _tiles() -> Sequence[dict[str, Any]]:
+  return json.loads(_TILES.read_text()) if _TILES.exists() else []
+
+
+def _tile(
+  chip: str, name: str, chunk: int, state: contract.State
+) -> dict[str, Any]:
+  """The row of `tiles.json` for a walk, or an empty one."""
+  K, M = sizes(state)
+  key = dict(chip=chip, name=name, C=chunk, K=K, M=M)
+  fits = lambda row: all(row[k] == v for k, v in key.items())
+  return next((row for row in _tiles() if fits(row)), {})
