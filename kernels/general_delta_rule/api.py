@@ -30,7 +30,8 @@ def general_delta_rule(
   it decays. The result does not depend on the chunk.
 
   Args:
-    q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V].
+    q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V]; where one is bfloat16, products
+      are those of the policy "lean" of `kernels.walk`.
     log_decay: w, [B,T,H,K], at most 0; their sum over a chunk above -60.
     erase: (a, b), what is looked up and where it is taken away, [B,T,H,K]. A
       token with w = 0, b = 0 and k = 0 is a no-op.

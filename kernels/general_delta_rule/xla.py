@@ -8,17 +8,18 @@ known sum. exp(-l) must stay finite: it is the caller's to keep the sum of the
 log decays of a chunk above -60.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels import walk as walks
 
 
-def _pairs(size: int, lead: int, strict: bool) -> jax.Array:
-  """Pairs (t, s <= t), bool [1, ..., C, C]."""
-  t = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
-  s = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
-  return (t > s if strict else t >= s).reshape((1,) * lead + (size, size))
+def _iota(size: int, lead: int, axis: int) -> jax.Array:
+  """Row (axis 0) or column numbers, int32 [1, ..., P, P]."""
+  shape = (1,) * lead + (size, size)
+  return jax.lax.broadcasted_iota(jnp.int32, shape, lead + axis)
 
 
 def body(
@@ -26,9 +27,10 @@ def body(
 ) -> tuple[walks.State, jax.Array, None]:
   """One chunk; see `kernels.walk`.
 
-  The decays scale the rows of each product over channels, and the derivative
-  of a decay is the difference of what its row and its column say: such
-  products are as precise as the solve by any policy.
+  Rows of a chunk's products are the tokens as they erase, then as they read;
+  columns what they erase, then what they write. The decays scale both, and the
+  derivative of a decay is the difference of what its row and its column say,
+  so these products are as precise as the solve by any policy.
 
   Args:
     slow: nothing.
@@ -38,43 +40,38 @@ def body(
   """
   del slow
   tile, S, w = at.tile, state.w, x["log_decay"]
-  size, lead = w.shape[-2], w.ndim - 2
-  strict, lower = (_pairs(size, lead, strict) for strict in (True, False))
-  ones = jnp.where(lower, 1.0, 0.0).astype(w.dtype)
-  level = tile.mm(ones, w, "nn", "exact")
-  grow, fall = jnp.exp(level), jnp.exp(-level)
-  a, q = x["a"] * jnp.exp(level - w), x["q"] * grow
-  b, k = x["b"] * fall, x["k"] * fall
-  held = alive = own = None
-  if at.ids is not None:
-    document = tile.column(at.ids)
-    strict, lower = (p & (document == at.ids) for p in (strict, lower))
-    held = jnp.where(document == 0, 1.0, 0.0)
-    alive = held[..., -1:, :]
-    own = jnp.where(document == document[..., -1:, :], 1.0, 0.0)
+  C, lead = w.shape[-2], w.ndim - 2
+  stack = lambda x, y: jnp.concatenate([x, y], axis=-2)
+  solve = functools.partial(tile.mm, kind="solve")
 
-  def gram(rows: jax.Array, columns: jax.Array, seen: jax.Array) -> jax.Array:
-    return jnp.where(seen, tile.mm(rows, columns, "nt", "solve"), 0.0)
-
-  def base(rows: jax.Array, kind: str) -> jax.Array:
-    found = tile.mm(rows, S, "nn", kind)
-    return found if held is None else held * found
-
-  found = base(a, "solve") + tile.mm(gram(a, k, strict), x["v"], "nn", "solve")
-  e = found
-  if size > 1:
-    block = 1 << (size - 1).bit_length()
-    e = tile.mm(tile.inverse(gram(a, b, strict), block), found, "nn", "solve")
-  y = base(q, "read") + tile.mm(gram(q, k, lower), x["v"])
-  y = y - tile.mm(gram(q, b, lower), e)
+  ones = jnp.where(_iota(C, lead, 0) >= _iota(C, lead, 1), 1.0, 0.0)
+  level = tile.mm(ones.astype(w.dtype), w, "nn", "exact")
   last = level[..., -1:, :]
+  rows = stack(x["a"] * jnp.exp(level - w), x["q"] * jnp.exp(level))
+  fall = jnp.exp(-level)
+  columns = stack(x["b"] * fall, x["k"] * fall)
   left = jnp.exp(last - level)  # As it is: at most 1.
-  kept = tile.column(jnp.exp(last)) * S
-  if own is not None:
-    left, kept = left * own, alive * kept
-  wrote = tile.mm(x["k"] * left, x["v"], "tn", "solve")
-  erased = tile.mm(x["b"] * left, e, "tn", "solve")
-  return walks.State(kept + wrote - erased, state.s), y, None
+
+  t, s = _iota(2 * C, lead, 0), _iota(2 * C, lead, 1)
+  seen = jnp.where(s < C, s, s - C) <= jnp.where(t < C, t - 1, t - C)
+  base, kept = solve(rows, S), tile.column(jnp.exp(last)) * S
+  if at.ids is not None:
+    own = tile.column(at.ids)
+    twice, end = stack(own, own), own[..., -1:, :]
+    seen &= twice == jnp.concatenate([at.ids, at.ids], axis=-1)
+    base = jnp.where(twice == 0, base, 0.0)
+    left = jnp.where(own == end, left, 0.0)
+    kept = jnp.where(end == 0, kept, 0.0)
+  pairs = jnp.where(seen, solve(rows, columns, "nt"), 0.0)
+
+  e = base[..., :C, :] + solve(pairs[..., :C, C:], x["v"])
+  if C > 1:
+    block = 1 << (C - 1).bit_length()
+    e = solve(tile.inverse(pairs[..., :C, :C], block), e)
+  wrote = stack(-e, x["v"])
+  y = base[..., C:, :] + tile.mm(pairs[..., C:, :], wrote)
+  S = kept + solve(stack(x["b"] * left, x["k"] * left), wrote, "tn")
+  return walks.State(S, state.s), y, None
 
 
 def general_delta_rule(
