@@ -12,7 +12,8 @@ from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -192,6 +193,7 @@ def advance(
   model: "lm.LanguageModel",
   at_edge: bool = False,
   rates: memory.Gates | None = None,
+  update: Callable[..., Any] | None = None,
 ) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
   """`apply` from parts of a state.
 
@@ -202,12 +204,13 @@ def advance(
     at_edge: every row stands at the edge of a chunk, and documents of the call
       begin at such edges: spares the shift to each row's own.
     rates: in place of the gates that params have.
+    update: in place of `memory.chunked.update`, called as it is.
   """
   options = model.memory
   z, convs = layers.short_convs(
     params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
-  y_BxTxHxK, fast, metrics = memory.chunked.update(
+  y_BxTxHxK, fast, metrics = (update or memory.chunked.update)(
     options.forward,
     params["memory"],
     fast,
@@ -217,8 +220,7 @@ def advance(
     gates(params["gate"], x_BxTxD, options) if rates is None else rates,
     rule=options,
     segment_ids=segment_ids,
-    implementation="reference" if options.loops else None,
-    fresh=at_edge,
+    at_edge=at_edge,
     aligned=at_edge,
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
