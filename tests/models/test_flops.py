@@ -112,7 +112,8 @@ def of_mixer(net, tokens):
       return H * beyond({"w": (K, 2 * K)}, options.rule)
     case "rwkv7":  # The first layer has zeros for a LoRA of values.
       lora = 4 * net.width * options.value_rank / net.layers
-      return lora + H * (inverse(options.chunk) + options.chunk * K)
+      running = 2 * options.chunk * K  # Sums of log decays.
+      return lora + H * (inverse(options.chunk) + options.chunk * K + running)
     case "deltanet" | "gated_deltanet" | "comba":
       shape = (K, options.value_dim or K)
       return H * beyond({"w": shape}, options.rule)
