@@ -7,9 +7,8 @@
 
 In the words of Nested Learning: a memory of N numbers a channel, with the
 objective -<h, x B^T>, gradient descent and a retention of its own for each
-number (model.md 6). The recurrence runs as an associative scan inside chunks
-and as a plain one over them; the result does not depend on the chunk, so
-documents may begin anywhere.
+number (model.md 6). The recurrence (`kernels.selective_scan`) runs in chunks;
+the result does not depend on them, so documents may begin anywhere.
 """
 
 import math
@@ -18,7 +17,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import types
+from nl_jax import sharding, types
+from nl_jax.kernels import selective_scan as ops
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers
 
@@ -90,6 +90,7 @@ def apply(
   segment_ids: types.Array | None,
   *,
   chunk: int,
+  walk: str = "",
 ) -> tuple[types.Array, MambaState]:
   """Mixes the tokens of one layer.
 
@@ -99,6 +100,7 @@ def apply(
     state: to go on from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     chunk: tokens whose states are there at once; changes no number.
+    walk: what runs the chunks, see `kernels.walk`; "": by platform.
 
   Returns:
     y_BxTxD and the state after the call.
@@ -119,15 +121,17 @@ def apply(
   r, B_BxTxN, C_BxTxN = jnp.split(dbc, [R, R + N], axis=-1)
   dt = layers.dense(r, params["w_dt"]).astype(wide)
   dt_BxTxI = jax.nn.softplus(dt + _vector(params["b_dt"], wide))
-  keep_BxT = jnp.ones(dt.shape[:2], bool)
+  begins_BxT = None
   if segment_ids is not None:
     dt_BxTxI = jnp.where(segment_ids[..., None] > 0, dt_BxTxI, 0.0)
-    keep_BxT = ~_begins(segment_ids, window.segment_Bx3[:, -1])
-  u_BxTxI = x_BxTxI.astype(wide)
-  xs = (dt_BxTxI, u_BxTxI, B_BxTxN.astype(wide), C_BxTxN.astype(wide), keep_BxT)
+    begins_BxT = _begins(segment_ids, window.segment_Bx3[:, -1])
   A_IxN = -jnp.exp(params["A_log"].astype(wide))
-  y_BxTxI, h_BxIxN = _scan(A_IxN, state.h_BxIxN, xs, chunk)
-  y_BxTxI = y_BxTxI + _vector(params["D_skip"], wide) * u_BxTxI
+  y_BxTxI, h_BxIxN = ops.selective_scan(
+    dt_BxTxI, x_BxTxI, B_BxTxN.astype(wide), C_BxTxN.astype(wide), A_IxN,
+    state.h_BxIxN, begins_BxT, chunk=chunk, implementation=walk or None,
+    spec=sharding.spec("batch", "length", "heads"),
+  )  # fmt: skip
+  y_BxTxI = y_BxTxI + _vector(params["D_skip"], wide) * x_BxTxI.astype(wide)
   gate = jax.nn.silu(layers.dense(x_BxTxD, params["w_z"]))
   out = layers.dense(y_BxTxI.astype(gate.dtype) * gate, params["w_o"])
   return out, MambaState({"x": after}, h_BxIxN)
@@ -141,50 +145,6 @@ def _begins(segment_ids: types.Array, previous_B: types.Array) -> types.Array:
   """bool [B,T], the first token of a document other than the carried one."""
   index = segments.running_index(segment_ids, previous_B)
   return jnp.diff(index, axis=1, prepend=0) > 0
-
-
-def _scan(
-  A_IxN: types.Array,
-  h_BxIxN: types.Array,
-  xs: tuple[types.Array, ...],
-  chunk: int,
-) -> tuple[types.Array, types.Array]:
-  """y_BxTxI and the last h, of (dt, u, B, C, keep), each [B,T,...]."""
-  batch, tokens = xs[0].shape[:2]
-  chunk = min(chunk, tokens)
-  count = -(-tokens // chunk)
-
-  def fold(x: types.Array) -> types.Array:
-    # Zeros behind the last token: dt = 0 leaves h as it is (keep below).
-    rest = [(0, 0), (0, count * chunk - tokens), *[(0, 0)] * (x.ndim - 2)]
-    x = jnp.pad(x, rest, constant_values=x.dtype == bool)
-    return jnp.moveaxis(x.reshape(batch, count, chunk, *x.shape[2:]), 1, 0)
-
-  # States [B,C,I,N] are there for one chunk at a time, backward too.
-  step = jax.checkpoint(lambda h, x: _chunk(A_IxN, h, *x), prevent_cse=False)
-  h_BxIxN, y = jax.lax.scan(step, h_BxIxN, jax.tree.map(fold, xs))
-  y = jnp.moveaxis(y, 0, 1).reshape(batch, count * chunk, -1)
-  return y[:, :tokens], h_BxIxN
-
-
-def _chunk(
-  A_IxN: types.Array,
-  h_BxIxN: types.Array,
-  dt_BxCxI: types.Array,
-  u_BxCxI: types.Array,
-  B_BxCxN: types.Array,
-  C_BxCxN: types.Array,
-  keep_BxC: types.Array,
-) -> tuple[types.Array, types.Array]:
-  """The last h and y_BxCxI of one chunk."""
-  decay = jnp.exp(dt_BxCxI[..., None] * A_IxN[None, None])
-  decay = jnp.where(keep_BxC[..., None, None], decay, 0.0)
-  write = (dt_BxCxI * u_BxCxI)[..., None] * B_BxCxN[:, :, None]
-  merge = lambda x, y: (y[0] * x[0], y[0] * x[1] + y[1])
-  decay, written = jax.lax.associative_scan(merge, (decay, write), axis=1)
-  h_BxCxIxN = decay * h_BxIxN[:, None] + written
-  y_BxCxI = jnp.einsum("bcin,bcn->bci", h_BxCxIxN, C_BxCxN)
-  return h_BxCxIxN[:, -1], y_BxCxI
 
 
 def init_state(

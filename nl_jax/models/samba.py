@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, types
+from nl_jax.kernels import walk
 from nl_jax.models import attention, cms, layers, mamba, softmax
 
 if TYPE_CHECKING:
@@ -33,15 +34,23 @@ class Options:
     state_dim: N, numbers that Mamba holds a channel.
     chunk: tokens whose states are there at once; changes no number.
     implementation: of attention without a cache, see `attention.Options`.
+    walk: what runs the chunks of Mamba, "xla", "pallas_tpu" or
+      "pallas_interpret", see `kernels.walk`; "": by platform.
   """
 
   window: int = 2048
   state_dim: int = 16
   chunk: int = 64
   implementation: str = "auto"
+  walk: str = ""
 
   def __post_init__(self):
     softmax.check_implementation(self.implementation)
+    if self.walk not in ("", *walk.IMPLEMENTATIONS):
+      raise ValueError(
+        f"model.memory.walk must be '', for by platform, or one of "
+        f"{', '.join(walk.IMPLEMENTATIONS)}; got {self.walk!r}"
+      )
     for name, least in (("window", 2), ("state_dim", 1), ("chunk", 1)):
       value = getattr(self, name)
       if type(value) is not int or value < least:
@@ -126,8 +135,9 @@ def residual(
   even, odd = (None, None) if state is None else state
   normed = layers.rms_norm(x_BxTxD, params["mixer_norm"]["scale"], epsilon)
   y_BxTxD, even = mamba.apply(
-    mixer["mamba"], normed, even, segment_ids, chunk=model.memory.chunk
-  )
+    mixer["mamba"], normed, even, segment_ids,
+    chunk=model.memory.chunk, walk=model.memory.walk,
+  )  # fmt: skip
   x_BxTxD = cms.apply(mixer["cms"], x_BxTxD + y_BxTxD, model.cms, epsilon)
   normed = layers.rms_norm(x_BxTxD, mixer["attention_norm"]["scale"], epsilon)
   y_BxTxD, odd, metrics = attention.apply(

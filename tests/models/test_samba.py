@@ -189,3 +189,8 @@ def test_shapes_that_cannot_be_are_refused(change, message):
 def test_switches_that_cannot_be_are_refused(name, value):
   with pytest.raises(ValueError, match=f"model.memory.{name} must be an"):
     samba.Options(**{name: value})
+
+
+def test_the_walk_is_one_that_there_is():
+  with pytest.raises(ValueError, match="model.memory.walk must be '', for by"):
+    samba.Options(walk="reference")
