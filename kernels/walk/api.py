@@ -31,6 +31,7 @@ def walk(
   *,
   state: contract.State,
   anchor: Any = None,
+  group: int = 4,
   save: int | None = None,
   heads: int | None = None,
   policy: products.Policy | str | None = None,
@@ -52,9 +53,10 @@ def walk(
     state: fast weights before the call.
     anchor: tree like `state.w`, the weights at the last chunk edge; None where
       every row stands at an edge.
-    save: chunks between saved states; those between are made again in the
-      backward pass. None: 4, or what `tiles.json` has; always the next smaller
-      divisor of N.
+    group: chunks that the XLA form makes again together in the backward pass.
+    save: chunks between the saved states of a kernel; those between are made
+      again. None: what `tiles.json` has, or 1. Of both the next smaller
+      divisor of N is taken.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
     policy: of products, or its name. None: "f32", and "lean" where an input is
       bfloat16.
@@ -94,7 +96,7 @@ def walk(
   if implementation == "xla":
     return xla.walk(
       body, slow, xs, places,
-      state=state, anchor=anchor, heads=H, save=save, tile=tile,
+      state=state, anchor=anchor, heads=H, group=group, tile=tile,
     )  # fmt: skip
   interpret = implementation == "pallas_interpret"
   run = functools.partial(

@@ -523,7 +523,7 @@ def _one_walk(
   )
   out, after, sums = chunked.walk(
     functools.partial(_body, config, False), together, slow, xs,
-    chunk=config.chunk_memory, save=config.remat_group,
+    chunk=config.chunk_memory, group=config.remat_group,
     name=f"smt_{config.arch}", **grid,
   )  # fmt: skip
   split = {
@@ -555,7 +555,7 @@ def _first_pass(
   )
   out, after, sums = chunked.walk(
     functools.partial(_body, config, by_token), own, alone, xs,
-    chunk=config.chunk_gen, save=config.remat_group,
+    chunk=config.chunk_gen, group=config.remat_group,
     name=f"smt_{config.arch}_generators", **grid,
   )  # fmt: skip
   heads = xs[0]["q"].shape[:3]
