@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
 from nl_jax.kernels import walk
-from nl_jax.kernels.walk import pallas, products
+from nl_jax.kernels.walk import blocks, pallas, products
 from tests.kernels import walk_bodies as bodies
 
 C = 8
@@ -275,7 +275,7 @@ def test_steps_do_not_race():
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as found
 
   body, slow, xs, places, state = call("linear", N=4, H=4, K=64, B=2)
-  how = pallas.How(
+  how = blocks.How(
     body, products.Tile(fused=True), C, 2, 2, "walk", 2**26,
     pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
   )  # fmt: skip
