@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
 from nl_jax.kernels import walk
-from nl_jax.kernels.walk import blocks, pallas, products
+from nl_jax.kernels.walk import api, blocks, pallas, products
 from tests.kernels import walk_bodies as bodies
 
 C = 8
@@ -304,3 +304,123 @@ def test_a_remat_policy_spares_the_second_walk(names, times):
   text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=keep)))(slow))
   assert text.count("name=walk_fwd") == times
   assert text.count("name=walk_bwd") == 1
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (dict(anchor={}), "inside a chunk"),
+    (dict(ids=jnp.zeros((2, 6, C), jnp.int32)), "pack documents"),
+    (dict(chunk=1), "single token"),
+    (dict(chunk=12), "8, 16, 32, 64 or 128 tokens, got 12"),
+    (dict(chunk=256), "got 256"),
+    (dict(slow=jnp.bfloat16), "float32 slow, got bfloat16"),
+    (dict(window=jnp.zeros((2, 7, 16))), r"\[B, H, a, b\] with H=4"),
+    (dict(heads=3), "cannot take 3 of 4 heads.*possible are 4"),
+    (dict(implementation="pallas_tpu"), "needs a TPU, got the platform 'cpu'"),
+  ],
+)
+def test_what_a_kernel_does_not_take_is_said(change, reason):
+  body, slow, xs, places, state = call("linear")
+  chunk = change.pop("chunk", C)
+  fit = lambda x: jnp.resize(x, (2, 6 * chunk, x.shape[-1]))
+  xs = jax.tree.map(fit, xs)
+  places = places._replace(
+    real=jnp.ones((2, 6, chunk), bool), ids=change.pop("ids", None)
+  )
+  slow = cast(slow, change.pop("slow", jnp.float32))
+  if (window := change.pop("window", None)) is not None:
+    state.s["window"] = window
+  how = dict(implementation="pallas_interpret") | change
+  with pytest.raises(ValueError, match=reason) as error:
+    walk.walk(body, slow, xs, places, state=state, **how)
+  assert str(error.value).startswith("walk cannot run as pallas_")
+
+
+@pytest.mark.parametrize(
+  ("how", "reason"),
+  [
+    (dict(implementation="cuda"), "no implementation 'cuda'; there are xla,"),
+    (dict(policy="exact"), "no policy 'exact'; there are f32, lean"),
+    (dict(xs=dict(q=jnp.zeros((2, 47, 64)))), r"got the shape \(2, 47, 64\)"),
+    (dict(xs=dict(q=jnp.zeros((2, 48, 63)))), r"H\*d\] with B=2, N=6, C=8"),
+  ],
+)
+def test_a_call_that_fits_nothing_is_said(how, reason):
+  body, slow, xs, places, state = call("linear")
+  how = dict(xs=xs) | how
+  with pytest.raises(ValueError, match=reason):
+    walk.walk(body, slow, places=places, state=state, **how)
+
+
+def seen(implementation, dtype=jnp.float32, **how):
+  """(tile, leading axes, type of inputs) that the chunk function sees."""
+  _, slow, xs, places, state = call("linear", K=64)
+  found = []
+
+  def body(slow, state, x, at):
+    found.append((at.tile, x["q"].shape[:-2], x["q"].dtype, at.real.shape))
+    return bodies.linear(slow, state, x, at)
+
+  jax.eval_shape(
+    lambda *args: walk.walk(
+      body, slow, cast(xs, dtype), places, state=state,
+      implementation=implementation, **how
+    )
+  )  # fmt: skip
+  return found[-1]
+
+
+def test_the_chunk_function_sees_where_it_is():
+  tile, lead, dtype, real = seen("xla")
+  assert tile == products.Tile(products.F32) and lead == (2, 4)
+  assert (dtype, real) == (jnp.float32, (2, 4, C, 1))
+  tile, lead, dtype, real = seen("pallas_interpret", jnp.bfloat16)
+  assert tile == products.Tile(products.LEAN, fused=True, pack=4)
+  assert (lead, dtype, real) == ((4,), jnp.float32, (4, C, 1))
+  assert seen("pallas_interpret", heads=2)[0].pack == 2
+  assert seen("xla", policy="lean")[0].policy is products.LEAN
+
+
+def test_a_row_of_the_table_of_tiles_is_heads_and_save(monkeypatch):
+  row = dict(chip="v5e", name="walk", C=C, K=64, M=64, heads=2, save=3)
+  monkeypatch.setattr(api, "_tiles", lambda: [row | {"C": 16}, row])
+  assert seen("pallas_interpret")[1] == (2,)
+  monkeypatch.setattr(api, "_tiles", lambda: [row | {"name": "other"}])
+  assert seen("pallas_interpret")[1] == (4,)
+
+
+def test_a_step_that_does_not_fit_in_vmem_is_said():
+  body, slow, xs, places, state = call("mlp", N=1, H=2)
+
+  def grown(x, *axes):
+    shape = [
+      n * (128 if i - x.ndim in axes else 1) for i, n in enumerate(x.shape)
+    ]
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  slow, state = jax.tree.map(lambda x: grown(x, -2, -1), (slow, state))
+  xs = {k: grown(x, *() if k == "la" else (-1,)) for k, x in xs.items()}
+
+  def run(slow, xs, places, state):
+    return walk.walk(
+      body, slow, xs, places, state=state, implementation="pallas_interpret"
+    )
+
+  with pytest.raises(ValueError, match=r"of 1 heads needs about \d+ MiB"):
+    jax.eval_shape(run, slow, xs, places, state)
+
+
+def test_a_chunk_function_that_makes_another_state_is_said():
+  body, slow, xs, places, state = call("linear")
+  run = lambda body: walk.walk(
+    body, slow, xs, places, state=state, implementation="pallas_interpret"
+  )
+  grow = lambda slow, state, x, at: (
+    state._replace(s={"s": x["q"]}), x["q"], None
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="from the state .* makes"):
+    run(grow)
+  mean = lambda slow, state, x, at: (state, x["q"].mean(0), None)
+  with pytest.raises(ValueError, match=r"outputs .* are \[4, 8, d\]"):
+    run(mean)
