@@ -1,12 +1,12 @@
 """The walk by XLA and by interpreted kernels, against a loop over tokens."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -271,22 +271,44 @@ def test_eight_devices_are_one():
     assert name not in text
 
 
-def test_steps_do_not_race():
+def races(run):
+  """Whether steps of the kernels of run(how to interpret) race; its value."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as found
 
-  body, slow, xs, places, state = call("linear", N=4, H=4, K=64, B=2)
-  how = blocks.How(
-    body, products.Tile(fused=True), C, 2, 2, "walk", 2**26,
-    pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
-  )  # fmt: skip
+  how = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+  value = jax.block_until_ready(run(how))
+  return found.races.races_found, value
 
-  def loss(slow, xs, state):
-    return weigh(pallas.walk(how, slow, xs, places, state))
 
-  got = jax.jit(jax.grad(loss, (0, 1, 2)))(slow, xs, state)
-  assert not found.races.races_found
-  how = dataclasses.replace(how, interpret=True)
-  close(got, jax.jit(jax.grad(loss, (0, 1, 2)))(slow, xs, state), 1e-5)
+def test_steps_do_not_race():
+  body, slow, xs, places, state = call("linear", N=2, H=4, K=64)
+  tile = products.Tile(fused=True)
+
+  def run(interpret):
+    how = blocks.How(body, tile, C, 2, 1, "walk", 2**26, interpret)
+    loss = lambda *args: weigh(pallas.walk(how, *args[:2], places, args[2]))
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(slow, xs, state)
+
+  raced, got = races(run)
+  assert not raced
+  close(got, run(True), 1e-5)
+
+
+def test_races_would_be_found():
+  def kernel(ref):
+    ref[...] = jnp.full((8, 128), pl.program_id(0), jnp.float32)
+
+  def run(interpret):
+    return pl.pallas_call(
+      kernel,
+      grid=(2,),
+      out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+      out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+      interpret=interpret,
+    )()
+
+  assert races(run)[0]
 
 
 @pytest.mark.parametrize(
