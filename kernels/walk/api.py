@@ -141,12 +141,14 @@ def _fused(
       xla.divisor(N, save or entry.get("save", 1)), name, limit, interpret,
     )  # fmt: skip
 
-  need = lambda G: vmem.need(how(G), slow, xs, state, places.ids)
+  need = functools.cache(
+    lambda G: vmem.need(how(G), slow, xs, state, places.ids)
+  )
   whole = pallas.step(how(H), slow, xs, state, places.ids)
   may = _groups(H, [x.shape[-1] for x in jax.tree.leaves((whole.x, whole.y))])
   asked = heads or (entry.get("heads") if entry.get("heads") in may else None)
   if asked is None:
-    light = [G for G in may if _light(G, state)] or may[:1]
+    light = [G for G in may if _light(G, C, state)] or may[:1]
     fits = (G for G in reversed(light) if need(G) <= limit)
     asked = next(fits, light[0])
   if asked not in may:
@@ -160,10 +162,11 @@ def _fused(
   return pallas.walk(how(asked), slow, xs, places, state)
 
 
-def _light(heads: int, state: contract.State) -> bool:
-  """A step is 16 heads or 1.3 MiB of fast weights: more only makes it long."""
+def _light(heads: int, chunk: int, state: contract.State) -> bool:
+  """More than 256 tokens or 1.3 MiB of weights only make a step's code long."""
   size = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(state.w))
-  return heads <= 16 and heads * size * 4 <= 1.3 * 2**20
+  few = heads <= 16 and heads * chunk <= 256
+  return few and heads * size * 4 <= 1.3 * 2**20
 
 
 def _groups(H: int, widths: Sequence[int]) -> list[int]:

@@ -232,6 +232,29 @@ def test_xla_has_a_second_derivative_and_works_under_vmap():
     close(jax.tree.map(lambda x: x[1], got), numeric, 1e-6)
 
 
+def test_xla_carries_whatever_a_memory_keeps():
+  """Counts and caches of a row, set to 0 with it; outputs of one head."""
+  _, slow, xs, places, state = call("linear")
+
+  def body(slow, state, x, at):
+    seen = state.s["seen"] + at.real[:, 0, :, 0].sum(-1).astype(jnp.int32)
+    y = x["q"].mean(1, keepdims=True) + state.s["cache"][:, None]
+    return state._replace(s=dict(seen=seen, cache=y[:, 0])), y, None
+
+  s = dict(seen=jnp.zeros((2,), jnp.int32), cache=jnp.zeros((2, C, 16)))
+
+  def run(xs):
+    ys, end, *_ = walk.walk(
+      body, slow, xs, places, state=state._replace(s=s), implementation="xla"
+    )
+    return ys.sum(), (ys, end.s)
+
+  grads, (ys, s) = jax.grad(run, has_aux=True)(xs)
+  assert ys.shape == (2, 6 * C, 16) and grads["q"].any()
+  np.testing.assert_array_equal(s["seen"], [37, 32])
+  assert s["cache"].shape == (2, C, 16)
+
+
 def test_a_kernel_differentiated_twice_says_so():
   body, slow, xs, places, state = call("linear", N=1, H=1)
 
