@@ -53,8 +53,8 @@ def walk(
     anchor: tree like `state.w`, the weights at the last chunk edge; None where
       every row stands at an edge.
     save: chunks between saved states; those between are made again in the
-      backward pass. None: 4, or what `tiles.json` has; always the next smaller
-      divisor of N.
+      backward pass. None: 4 by XLA, in a kernel what `tiles.json` has, or 1.
+      In use is the largest divisor of N up to it.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
     policy: of products, or its name. None: "f32", and "lean" where an input is
       bfloat16.
