@@ -58,8 +58,8 @@ def walk(
       again. None: what `tiles.json` has, or 1. Of both the next smaller
       divisor of N is taken.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
-    policy: of products, or its name. None: "f32", and "lean" where an input is
-      bfloat16.
+    policy: of products, or its name. None: "lean" where an input is bfloat16
+      and the platform is no CPU, else "f32".
     implementation: one of `IMPLEMENTATIONS`. None: the kernel on a TPU where
       `supports` has nothing against it, else "xla".
     spec: mesh axes of [B, T, H*d]; a kernel runs on each device's own rows
@@ -297,7 +297,7 @@ def _check(
 def _policy(policy: products.Policy | str | None, xs: Any) -> products.Policy:
   if policy is None:
     low = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(xs))
-    return products.LEAN if low else products.F32
+    return products.LEAN if low and _platform() != "cpu" else products.F32
   if isinstance(policy, products.Policy):
     return policy
   if policy not in products.POLICIES:
