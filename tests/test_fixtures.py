@@ -153,7 +153,7 @@ def test_an_unknown_run_is_refused(run):
     lambda: checkpoint.read_config(str(run)),
     lambda: files.claim(run, {}, "", allow_config_change=True),
   ):
-    with refused("run", "start a run in another --workdir"):
+    with refused("run", "train again in another --workdir"):
       read()
   assert (run / "config.json").read_bytes() == before
 
@@ -168,7 +168,7 @@ def test_an_unknown_checkpoint_is_refused_and_not_moved_aside(run):
     lambda: checkpoint.load_params(str(run), net),
     lambda: checkpoint.check_origin(str(run), {}, params_only=True),
   ):
-    with refused("checkpoint", "start a run in another --workdir"):
+    with refused("checkpoint", "train again in another --workdir"):
       read()
   assert path.exists() and not (run / "damaged").exists()
 

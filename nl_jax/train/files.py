@@ -111,7 +111,7 @@ def check_format(path: pathlib.Path, what: str, about: Mapping) -> None:
     about: where it says its format; runs of before there was one say nothing.
   """
   found = about.get("format", 1)
-  formats.check(path, what, found, FORMAT, "start a run in another --workdir")
+  formats.check(path, what, found, FORMAT, "train again in another --workdir")
 
 
 def read_about(workdir: pathlib.Path) -> dict[str, Any]:
