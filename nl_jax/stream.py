@@ -391,7 +391,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     raise ValueError(f"{path} is a safetensors file but no memory")
   manifest = json.loads(metadata[_KEY])
   otherwise = "read the text again with the command that wrote the file"
-  formats.check(path, "a memory", manifest["format"], FORMAT, otherwise)
+  formats.check(path, "a memory", manifest.get("format"), FORMAT, otherwise)
   return manifest
 
 

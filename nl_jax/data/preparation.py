@@ -346,7 +346,7 @@ def _read_plan(path: pathlib.Path) -> dict[str, Any]:
       f"{path} is damaged ({error}); give another --out"
     ) from error
   formats.check(
-    path, "a plan", plan["format"], prepared.FORMAT, prepared.PREPARE_AGAIN
+    path, "a plan", plan.get("format"), prepared.FORMAT, prepared.PREPARE_AGAIN
   )
   return plan
 
