@@ -91,6 +91,8 @@ class Config:
       = sigmoid(. + alpha_bias).
     gen_input: "per_role", z^k and z^v from projections of their own, or
       "slice", head slices of the layer's input.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret"; read by the layer alone.
     generators: see `Generators`.
   """
 
@@ -122,6 +124,7 @@ class Config:
   eta_bias: float = 0.0
   alpha_bias: float = 4.0
   gen_input: str = "per_role"
+  walk: str = "auto"
   generators: Generators = Generators()
 
   def __post_init__(self):

@@ -12,6 +12,7 @@ from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -38,6 +39,8 @@ class Options(memory.Rule):
     value_norm: "none", or "l2": values of unit norm.
     eta_max, eta_bias, alpha_bias, beta_bias: eta = eta_max sigmoid(. +
       eta_bias), alpha = sigmoid(. + alpha_bias), beta likewise.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   dgd_scope: str = "none"
@@ -55,6 +58,7 @@ class Options(memory.Rule):
   eta_bias: float = 0.0
   alpha_bias: float = 4.0
   beta_bias: float = math.log(9.0)  # beta = 0.9 at the start.
+  walk: str = "auto"
 
   def __post_init__(self):
     super().__post_init__()
@@ -69,6 +73,7 @@ class Options(memory.Rule):
         )
     if self.eta_max <= 0:
       raise ValueError(f"memory.eta_max must be > 0, got {self.eta_max}")
+    layers.check_walk(self.walk)
 
   @property
   def forward(self) -> memory.rule.Forward:
@@ -192,6 +197,7 @@ def advance(
   model: "lm.LanguageModel",
   at_edge: bool = False,
   rates: memory.Gates | None = None,
+  update: Callable | None = None,
 ) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
   """`apply` from parts of a state.
 
@@ -202,12 +208,13 @@ def advance(
     at_edge: every row stands at the edge of a chunk, and documents of the call
       begin at such edges: spares the shift to each row's own.
     rates: in place of the gates that params have.
+    update: in place of `memory.chunked.update`.
   """
   options = model.memory
   z, convs = layers.short_convs(
     params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
-  y_BxTxHxK, fast, metrics = memory.chunked.update(
+  y_BxTxHxK, fast, metrics = (update or memory.chunked.update)(
     options.forward,
     params["memory"],
     fast,
@@ -217,9 +224,10 @@ def advance(
     gates(params["gate"], x_BxTxD, options) if rates is None else rates,
     rule=options,
     segment_ids=segment_ids,
-    implementation="reference" if options.loops else None,
-    fresh=at_edge,
+    at_edge=at_edge,
     aligned=at_edge,
+    run=layers.run(options.walk, by_token=options.loops),
+    name=f"titans_{options.arch}",
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
   y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)
