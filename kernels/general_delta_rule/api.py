@@ -1,10 +1,12 @@
 """The delta rule with a decay for each channel and an erase of its own."""
 
 import jax
+from jax.sharding import PartitionSpec
 
+from nl_jax.kernels import walk
 from nl_jax.kernels.general_delta_rule import reference, xla
 
-IMPLEMENTATIONS = ("reference", "xla")
+IMPLEMENTATIONS = ("reference", *walk.IMPLEMENTATIONS)
 
 
 def general_delta_rule(
@@ -19,6 +21,7 @@ def general_delta_rule(
   chunk: int = 64,
   remat_group: int = 4,
   implementation: str | None = None,
+  spec: PartitionSpec | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """S <- diag(exp w) S - b^T (a S) + k^T v, read at each token as q S.
 
@@ -27,7 +30,8 @@ def general_delta_rule(
   it decays. The result does not depend on the chunk.
 
   Args:
-    q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V].
+    q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V]; where one is bfloat16, products
+      are those of the policy "lean" of `kernels.walk`.
     log_decay: w, [B,T,H,K], at most 0; their sum over a chunk above -60.
     erase: (a, b), what is looked up and where it is taken away, [B,T,H,K]. A
       token with w = 0, b = 0 and k = 0 is a no-op.
@@ -36,13 +40,17 @@ def general_delta_rule(
       none does.
     chunk: tokens computed at once.
     remat_group: chunks that the backward pass recomputes together.
-    implementation: "reference" (token loop), "xla" (chunk form), None = "xla".
+    implementation: "reference" (token loop), or what runs the chunk form, see
+      `kernels.walk`: "xla", "pallas_tpu", "pallas_interpret"; None: the kernel
+      on a TPU where it takes the call, else "xla". One token is always "xla".
+    spec: mesh axes of [B,T,H*K].
 
   Returns:
     y [B,T,H,V] and the state after the last token.
 
   Raises:
-    ValueError: an unknown implementation.
+    ValueError: an unknown implementation, or one that was named and does not
+      take the call.
   """
   if implementation not in (None, *IMPLEMENTATIONS):
     raise ValueError(
@@ -53,5 +61,6 @@ def general_delta_rule(
   if implementation == "reference":
     return reference.general_delta_rule(*arguments)
   return xla.general_delta_rule(
-    *arguments, chunk=chunk, remat_group=remat_group
-  )
+    *arguments, chunk=chunk, remat_group=remat_group,
+    implementation=implementation, spec=spec,
+  )  # fmt: skip

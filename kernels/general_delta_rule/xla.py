@@ -1,4 +1,4 @@
-"""The general delta rule, all tokens of a chunk at once.
+"""The general delta rule, all tokens of a chunk at once, as a chunk function.
 
 Exact: with l the running sum of the log decays since the chunk's start, a pair
 s < t meets through a_t diag(exp(l_{t-1} - l_s)) b_s^T, which is the product of
@@ -8,18 +8,70 @@ known sum. exp(-l) must stay finite: it is the caller's to keep the sum of the
 log decays of a chunk above -60.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from nl_jax.kernels.rank_one import inverse
+from nl_jax.kernels import walk as walks
 
 
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-  return jnp.matmul(x, y, precision=inverse.PRECISION)
+def _iota(size: int, lead: int, axis: int) -> jax.Array:
+  """Row (axis 0) or column numbers, int32 [1, ..., P, P]."""
+  shape = (1,) * lead + (size, size)
+  return jax.lax.broadcasted_iota(jnp.int32, shape, lead + axis)
 
 
-def _transposed(x: jax.Array) -> jax.Array:
-  return jnp.swapaxes(x, -1, -2)
+def body(
+  slow: None, state: walks.State, x: dict[str, jax.Array], at: walks.At
+) -> tuple[walks.State, jax.Array, None]:
+  """One chunk; see `kernels.walk`.
+
+  Rows of a chunk's products are the tokens as they erase, then as they read;
+  columns what they erase, then what they write. The decays scale both, and the
+  derivative of a decay is the difference of what its row and its column say,
+  so these products are as precise as the solve by any policy.
+
+  Args:
+    slow: nothing.
+    state: w is S [..., K, V].
+    x: q, k, v, log_decay, a, b, [..., C, ·].
+    at: the chunk's tokens.
+  """
+  del slow
+  tile, S, w = at.tile, state.w, x["log_decay"]
+  C, lead = w.shape[-2], w.ndim - 2
+  stack = lambda x, y: jnp.concatenate([x, y], axis=-2)
+  solve = functools.partial(tile.mm, kind="solve")
+
+  ones = jnp.where(_iota(C, lead, 0) >= _iota(C, lead, 1), 1.0, 0.0)
+  level = tile.mm(ones.astype(w.dtype), w, "nn", "exact")
+  last = level[..., -1:, :]
+  rows = stack(x["a"] * jnp.exp(level - w), x["q"] * jnp.exp(level))
+  fall = jnp.exp(-level)
+  columns = stack(x["b"] * fall, x["k"] * fall)
+  left = jnp.exp(last - level)  # As it is: at most 1.
+
+  t, s = _iota(2 * C, lead, 0), _iota(2 * C, lead, 1)
+  seen = jnp.where(s < C, s, s - C) <= jnp.where(t < C, t - 1, t - C)
+  base, kept = solve(rows, S), tile.column(jnp.exp(last)) * S
+  if at.ids is not None:
+    own = tile.column(at.ids)
+    twice, end = stack(own, own), own[..., -1:, :]
+    seen &= twice == jnp.concatenate([at.ids, at.ids], axis=-1)
+    base = jnp.where(twice == 0, base, 0.0)
+    left = jnp.where(own == end, left, 0.0)
+    kept = jnp.where(end == 0, kept, 0.0)
+  pairs = jnp.where(seen, solve(rows, columns, "nt"), 0.0)
+
+  e = base[..., :C, :] + solve(pairs[..., :C, C:], x["v"])
+  if C > 1:
+    block = 1 << (C - 1).bit_length()
+    e = solve(tile.inverse(pairs[..., :C, :C], block), e)
+  wrote = stack(-e, x["v"])
+  y = base[..., C:, :] + tile.mm(pairs[..., C:, :], wrote)
+  S = kept + solve(stack(x["b"] * left, x["k"] * left), wrote, "tn")
+  return walks.State(S, state.s), y, None
 
 
 def general_delta_rule(
@@ -33,92 +85,35 @@ def general_delta_rule(
   *,
   chunk: int,
   remat_group: int,
+  implementation: str | None,
+  spec: jax.sharding.PartitionSpec | None,
 ) -> tuple[jax.Array, jax.Array]:
   """The exact chunk form; arguments and results as `api.general_delta_rule`."""
   batch, tokens = q.shape[:2]
-  C = min(chunk, tokens)
+  C = 1 if tokens == 1 else chunk
   count = -(-tokens // C)
-  index = None
-  if begins is not None:  # Documents that have begun in the call.
-    index = jnp.cumsum(begins, axis=1, dtype=jnp.int32)
-    last = [(0, 0), (0, count * C - tokens)]
-    index = jnp.pad(index, last, mode="edge").reshape(batch, count, C)
-    index = jnp.moveaxis(index, 1, 0)
-
-  def fold(x: jax.Array) -> jax.Array:
-    """[B,T,H,E] to [N,B,H,C,E]; what is behind the last token is a no-op."""
-    x = jnp.pad(x, [(0, 0), (0, count * C - tokens), (0, 0), (0, 0)])
-    x = x.reshape(batch, count, C, *x.shape[2:])
-    return jnp.transpose(x, (1, 0, 3, 2, 4))
-
-  def step(carry, x):
-    S, before = carry
-    xs, index = x
-    y, S = _chunk(*xs, S, index, before)
-    return (S, before if index is None else index[:, -1]), y
-
-  group = max(g for g in range(1, remat_group + 1) if count % g == 0)
-  xs = (jax.tree.map(fold, (q, k, v, log_decay, erase)), index)
-  xs = jax.tree.map(
-    lambda x: x.reshape(count // group, group, *x.shape[1:]), xs
+  grid = (batch, count, C)
+  rest = [(0, 0), (0, count * C - tokens)]
+  real = jnp.arange(count * C).reshape(1, count, C) < tokens
+  places = walks.Places(
+    real=jnp.broadcast_to(real, grid),
+    resets=None,
+    closes=jnp.ones(grid[:2], bool),
   )
-  walk = lambda carry, x: jax.lax.scan(step, carry, x)
-  begin = (state, jnp.zeros((batch,), jnp.int32))
-  walk = jax.checkpoint(walk, prevent_cse=False)
-  (state, _), y = jax.lax.scan(walk, begin, xs)
-  y = y.reshape(count, *y.shape[2:])
-  y = jnp.transpose(y, (1, 0, 3, 2, 4)).reshape(batch, count * C, *v.shape[2:])
-  return y[:, :tokens], state
-
-
-def _chunk(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  log_decay: jax.Array,
-  erase: tuple[jax.Array, jax.Array],
-  S: jax.Array,
-  index: jax.Array | None,
-  before: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-  """Reads [B,H,C,V] and the state after one chunk.
-
-  Args:
-    q, k, v, log_decay, erase: [B,H,C,·].
-    S: [B,H,K,V] before it.
-    index: int32 [B,C], the document of each token; None: that of S.
-    before: int32 [B], the document of S.
-  """
-  (a, b), C = erase, q.shape[-2]
-  level = jnp.cumsum(log_decay, axis=-2)
-  rows = jnp.concatenate(
-    [a * jnp.exp(level - log_decay), q * jnp.exp(level)], axis=-2
-  )
-  columns = jnp.concatenate([b, k], axis=-2) * jnp.exp(
-    -jnp.concatenate([level, level], axis=-2)
-  )
-  lower = jnp.tril(jnp.ones((C, C), bool))
-  strict = jnp.tril(lower, -1)
-  seen = jnp.block([[strict, strict], [lower, lower]])[None, None]
-  carried = last = jnp.ones((1, C), bool)
-  if index is not None:
-    same = jnp.tile(index[:, :, None] == index[:, None], (1, 2, 2))
-    seen = seen & same[:, None]
-    carried, last = index == before[:, None], index == index[:, -1:]
-  pairs = jnp.where(seen, _matmul(rows, _transposed(columns)), 0.0)
-  base = _matmul(rows, S)
-  held = jnp.tile(carried, (1, 2))[:, None, :, None]
-  base = jnp.where(held, base, 0.0)
-  found = base[..., :C, :] + _matmul(pairs[..., :C, C:], v)
-  e = _matmul(inverse.unit_lower_inverse(pairs[..., :C, :C]), found)
-  wrote = jnp.concatenate([-e, v], axis=-2)
-  y = base[..., C:, :] + _matmul(pairs[..., C:, :], wrote)
-  # exp(l_C - l_s) as it is: at most 1.
-  left = jnp.exp(level[..., -1:, :] - level) * last[:, None, :, None]
-  keys = jnp.concatenate([b * left, k * left], axis=-2)
-  S = jnp.where(
-    carried[:, None, -1:, None],
-    jnp.exp(level[..., -1, :, None]) * S,
-    0.0,
-  )
-  return y, S + _matmul(_transposed(keys), wrote)
+  if begins is not None:
+    begins = jnp.pad(begins, rest).reshape(grid)
+    inside = begins.at[..., 0].set(False)
+    places = places._replace(
+      resets=begins[..., 0],
+      ids=jnp.cumsum(inside, axis=-1, dtype=jnp.int32) if C > 1 else None,
+    )
+  xs = dict(q=q, k=k, v=v, log_decay=log_decay, a=erase[0], b=erase[1])
+  pack = lambda x: jnp.pad(x.reshape(batch, tokens, -1), [*rest, (0, 0)])
+  y, after, _, _ = walks.walk(
+    body, None, jax.tree.map(pack, xs), places,
+    state=walks.State(state, ()), group=remat_group, chunk_free=True,
+    # A single token is no work for a kernel.
+    implementation="xla" if tokens == 1 else implementation,
+    spec=spec, name="general_delta_rule",
+  )  # fmt: skip
+  return y[:, :tokens].reshape(v.shape), after.w

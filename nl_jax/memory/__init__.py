@@ -2,7 +2,8 @@
 
 `linear` and `mlp` are memories with one signature (init, start, read,
 update); `self_modifying` couples several of them (paper eq. 83-90); `rule`
-says how any of them learns, `chunked` walks it over chunks.
+says how any of them learns, but for `simplex`, whose rule is its own;
+`chunked` walks them over chunks.
 """
 
 from nl_jax.memory import chunked as chunked
@@ -10,6 +11,7 @@ from nl_jax.memory import linear as linear
 from nl_jax.memory import mlp as mlp
 from nl_jax.memory import objectives as objectives
 from nl_jax.memory import self_modifying as self_modifying
+from nl_jax.memory import simplex as simplex
 from nl_jax.memory.chunked import MemoryState as MemoryState
 from nl_jax.memory.chunked import Run as Run
 from nl_jax.memory.rule import Gates as Gates

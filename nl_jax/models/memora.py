@@ -9,6 +9,7 @@ memory and gates of a channel.
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING
 
 import jax
@@ -60,18 +61,13 @@ class Options(titans.Options):
     if type(self.lag) is not bool:
       raise ValueError(f"memory.lag must be True or False, got {self.lag!r}")
 
-  @property
-  def simplex(self) -> bool:
-    """Columns of the weights sum to 1."""
-    return True
-
   # Deviation from Miras, which does not say in what the rest of a chunk is
   # linear: the logarithms are, because weights would leave the simplex; and
   # without `lag` the rule is that of the definition at every token.
   @property
-  def lags(self) -> bool:
-    """`lag`."""
-    return self.lag
+  def loops(self) -> bool:
+    """Token by token, but for `lag`."""
+    return not self.lag
 
 
 check = titans.check
@@ -123,6 +119,7 @@ def apply(
     model=model,
     at_edge=fresh,
     rates=gates(params["gate"], x_BxTxD, model),
+    update=functools.partial(memory.simplex.update, lag=model.memory.lag),
   )
 
 

@@ -54,6 +54,8 @@ class Options:
       w, a, v and g.
     chunk: tokens that are computed at once; no part of the function.
     remat_group: chunks whose intermediates are recomputed together.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   decay_rank: int = 64
@@ -62,6 +64,7 @@ class Options:
   gate_rank: int = 128
   chunk: int = 64
   remat_group: int = 4
+  walk: str = "auto"
 
   def __post_init__(self):
     names = [f"{name}_rank" for name in _RANKS] + ["chunk", "remat_group"]
@@ -76,6 +79,7 @@ class Options:
         f"memory.chunk of model.arch='rwkv7' must be at most {_MAX_CHUNK}, "
         f"beyond which decays leave float32; got {self.chunk}"
       )
+    layers.check_walk(self.walk)
 
 
 class RWKV7State(NamedTuple):
@@ -340,9 +344,12 @@ def _remember(
     begins = jnp.diff(index, axis=1, prepend=0) > 0
   else:
     k_in = k
+  # As they are: a walk reads half as much, and knows the model's precision.
+  narrow = lambda x: x.reshape(k.shape)
   y_BxTxHxK, S = ops.general_delta_rule(
-    r, k_in, v, w, (kappa, write), S, begins,
+    narrow(z["r"]), k_in, narrow(z["v"]), w, (kappa, write), S, begins,
     chunk=model.memory.chunk, remat_group=model.memory.remat_group,
+    **layers.run(model.memory.walk)._asdict(),
   )  # fmt: skip
   y_BxTxD = _group_norm(y_BxTxHxK, params["norm"])
   bonus = vector("bonus").reshape(1, 1, model.heads, -1)

@@ -13,7 +13,7 @@ from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -197,7 +197,7 @@ def advance(
   model: "lm.LanguageModel",
   at_edge: bool = False,
   rates: memory.Gates | None = None,
-  update: Callable | None = None,
+  update: Callable[..., Any] | None = None,
 ) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
   """`apply` from parts of a state.
 
@@ -208,7 +208,7 @@ def advance(
     at_edge: every row stands at the edge of a chunk, and documents of the call
       begin at such edges: spares the shift to each row's own.
     rates: in place of the gates that params have.
-    update: in place of `memory.chunked.update`.
+    update: in place of `memory.chunked.update`, called as it is.
   """
   options = model.memory
   z, convs = layers.short_convs(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nl_jax.kernels import general_delta_rule as ops
-from nl_jax.kernels.rank_one import rank_one
+from nl_jax.kernels.rank_one import Rates, rank_one
 
 B, T, H, K, V = 2, 13, 2, 4, 3
 
@@ -75,10 +75,11 @@ def test_with_a_decay_a_head_it_is_the_rank_one_rule():
       q, rate * a, v, log, (a, rate * a), state, chunk=4
     )
     head = lambda x: jnp.swapaxes(x, 1, 2)
-    gates = (head(w)[..., 0], None, head(rate)[..., 0], head(rate)[..., 0],
-             jnp.ones((B, H, T), bool))  # fmt: skip
+    rates = Rates(
+      head(w), None, head(rate), head(rate), jnp.ones((B, H, T, 1), bool)
+    )
     same, S, _ = rank_one(
-      head(a), -head(v), head(q), gates, state, None, None,
+      head(a), -head(v), head(q), rates, state, None, None,
       read="after", erase_of="whole",
     )  # fmt: skip
     close(y, head(same))
@@ -97,6 +98,36 @@ def test_the_longest_chunk_keeps_float32():
   single = jax.tree.map(lambda z: jnp.asarray(z, jnp.float32), x)
   y, _ = ops.general_delta_rule(*single, chunk=64)
   close(y, np.asarray(same), 1e-5)
+
+
+def test_a_kernel_is_the_token_loop():
+  """Documents that begin in chunks and with them, an end inside one."""
+  x = jax.tree.map(lambda z: jnp.asarray(z, jnp.float32), inputs())
+  at = begins(True).at[0, 8].set(True)
+
+  def run(implementation):
+    f = lambda *x: ops.general_delta_rule(
+      *x, at, chunk=8, implementation=implementation
+    )
+    y, back = jax.vjp(f, *x)
+    return y, back(y)
+
+  made, other, same = jax.jit(
+    lambda: tuple(map(run, ("pallas_interpret", "xla", "reference")))
+  )()
+  for i, tolerance in ((0, 1e-5), (1, 1e-4)):
+    for y in (made, other):
+      for mine, right in zip(*map(jax.tree.leaves, (y[i], same[i]))):
+        close(mine, np.asarray(right), tolerance)
+
+
+def test_a_single_token_needs_no_kernel():
+  x = jax.tree.map(lambda z: jnp.asarray(z, jnp.float32), inputs())
+  *x, state = jax.tree.map(lambda z: z[:, :1], x[:-1]) + (x[-1],)
+  made = ops.general_delta_rule(*x, state, implementation="pallas_interpret")
+  same = ops.general_delta_rule(*x, state, implementation="reference")
+  for mine, right in zip(made, same):
+    close(mine, right, 1e-6)
 
 
 def test_an_implementation_that_there_is_not_is_refused():

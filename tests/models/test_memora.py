@@ -1,7 +1,6 @@
 """Memora against a token loop that takes the softmax of the definition."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import _flags, _setup
-from nl_jax import sharding
-from nl_jax.kernels import rank_one
+from nl_jax import memory, sharding
 from nl_jax.models import memora
 from tests.laws.models import MODELS
 from tests.memory import oracle
@@ -84,10 +82,10 @@ def test_columns_sum_to_one_and_weights_move(kind):
     lambda p, x: memora.apply(p, x, None, None, model=model)
   )(params, x)
   assert np.isfinite(y).all()
-  for name, w in state.memory.w.items():
-    np.testing.assert_allclose(np.exp(w).sum(-2), 1.0, rtol=1e-5)
+  for name, w in state.memory.w.items():  # Deviations from the start.
     start = jax.nn.log_softmax(params["memory"][name], -2)
-    assert not np.allclose(w[0], start, atol=1e-3)
+    np.testing.assert_allclose(np.exp(start[None] + w).sum(-2), 1.0, rtol=1e-5)
+    assert not np.allclose(w, 0.0, atol=1e-3)
 
 
 @pytest.mark.parametrize("size,total", [
@@ -122,50 +120,6 @@ def test_switches_that_cannot_be_are_refused(change, message):
     dataclasses.replace(MODELS["memora"]().memory, **change)
 
 
-@pytest.mark.parametrize("read", ["after", "before", "chunk_start"])
-def test_a_chunk_at_once_is_the_reference(read):
-  """With documents that begin inside it, padding and gates of a channel."""
-  B, H, C, a, b = 2, 2, 6, 3, 4
-  with jax.enable_x64(True):
-    rng = np.random.default_rng(0)
-    draw = lambda *s: jnp.asarray(rng.standard_normal(s))
-    ids = jnp.asarray([[[1, 1, 0, 2, 2, 3]], [[1, 1, 1, 1, 0, 0]]])
-    log_alpha = jax.nn.log_sigmoid(draw(B, H, C, a, 1))
-    gates = (
-      log_alpha,
-      None,
-      jax.nn.sigmoid(draw(B, H, C, a, 1)),
-      None,
-      ids > 0,
-    )
-    W, anchor, start = (draw(n, H, a, b) for n in (B, B, 1))
-    lag = jnp.asarray([[True], [False]])
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(implementation, *x):
-      return rank_one.rank_one(
-        *x, gates, W, None, None, read=read, erase_of="whole", anchor=anchor,
-        start=start, segment_ids=ids, simplex=True, lag=lag,
-        implementation=implementation,
-      )[:2]  # fmt: skip
-
-    x = draw(B, H, C, a), draw(B, H, C, b), draw(B, H, C, a)
-    real = (ids > 0)[..., None]
-    for i in (0, 1):
-      made, same = (run(how, *x)[i] for how in (None, "reference"))
-      made, same = (
-        (jnp.where(real, y, 0) if i == 0 else y) for y in (made, same)
-      )
-      np.testing.assert_allclose(made, same, atol=1e-12)
-    grads = [
-      jax.grad(lambda u, how=how: jnp.square(run(how, u, *x[1:])[1]).sum())(
-        x[0]
-      )
-      for how in (None, "reference")
-    ]
-    np.testing.assert_allclose(*grads, atol=1e-12)
-
-
 def test_a_text_with_lags_is_its_parts():
   options = memora.Options(chunk=4, hidden=6, rank=3, lag=True, eta_max=1.0)
   model = test_titans.small("memora", options)
@@ -183,11 +137,14 @@ def test_a_text_with_lags_is_its_parts():
   close(state.memory.w["w_in"], end.memory.w["w_in"], 1e-10)
 
 
-def test_the_chunk_form_refuses_a_simplex():
-  x, gate = jnp.ones((1, 1, 2, 3)), jnp.zeros((1, 1, 2))
-  gates = (gate, None, gate, None, gate == 0)
-  with pytest.raises(ValueError, match="simplex without lag runs only"):
-    rank_one.rank_one(
-      x, x, x, gates, jnp.ones((1, 1, 3, 3)), None, None,
-      read="after", erase_of="whole", simplex=True,
+def test_a_kernel_that_is_named_is_refused():
+  """No kernel forms every state of a chunk."""
+  options = memora.Options(chunk=4, hidden=6)
+  start = {"w_in": jnp.zeros((1, 4, 6)), "w_out": jnp.zeros((1, 6, 4))}
+  x = jnp.zeros((1, 8, 1, 4))
+  with pytest.raises(ValueError, match="simplex cannot run as pallas_tpu"):
+    memory.simplex.update(
+      options.forward, start, memory.chunked.start(start, 1, options),
+      x, x, x, memory.Gates(x, x), rule=options, lag=True,
+      run=memory.Run("pallas_tpu"),
     )  # fmt: skip

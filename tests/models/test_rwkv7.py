@@ -192,6 +192,22 @@ def test_sizes_are_the_formula(size, total):
   assert net.parameter_count() == expected
 
 
+def test_the_walk_is_the_one_that_is_named(monkeypatch):
+  named = []
+
+  def rule(q, k, v, *_, implementation, **__):
+    named.append(implementation)
+    return jnp.zeros(v.shape), jnp.zeros((*v.shape[:1], 2, 6, 6))
+
+  monkeypatch.setattr(ops, "general_delta_rule", rule)
+  for name in ("", "pallas_interpret"):
+    model = small(memory=rwkv7.Options(walk=name, **RANKS))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    jax.eval_shape(model.apply, params, ids)
+  assert set(named) == {None, "pallas_interpret"}
+
+
 def test_every_parameter_and_state_has_a_place_on_the_mesh():
   model = MODELS["rwkv7"]()
   mesh = sharding.mesh(fsdp=-1, tensor=2)
@@ -220,6 +236,8 @@ def test_switches_that_cannot_be_are_refused():
     rwkv7.Options(chunk=128)
   with pytest.raises(ValueError, match="memory.gate_rank must be an integer"):
     rwkv7.Options(gate_rank=0)
+  with pytest.raises(ValueError, match="memory.walk must be '', for by platf"):
+    rwkv7.Options(walk="reference")
   with pytest.raises(ValueError, match="has no model.memory.value_dim"):
     lm.options("rwkv7", dict(value_dim=4))
 
