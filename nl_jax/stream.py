@@ -27,7 +27,7 @@ from nl_jax.models import lm
 
 FORMAT = 1  # Of a memory file.
 # Fields that change no number, of the model and of all that is in it.
-_FREE = ("sequence_length", "remat")
+_FREE = ("sequence_length", "remat", "walk")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
 _LOGITS = "logits"
 # Prompts are read in pieces of these lengths, so that few shapes compile.

@@ -22,6 +22,7 @@ FREE = (
   "checkpoint",
   "eval",
   "mesh",
+  "model.memory.walk",
   "train.eval_every",
   "train.log_every",
   "train.max_skipped",
