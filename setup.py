@@ -51,8 +51,12 @@ setup(
   python_requires=">=3.11",
   packages=find_packages(include=["nl_jax", "nl_jax.*"]) + _KERNELS,
   package_dir={"nl_jax.kernels": "kernels"},
-  # The published rows.
-  package_data={"nl_jax.eval": ["*.csv"], "nl_jax.tasks": ["*.csv"]},
+  # The published rows, and the embedded corpus with its licence.
+  package_data={
+    "nl_jax.data": ["embedded/*"],
+    "nl_jax.eval": ["*.csv"],
+    "nl_jax.tasks": ["*.csv"],
+  },
   install_requires=_BASE,
   extras_require={
     "train": _TRAIN,

@@ -105,8 +105,8 @@ PARAMETERS = (
 # Of a model that learns in context: by where in its state they stand.
 _LAYERS = r"layers/((slow|begin|now)/)?"
 _LOCAL = r"layers/fast/\w+/"
-_CONVS = _LAYERS + r"(((mamba|lmm|segment/s)/)?convs/\w+|recall)/"
-_CACHE = _LAYERS + r"(attention/|segment/s/cache/)?"
+_CONVS = _LAYERS + r"(((mamba|lmm|segment/carried)/)?convs/\w+|recall)/"
+_CACHE = _LAYERS + r"(attention/|segment/carried/cache/)?"
 _FAR = _LAYERS + r"((lmm/)?memory|segment)/"
 _FAST = r"levels/\w+/(params|start|gradient|gathered|rule/(\w+/)*)/?"
 
@@ -118,19 +118,21 @@ STATES = (
   (_LAYERS + r"mamba/h_BxIxN", ("heads", "mem_in")),
   (_LAYERS + r"S_BxHxKxK", ("heads", "mem_in", "mem_out")),
   (
-    _LAYERS + r"memory/generators/(anchor|w|s)/\w+",
-    ("heads", "level", "mem_in", "mem_out"),
+    _LAYERS + r"memory/(generators|memory)/(anchor|w|s|carried)/\w+",
+    ("heads", "mem_in", "mem_out"),
   ),
-  (_LAYERS + r"memory/memory/(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (_FAR + r"(anchor|w|s)/\w+", ("heads", "mem_in", "mem_out")),
-  (_LAYERS + r"segment/s/(anchor|s)/\w+", ("heads", "mem_in", "mem_out")),
+  (_FAR + r"(anchor|w|s|carried)/\w+", ("heads", "mem_in", "mem_out")),
+  (
+    _LAYERS + r"segment/carried/(anchor|s|carried)/\w+",
+    ("heads", "mem_in", "mem_out"),
+  ),
   (_FAR + r"(\w+/)?(phase|segment)", ()),
   (
     _CACHE + r"(recall_)?(keys|values)_BxSxHxK",
     ("length", "heads", "head_dim"),
   ),
   (_CACHE + r"slot_document_BxS", ("length",)),
-  (_LAYERS + r"((attention|segment/s)/)?\w+_B", ()),
+  (_LAYERS + r"((attention|segment/carried)/)?\w+_B", ()),
   # Fast weights of feed-forward levels, split as the slow ones over `tensor`.
   (_FAST + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
   (_FAST + r"w_down", ("layer", "mlp", "act_embed")),

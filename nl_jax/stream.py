@@ -22,11 +22,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nl_jax import sharding
+from nl_jax import formats, sharding
 from nl_jax.models import lm
 
-FORMAT = 1
-_FREE = ("sequence_length", "remat")  # Fields that change no number.
+FORMAT = 1  # Of a memory file.
+# Fields that change no number, of the model and of all that is in it.
+_FREE = ("sequence_length", "remat", "walk")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
 _LOGITS = "logits"
 # Prompts are read in pieces of these lengths, so that few shapes compile.
@@ -372,7 +373,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: no memory file, or a torn one.
+    ValueError: no memory file, a torn one, or one of an unknown format.
   """
   import safetensors
 
@@ -386,11 +387,11 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     raise ValueError(
       f"{path} is no memory file, or a torn one ({error})"
     ) from error
-  manifest = json.loads(metadata.get(_KEY, "{}"))
-  if manifest.get("format") != FORMAT:
-    raise ValueError(
-      f"{path} is a safetensors file but no memory of format {FORMAT}"
-    )
+  if _KEY not in metadata:
+    raise ValueError(f"{path} is a safetensors file but no memory")
+  manifest = json.loads(metadata[_KEY])
+  otherwise = "read the text again with the command that wrote the file"
+  formats.check(path, "a memory", manifest.get("format"), FORMAT, otherwise)
   return manifest
 
 
@@ -399,11 +400,15 @@ def model_hash(model: lm.LanguageModel) -> str:
 
   Not in it: `sequence_length` and `remat`, which change no number of it.
   """
-  values = dataclasses.asdict(model)
-  for name in _FREE:  # Of the model inside, where levels learn in context.
-    values.get("base", values).pop(name)
+  values = _without_free(dataclasses.asdict(model))
   text = json.dumps(values, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _without_free(values: Any) -> Any:
+  if not isinstance(values, dict):
+    return values
+  return {k: _without_free(x) for k, x in values.items() if k not in _FREE}
 
 
 def weights_hash(params: Any) -> str:

@@ -10,15 +10,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
-  "optim", "levels", "sharding", "card", "kernels", "tasks", "types",
+  "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "formats",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
-  "train": {"models", "optim", "data", "sharding", "levels", "card"},
+  "train": {
+    "models", "optim", "data", "sharding", "levels", "card", "formats",
+  },
   "eval": {"data", "models", "tasks", "levels", "sharding"},
-  "stream": {"models", "levels", "sharding"},
+  "stream": {"models", "levels", "sharding", "formats"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
-  "data": {"tasks"},
+  "data": {"tasks", "formats"},
   "memory": {"kernels"},
   "optim": {"kernels"},
   "levels": set(),
@@ -27,12 +29,14 @@ MAY = {
   "kernels": set(),
   "tasks": set(),
   "types": set(),
-}
+  "formats": set(),
+}  # fmt: skip
 WITH_TYPES = ROOMS - {"kernels", "optim", "tasks"}
 CORE = {"jax", "optax", "numpy"}
 LIBRARIES = {
   "kernels": CORE, "memory": CORE, "optim": CORE, "levels": CORE,
   "sharding": CORE, "card": CORE, "tasks": {"numpy"},
+  "formats": set(),
 }  # fmt: skip
 FILES = [
   *ROOT.glob("nl_jax/**/*.py"), *ROOT.glob("kernels/**/*.py"),

@@ -128,9 +128,9 @@ def test_strangers_are_refused_and_not_written_over(model, half, tmp_path):
   path = tmp_path / "weights.safetensors"
   path.write_bytes(safetensors.save({"w": jnp.ones(3)}))
   before = path.read_bytes()
-  with pytest.raises(ValueError, match="no memory of format"):
+  with pytest.raises(ValueError, match="a safetensors file but no memory"):
     stream.load_memory(path, net, params)
-  with pytest.raises(ValueError, match="no memory of format"):
+  with pytest.raises(ValueError, match="a safetensors file but no memory"):
     stream.save_memory(path, net, params, state)
   assert path.read_bytes() == before
   with pytest.raises(FileNotFoundError, match="no memory file"):

@@ -38,6 +38,7 @@ def _delta(arch: str, size: str, arg: str, output_gate: bool) -> ConfigDict:
       allow_neg_eigval=False,  # beta up to 2: a write may turn a sign.
       chunk=shape.chunk,  # Tokens computed at once; changes no number.
       remat_group=4,  # Chunks that the backward pass recomputes at once.
+      walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )
   return _common.baseline(arch, size, shape, memory)

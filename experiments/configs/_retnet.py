@@ -18,6 +18,7 @@ def retnet(size: str, arg: str) -> ConfigDict:
     dict(
       chunk=shape.chunk,  # Tokens computed at once; changes no number.
       remat_group=4,  # Chunks that the backward pass recomputes at once.
+      walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )
   return _common.baseline("retnet", size, shape, memory)

@@ -22,6 +22,7 @@ def rwkv7(size: str, arg: str) -> ConfigDict:
       gate_rank=ranks[3],  # Of the output gate g.
       chunk=shape.chunk,  # Tokens computed at once; changes no number.
       remat_group=4,  # Chunks that the backward pass recomputes at once.
+      walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )
   return _common.baseline("rwkv7", size, shape, memory)

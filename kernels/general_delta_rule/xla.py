@@ -111,7 +111,7 @@ def general_delta_rule(
   pack = lambda x: jnp.pad(x.reshape(batch, tokens, -1), [*rest, (0, 0)])
   y, after, _, _ = walks.walk(
     body, None, jax.tree.map(pack, xs), places,
-    state=walks.State(state, ()), save=remat_group, chunk_free=True,
+    state=walks.State(state, ()), group=remat_group, chunk_free=True,
     # A single token is no work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
     spec=spec, name="general_delta_rule",

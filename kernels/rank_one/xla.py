@@ -20,8 +20,8 @@ and sums alone. There the C x C matrices of `tile.pack` heads are blocks of one.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ class Tokens:
     self.log_alpha = log_alpha * self.real
     self.log_beta = None if log_beta is None else log_beta * self.real
     self.document = None if ids is None else tile.column(ids)
-    self._grams = {}
+    self._made = {}
 
   def flat(self, x: jax.Array) -> jax.Array:
     """[..., C, d] to [..., P, d], where heads are packed."""
@@ -92,8 +92,18 @@ class Tokens:
       return x
     return x.reshape(-1, self.size, x.shape[-1])
 
+  def _once(self, make: Callable[..., jax.Array], *of: Any) -> jax.Array:
+    """make(*of), made once; holds its arguments, so that ids stay theirs."""
+    key = (make, *map(id, of))
+    if key not in self._made:
+      self._made[key] = (make(*of), of)
+    return self._made[key][0]
+
   def row(self, column: jax.Array) -> jax.Array:
-    """[..., C, 1] to [..., 1, P]."""
+    """[..., C, 1] to [..., 1, P]; made once."""
+    return self._once(self._row, column)
+
+  def _row(self, column: jax.Array) -> jax.Array:
     return self.tile.row(self.flat(column))
 
   def applied(self, pairs: jax.Array, rows: jax.Array, kind: str) -> jax.Array:
@@ -102,11 +112,10 @@ class Tokens:
 
   def gram(self, X: jax.Array, Y: jax.Array, kind: str) -> jax.Array:
     """Products of all rows of X and Y, [..., P, P]; made once."""
-    key = (id(X), id(Y), kind)
-    if key not in self._grams:
-      gram = self.tile.mm(self.flat(X), self.flat(Y), "nt", kind)
-      self._grams[key] = (gram, X, Y)  # Holds X and Y, so that ids stay theirs.
-    return self._grams[key][0]
+    return self._once(self._gram, X, Y, kind)
+
+  def _gram(self, X: jax.Array, Y: jax.Array, kind: str) -> jax.Array:
+    return self.tile.mm(self.flat(X), self.flat(Y), "nt", kind)
 
   def _pairs(self, strict: bool) -> jax.Array:
     """Pairs (t, s <= t) of one head and document, bool [..., P, P]."""
@@ -136,7 +145,7 @@ class Tokens:
   ) -> jax.Array:
     # Masked inside the exponent: exp of a positive difference above the
     # diagonal overflows, and its gradient would be NaN.
-    difference = rows - self.tile.row(columns)
+    difference = rows - self._once(self.tile.row, columns)
     return jnp.exp(jnp.where(self._pairs(strict), difference, _NEVER))
 
   @functools.cached_property

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nl_jax.kernels.walk import contract, pallas, products, vmem, xla
+from nl_jax.kernels.walk import blocks, contract, pallas, products, vmem, xla
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_interpret")
 _TILES = pathlib.Path(__file__).with_name("tiles.json")
@@ -31,6 +31,7 @@ def walk(
   *,
   state: contract.State,
   anchor: Any = None,
+  group: int = 4,
   save: int | None = None,
   heads: int | None = None,
   policy: products.Policy | str | None = None,
@@ -52,12 +53,13 @@ def walk(
     state: fast weights before the call.
     anchor: tree like `state.w`, the weights at the last chunk edge; None where
       every row stands at an edge.
-    save: chunks between saved states; those between are made again in the
-      backward pass. None: 4, or what `tiles.json` has; always the next smaller
-      divisor of N.
+    group: chunks that the XLA form makes again together in the backward pass.
+    save: chunks between the saved states of a kernel; those between are made
+      again. None: what `tiles.json` has, or 1. Of both the next smaller
+      divisor of N is taken.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
-    policy: of products, or its name. None: "f32", and "lean" where an input is
-      bfloat16.
+    policy: of products, or its name. None: "lean" where an input is bfloat16
+      and the platform is no CPU, else "f32".
     implementation: one of `IMPLEMENTATIONS`. None: the kernel on a TPU where
       `supports` has nothing against it, else "xla".
     spec: mesh axes of [B, T, H*d]; a kernel runs on each device's own rows
@@ -94,7 +96,7 @@ def walk(
   if implementation == "xla":
     return xla.walk(
       body, slow, xs, places,
-      state=state, anchor=anchor, heads=H, save=save, tile=tile,
+      state=state, anchor=anchor, heads=H, group=group, tile=tile,
     )  # fmt: skip
   interpret = implementation == "pallas_interpret"
   run = functools.partial(
@@ -121,57 +123,65 @@ def _fused(
   name: str,
   heads: int | None,
   save: int | None,
-  interpret: Any,
+  interpret: bool,
   slow: Any,
   xs: Any,
   places: contract.Places,
   state: contract.State,
-) -> Any:
+) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """The kernels on the rows and heads of a device."""
   N, C = places.real.shape[1:]
-  H = _heads(slow, state)
+  H = pallas.heads_of(state)
   chip, capacity = vmem.chip()
   entry = _tile(chip, name, C, state)
   limit = int(0.8 * capacity)
 
-  def how(G: int) -> pallas.How:
-    pack = max(p for p in _powers(128 // C) if G % p == 0)
-    return pallas.How(
+  def how(G: int) -> blocks.How:
+    pack = max(p for p in (1, 2, 4, 8, 16) if p * C <= 128 and G % p == 0)
+    return blocks.How(
       body, products.Tile(policy, fused=True, pack=pack), C, G,
       xla.divisor(N, save or entry.get("save", 1)), name, limit, interpret,
     )  # fmt: skip
 
-  need = lambda G: vmem.need(how(G), slow, xs, state, places.ids is not None)
-  asked = heads or entry.get("heads")
-  if asked:
-    G = asked
-  else:
-    fit = [g for g in _groups(H, xs) if _light(g, state)] or _groups(H, xs)[:1]
-    G = next((g for g in fit[::-1] if need(g) <= limit), fit[0])
-  if (bytes_ := need(G)) > limit:
+  need = functools.cache(
+    lambda G: vmem.need(how(G), slow, xs, state, places.ids)
+  )
+  whole = pallas.step(how(H), slow, xs, state, places.ids)
+  may = _groups(H, [x.shape[-1] for x in jax.tree.leaves((whole.x, whole.y))])
+  asked = heads or (entry.get("heads") if entry.get("heads") in may else None)
+  if asked is None:
+    light = [G for G in may if _light(G, C, state)] or may[:1]
+    fits = (G for G in reversed(light) if need(G) <= limit)
+    asked = next(fits, light[0])
+  if asked not in may:
+    raise ValueError(f"{name}: {_no_group(asked, H, may)}")
+  if (size := need(asked)) > limit:
+    MiB = lambda n: f"{n / 2**20:.0f} MiB"
     raise ValueError(
-      f"{name}: a step of {G} heads needs about {bytes_ / 2**20:.0f} MiB of "
-      f"VMEM, {chip} has {capacity / 2**20:.0f}, of which a kernel gets "
-      f"{limit / 2**20:.0f}: set heads=… or implementation='xla'"
+      f"{name}: a step of {asked} heads needs about {MiB(size)} of VMEM, a "
+      f"kernel on {chip} has {MiB(limit)}: set heads=… or implementation='xla'"
     )
-  return pallas.walk(how(G), slow, xs, places, state)
+  return pallas.walk(how(asked), slow, xs, places, state)
 
 
-def _light(heads: int, state: contract.State) -> bool:
-  """A step is 16 heads or 1.3 MiB of fast weights: more only makes it long."""
+def _light(heads: int, chunk: int, state: contract.State) -> bool:
+  """More than 256 tokens or 1.3 MiB of weights only make a step's code long."""
   size = sum(math.prod(x.shape[2:]) for x in jax.tree.leaves(state.w))
-  return heads <= 16 and heads * size * 4 <= 1.3 * 2**20
+  few = heads <= 16 and heads * chunk <= 256
+  return few and heads * size * 4 <= 1.3 * 2**20
 
 
-def _powers(most: int) -> list[int]:
-  return [1 << i for i in range(max(1, most).bit_length())]
-
-
-def _groups(H: int, xs: Any) -> list[int]:
+def _groups(H: int, widths: Sequence[int]) -> list[int]:
   """Heads that a step can take: blocks are 128 lanes wide, or whole."""
-  widths = [x.shape[-1] // H for x in jax.tree.leaves(xs)]
-  fits = lambda g: all(d == 1 or g * d % 128 == 0 for d in widths)
-  return [g for g in range(1, H + 1) if H % g == 0 and (g == H or fits(g))]
+  fits = lambda G: all(d == 1 or G * d % 128 == 0 for d in widths)
+  return [G for G in range(1, H + 1) if H % G == 0 and (G == H or fits(G))]
+
+
+def _no_group(heads: int, H: int, may: Sequence[int]) -> str:
+  return (
+    f"a step cannot take {heads} of {H} heads: they must divide them and fill "
+    f"rows of 128 lanes; possible are {', '.join(map(str, may))}"
+  )
 
 
 def supports(
@@ -238,11 +248,10 @@ def supports(
   ):  # fmt: skip
     if size % part:
       return f"{size} {what} do not divide over {part} devices of the mesh"
-  if heads is not None and heads not in (may := _groups(H // parts[2], xs)):
-    return (
-      f"a step cannot take {heads} of {H // parts[2]} heads: they must divide "
-      f"them and fill rows of 128 lanes; possible are {may}"
-    )
+  own = H // parts[2]
+  may = _groups(own, [x.shape[-1] // H for x in jax.tree.leaves(xs)])
+  if heads is not None and heads not in may:
+    return _no_group(heads, own, may)
   return None
 
 
@@ -288,7 +297,7 @@ def _check(
 def _policy(policy: products.Policy | str | None, xs: Any) -> products.Policy:
   if policy is None:
     low = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(xs))
-    return products.LEAN if low else products.F32
+    return products.LEAN if low and _platform() != "cpu" else products.F32
   if isinstance(policy, products.Policy):
     return policy
   if policy not in products.POLICIES:

@@ -8,8 +8,6 @@ import jax.numpy as jnp
 
 from nl_jax.kernels.walk import contract, products
 
-_SAVE = 4  # Chunks between saved states.
-
 
 def _select(rows: jax.Array, x: Any, y: Any) -> Any:
   """x in the rows [B] that are set, y elsewhere."""
@@ -60,7 +58,7 @@ def walk(
   state: contract.State,
   anchor: Any,
   heads: int,
-  save: int | None,
+  group: int,
   tile: products.Tile,
 ) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """`api.walk`; `heads` is H, and the state's type that of its weights."""
@@ -91,7 +89,7 @@ def walk(
     jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), places),
     jax.tree.map(fold, xs),
   )
-  group = divisor(N, save or _SAVE)
+  group = divisor(N, group)
   by_group = jax.tree.map(
     lambda x: x.reshape(N // group, group, *x.shape[1:]), by_chunk
   )

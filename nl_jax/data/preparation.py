@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from nl_jax import formats
 from nl_jax.data import (
   documents,
   errors,
@@ -339,11 +340,15 @@ def lock(out: pathlib.Path) -> Iterator[None]:
 
 def _read_plan(path: pathlib.Path) -> dict[str, Any]:
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
+    plan = json.loads(path.read_text(encoding="utf-8"))
   except ValueError as error:
     raise ValueError(
       f"{path} is damaged ({error}); give another --out"
     ) from error
+  formats.check(
+    path, "a plan", plan.get("format"), prepared.FORMAT, prepared.PREPARE_AGAIN
+  )
+  return plan
 
 
 def finish(

@@ -14,10 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from nl_jax import formats
 from nl_jax.data import packing
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 1  # Of the manifest and its shards.
+PREPARE_AGAIN = "prepare the corpus again into another --out"
 
 
 class Layout:
@@ -174,10 +176,10 @@ def read_manifest(path: str) -> dict[str, Any]:
     manifest = json.loads(file.read_text(encoding="utf-8"))
   except json.JSONDecodeError as error:
     raise ValueError(f"{file} is no JSON ({error})") from error
-  if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-    raise ValueError(
-      f"{file} is not a manifest of format {FORMAT}; prepare the corpus again"
-    )
+  if not isinstance(manifest, dict):
+    raise ValueError(f"{file} is no manifest; {PREPARE_AGAIN}")
+  found = manifest.get("format")
+  formats.check(file, "a manifest", found, FORMAT, PREPARE_AGAIN)
   return manifest
 
 

@@ -2,16 +2,18 @@
 
 A source is its documents, already split into train and validation, and the
 SHA-256 of their content; a run keeps the fingerprint, and refuses to go on with
-other text. These make one: `embedded` (standard-library Python, no download),
-`synthetic` (generated), and `files`, `array_record` and `hugging_face` (the
-user's own). All hold their text in memory; what is too large for that is
-prepared once (`prepared`).
+other text. These make one: `embedded` (the library of one Python, which travels
+with this package), `synthetic` (generated), and `files`, `array_record` and
+`hugging_face` (the user's own). All hold their text in memory; what is too
+large for that is prepared once (`prepared`).
 """
 
 import dataclasses
 import hashlib
+import importlib.resources
+import io
 import pathlib
-import sysconfig
+import zipfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,9 +22,12 @@ import numpy as np
 from nl_jax.data import documents as documents_lib
 from nl_jax.data import errors, prepared
 
-# Packages of every CPython 3.11-3.13, in every distribution's base install;
-# without those that some ship apart (curses, dbm, distutils, ensurepip,
-# lib2to3, sqlite3, tkinter, venv) and tables (encodings, pydoc_data).
+# Of the archive that experiments/_embedded.py made. Without what some
+# distributions ship apart (curses, dbm, distutils, ensurepip, lib2to3, sqlite3,
+# tkinter, venv), and without tables (encodings, pydoc_data).
+EMBEDDED_SHA256 = (
+  "6e1ec9b3ddf2514d8ac48c3df5e98326a28869063f0296a4763fab36fbef44d9"
+)
 EMBEDDED_PACKAGES = (
   "asyncio",
   "collections",
@@ -128,43 +133,45 @@ def load(
   return embedded() if name == "embedded" else synthetic(seed)
 
 
-def embedded(
-  root: str | None = None, packages: Iterable[str] = EMBEDDED_PACKAGES
-) -> Source:
-  """The Python sources of standard-library packages, tests excepted.
+def embedded(packages: Iterable[str] = EMBEDDED_PACKAGES) -> Source:
+  """The Python sources of CPython 3.11.7's library, tests excepted.
 
-  The text differs between versions and builds of Python: see the fingerprint.
+  They travel with this package, so that a figure is of the same text under
+  every Python; their licence is beside them.
 
   Args:
-    root: the folder of the packages; default: this interpreter's library.
-    packages: names of packages, each a folder of root.
+    packages: some of `EMBEDDED_PACKAGES`.
 
   Raises:
-    FileNotFoundError: a package is missing, as in a Python without its sources.
+    ValueError: no such package, or the archive is not the one of this version.
   """
-  folder = pathlib.Path(root or sysconfig.get_path("stdlib"))
-  files = []
-  for package in packages:
-    found = [
-      path
-      for path in (folder / package).rglob("*.py")
-      if not {"test", "tests"} & set(path.relative_to(folder).parts)
-    ]
-    if not found:
-      raise FileNotFoundError(
-        f"no sources of the standard-library package {package!r} in {folder}; "
-        "install the full Python library, or set data.source=text and data.path"
-      )
-    files += found
+  packages = set(packages)
+  for package in packages.difference(EMBEDDED_PACKAGES):
+    raise errors.unknown_name("package", package, EMBEDDED_PACKAGES)
+  archive = zipfile.ZipFile(io.BytesIO(_embedded_archive()))
   named = [
-    (path.relative_to(folder).as_posix(), documents_lib.decode(body, path))
-    for path in files
-    for body in (path.read_bytes(),)
+    (name, archive.read(name).decode("utf-8"))
+    for name in sorted(archive.namelist())
+    if name.partition("/")[0] in packages
   ]
-  named.sort()
-  origin = f"Python {sysconfig.get_python_version()} standard library"
   train, validation = _split_by_path(named, EMBEDDED_VALIDATION_PERCENT)
+  origin = "Python 3.11 standard library"
   return Source("embedded", origin, _fingerprint(named), train, validation)
+
+
+def _embedded_archive() -> bytes:
+  """The archive of the embedded corpus, checked."""
+  folder = importlib.resources.files("nl_jax.data")
+  path = folder / "embedded" / "corpus.zip"
+  content = path.read_bytes() if path.is_file() else b""
+  found = hashlib.sha256(content).hexdigest()
+  if found != EMBEDDED_SHA256:
+    what = f"has the SHA-256 {found[:12]}" if content else "is missing"
+    raise ValueError(
+      f"the embedded corpus {path} {what}, expected {EMBEDDED_SHA256[:12]}; "
+      "install nl_jax again, or set data.source=text and data.path"
+    )
+  return content
 
 
 def files(path: str, kind: str, text_key: str = "text") -> Source:

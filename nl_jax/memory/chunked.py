@@ -191,7 +191,7 @@ def walk(
   xs: Any,
   *,
   chunk: int,
-  save: int,
+  group: int,
   segment_ids: jax.Array | None = None,
   at_edge: bool = False,
   aligned: bool = False,
@@ -208,7 +208,7 @@ def walk(
     slow: tree of [H, a, b], what the chunk function reads of slow parameters.
     xs: tree of [B, T, H, d], or [B, T, H] for gates: [..., C, 1] in the body.
     chunk: C.
-    save: chunks between saved states of the XLA form.
+    group: chunks that the XLA form makes again together, see `kernels.walk`.
     segment_ids: int32 [B, T], 0 is padding; None continues `state.segment`.
     at_edge: the caller knows that every row stands at a chunk edge: spares the
       shift to each row's grid.
@@ -257,7 +257,7 @@ def walk(
     body, slow, jax.tree.map(lay, xs), places,
     state=walks.State(state.w, (state.s, state.carried)),
     anchor=None if at_edge else state.anchor,
-    save=save, name=name, chunk_free=chunk_free, spec=run.spec,
+    group=group, name=name, chunk_free=chunk_free, spec=run.spec,
     implementation=(
       "xla" if run.implementation == "reference" else run.implementation
     ),
@@ -361,7 +361,7 @@ def update(
 
   y, state, sums = walk(
     body, state, fixed, xs,
-    chunk=rule.chunk, save=rule.remat_group, segment_ids=segment_ids,
+    chunk=rule.chunk, group=rule.remat_group, segment_ids=segment_ids,
     at_edge=at_edge, aligned=aligned, chunk_free=chunk_free, run=run, name=name,
   )  # fmt: skip
   return y.reshape(B, T, H, -1), state, rules.metrics(sums)

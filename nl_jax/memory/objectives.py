@@ -1,8 +1,10 @@
 """Inner objectives of a memory: loss and output error (model.md 2.2).
 
-An objective maps (prediction M(k), target v), both [..., V], to the loss
-[...] and the error d loss / d M(k) [..., V]. The error is what a memory
-learns from; it is written out, since the outer loss differentiates through it.
+An objective maps (prediction M(k), target v), both [..., V], to terms [..., V]
+that add up to the loss and the error d loss / d M(k) [..., V]. The error is
+what a memory learns from; it is written out, since the outer loss
+differentiates through it. The loss is a metric: its terms are added up late,
+over tokens first.
 """
 
 from collections.abc import Callable
@@ -22,24 +24,24 @@ class Objective(NamedTuple):
   """An inner objective.
 
   Attributes:
-    loss: (prediction, target) -> loss, [..., V] -> [..., 1].
+    terms: (prediction, target) -> what adds up to the loss, [..., V].
     error: (prediction, target) -> d loss / d prediction, [..., V].
   """
 
-  loss: Callable[[jax.Array, jax.Array], jax.Array]
+  terms: Callable[[jax.Array, jax.Array], jax.Array]
   error: Callable[[jax.Array, jax.Array], jax.Array]
 
 
-def _dot_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return -jnp.sum(prediction * target, axis=-1, keepdims=True)
+def _dot_terms(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  return -prediction * target
 
 
 def _dot_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
   return -jnp.broadcast_to(target, prediction.shape)
 
 
-def _l2_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return 0.5 * jnp.sum(jnp.square(prediction - target), axis=-1, keepdims=True)
+def _l2_terms(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  return 0.5 * jnp.square(prediction - target)
 
 
 def _l2_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -52,8 +54,8 @@ def _huber(r: jax.Array) -> jax.Array:
   return jnp.where(jnp.abs(r) <= HUBER_WIDTH, inside, outside)
 
 
-def _huber_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return jnp.sum(_huber(prediction - target), axis=-1, keepdims=True)
+def _huber_terms(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  return _huber(prediction - target)
 
 
 def _huber_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -66,8 +68,9 @@ def _norm(r: jax.Array) -> jax.Array:
   return jnp.sqrt(size + 1e-12)
 
 
-def _huber_norm_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  return _huber(_norm(prediction - target))
+def _huber_norm_terms(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  whole = _huber(_norm(prediction - target))
+  return jnp.broadcast_to(whole / target.shape[-1], target.shape)
 
 
 def clip_norm(error: jax.Array, limit: float) -> jax.Array:
@@ -79,9 +82,8 @@ def _huber_norm_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
   return clip_norm(prediction - target, HUBER_WIDTH)
 
 
-def _lp_loss(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  power = jnp.abs(prediction - target) ** LP_POWER
-  return jnp.sum(power, axis=-1, keepdims=True)
+def _lp_terms(prediction: jax.Array, target: jax.Array) -> jax.Array:
+  return jnp.abs(prediction - target) ** LP_POWER
 
 
 def _lp_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
@@ -91,10 +93,10 @@ def _lp_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
 
 
 OBJECTIVES = {
-  "dot": Objective(_dot_loss, _dot_error),
-  "l2": Objective(_l2_loss, _l2_error),
-  "huber": Objective(_huber_loss, _huber_error),
-  "huber_norm": Objective(_huber_norm_loss, _huber_norm_error),
-  "lp": Objective(_lp_loss, _lp_error),
+  "dot": Objective(_dot_terms, _dot_error),
+  "l2": Objective(_l2_terms, _l2_error),
+  "huber": Objective(_huber_terms, _huber_error),
+  "huber_norm": Objective(_huber_norm_terms, _huber_norm_error),
+  "lp": Objective(_lp_terms, _lp_error),
 }
 dot, l2, huber, huber_norm, lp = OBJECTIVES.values()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax.kernels import rank_one
+from nl_jax.kernels import rank_one, walk
 from nl_jax.memory import mlp
 from nl_jax.memory import rule as rules
 
@@ -83,13 +83,13 @@ class _Pairs(NamedTuple):
     deltas: by input layer, [..., C, R b], the errors of all roles.
     hidden: [..., C, M] of each role; errors: [..., C, K] at the output layer
       of each role. Empty without an output layer.
-    losses: [..., C, 1] of each role.
+    terms: [..., C, K] of each role, which add up to its loss.
   """
 
   deltas: dict[str, jax.Array]
   hidden: list[jax.Array]
   errors: list[jax.Array]
-  losses: list[jax.Array]
+  terms: list[jax.Array]
 
 
 def lanes(x: jax.Array, i: int, of: int) -> jax.Array:
@@ -155,20 +155,20 @@ def pairs(
     hiddens.append([lanes(h, i, part.roles) for i in range(part.roles)])
     pulls.append(pull)
   outs = [_outputs(part, h) for part, h in zip(parts, hiddens)]
-  errors, losses = [], []
+  errors, terms = [], []
   for part, out, target in zip(parts, outs, targets):
     errors.append([])
-    losses.append([])
+    terms.append([])
     for y, goal in zip(out, target):
       back = None
       if part.architecture.finish is not None:
         y, back = jax.vjp(part.architecture.finish, y)
       y = k + y if part.residual else y
-      error, loss = rules.output_error(part.rule, y, goal)
+      error, term = rules.output_error(part.rule, y, goal)
       errors[-1].append(error if back is None else back(error)[0])
-      losses[-1].append(loss)
+      terms[-1].append(term)
   result = []
-  for part, h, pull, error, loss in zip(parts, hiddens, pulls, errors, losses):
+  for part, h, pull, error, term in zip(parts, hiddens, pulls, errors, terms):
     name, below, own = part.architecture.output, error, error
     if name is None:
       h, own = [], []
@@ -178,7 +178,7 @@ def pairs(
       ]
     deltas = pull(_concatenated(below))
     deltas = dict(zip(part.architecture.inputs, deltas))
-    result.append(_Pairs(deltas, h, own, loss))
+    result.append(_Pairs(deltas, h, own, term))
   return result
 
 
@@ -219,19 +219,21 @@ def by_chunk(
   learned = pairs(parts, k, targets)
   chunks, steps = {}, []
   for i, (part, pair) in enumerate(zip(parts, learned)):
-    own, squares = gates._replace(eta=part.rate * gates.eta), []
+    own, squares = gates._replace(eta=part.rate * gates.eta), 0.0
     for name, delta in pair.deltas.items():
       chunk = _chunk(part, tokens, own, name, k, delta, 0, part.roles)
       chunks[i, name, 0] = chunk
-      each = [lanes(delta, r, part.roles) for r in range(part.roles)]
-      squares.append([_square(chunk.write, k, x) for x in each])
+      sizes = _sizes(part, at.tile, delta)
+      squares += jnp.square(chunk.write) * _sizes(None, at.tile, k) * sizes
     name, last = part.architecture.output, []
     for r, (h, error) in enumerate(zip(pair.hidden, pair.errors)):
       chunk = _chunk(part, tokens, own, name, h, error, r, r + 1)
       chunks[i, name, r] = chunk
-      last.append(_square(chunk.write, h, error))
-    squares += [last] if last else []
-    steps.append(_mean([jnp.sqrt(sum(of)) for of in zip(*squares)]))
+      sizes = _sizes(None, at.tile, h) * _sizes(None, at.tile, error)
+      last.append(jnp.square(chunk.write) * sizes)
+    if last:
+      squares += _concatenated(last)
+    steps.append(rules.total(at, jnp.sqrt(squares)) / part.roles)
   solved = rank_one.recall(list(chunks.values()), parts[0].rule.erase_of)
   rows = dict(zip(chunks, solved))
 
@@ -300,10 +302,20 @@ def _after(
   return part.block._replace(w=w, s=s)
 
 
-def _square(write: jax.Array, u: jax.Array, delta: jax.Array) -> jax.Array:
-  """Squared norm of what each token writes, [..., C, 1]."""
-  square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return jnp.square(write) * square(u) * square(delta)
+def _sizes(part: Part | None, tile: walk.Tile, x: jax.Array) -> jax.Array:
+  """Squared norms of the rows of each role, [..., C, R b] to [..., C, R]."""
+  roles = 1 if part is None else part.roles
+  x, size = jnp.square(x), x.shape[-1] // roles
+  if roles == 1:
+    return jnp.sum(x, axis=-1, keepdims=True)
+  if not tile.fused:
+    return x.reshape(*x.shape[:-1], roles, size).sum(axis=-1)
+  # By the matrix unit: sums over lanes, one role after the other, are dear.
+  lane = jax.lax.broadcasted_iota(jnp.int32, (x.shape[-1], roles), 0)
+  role = jax.lax.broadcasted_iota(jnp.int32, (x.shape[-1], roles), 1)
+  begin = role * size
+  ones = jnp.where((lane >= begin) & (lane < begin + size), 1.0, 0.0)
+  return tile.mm(x, ones.reshape((1,) * (x.ndim - 2) + ones.shape))
 
 
 def _mean(xs: Sequence[jax.Array]) -> jax.Array:
@@ -324,9 +336,8 @@ def _sums(
     for r in range(part.roles)
   ]
   own = gates._replace(eta=part.rate * gates.eta)
-  return rules.metric_sums(
-    after.at, own, _mean(pair.losses), steps, _mean(sizes)
-  )
+  loss = _mean([rules.total(after.at, term) for term in pair.terms])
+  return rules.metric_sums(after.at, own, loss, steps, _mean(sizes))
 
 
 def by_token(

@@ -211,8 +211,9 @@ def pairs(
     rule: the objective, its clip and mean.
 
   Returns:
-    (u, delta, loss): dicts of [..., C, a] and [..., C, b] whose outer products
-    are the gradients of each token's loss, and that loss [..., C, 1].
+    (u, delta, terms): dicts of [..., C, a] and [..., C, b] whose outer products
+    are the gradients of each token's loss, and terms [..., C, V] that add up
+    to that loss.
   """
 
   def tapped(taps: Weights) -> tuple[jax.Array, Weights]:
@@ -231,21 +232,21 @@ def pairs(
 
   taps = jax.tree.map(zeros, dict(block.w))
   prediction, pull, inputs = jax.vjp(tapped, taps, has_aux=True)
-  error, loss = output_error(rule, prediction, target)
-  return inputs, pull(error)[0], loss
+  error, terms = output_error(rule, prediction, target)
+  return inputs, pull(error)[0], terms
 
 
 def output_error(
   rule: Rule, prediction: jax.Array, target: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """(error [..., C, V], loss [..., C, 1]) of what a memory predicts."""
+  """(error, terms of the loss), [..., C, V], of what a memory predicts."""
   objective = objectives.OBJECTIVES[rule.objective]
   error = objective.error(prediction, target)
   if rule.inner_mean:
     error = error / error.shape[-1]
   if rule.residual_clip:
     error = objectives.clip_norm(error, rule.residual_clip)
-  return error, objective.loss(prediction, target)
+  return error, objective.terms(prediction, target)
 
 
 def rates(
@@ -413,7 +414,7 @@ def write_and_read(
     laid = window.extend(block, k, target, gates.gamma, rule.omega)
     before, view = rule.omega - 1, window.widened(block, rule.omega)
     k, target = laid.k, laid.target
-  all_u, all_delta, loss = pairs(forward, view, k, target, rule)
+  all_u, all_delta, terms = pairs(forward, view, k, target, rule)
   own = lambda x: x[..., before:, :] if before else x
   layers, momenta, steps = {}, {}, 0.0
   for name, D in block.w.items():
@@ -457,9 +458,9 @@ def write_and_read(
   if rule.inner_muon == "chunk":
     after = muon.move(after, gates.eta)
   size = norm(after.absolute(name, D) for name, D in after.w.items())
-  loss = own(loss)
-  steps = jnp.sqrt(steps + jnp.zeros_like(loss))
-  return reads, after, metric_sums(at, gates, loss, steps, size)
+  steps = jnp.sqrt(steps + jnp.zeros_like(at.real))
+  sums = total(at, own(terms)), total(at, steps), size
+  return reads, after, metric_sums(at, gates, *sums)
 
 
 def _write_sizes(
@@ -472,13 +473,23 @@ def _write_sizes(
   return square(u) * square(delta)
 
 
+def _sum(x: jax.Array) -> jax.Array:
+  """Over the last two axes, [..., 1, 1]; a TPU adds rows much faster."""
+  rows = jnp.sum(x, axis=-2, keepdims=True)
+  return jnp.sum(rows, axis=-1, keepdims=True)
+
+
 def norm(weights: Iterable[jax.Array]) -> jax.Array:
   """Frobenius norm over all weights of a head, [..., 1, 1]."""
   total = 0.0
   for W in weights:
-    rows = jnp.sum(jnp.square(W), axis=-1, keepdims=True)
-    total = total + jnp.sum(rows, axis=-2, keepdims=True)
+    total = total + _sum(jnp.square(W))
   return jnp.sqrt(total)
+
+
+def total(at: walk.At, x: jax.Array) -> jax.Array:
+  """Over real tokens and the last axis: [..., C, n] to [..., 1, 1]."""
+  return _sum(x * at.real)
 
 
 def metric_sums(
@@ -493,21 +504,17 @@ def metric_sums(
   Args:
     at: the chunk.
     gates: columns [..., C, 1], or [..., C, K].
-    loss, steps: [..., C, 1].
-    size: [..., 1, 1], the norm of the weights after the chunk.
+    loss, steps: [..., 1, 1], over the chunk.
+    size: [..., 1, 1], the norm of the weights after it.
   """
-
-  def total(x: jax.Array) -> jax.Array:
-    x = x.mean(axis=-1, keepdims=True) if x.shape[-1] > 1 else x
-    return jnp.sum(x * at.real, axis=-2, keepdims=True)
-
-  count = total(jnp.ones_like(loss))
+  mean = lambda x: total(at, x) / x.shape[-1]
+  count = mean(jnp.ones_like(at.real))
   beta = 0 * count
   if gates.log_beta is not None:
-    beta = total(jnp.exp(gates.log_beta))
-  alpha = total(jnp.exp(gates.log_alpha))
-  sums = total(loss), total(steps), size * count, total(gates.eta), alpha, beta
-  return jnp.concatenate([*sums, count], axis=-1)
+    beta = mean(jnp.exp(gates.log_beta))
+  alpha = mean(jnp.exp(gates.log_alpha))
+  sums = loss, steps, size * count, mean(gates.eta), alpha, beta, count
+  return jnp.concatenate(sums, axis=-1)
 
 
 def metrics(sums: jax.Array) -> Metrics:

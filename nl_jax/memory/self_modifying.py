@@ -91,6 +91,8 @@ class Config:
       = sigmoid(. + alpha_bias).
     gen_input: "per_role", z^k and z^v from projections of their own, or
       "slice", head slices of the layer's input.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret"; read by the layer alone.
     generators: see `Generators`.
   """
 
@@ -122,6 +124,7 @@ class Config:
   eta_bias: float = 0.0
   alpha_bias: float = 4.0
   gen_input: str = "per_role"
+  walk: str = "auto"
   generators: Generators = Generators()
 
   def __post_init__(self):
@@ -523,7 +526,7 @@ def _one_walk(
   )
   out, after, sums = chunked.walk(
     functools.partial(_body, config, False), together, slow, xs,
-    chunk=config.chunk_memory, save=config.remat_group,
+    chunk=config.chunk_memory, group=config.remat_group,
     name=f"smt_{config.arch}", **grid,
   )  # fmt: skip
   split = {
@@ -555,7 +558,7 @@ def _first_pass(
   )
   out, after, sums = chunked.walk(
     functools.partial(_body, config, by_token), own, alone, xs,
-    chunk=config.chunk_gen, save=config.remat_group,
+    chunk=config.chunk_gen, group=config.remat_group,
     name=f"smt_{config.arch}_generators", **grid,
   )  # fmt: skip
   heads = xs[0]["q"].shape[:3]

@@ -59,7 +59,7 @@ def _write_and_read(
 ) -> tuple[jax.Array, rules.Weights, jax.Array]:
   """Reads [..., C, V], the deviations after a chunk, and `Metrics` sums."""
   at, ends, gates = block.at, {}, x["gates"]
-  inputs, errors, loss = rules.pairs(forward, block, x["k"], x["v"], rule)
+  inputs, errors, terms = rules.pairs(forward, block, x["k"], x["v"], rule)
   ids = None if at.ids is None else at.ids[..., 0, :].astype(jnp.int32) + 1
 
   def layer(name: str, z: jax.Array) -> jax.Array:
@@ -76,8 +76,9 @@ def _write_and_read(
   reads = forward(layer, x["q"])
   size = rules.norm(ends.values())
   w = {name: ends[name] - block.begin(name) for name in block.w}
-  steps = jnp.zeros_like(loss)
-  return reads, w, rules.metric_sums(at, gates, loss, steps, size)
+  loss = rules.total(at, terms)
+  sums = rules.metric_sums(at, gates, loss, 0 * loss, size)
+  return reads, w, sums
 
 
 @jax.named_scope("memory")
@@ -96,6 +97,7 @@ def update(
   at_edge: bool = False,
   aligned: bool = False,
   run: chunked.Run | None = None,
+  name: str = "simplex",
 ) -> tuple[jax.Array, chunked.MemoryState, rules.Metrics]:
   """Writes T tokens into a memory and reads it at each; by XLA.
 
@@ -109,7 +111,7 @@ def update(
     lag: columns are made to sum to 1 at the first token of a chunk alone, and
       the chunk runs at once; else at every token, one after the other.
     segment_ids, at_edge, aligned: as `chunked.walk`.
-    run: as `chunked.update`; there is no kernel.
+    run, name: as `chunked.update`; there is no kernel.
 
   Returns:
     (reads [B, T, H, V], state, metrics).
@@ -137,7 +139,7 @@ def update(
 
   y, state, sums = chunked.walk(
     body, state, start, {"q": q, "k": k, "v": v, "gates": gates},
-    chunk=rule.chunk, save=rule.remat_group, segment_ids=segment_ids,
-    at_edge=at_edge, aligned=aligned, run=chunked.Run("xla"), name="simplex",
+    chunk=rule.chunk, group=rule.remat_group, segment_ids=segment_ids,
+    at_edge=at_edge, aligned=aligned, run=chunked.Run("xla"), name=name,
   )  # fmt: skip
   return y.reshape(B, T, H, -1), state, rules.metrics(sums)

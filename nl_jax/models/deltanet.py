@@ -54,6 +54,8 @@ class Options:
     correction: start of D, of Comba alone.
     chunk: tokens that are computed at once; no part of the function.
     remat_group: chunks whose intermediates are recomputed together.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   value_dim: int = 0
@@ -62,8 +64,10 @@ class Options:
   correction: float = 0.0
   chunk: int = 64
   remat_group: int = 4
+  walk: str = "auto"
 
   def __post_init__(self):
+    layers.check_walk(self.walk)
     if self.value_dim < 0:
       raise ValueError(
         f"memory.value_dim must be 0 (the key width) or more, got "
@@ -199,7 +203,6 @@ def apply(
     None if fresh else state.convs,
     segment_ids,
   )
-  start = _start(model, state.memory.w["w"].dtype)
   q_BxTxHxK, k_BxTxHxK = layers.l2_norm(z["q"]), layers.l2_norm(z["k"])
   v_BxTxHxV, gate = z["v"], jax.nn.silu
   if _corrected(model):
@@ -208,7 +211,7 @@ def apply(
     )
     gate = jax.nn.sigmoid
   y_BxTxHxV, fast, metrics = linear.update(
-    start,
+    None,
     state.memory,
     q_BxTxHxK * model.head_dim**-0.5,
     k_BxTxHxK,
@@ -216,7 +219,9 @@ def apply(
     _gates(params, x_BxTxD, model),
     rule=model.memory.rule,
     segment_ids=segment_ids,
-    fresh=fresh,
+    at_edge=fresh,
+    chunk_free=True,
+    run=layers.run(model.memory.walk),
   )
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
   y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)

@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 Options = self_modifying.Config
-check = layers.check_heads
+
+
+def check(model: "lm.LanguageModel") -> None:
+  """Raises ValueError for heads that do not fill the width, or no such walk."""
+  layers.check_heads(model)
+  layers.check_walk(model.memory.walk)
 
 
 class HopeState(NamedTuple):
@@ -124,9 +129,9 @@ def apply(
     config=config,
     static_gates=_static_gates(params, x_BxTxD),
     segment_ids=segment_ids,
-    implementation="reference" if config.gate_shape == "channel" else None,
-    fresh=fresh,
+    at_edge=fresh,
     aligned=fresh,
+    run=layers.run(config.walk, by_token=config.gate_shape == "channel"),
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
   y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*heads[:2], -1)

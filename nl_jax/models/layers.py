@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import types
+from nl_jax import memory, sharding, types
 from nl_jax.kernels.rank_one import segments
 
 if TYPE_CHECKING:
@@ -42,6 +42,29 @@ def check_even(model: "lm.LanguageModel") -> None:
     raise ValueError(
       f"model.head_dim must be even for RoPE, got {model.head_dim}"
     )
+
+
+WALKS = ("auto", "xla", "pallas_tpu", "pallas_interpret")
+
+
+def check_walk(walk: str) -> None:
+  """Raises ValueError for a way to run a walk that there is not."""
+  if walk not in WALKS:
+    raise ValueError(
+      f"model.memory.walk must be one of {', '.join(WALKS)}; got {walk!r}"
+    )
+
+
+def run(walk: str, *, by_token: bool = False) -> memory.Run:
+  """How a mixer's walk over chunks runs (see `nl_jax.kernels.walk`).
+
+  Args:
+    walk: of `WALKS`; "auto": the kernels on a TPU where they can.
+    by_token: one token after the other, the definition.
+  """
+  implementation = None if walk == "auto" else walk
+  spec = sharding.spec("batch", "length", "heads")
+  return memory.Run("reference" if by_token else implementation, spec)
 
 
 def residual_std(layers: int) -> float:

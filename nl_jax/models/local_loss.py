@@ -217,7 +217,9 @@ def _learn(
     memory.Gates(eta_BxTx1, jnp.zeros_like(eta_BxTx1)),
     rule=rule(model, chunk),
     segment_ids=segment_ids,
-    fresh=fresh,
+    at_edge=fresh,
     aligned=fresh,
+    run=memory.Run("xla"),
+    name="local_loss",
   )
   return y[:, :, 0].astype(x_BxTxD.dtype), state, metrics

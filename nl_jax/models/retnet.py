@@ -38,12 +38,16 @@ class Options:
   Attributes:
     chunk: tokens that are computed at once.
     remat_group: chunks whose intermediates are recomputed together.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   chunk: int = 64
   remat_group: int = 4
+  walk: str = "auto"
 
   def __post_init__(self):
+    layers.check_walk(self.walk)
     self.rule  # noqa: B018  Checks both.
 
   @property
@@ -138,7 +142,7 @@ def apply(
   decay_H = log_retention(model.heads).astype(dtype)
   decay_BxTxH = jnp.broadcast_to(decay_H[None, None], k_BxTxHxK.shape[:3])
   y_BxTxHxV, fast, metrics = linear.update(
-    _start(model, dtype),
+    None,
     state.memory,
     q_BxTxHxK * model.head_dim**-0.5,
     k_BxTxHxK,
@@ -146,7 +150,9 @@ def apply(
     memory.Gates(jnp.ones_like(decay_BxTxH), decay_BxTxH),
     rule=model.memory.rule,
     segment_ids=segment_ids,
-    fresh=fresh,
+    at_edge=fresh,
+    chunk_free=True,
+    run=layers.run(model.memory.walk),
   )
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
   y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(batch, tokens, -1)

@@ -28,9 +28,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, sharding, types
+from nl_jax import card, types
 from nl_jax.kernels import general_delta_rule as ops
-from nl_jax.kernels import walk
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import cms, layers
 
@@ -55,8 +54,8 @@ class Options:
       w, a, v and g.
     chunk: tokens that are computed at once; no part of the function.
     remat_group: chunks whose intermediates are recomputed together.
-    walk: what runs the chunks, "xla", "pallas_tpu" or "pallas_interpret", see
-      `kernels.walk`; "": by platform.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   decay_rank: int = 64
@@ -65,7 +64,7 @@ class Options:
   gate_rank: int = 128
   chunk: int = 64
   remat_group: int = 4
-  walk: str = ""
+  walk: str = "auto"
 
   def __post_init__(self):
     names = [f"{name}_rank" for name in _RANKS] + ["chunk", "remat_group"]
@@ -80,11 +79,7 @@ class Options:
         f"memory.chunk of model.arch='rwkv7' must be at most {_MAX_CHUNK}, "
         f"beyond which decays leave float32; got {self.chunk}"
       )
-    if self.walk not in ("", *walk.IMPLEMENTATIONS):
-      raise ValueError(
-        f"memory.walk must be '', for by platform, or one of "
-        f"{', '.join(walk.IMPLEMENTATIONS)}; got {self.walk!r}"
-      )
+    layers.check_walk(self.walk)
 
 
 class RWKV7State(NamedTuple):
@@ -354,8 +349,7 @@ def _remember(
   y_BxTxHxK, S = ops.general_delta_rule(
     narrow(z["r"]), k_in, narrow(z["v"]), w, (kappa, write), S, begins,
     chunk=model.memory.chunk, remat_group=model.memory.remat_group,
-    implementation=model.memory.walk or None,
-    spec=sharding.spec("batch", "length", "heads"),
+    **layers.run(model.memory.walk)._asdict(),
   )  # fmt: skip
   y_BxTxD = _group_norm(y_BxTxHxK, params["norm"])
   bonus = vector("bonus").reshape(1, 1, model.heads, -1)

@@ -39,6 +39,8 @@ class Options(memory.Rule):
     value_norm: "none", or "l2": values of unit norm.
     eta_max, eta_bias, alpha_bias, beta_bias: eta = eta_max sigmoid(. +
       eta_bias), alpha = sigmoid(. + alpha_bias), beta likewise.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   dgd_scope: str = "none"
@@ -56,6 +58,7 @@ class Options(memory.Rule):
   eta_bias: float = 0.0
   alpha_bias: float = 4.0
   beta_bias: float = math.log(9.0)  # beta = 0.9 at the start.
+  walk: str = "auto"
 
   def __post_init__(self):
     super().__post_init__()
@@ -70,6 +73,7 @@ class Options(memory.Rule):
         )
     if self.eta_max <= 0:
       raise ValueError(f"memory.eta_max must be > 0, got {self.eta_max}")
+    layers.check_walk(self.walk)
 
   @property
   def forward(self) -> memory.rule.Forward:
@@ -222,6 +226,8 @@ def advance(
     segment_ids=segment_ids,
     at_edge=at_edge,
     aligned=at_edge,
+    run=layers.run(options.walk, by_token=options.loops),
+    name=f"titans_{options.arch}",
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
   y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)

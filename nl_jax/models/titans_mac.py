@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, memory, types
+from nl_jax.kernels import walk as kernels
+from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, titans, titans_hybrid
 
 if TYPE_CHECKING:
@@ -78,8 +80,8 @@ class SegmentState(NamedTuple):
   """What else goes from one segment to the next, all 0 before a document.
 
   Attributes:
-    anchor, s: of the memory, see `memory.MemoryState`; what that has as w is
-      the w of the walk over segments.
+    anchor, s, carried: of the memory, see `memory.MemoryState`; what that has
+      as w is the w of the walk over segments.
     convs: windows of the short convolutions of the memory.
     cache: see `Cache`.
     document_B: int32, the document of the last token; between calls 1, or 0
@@ -88,6 +90,7 @@ class SegmentState(NamedTuple):
 
   anchor: dict[str, types.Array]
   s: dict[str, types.Array]
+  carried: dict[str, types.Array]
   convs: dict[str, layers.ConvState]
   cache: Cache
   document_B: types.Array
@@ -99,7 +102,7 @@ class MACState(NamedTuple):
   Attributes:
     recall: the window of the recall's queries.
     segment: the walk over segments. anchor: the memory at the start of the
-      open one; w: now; s: a `SegmentState`.
+      open one; w: now; carried: a `SegmentState`.
   """
 
   recall: layers.ConvState
@@ -141,25 +144,44 @@ def apply(
   q, k, v = titans_hybrid.project(params["attention"], "qkv", x_BxTxD, model)
   places = memory.chunked.places(walk, segment_ids, tokens, options.segment)
   order = jnp.arange(tokens, dtype=jnp.int32)[None, :, None]
-  order = jnp.broadcast_to(order, (batch, tokens, 1))
+  document = jnp.ones_like(order)
+  if segment_ids is not None and not fresh:
+    # As the call counts them; from a fresh start a segment has one.
+    index = segments.running_index(segment_ids, walk.segment)
+    document = index[:, :, None] + 1
+  wide = lambda x: jnp.broadcast_to(x, (batch, tokens, model.heads))
   xs = layers.l2_norm(query["q"]), layers.rope(q, places)
-  xs += layers.rope(k, places), v, order
-  y, walk, metrics = memory.chunked.walk(
-    lambda block, xs: _segment(params, model, fresh, places[:, 0], block, *xs),
+  xs += layers.rope(k, places), v, wide(order), wide(document)
+  dtype = jax.tree.leaves(walk.w)[0].dtype
+
+  def body(start, now, xs, at):
+    if options.stop_grad_writes:
+      now = jax.lax.stop_gradient(now)
+    block = memory.rule.Block(start, now.w, *now.s, at)
+    own = [x.astype(x_BxTxD.dtype) for x in xs[1:4]]
+    count = [x[:, 0, :, 0].astype(jnp.int32) for x in xs[4:]]
+    y, w, carried, learned = _segment(
+      params, model, fresh, places[:, 0], block, xs[0], *own, *count
+    )
+    sums = jnp.stack(learned, axis=-1)[:, :, None]
+    return kernels.State(w, (now.s[0], carried)), y, sums
+
+  y, walk, sums = memory.chunked.walk(
+    body,
     walk,
-    lmm["memory"],
+    jax.tree.map(lambda w: w.astype(dtype), lmm["memory"]),
     xs,
-    rule=memory.Rule(
-      chunk=options.segment,
-      remat_group=1,
-      stop_grad_writes=options.stop_grad_writes,
-    ),
+    chunk=options.segment,
+    group=1,
     segment_ids=segment_ids,
-    fresh=fresh,
+    at_edge=fresh,
     aligned=fresh,
+    run=memory.Run("xla"),  # Attention stands in the chunk function.
+    name="mac_segments",
   )
-  walk = walk._replace(s=_renumbered(walk.s))
-  return y[:, :, 0], MACState(recall["q"], walk), {"memory": metrics}
+  walk = walk._replace(carried=_renumbered(walk.carried))
+  metrics = {"memory": memory.rule.metrics(sums)}
+  return y, MACState(recall["q"], walk), metrics
 
 
 def _renumbered(s: SegmentState) -> SegmentState:
@@ -188,6 +210,7 @@ def _segment(
   k: types.Array,
   v: types.Array,
   order: types.Array,
+  ids: types.Array,
 ) -> tuple[types.Array, Any, SegmentState, memory.Metrics]:
   """One segment, or one token of it; inputs [B,H,c,K], c = S or 1.
 
@@ -198,21 +221,19 @@ def _segment(
     block: memory and documents, see its type.
     recall: unit queries.
     q, k, v: of the tokens, rotated.
-    order: [B,1,c], the number of each token in the call.
+    order: int32 [B,c], the number of each token in the call.
+    ids: int32 [B,c], documents, 0 is padding.
 
   Returns:
     out [B,1,c,D], the memory, what else is carried, and its metrics.
   """
-  ids, s = block.mask[:, 0].astype(jnp.int32), block.s
-  if block.segment_ids is not None:
-    ids = block.segment_ids[:, 0]
-  real = ids != 0
+  s, real = block.carried, ids != 0
   size = ids.shape[1]
   # Tokens of the open segment in earlier calls: at the block's head those are
   # masked, unless it is a single token.
   seen_B = begin_B
   if size > 1:
-    ahead = jnp.arange(size, dtype=jnp.int32)[None] - order[:, 0]
+    ahead = jnp.arange(size, dtype=jnp.int32)[None] - order
     seen_B = jnp.max(jnp.where(real, jnp.maximum(ahead, 0), 0), axis=1)
   h = model.memory.forward(block.at_anchor, recall)
   h = layers.rms_norm(h, params["lmm"]["norm"]["scale"]).astype(q.dtype)
@@ -306,7 +327,7 @@ def _learn(
   Returns:
     m_BxcxD, the memory, what else is carried (the cache as it was), metrics.
   """
-  s, real = block.s, ids != 0
+  s, real = block.carried, ids != 0
   place = seen_B % model.memory.chunk
   # At the start of a document the walk has reset w and nothing else.
   first = jnp.argmax(real, axis=1)[:, None]
@@ -320,6 +341,7 @@ def _learn(
     ),
     block.w,
     s.s,
+    s.carried,
     place,
     jnp.where(s.document_B == 0, first, s.document_B),
   )
@@ -331,7 +353,9 @@ def _learn(
     params["lmm"], y, s.convs, fast, ids, model=model, at_edge=fresh
   )
   fast = after.memory
-  s = SegmentState(fast.anchor, fast.s, after.convs, s.cache, fast.segment)
+  s = SegmentState(
+    fast.anchor, fast.s, fast.carried, after.convs, s.cache, fast.segment
+  )
   m_BxcxD = turn(m_BxcxD, seen_B) if turns else m_BxcxD
   return m_BxcxD, fast.w, s, metrics["memory"]
 
@@ -350,11 +374,12 @@ def init_state(
   s = SegmentState(
     jax.tree.map(jnp.zeros_like, fast.w),
     fast.s,
+    fast.carried,
     lmm.convs,
     _empty_cache(model, batch_size, dtype),
     clock,
   )
-  segment = memory.MemoryState(fast.w, fast.w, s, clock, clock)
+  segment = memory.MemoryState(fast.w, fast.w, {}, s, clock, clock)
   return MACState(lmm.convs["q"], segment)
 
 

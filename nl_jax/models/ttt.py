@@ -9,11 +9,12 @@
 
 with eta = base_lr sigmoid(x w_lr + b_lr) / K and tok_t = max(0, learned_t +
 1/t), t = 1 ... C, a factor of the row t and not of the source s: it is `row`
-of the chunk algebra. Biases are the weights of a constant input; the layer norm
-inside the objective is a slow weight (model.md 6).
+of `memory.chunked.update`. Biases are the weights of a constant input; the
+layer norm inside the objective is a slow weight (model.md 6).
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -37,6 +38,8 @@ class Options:
     pre_conv: a convolution with residual stands before the mixer.
     remat_group: mini-batches whose intermediates are recomputed together.
     stop_grad_writes: the outer gradient does not pass earlier writes.
+    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   hidden: int = 0
@@ -47,8 +50,10 @@ class Options:
   pre_conv: bool = True
   remat_group: int = 4
   stop_grad_writes: bool = False
+  walk: str = "auto"
 
   def __post_init__(self):
+    layers.check_walk(self.walk)
     self.rule  # noqa: B018  Checks chunk and remat_group.
     if self.base_lr <= 0:
       raise ValueError(f"memory.base_lr must be > 0, got {self.base_lr}")
@@ -154,17 +159,18 @@ def _with_one(x: types.Array) -> types.Array:
   return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
 
 
-def forward(norm: types.Params, deep: bool) -> memory.rule.Forward:
-  """LN(f(z)), z [B,H,C,K]; norm: scale and bias [B,H,K]."""
+def forward(deep: bool) -> Callable[..., types.Array]:
+  """LN(f(z)), z [...,C,K]; slow: scale and bias [...,1,K]."""
 
-  def run(apply: memory.rule.Apply, z: types.Array) -> types.Array:
+  def run(
+    apply: memory.rule.Apply, z: types.Array, slow: types.Params
+  ) -> types.Array:
     if deep:
       y = jax.nn.gelu(apply("w_in", _with_one(z)))
       y = apply("w_out", _with_one(y))
     else:
       y = apply("w", _with_one(z))
-    scale, bias = norm["scale"][:, :, None], norm["bias"][:, :, None]
-    return layers.layer_norm(y, scale, bias)
+    return layers.layer_norm(y, slow["scale"], slow["bias"])
 
   return run
 
@@ -247,9 +253,9 @@ def apply(
     y = y.astype(layers.at_least_float32(y.dtype))
     made[name] = layers.rope(y, places_BxT)
   v_BxTxHxK = layers.dense(x_BxTxD, params["w_v"]).reshape(heads)
-  affine = memory.chunked.by_row(params["memory_norm"], heads[0])
+  affine = {n: g[:, None] for n, g in params["memory_norm"].items()}
   y_BxTxHxK, fast, metrics = memory.chunked.update(
-    forward(affine, _deep(model)),
+    forward(_deep(model)),
     _start(params),
     state.memory,
     made["q"],
@@ -257,10 +263,13 @@ def apply(
     v_BxTxHxK - made["k"],
     _gates(params, x_BxTxD, model),
     rule=options.rule,
+    slow=affine,
     segment_ids=segment_ids,
-    fresh=fresh,
+    at_edge=fresh,
     aligned=fresh,
     row=_token_rates(params),
+    run=layers.run(options.walk),
+    name=model.arch,
   )
   y_BxTxHK = (made["q"] + y_BxTxHxK).reshape(x_BxTxD.shape)
   scale, bias = (params["norm"][n][None, None] for n in ("scale", "bias"))

@@ -18,7 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
-from nl_jax import sharding
+from nl_jax import formats, sharding
 from nl_jax.train import files, reading, seal
 
 _ITEMS = ("state", "data", "meta")
@@ -49,6 +49,10 @@ class StepMismatchError(ValueError):
 
 class LeavesMismatchError(ValueError):
   """A checkpoint of another model or optimizer."""
+
+
+# What is whole, and all the same cannot be gone on from.
+_OTHERS = (LeavesMismatchError, formats.FormatError)
 
 
 def _readable(record: std_logging.LogRecord) -> bool:
@@ -162,7 +166,11 @@ class Checkpoints:
       StepMismatchError: there is a checkpoint of this step or a later one.
       StorageError: this one or the last one cannot be written.
     """
-    about = {"leaves": describe_leaves(state), seal.SUMS: seal.sums(state)}
+    about = {
+      "format": files.FORMAT,
+      "leaves": describe_leaves(state),
+      seal.SUMS: seal.sums(state),
+    }
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       data=ocp.args.JsonSave(data),
@@ -206,13 +214,14 @@ class Checkpoints:
 
     Raises:
       LeavesMismatchError: the checkpoint is of another model or optimizer.
+      FormatError: it is of a format that this version does not read.
       ValueError: there are checkpoints and none can be read.
     """
     damaged: dict[int, Exception] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         restored = self._read(step, like)
-      except LeavesMismatchError:
+      except _OTHERS:
         raise
       except reading.DAMAGE as error:
         damaged[step] = error
@@ -246,7 +255,7 @@ class Checkpoints:
     with reading.reader(handler) as reader:
       # Read first: a mismatch must not look like damage.
       args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      meta = seal.open_(reader.restore(place, args=args).meta)
+      meta = _open(place, reader.restore(place, args=args).meta)
       _check_leaves(step, meta["leaves"], describe_leaves(like))
       args = ocp.args.Composite(
         state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
@@ -386,6 +395,8 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
     raise _no_checkpoint(workdir)
   try:
     saved = _meta(pathlib.Path(workdir), step)["leaves"]
+  except _OTHERS:
+    raise
   except reading.DAMAGE:
     return  # An older one may be whole: reading finds it.
   expected = describe_leaves(like)
@@ -401,7 +412,14 @@ def _meta(workdir: pathlib.Path, step: int) -> dict[str, Any]:
   """The item `meta` of a checkpoint, read without a manager."""
   place = workdir / files.CHECKPOINTS / str(step)
   text = (place / "meta" / "metadata").read_text(encoding="utf-8")
-  return seal.open_(json.loads(text))
+  return _open(place, json.loads(text))
+
+
+def _open(place: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
+  """The values of `meta`, whole and of a format that is read."""
+  values = seal.open_(meta)
+  files.check_format(place, "a checkpoint", values)
+  return values
 
 
 def _no_checkpoint(workdir: str) -> ValueError:
@@ -449,7 +467,7 @@ def load_params(
   for candidate in candidates:
     try:
       return _read_params(folder, candidate, like), candidate
-    except LeavesMismatchError:
+    except _OTHERS:
       raise
     except reading.DAMAGE as e:
       logging.warning(

@@ -8,8 +8,10 @@ import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nl_jax import formats
 from nl_jax.train import environment
 
+FORMAT = 1  # Of config.json and of a checkpoint's meta; both say it.
 CONFIG = "config.json"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
@@ -20,6 +22,7 @@ FREE = (
   "checkpoint",
   "eval",
   "mesh",
+  "model.memory.walk",
   "train.eval_every",
   "train.log_every",
   "train.max_skipped",
@@ -100,11 +103,23 @@ def read_json(path: pathlib.Path) -> Any:
     ) from error
 
 
+def check_format(path: pathlib.Path, what: str, about: Mapping) -> None:
+  """Raises FormatError for a part of a run that this version cannot read.
+
+  Args:
+    path: of the part.
+    what: it is, as "a checkpoint".
+    about: where it says its format; runs of before there was one say nothing.
+  """
+  found = about.get("format", 1)
+  formats.check(path, what, found, FORMAT, "train again in another --workdir")
+
+
 def read_about(workdir: pathlib.Path) -> dict[str, Any]:
   """The config and fingerprint that a run left in its workdir.
 
   Raises:
-    ValueError: its config file is no run's.
+    ValueError: its config file is no run's, or of an unknown format.
   """
   path = workdir / CONFIG
   about = read_json(path)
@@ -113,6 +128,7 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
       f"{path} is not the {CONFIG} of a run; give another --workdir or move "
       "it away"
     )
+  check_format(path, "a run", about)
   return about
 
 
@@ -154,7 +170,7 @@ def claim(
     _check_same(workdir, before, about, allow_config_change)
     if before["config"] == config:
       return
-  write_json(path, {**about, **environment.describe()})
+  write_json(path, {"format": FORMAT, **about, **environment.describe()})
 
 
 def _check_same(

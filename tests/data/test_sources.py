@@ -1,10 +1,13 @@
 """Sources: what is read, what is held out, what is refused."""
 
 import hashlib
+import io
 import pathlib
+import zipfile
 
 import pytest
 
+from experiments import _embedded
 from nl_jax.data import sources
 
 
@@ -23,10 +26,41 @@ def test_embedded_is_python_source_of_useful_size():
   assert 0.05 < sizes[1] / sum(sizes) < 0.10
   assert not set(source.train) & set(d for d in source.validation if d)
   assert any("def " in document for document in source.validation)
-  assert source.fingerprint == sources.embedded().fingerprint
 
 
-def test_embedded_leaves_tests_out_and_sorts_by_path(tmp_path):
+def test_embedded_is_the_same_under_every_python():
+  source = sources.embedded()
+  # A literal: all figures of docs/results.md are of this text.
+  assert source.fingerprint == (
+    "f4e5f01c6325afcbd53cce521686118b7917277147175568e0979e623faca472"
+  )
+  assert [len(source.documents(split)) for split in sources.SPLITS] == [189, 16]
+
+
+def test_embedded_packages_are_parts_of_it():
+  whole, parts = sources.embedded(), []
+  for package in sources.EMBEDDED_PACKAGES:
+    own = sources.embedded(packages=(package,))
+    parts += own.train + own.validation
+  assert sorted(parts) == sorted(whole.train + whole.validation)
+  with pytest.raises(ValueError, match="no package 'jason'. Did you mean 'jso"):
+    sources.embedded(packages=("json", "jason"))
+
+
+def test_another_archive_is_refused(tmp_path, monkeypatch):
+  folder = tmp_path / "embedded"
+  folder.mkdir()
+  monkeypatch.setattr(
+    sources.importlib.resources, "files", lambda name: tmp_path
+  )
+  with pytest.raises(ValueError, match="is missing, expected 6e1ec9b3ddf2"):
+    sources.embedded()
+  (folder / "corpus.zip").write_bytes(b"no archive")
+  with pytest.raises(ValueError, match="expected 6e1e.*install nl_jax again"):
+    sources.embedded()
+
+
+def test_the_packed_library_has_no_tests_and_is_sorted(tmp_path):
   root = _write(
     tmp_path,
     {
@@ -38,15 +72,11 @@ def test_embedded_leaves_tests_out_and_sorts_by_path(tmp_path):
       "q/m.py": "m",
     },
   )
-  source = sources.embedded(root, ("q", "p"))
-  held_out = source.validation
-  assert [d for d in "azm" if d in source.train] == list(source.train)
-  assert sorted(source.train + held_out) == ["a", "m", "z"]
-
-
-def test_embedded_names_the_missing_package(tmp_path):
-  with pytest.raises(FileNotFoundError, match="'nothere'.*data.source=text"):
-    sources.embedded(str(tmp_path), ("nothere",))
+  content = _embedded.pack(pathlib.Path(root), ("q", "p"))
+  archive = zipfile.ZipFile(io.BytesIO(content))
+  assert archive.namelist() == ["p/a.py", "p/z.py", "q/m.py"]
+  assert archive.read("q/m.py") == b"m"
+  assert content == _embedded.pack(pathlib.Path(root), ("p", "q"))
 
 
 def test_split_is_the_documented_hash_of_the_path():

@@ -37,6 +37,10 @@ def make_files(folder: pathlib.Path) -> None:
   )
   (folder / "strange").mkdir()
   (folder / "strange" / "metrics.jsonl").write_text("")
+  (folder / "later").mkdir()
+  (folder / "later" / "config.json").write_text(
+    '{"format": 2, "config": {}, "fingerprint": ""}'
+  )
 
 
 @pytest.fixture(scope="module")

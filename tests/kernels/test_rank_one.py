@@ -191,9 +191,13 @@ def test_two_calls_equal_one():
     whole = run(args, gates, extra, **options)
     tokens = {name: args[name] for name in ("U", "Delta", "Q")}
     first = dict(args, **{k: v[:, :, :3] for k, v in tokens.items()})
-    y1, W, S = run(first, jax.tree.map(lambda g: g[..., :3, :], gates), extra, **options)
+    y1, W, S = run(
+      first, jax.tree.map(lambda g: g[..., :3, :], gates), extra, **options
+    )
     rest = dict(args, **{k: v[:, :, 3:] for k, v in tokens.items()}, W=W, S=S)
-    y2, W, S = run(rest, jax.tree.map(lambda g: g[..., 3:, :], gates), extra, **options)
+    y2, W, S = run(
+      rest, jax.tree.map(lambda g: g[..., 3:, :], gates), extra, **options
+    )
   close((jnp.concatenate([y1, y2], 2), W, S), whole)
 
 

@@ -1,19 +1,19 @@
 """The walk by XLA and by interpreted kernels, against a loop over tokens."""
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
 from nl_jax.kernels import walk
-from nl_jax.kernels.walk import pallas, products
+from nl_jax.kernels.walk import api, blocks, pallas, products
 from tests.kernels import walk_bodies as bodies
 
 C = 8
@@ -232,6 +232,29 @@ def test_xla_has_a_second_derivative_and_works_under_vmap():
     close(jax.tree.map(lambda x: x[1], got), numeric, 1e-6)
 
 
+def test_xla_carries_whatever_a_memory_keeps():
+  """Counts and caches of a row, set to 0 with it; outputs of one head."""
+  _, slow, xs, places, state = call("linear")
+
+  def body(slow, state, x, at):
+    seen = state.s["seen"] + at.real[:, 0, :, 0].sum(-1).astype(jnp.int32)
+    y = x["q"].mean(1, keepdims=True) + state.s["cache"][:, None]
+    return state._replace(s=dict(seen=seen, cache=y[:, 0])), y, None
+
+  s = dict(seen=jnp.zeros((2,), jnp.int32), cache=jnp.zeros((2, C, 16)))
+
+  def run(xs):
+    ys, end, *_ = walk.walk(
+      body, slow, xs, places, state=state._replace(s=s), implementation="xla"
+    )
+    return ys.sum(), (ys, end.s)
+
+  grads, (ys, s) = jax.grad(run, has_aux=True)(xs)
+  assert ys.shape == (2, 6 * C, 16) and grads["q"].any()
+  np.testing.assert_array_equal(s["seen"], [37, 32])
+  assert s["cache"].shape == (2, C, 16)
+
+
 def test_a_kernel_differentiated_twice_says_so():
   body, slow, xs, places, state = call("linear", N=1, H=1)
 
@@ -271,22 +294,44 @@ def test_eight_devices_are_one():
     assert name not in text
 
 
-def test_steps_do_not_race():
+def races(run):
+  """Whether steps of the kernels of run(how to interpret) race; its value."""
   from jax._src.pallas.mosaic.interpret import interpret_pallas_call as found
 
-  body, slow, xs, places, state = call("linear", N=4, H=4, K=64, B=2)
-  how = pallas.How(
-    body, products.Tile(fused=True), C, 2, 2, "walk", 2**26,
-    pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2),
-  )  # fmt: skip
+  how = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+  value = jax.block_until_ready(run(how))
+  return found.races.races_found, value
 
-  def loss(slow, xs, state):
-    return weigh(pallas.walk(how, slow, xs, places, state))
 
-  got = jax.jit(jax.grad(loss, (0, 1, 2)))(slow, xs, state)
-  assert not found.races.races_found
-  how = dataclasses.replace(how, interpret=True)
-  close(got, jax.jit(jax.grad(loss, (0, 1, 2)))(slow, xs, state), 1e-5)
+def test_steps_do_not_race():
+  body, slow, xs, places, state = call("linear", N=2, H=4, K=64)
+  tile = products.Tile(fused=True)
+
+  def run(interpret):
+    how = blocks.How(body, tile, C, 2, 1, "walk", 2**26, interpret)
+    loss = lambda *args: weigh(pallas.walk(how, *args[:2], places, args[2]))
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(slow, xs, state)
+
+  raced, got = races(run)
+  assert not raced
+  close(got, run(True), 1e-5)
+
+
+def test_races_would_be_found():
+  def kernel(ref):
+    ref[...] = jnp.full((8, 128), pl.program_id(0), jnp.float32)
+
+  def run(interpret):
+    return pl.pallas_call(
+      kernel,
+      grid=(2,),
+      out_specs=pl.BlockSpec((8, 128), lambda i: (0, 0)),
+      out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+      compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
+      interpret=interpret,
+    )()
+
+  assert races(run)[0]
 
 
 @pytest.mark.parametrize(
@@ -304,3 +349,123 @@ def test_a_remat_policy_spares_the_second_walk(names, times):
   text = str(jax.make_jaxpr(jax.grad(jax.checkpoint(loss, policy=keep)))(slow))
   assert text.count("name=walk_fwd") == times
   assert text.count("name=walk_bwd") == 1
+
+
+@pytest.mark.parametrize(
+  ("change", "reason"),
+  [
+    (dict(anchor={}), "inside a chunk"),
+    (dict(ids=jnp.zeros((2, 6, C), jnp.int32)), "pack documents"),
+    (dict(chunk=1), "single token"),
+    (dict(chunk=12), "8, 16, 32, 64 or 128 tokens, got 12"),
+    (dict(chunk=256), "got 256"),
+    (dict(slow=jnp.bfloat16), "float32 slow, got bfloat16"),
+    (dict(window=jnp.zeros((2, 7, 16))), r"\[B, H, a, b\] with H=4"),
+    (dict(heads=3), "cannot take 3 of 4 heads.*possible are 4"),
+    (dict(implementation="pallas_tpu"), "needs a TPU, got the platform 'cpu'"),
+  ],
+)
+def test_what_a_kernel_does_not_take_is_said(change, reason):
+  body, slow, xs, places, state = call("linear")
+  chunk = change.pop("chunk", C)
+  fit = lambda x: jnp.resize(x, (2, 6 * chunk, x.shape[-1]))
+  xs = jax.tree.map(fit, xs)
+  places = places._replace(
+    real=jnp.ones((2, 6, chunk), bool), ids=change.pop("ids", None)
+  )
+  slow = cast(slow, change.pop("slow", jnp.float32))
+  if (window := change.pop("window", None)) is not None:
+    state.s["window"] = window
+  how = dict(implementation="pallas_interpret") | change
+  with pytest.raises(ValueError, match=reason) as error:
+    walk.walk(body, slow, xs, places, state=state, **how)
+  assert str(error.value).startswith("walk cannot run as pallas_")
+
+
+@pytest.mark.parametrize(
+  ("how", "reason"),
+  [
+    (dict(implementation="cuda"), "no implementation 'cuda'; there are xla,"),
+    (dict(policy="exact"), "no policy 'exact'; there are f32, lean"),
+    (dict(xs=dict(q=jnp.zeros((2, 47, 64)))), r"got the shape \(2, 47, 64\)"),
+    (dict(xs=dict(q=jnp.zeros((2, 48, 63)))), r"H\*d\] with B=2, N=6, C=8"),
+  ],
+)
+def test_a_call_that_fits_nothing_is_said(how, reason):
+  body, slow, xs, places, state = call("linear")
+  how = dict(xs=xs) | how
+  with pytest.raises(ValueError, match=reason):
+    walk.walk(body, slow, places=places, state=state, **how)
+
+
+def seen(implementation, dtype=jnp.float32, **how):
+  """(tile, leading axes, type of inputs) that the chunk function sees."""
+  _, slow, xs, places, state = call("linear", K=64)
+  found = []
+
+  def body(slow, state, x, at):
+    found.append((at.tile, x["q"].shape[:-2], x["q"].dtype, at.real.shape))
+    return bodies.linear(slow, state, x, at)
+
+  jax.eval_shape(
+    lambda *args: walk.walk(
+      body, slow, cast(xs, dtype), places, state=state,
+      implementation=implementation, **how
+    )
+  )  # fmt: skip
+  return found[-1]
+
+
+def test_the_chunk_function_sees_where_it_is():
+  tile, lead, dtype, real = seen("xla")
+  assert tile == products.Tile(products.F32) and lead == (2, 4)
+  assert (dtype, real) == (jnp.float32, (2, 4, C, 1))
+  tile, lead, dtype, real = seen("pallas_interpret", jnp.bfloat16)
+  assert tile == products.Tile(products.LEAN, fused=True, pack=4)
+  assert (lead, dtype, real) == ((4,), jnp.float32, (4, C, 1))
+  assert seen("pallas_interpret", heads=2)[0].pack == 2
+  assert seen("xla", policy="lean")[0].policy is products.LEAN
+
+
+def test_a_row_of_the_table_of_tiles_is_heads_and_save(monkeypatch):
+  row = dict(chip="v5e", name="walk", C=C, K=64, M=64, heads=2, save=3)
+  monkeypatch.setattr(api, "_tiles", lambda: [row | {"C": 16}, row])
+  assert seen("pallas_interpret")[1] == (2,)
+  monkeypatch.setattr(api, "_tiles", lambda: [row | {"name": "other"}])
+  assert seen("pallas_interpret")[1] == (4,)
+
+
+def test_a_step_that_does_not_fit_in_vmem_is_said():
+  body, slow, xs, places, state = call("mlp", N=1, H=2)
+
+  def grown(x, *axes):
+    shape = [
+      n * (128 if i - x.ndim in axes else 1) for i, n in enumerate(x.shape)
+    ]
+    return jax.ShapeDtypeStruct(shape, x.dtype)
+
+  slow, state = jax.tree.map(lambda x: grown(x, -2, -1), (slow, state))
+  xs = {k: grown(x, *() if k == "la" else (-1,)) for k, x in xs.items()}
+
+  def run(slow, xs, places, state):
+    return walk.walk(
+      body, slow, xs, places, state=state, implementation="pallas_interpret"
+    )
+
+  with pytest.raises(ValueError, match=r"of 1 heads needs about \d+ MiB"):
+    jax.eval_shape(run, slow, xs, places, state)
+
+
+def test_a_chunk_function_that_makes_another_state_is_said():
+  body, slow, xs, places, state = call("linear")
+  run = lambda body: walk.walk(
+    body, slow, xs, places, state=state, implementation="pallas_interpret"
+  )
+  grow = lambda slow, state, x, at: (
+    state._replace(s={"s": x["q"]}), x["q"], None
+  )  # fmt: skip
+  with pytest.raises(ValueError, match="from the state .* makes"):
+    run(grow)
+  mean = lambda slow, state, x, at: (state, x["q"].mean(0), None)
+  with pytest.raises(ValueError, match=r"outputs .* are \[4, 8, d\]"):
+    run(mean)

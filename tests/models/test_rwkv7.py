@@ -200,7 +200,7 @@ def test_the_walk_is_the_one_that_is_named(monkeypatch):
     return jnp.zeros(v.shape), jnp.zeros((*v.shape[:1], 2, 6, 6))
 
   monkeypatch.setattr(ops, "general_delta_rule", rule)
-  for name in ("", "pallas_interpret"):
+  for name in ("auto", "pallas_interpret"):
     model = small(memory=rwkv7.Options(walk=name, **RANKS))
     params = jax.eval_shape(model.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
@@ -236,7 +236,7 @@ def test_switches_that_cannot_be_are_refused():
     rwkv7.Options(chunk=128)
   with pytest.raises(ValueError, match="memory.gate_rank must be an integer"):
     rwkv7.Options(gate_rank=0)
-  with pytest.raises(ValueError, match="memory.walk must be '', for by platf"):
+  with pytest.raises(ValueError, match="memory.walk must be one of auto, xla"):
     rwkv7.Options(walk="reference")
   with pytest.raises(ValueError, match="has no model.memory.value_dim"):
     lm.options("rwkv7", dict(value_dim=4))

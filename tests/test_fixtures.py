@@ -1,0 +1,183 @@
+"""What earlier versions wrote still loads and goes on: `tests.fixtures`."""
+
+import json
+import pathlib
+import shutil
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import _setup
+from nl_jax import data, formats, stream
+from nl_jax.data import preparation as preparation_lib
+from nl_jax.data import prepared, tokenizers
+from nl_jax.train import checkpoint, files, loop, seal
+from tests.fixtures import make
+from tests.laws.models import MODELS
+
+FOLDER = pathlib.Path(make.__file__).parent
+NUMBERS = json.loads((FOLDER / "numbers.json").read_text("utf-8"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """The folder of all runs, unpacked; not to be changed."""
+  folder = tmp_path_factory.mktemp("runs")
+  for name in make.RUNS:
+    with tarfile.open(FOLDER / f"{name}.tar.xz") as packed:
+      packed.extractall(folder, filter="data")
+  return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+  """A copy of one run, to go on with or to change."""
+  return pathlib.Path(shutil.copytree(runs / "hope_linear", tmp_path / "run"))
+
+
+def config_of(workdir):
+  return _setup.from_plain(checkpoint.read_config(str(workdir)))
+
+
+def go_on(workdir):
+  config = config_of(workdir)
+  net = _setup.model(config)
+  dataset = _setup.dataset(config, net)
+  return loop.train(
+    model=net,
+    optimizer=_setup.make_optimizer(config, net),
+    data=dataset.train,
+    batch_size=config.data.batch_size,
+    sequence_length=config.data.sequence_length,
+    workdir=str(workdir),
+    config=_setup.plain(config),
+    settings=_setup.settings(config),
+    fingerprint=dataset.fingerprint,
+    mesh=_setup.mesh(config, jax.devices()[:1]),
+  )
+
+
+def test_a_run_goes_on(run):
+  assert "format" not in files.read_json(run / "config.json")  # Read as 1.
+  done = go_on(run)
+  assert done.step == make.STEPS == make.KEPT + 1
+  np.testing.assert_allclose(
+    done.metrics["train/loss"], NUMBERS["hope_linear"]["loss"], atol=1e-4
+  )
+
+
+@pytest.mark.parametrize("name", make.RUNS)
+def test_a_memory_is_read(runs, name):
+  net = _setup.model(config_of(runs / name))
+  params, step = checkpoint.load_params(str(runs / name), net)
+  reader, manifest = stream.go_on(net, params, FOLDER / f"{name}.memory")
+  assert step == make.KEPT and manifest["tokens_seen"] == [len(make.TEXT)]
+  # One piece, over the ends of chunks and of a segment.
+  ids = tokenizers.Bytes().encode(make.NEXT)[:16]
+  # What a leaf of the state says counts for 9e-4 at least.
+  np.testing.assert_allclose(
+    reader.score(ids[None])[0], NUMBERS[name]["nats"][:16], atol=1e-4
+  )
+  (drawn,) = reader.sample(1, vocab_size=259, temperature=0)
+  assert drawn == np.argmax(reader.logits[0, :259])
+
+
+def test_prepared_rows_are_read():
+  folder = FOLDER / "prepared"
+  manifest = prepared.read_manifest(str(folder))
+  for split, rows in NUMBERS["prepared"].items():
+    table = prepared.Table(folder, split, manifest)
+    taken = table.take(np.arange(len(table)))
+    for key, values in rows.items():
+      np.testing.assert_array_equal(taken[key], values)
+  loaded = data.load(
+    source="prepared", path=str(folder), text_key="text", tokenizer="bytes",
+    sequence_length=32, batch_size=2, seed=0, alignment=8, vocab_size=264,
+  )  # fmt: skip
+  assert (
+    next(loaded.train)["inputs"].tolist()[0]
+    in (NUMBERS["prepared"]["train"]["inputs"])
+  )
+
+
+SENTENCE = (
+  r" is a {} of format 2, and this version of nl_jax reads format 1; update "
+  "nl_jax, or {}"
+)
+
+
+def refused(what, otherwise):
+  return pytest.raises(
+    formats.FormatError, match=SENTENCE.format(what, otherwise)
+  )
+
+
+def test_an_unknown_memory_is_refused(tmp_path):
+  from safetensors import flax as safetensors
+
+  source, path = FOLDER / "hope.memory", tmp_path / "new.memory"
+  manifest = stream.read_manifest(source) | {"format": 2}
+  leaves = safetensors.load(source.read_bytes())
+  path.write_bytes(safetensors.save(leaves, {"nl_jax": json.dumps(manifest)}))
+  with refused("memory", "read the text again"):
+    stream.read_manifest(path)
+  before = path.read_bytes()
+  net = MODELS["transformer"]()
+  params = net.init(jax.random.key(0))
+  with refused("memory", "read the text again"):
+    stream.save_memory(path, net, params, net.init_state(params, 1))
+  assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "plan.json"])
+def test_unknown_prepared_rows_are_refused(tmp_path, name):
+  folder = pathlib.Path(shutil.copytree(FOLDER / "prepared", tmp_path / "new"))
+  path = folder / name
+  about = json.loads(path.read_text("utf-8")) | {"format": 2}
+  path.write_text(json.dumps(about))
+  with refused(name.split(".")[0], "prepare the corpus again"):
+    if name == "manifest.json":
+      prepared.read_manifest(str(folder))
+    else:
+      preparation_lib.open_folder(folder, about | {"format": 1})
+
+
+def test_an_unknown_run_is_refused(run):
+  files.write_json(
+    run / "config.json", files.read_json(run / "config.json") | {"format": 2}
+  )
+  before = (run / "config.json").read_bytes()
+  for read in (
+    lambda: checkpoint.read_config(str(run)),
+    lambda: files.claim(run, {}, "", allow_config_change=True),
+  ):
+    with refused("run", "train again in another --workdir"):
+      read()
+  assert (run / "config.json").read_bytes() == before
+
+
+def test_an_unknown_checkpoint_is_refused_and_not_moved_aside(run):
+  path = run / "checkpoints" / str(make.KEPT) / "meta" / "metadata"
+  meta = seal.open_(json.loads(path.read_text("utf-8"))) | {"format": 2}
+  path.write_text(json.dumps(seal.close(meta)))
+  net = _setup.model(config_of(run))
+  for read in (
+    lambda: go_on(run),
+    lambda: checkpoint.load_params(str(run), net),
+    lambda: checkpoint.check_origin(str(run), {}, params_only=True),
+  ):
+    with refused("checkpoint", "train again in another --workdir"):
+      read()
+  assert path.exists() and not (run / "damaged").exists()
+
+
+def test_what_is_written_says_its_format(tmp_path):
+  files.claim(tmp_path, {"a": 1}, "f")
+  assert files.read_json(tmp_path / "config.json")["format"] == files.FORMAT
+  state = {"step": np.int32(3)}
+  with checkpoint.Checkpoints(tmp_path) as saver:
+    saver.save(3, state, {}, {})
+    saver.wait()
+    assert saver.restore(jax.eval_shape(lambda: state)).meta["format"] == 1
