@@ -21,6 +21,7 @@ def samba(size: str, arg: str) -> ConfigDict:
       chunk=shape.chunk,  # Tokens Mamba computes at once; changes no number.
       # Of attention to a whole text: xla, pallas_tpu; auto: by the platform.
       implementation="auto",
+      walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )
   return _common.baseline("samba", size, shape, memory)

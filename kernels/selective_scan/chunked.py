@@ -122,7 +122,7 @@ def selective_scan(
   xs = dict(dt=dt, u=u, B=each(B), C=each(C))
   y, after, _, _ = walks.walk(
     body, lay(A), jax.tree.map(lambda x: jnp.pad(x, [*rest, (0, 0)]), xs),
-    places, state=walks.State(lay(state), ()), save=1, chunk_free=True,
+    places, state=walks.State(lay(state), ()), group=1, chunk_free=True,
     # A single token is no work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
     spec=spec, name="selective_scan",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import sharding, types
+from nl_jax import types
 from nl_jax.kernels import selective_scan as ops
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers
@@ -90,7 +90,7 @@ def apply(
   segment_ids: types.Array | None,
   *,
   chunk: int,
-  walk: str = "",
+  walk: str = "auto",
 ) -> tuple[types.Array, MambaState]:
   """Mixes the tokens of one layer.
 
@@ -100,7 +100,7 @@ def apply(
     state: to go on from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     chunk: tokens whose states are there at once; changes no number.
-    walk: what runs the chunks, see `kernels.walk`; "": by platform.
+    walk: what runs the chunks, of `layers.WALKS`.
 
   Returns:
     y_BxTxD and the state after the call.
@@ -128,8 +128,7 @@ def apply(
   A_IxN = -jnp.exp(params["A_log"].astype(wide))
   y_BxTxI, h_BxIxN = ops.selective_scan(
     dt_BxTxI, x_BxTxI, B_BxTxN.astype(wide), C_BxTxN.astype(wide), A_IxN,
-    state.h_BxIxN, begins_BxT, chunk=chunk, implementation=walk or None,
-    spec=sharding.spec("batch", "length", "heads"),
+    state.h_BxIxN, begins_BxT, chunk=chunk, **layers.run(walk)._asdict(),
   )  # fmt: skip
   y_BxTxI = y_BxTxI + _vector(params["D_skip"], wide) * x_BxTxI.astype(wide)
   gate = jax.nn.silu(layers.dense(x_BxTxD, params["w_z"]))

@@ -58,6 +58,11 @@ class Options(titans.Options):
       raise ValueError(
         f"memory.rank must be an integer >= 1, got {self.rank!r}"
       )
+    if self.walk not in ("auto", "xla"):
+      raise ValueError(
+        "memory.walk of model.arch='memora' must be 'auto' or 'xla', for no "
+        f"kernel keeps weights on a simplex; got {self.walk!r}"
+      )
     if type(self.lag) is not bool:
       raise ValueError(f"memory.lag must be True or False, got {self.lag!r}")
 

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, types
-from nl_jax.kernels import walk
 from nl_jax.models import attention, cms, layers, mamba, softmax
 
 if TYPE_CHECKING:
@@ -34,23 +33,19 @@ class Options:
     state_dim: N, numbers that Mamba holds a channel.
     chunk: tokens whose states are there at once; changes no number.
     implementation: of attention without a cache, see `attention.Options`.
-    walk: what runs the chunks of Mamba, "xla", "pallas_tpu" or
-      "pallas_interpret", see `kernels.walk`; "": by platform.
+    walk: what runs Mamba's walk over chunks: "auto", "xla", "pallas_tpu",
+      "pallas_interpret".
   """
 
   window: int = 2048
   state_dim: int = 16
   chunk: int = 64
   implementation: str = "auto"
-  walk: str = ""
+  walk: str = "auto"
 
   def __post_init__(self):
     softmax.check_implementation(self.implementation)
-    if self.walk not in ("", *walk.IMPLEMENTATIONS):
-      raise ValueError(
-        f"model.memory.walk must be '', for by platform, or one of "
-        f"{', '.join(walk.IMPLEMENTATIONS)}; got {self.walk!r}"
-      )
+    layers.check_walk(self.walk)
     for name, least in (("window", 2), ("state_dim", 1), ("chunk", 1)):
       value = getattr(self, name)
       if type(value) is not int or value < least:

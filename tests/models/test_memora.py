@@ -113,6 +113,7 @@ def test_every_parameter_has_a_place_on_the_mesh():
   (dict(arch="mlp"), "must be 'mlp_ln', got 'mlp'"),
   (dict(omega=2), "use model.arch='titans_lmm'"),
   (dict(rank=0), "memory.rank must be an integer >= 1"),
+  (dict(walk="pallas_tpu"), "memory.walk of model.arch='memora' must be"),
   (dict(lag=1), "memory.lag must be True or False, got 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):

@@ -192,5 +192,5 @@ def test_switches_that_cannot_be_are_refused(name, value):
 
 
 def test_the_walk_is_one_that_there_is():
-  with pytest.raises(ValueError, match="model.memory.walk must be '', for by"):
+  with pytest.raises(ValueError, match="model.memory.walk must be one of auto"):
     samba.Options(walk="reference")
