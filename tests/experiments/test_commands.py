@@ -15,7 +15,6 @@ pytestmark = pytest.mark.xdist_group("commands")  # One worker trains the runs.
 
 def run(command, *args, cwd=ROOT):
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-  env.pop("XLA_FLAGS", None)
   env["JAX_COMPILATION_CACHE_DIR"] = env["NL_TEST_CACHE"]
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{command}", *args],
