@@ -28,6 +28,8 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ["NL_TEST_CACHE"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+# Tracing makes much that lives on: Python need not look through it so often.
+gc.set_threshold(50_000, 20, 100)
 
 
 def pytest_runtest_teardown(

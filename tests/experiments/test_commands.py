@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from tests.experiments import forked
+
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("commands")  # One worker trains the runs.
 
@@ -94,23 +96,19 @@ def test_another_runs_workdir_is_refused(workdir):
 
 def test_sample_prints_text_from_the_last_checkpoint(workdir):
   folder, _, _ = workdir
-  args = [f"--workdir={folder}", "--prompt=def ", "--tokens=20"]
-  first = run("sample", *args)
+  args = ["sample", f"--workdir={folder}", "--prompt=def ", "--tokens=20"]
+  first, again, empty, nowhere, nothing = forked.run([
+    args, args, ["sample", f"--workdir={folder}", "--tokens=3"],
+    ["sample", "--workdir=nowhere"], ["sample"],
+  ], folder.parent)  # fmt: skip
   assert first.returncode == 0, first.stderr
   assert first.stdout.startswith("def ") and len(first.stdout) > 5
-  assert run("sample", *args).stdout == first.stdout
-  empty = run("sample", f"--workdir={folder}", "--tokens=3")
+  assert again.stdout == first.stdout
   assert empty.returncode == 0, empty.stderr
-
-
-@pytest.mark.parametrize("args,sentence", [
-  (["--workdir=nowhere"], "no folder nowhere"),
-  ([], "--workdir is required"),
-])  # fmt: skip
-def test_sample_answers_mistakes(args, sentence):
-  got = run("sample", *args)
-  assert got.returncode == 1
-  assert sentence in got.stderr and "Traceback" not in got.stderr
+  for got in (nowhere, nothing):
+    assert got.returncode == 1 and "Traceback" not in got.stderr
+  assert "no folder nowhere" in nowhere.stderr
+  assert "--workdir is required" in nothing.stderr
 
 
 def test_describe_prints_the_card_and_makes_nothing(tmp_path):
