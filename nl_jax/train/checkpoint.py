@@ -65,22 +65,22 @@ def _readable(record: std_logging.LogRecord) -> bool:
 
 
 def _hush() -> None:
-  """Keeps the traces of abandoned reads and writes off stderr, for good.
+  """Keeps the traces of abandoned writes off stderr, for good.
 
-  When one array of a checkpoint fails, orbax closes its event loop: the others
+  When one array cannot be written, orbax closes its event loop: the others
   then fail to report to it, each with a traceback, even after it was closed.
   """
   logging.get_absl_logger().addFilter(_readable)
   std_logging.getLogger("asyncio").addFilter(_readable)
   before = sys.unraisablehook
-  if getattr(before, "hushes_late_reads", False):
+  if getattr(before, "hushes_late_writes", False):
     return
 
   def hook(unraisable: Any) -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
       before(unraisable)
 
-  hook.hushes_late_reads = True
+  hook.hushes_late_writes = True
   sys.unraisablehook = hook
 
 
@@ -237,30 +237,27 @@ class Checkpoints:
     return None
 
   def _read(self, step: int, like: Any) -> Restored:
-    meta, items = reading.agreed(lambda: self._read_items(step, like))
-    if int(items.state["step"]) != step:
+    read = lambda: self._read_items(step, like)
+    meta, state, data = reading.agreed(read)
+    if int(state["step"]) != step:
       raise StepMismatchError(
         f"the checkpoint of step {step} holds a state of step "
-        f"{int(items.state['step'])}"
+        f"{int(state['step'])}"
       )
-    seal.check_sums(items.state, meta)
-    if items.data != meta.get("data", items.data):
+    seal.check_sums(state, meta)
+    if data != meta.get("data", data):
       raise seal.BrokenSealError("its place in the data is not what was saved")
-    return Restored(step, items.state, items.data, meta)
+    return Restored(step, state, data, meta)
 
-  def _read_items(self, step: int, like: Any) -> tuple[dict[str, Any], Any]:
-    """`meta`, and the other items; no process waits for another."""
-    place = self._folder / str(step)
-    handler = ocp.CompositeCheckpointHandler()
-    with reading.reader(handler) as reader:
-      # Read first: a mismatch must not look like damage.
-      args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-      meta = _open(place, reader.restore(place, args=args).meta)
-      _check_leaves(step, meta["leaves"], describe_leaves(like))
-      args = ocp.args.Composite(
-        state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore()
-      )
-      return meta, reader.restore(place, args=args)
+  def _read_items(
+    self, step: int, like: Any
+  ) -> tuple[dict[str, Any], Any, Any]:
+    """`meta`, the state and the place in the data."""
+    # Read first: a mismatch must not look like damage.
+    meta = _meta(self._folder, step)
+    _check_leaves(step, meta["leaves"], describe_leaves(like))
+    state = reading.arrays(self._folder / str(step) / "state", like)
+    return meta, state, _json(self._folder, step, "data")
 
   def _set_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
     """Moves unreadable steps away: orbax takes no step before its latest."""
@@ -394,7 +391,8 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
   if step is None:
     raise _no_checkpoint(workdir)
   try:
-    saved = _meta(pathlib.Path(workdir), step)["leaves"]
+    folder = pathlib.Path(workdir) / files.CHECKPOINTS
+    saved = _meta(folder, step)["leaves"]
   except _OTHERS:
     raise
   except reading.DAMAGE:
@@ -408,18 +406,17 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
   _check_leaves(step, saved, expected)
 
 
-def _meta(workdir: pathlib.Path, step: int) -> dict[str, Any]:
-  """The item `meta` of a checkpoint, read without a manager."""
-  place = workdir / files.CHECKPOINTS / str(step)
-  text = (place / "meta" / "metadata").read_text(encoding="utf-8")
-  return _open(place, json.loads(text))
-
-
-def _open(place: pathlib.Path, meta: Mapping[str, Any]) -> dict[str, Any]:
-  """The values of `meta`, whole and of a format that is read."""
-  values = seal.open_(meta)
-  files.check_format(place, "a checkpoint", values)
+def _meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
+  """The item `meta` of a checkpoint, whole and of a format that is read."""
+  values = seal.open_(_json(folder, step, "meta"))
+  files.check_format(folder / str(step), "a checkpoint", values)
   return values
+
+
+def _json(folder: pathlib.Path, step: int, item: str) -> Any:
+  """The JSON values of an item of a checkpoint, read without a manager."""
+  path = folder / str(step) / item / "metadata"
+  return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _no_checkpoint(workdir: str) -> ValueError:
@@ -495,21 +492,14 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
-  place = folder / files.CHECKPOINTS / str(step)
+  folder = folder / files.CHECKPOINTS
   item = {"params": like}
 
   def read() -> tuple[dict[str, Any], Any]:
     meta = _meta(folder, step)
     saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
     _check_leaves(step, saved, describe_leaves(item))
-    handler = ocp.PyTreeCheckpointHandler()
-    with reading.reader(handler) as reader:
-      args = ocp.args.PyTreeRestore(
-        item=item,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(item),
-        partial_restore=True,
-      )
-      return meta, reader.restore(place / "state", args=args)
+    return meta, reading.arrays(folder / str(step) / "state", item)
 
   meta, restored = reading.agreed(read)
   seal.check_sums(restored, meta)

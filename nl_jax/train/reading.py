@@ -5,11 +5,12 @@ damaged that one process alone reads, it would go on to an older checkpoint and
 the others would not.
 """
 
+import asyncio
 import contextlib
 import pathlib
 import time
-from collections.abc import Callable, Iterator
-from typing import TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -25,15 +26,59 @@ _TOKEN = "token"
 _PATIENCE = 10.0  # Seconds.
 
 
-def reader(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
-  """A checkpointer that waits for no other process; it only reads."""
+class _ToTheEnd(ocp.type_handlers.ArrayHandler):
+  """Where one array cannot be read, ends the reading of the others first.
+
+  Orbax closes its event loop at the first error. Reads still under way would
+  then report to a loop that is closed, and their coroutines raise once more
+  when they are collected as garbage, each with a traceback on stderr.
+  """
+
+  async def deserialize(
+    self,
+    infos: Sequence[ocp.type_handlers.ParamInfo],
+    args: Sequence[ocp.RestoreArgs] | None = None,
+  ) -> Sequence[jax.Array]:
+    before = asyncio.all_tasks()
+    try:
+      return await super().deserialize(infos, args)
+    finally:
+      # Held by no name: an error keeps the names here, and tasks arrays.
+      await asyncio.gather(
+        *(asyncio.all_tasks() - before), return_exceptions=True
+      )
+
+
+def arrays(folder: pathlib.Path, like: Any) -> Any:
+  """Reads arrays, of one item of a checkpoint; waits for no other process.
+
+  Args:
+    folder: of the item.
+    like: which of its arrays: a tree of `jax.ShapeDtypeStruct`, whose shardings
+      are those of the result.
+
+  Raises:
+    Exception: one of `DAMAGE`, or one of no type that is caused by it.
+  """
   here = jax.process_index()
   options = ocp.options.MultiprocessingOptions(
     primary_host=here,
     active_processes={here},
     barrier_sync_key_prefix=f"reader_{here}",
   )
-  return ocp.Checkpointer(handler, multiprocessing_options=options)
+  handler = ocp.PyTreeCheckpointHandler(
+    type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+      (jax.Array, _ToTheEnd())
+    ),
+    multiprocessing_options=options,
+  )
+  args = ocp.args.PyTreeRestore(
+    item=like,
+    restore_args=ocp.checkpoint_utils.construct_restore_args(like),
+    partial_restore=True,
+  )
+  with ocp.Checkpointer(handler, multiprocessing_options=options) as reader:
+    return reader.restore(folder, args=args)
 
 
 def agreed(read: Callable[[], T]) -> T:

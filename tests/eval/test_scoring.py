@@ -222,7 +222,7 @@ def test_two_hosts_score_as_one():
     subprocess.Popen(
       [sys.executable, "-m", "tests.eval.host", str(port), str(i)],
       cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+      env={**os.environ, "JAX_PLATFORMS": "cpu"},
     )
     for i in range(2)
   ]  # fmt: skip

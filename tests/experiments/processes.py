@@ -109,7 +109,7 @@ def serve() -> Iterator[Server]:
   process = subprocess.Popen(
     [sys.executable, "-W", "ignore", "-m", "tests.experiments.processes"],
     cwd=ROOT, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
   try:
     yield Server(process)

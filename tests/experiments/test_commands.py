@@ -9,13 +9,14 @@ import sys
 
 import pytest
 
+from tests.experiments import forked
+
 ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.xdist_group("commands")  # One worker trains the runs.
 
 
 def run(command, *args, cwd=ROOT):
   env = dict(os.environ, JAX_PLATFORMS="cpu", PYTHONPATH=str(ROOT))
-  env.pop("XLA_FLAGS", None)
   env["JAX_COMPILATION_CACHE_DIR"] = env["NL_TEST_CACHE"]
   return subprocess.run(
     [sys.executable, "-m", f"experiments.{command}", *args],
@@ -74,86 +75,108 @@ def test_every_measured_name_is_in_the_guide(workdir):
     assert f"`{general}`" in guide, name
 
 
-def test_the_same_command_again_changes_nothing(workdir):
-  folder, args, _ = workdir
-  before = (folder / "metrics.jsonl").read_bytes()
-  again = run("lm", *args)
-  assert again.returncode == 0, again.stderr
-  assert "going on from step 8 in" in again.stderr
-  assert (folder / "metrics.jsonl").read_bytes() == before
+def contents(folder):
+  """What is in a run's folder, and its metrics."""
+  names = sorted(p.name for p in folder.iterdir())
+  return names, (folder / "metrics.jsonl").read_bytes()
 
 
-def test_another_runs_workdir_is_refused(workdir):
+@pytest.fixture(scope="module")
+def later(workdir):
+  """Commands after the training, and what was in the folder before them."""
   folder, args, _ = workdir
-  before = sorted(p.name for p in folder.iterdir())
-  other = run("lm", *args, "--config.model.layers=1")
+  before = contents(folder)
+  sample = ["sample", f"--workdir={folder}"]
+  said = [*sample, "--prompt=def ", "--tokens=20"]
+  asked = {
+    "again": ["lm", *args],
+    "other": ["lm", *args, "--config.model.layers=1"],
+    "sampled": said, "sampled again": said,
+    "empty": [*sample, "--tokens=3"],
+    "nowhere": ["sample", "--workdir=nowhere"], "nothing": ["sample"],
+  }  # fmt: skip
+  done = forked.run(list(asked.values()), folder.parent)
+  return before, dict(zip(asked, done))
+
+
+def test_the_same_command_again_changes_nothing(workdir, later):
+  before, done = later
+  assert done["again"].returncode == 0, done["again"].stderr
+  assert "going on from step 8 in" in done["again"].stderr
+  assert contents(workdir[0]) == before
+
+
+def test_another_runs_workdir_is_refused(workdir, later):
+  before, done = later
+  other = done["other"]
   assert other.returncode == 1
   assert "model.layers: 2 -> 1" in other.stderr
   assert "Traceback" not in other.stderr
-  assert sorted(p.name for p in folder.iterdir()) == before
+  assert contents(workdir[0]) == before
 
 
-def test_sample_prints_text_from_the_last_checkpoint(workdir):
-  folder, _, _ = workdir
-  args = [f"--workdir={folder}", "--prompt=def ", "--tokens=20"]
-  first = run("sample", *args)
+def test_sample_prints_text_from_the_last_checkpoint(later):
+  _, done = later
+  first = done["sampled"]
   assert first.returncode == 0, first.stderr
   assert first.stdout.startswith("def ") and len(first.stdout) > 5
-  assert run("sample", *args).stdout == first.stdout
-  empty = run("sample", f"--workdir={folder}", "--tokens=3")
-  assert empty.returncode == 0, empty.stderr
+  assert done["sampled again"].stdout == first.stdout
+  assert done["empty"].returncode == 0, done["empty"].stderr
 
 
-@pytest.mark.parametrize("args,sentence", [
-  (["--workdir=nowhere"], "no folder nowhere"),
-  ([], "--workdir is required"),
+@pytest.mark.parametrize("name,sentence", [
+  ("nowhere", "no folder nowhere"), ("nothing", "--workdir is required"),
 ])  # fmt: skip
-def test_sample_answers_mistakes(args, sentence):
-  got = run("sample", *args)
+def test_sample_answers_mistakes(later, name, sentence):
+  got = later[1][name]
   assert got.returncode == 1
   assert sentence in got.stderr and "Traceback" not in got.stderr
 
 
-def test_describe_prints_the_card_and_makes_nothing(tmp_path):
-  got = run("lm", "--config=hope_1b3", "--describe", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+  """A folder with a stranger's file, and commands that train nothing there."""
+  folder = tmp_path_factory.mktemp("untrained")
+  (folder / "sample.txt").write_text("precious")
+  asked = [
+    ["lm", "--config=hope_1b3", "--describe"],
+    ["lm", "--config=hope_tinny", "--workdir=run"],
+    ["lm", "--config=hope_tiny:smoke", "--config.model.heads=3",
+     "--workdir=run"],
+    ["lm", "--config=hope_tiny:smoke", "--config.data.source=text",
+     "--config.data.path=missing.txt", "--workdir=run"],
+    ["lm", "--config=hope_tiny:smoke", "--workdir=."],
+    ["bench", "--suite=memory"],
+  ]  # fmt: skip
+  return folder, forked.run(asked, folder)
+
+
+def test_they_make_nothing(untrained):
+  folder, _ = untrained
+  assert [p.name for p in folder.iterdir()] == ["sample.txt"]
+  assert (folder / "sample.txt").read_text() == "precious"
+
+
+def test_describe_prints_the_card(untrained):
+  got = untrained[1][0]
   assert got.returncode == 0, got.stderr
   assert "total: 1,312,134,912 parameters" in got.stdout
   assert "self-modifying Titans" in got.stdout
-  assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("args,sentence", [
-  (["--config=hope_tinny"], "Did you mean"),
-  (["--config=hope_tiny:smoke", "--config.model.heads=3"], "model.heads"),
-  (["--config=hope_tiny:smoke", "--config.data.source=text",
-    "--config.data.path=missing.txt"], "missing.txt"),
+@pytest.mark.parametrize("number,sentence", [
+  (1, "Did you mean"), (2, "model.heads"), (3, "missing.txt"),
+  (4, "sample.txt but no run"), (5, "unknown suite 'memory'"),
 ])  # fmt: skip
-def test_lm_answers_mistakes(args, sentence, tmp_path):
-  got = run("lm", *args, f"--workdir={tmp_path / 'run'}")
+def test_mistakes_are_answered(untrained, number, sentence):
+  got = untrained[1][number]
   assert got.returncode == 1
   assert sentence in got.stderr and "Traceback" not in got.stderr
-  assert not (tmp_path / "run").exists()
-
-
-def test_a_strangers_sample_is_not_written_over(tmp_path):
-  stranger = tmp_path / "sample.txt"
-  stranger.write_text("precious")
-  got = run("lm", "--config=hope_tiny:smoke", f"--workdir={tmp_path}")
-  assert got.returncode == 1
-  assert "sample.txt but no run" in got.stderr
-  assert "Traceback" not in got.stderr
-  assert [p.name for p in tmp_path.iterdir()] == ["sample.txt"]
-  assert stranger.read_text() == "precious"
 
 
 def test_list_configs_prints_names():
   got = run("lm", "--list_configs")
   assert got.returncode == 0 and "hope_1b3" in got.stdout.split()
-
-
-def test_bench_answers_an_unknown_suite():
-  got = run("bench", "--suite=memory")
-  assert got.returncode == 1 and "unknown suite 'memory'" in got.stderr
 
 
 SWALLOWED = """

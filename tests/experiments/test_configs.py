@@ -47,10 +47,11 @@ def test_every_model_has_every_size():
   }
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("arg", ["", ":smoke"])
-def test_a_config_builds_and_its_count_is_the_formula(name, arg):
-  config = _setup.resolve(_flags.load_config(name + arg))
+@pytest.mark.parametrize(
+  "name", NAMES + [f"{arch}_tiny:smoke" for arch in ARCHS]
+)
+def test_a_config_builds_and_its_count_is_the_formula(name):
+  config = _setup.resolve(_flags.load_config(name))
   net = _setup.model(config)
   _setup.make_optimizer(config, net)
   _setup.settings(config)
@@ -61,6 +62,13 @@ def test_a_config_builds_and_its_count_is_the_formula(name, arg):
   logits, _, _ = jax.eval_shape(net.apply, params, tokens)
   assert logits.shape == (*tokens.shape, net.vocab_size)
   assert _setup.from_plain(_setup.plain(config)) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_test_size_is_one(name):
+  arch = name.rpartition("_")[0]
+  tiny = _flags.load_config(f"{arch}_tiny:smoke")
+  assert _flags.load_config(f"{name}:smoke") == tiny
 
 
 @pytest.mark.parametrize("size", ["tiny", "340m", "760m", "1b3"])

@@ -34,7 +34,7 @@ def command(*args):
   return subprocess.run(
     [sys.executable, "-m", "experiments.faults", *map(str, args)],
     capture_output=True, text=True, cwd=ROOT, timeout=600,
-    env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+    env={**os.environ, "JAX_PLATFORMS": "cpu"},
   )  # fmt: skip
 
 

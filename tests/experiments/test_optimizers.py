@@ -17,7 +17,6 @@ _ROOT = pathlib.Path(__file__).parents[2]
 
 def _command(*args):
   env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(_ROOT)}
-  env.pop("XLA_FLAGS", None)
   return subprocess.run(
     [sys.executable, "-m", "experiments.optimizers", *args],
     capture_output=True,

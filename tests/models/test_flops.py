@@ -19,7 +19,6 @@ from nl_jax.memory import linear, mlp
 from nl_jax.models import flops, incontext, lm, mamba
 
 _TINY = [n for n in _flags.config_names() if n.endswith("_tiny")]
-NAMES = [n + arg for n in _TINY for arg in ("", ":smoke")]
 # The gradient of hope_incontext takes half a minute to trace.
 TRAINED = [n for n in _TINY if n != "hope_incontext_tiny"]
 
@@ -180,16 +179,22 @@ def simpler(base):
   return more + 2 * K * M + 2 * K
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_forward_is_the_products_of_the_program(name):
-  net, tokens = model_of(name)
-  counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
-  wanted = flops.forward(net, tokens).total
+def check_forward(net, tokens):
+  """(FLOPs of a token, found to be the formula's; the sum of all logits)."""
+  loss = lambda p, x: jnp.sum(net.apply(p, x)[0])
+  counted, wanted = traced(loss, net, tokens), flops.forward(net, tokens).total
   if isinstance(net, incontext.InContextModel):
     wanted += in_context(net, tokens)
   else:
     wanted += net.units * of_mixer(net, tokens)
   assert counted == pytest.approx(wanted, rel=1e-12)
+  return counted, loss
+
+
+# At the other size: those that are trained, below.
+@pytest.mark.parametrize("name", [*_TINY, "hope_incontext_tiny:smoke"])
+def test_forward_is_the_products_of_the_program(name):
+  check_forward(*model_of(name))
 
 
 @pytest.mark.parametrize("name,change", [
@@ -224,8 +229,7 @@ def test_the_compiled_program_of_attention_makes_just_that():
 def test_training_is_at_most_three_times_the_forward_pass(name):
   """Less where a factor is no parameter, as the learned metric of `dot`."""
   net, tokens = model_of(name + ":smoke")
-  loss = lambda p, x: jnp.sum(net.apply(p, x)[0])
-  forward = traced(loss, net, tokens)
+  forward, loss = check_forward(net, tokens)
   assert 2.8 < traced(jax.grad(loss), net, tokens) / forward <= 3
   assert flops.training(net, tokens) == 3 * flops.forward(net, tokens).total
 

@@ -188,7 +188,7 @@ def test_it_is_the_loop(name):
     for b in range(2):
       same = by_hand(net, params, tokens[b], learn[b])
       np.testing.assert_allclose(made[b], same, atol=1e-11)
-    still = apply(net.base, plain(params), tokens)[0]
+    still = apply(net, params, tokens, learn=np.zeros(tokens.shape))[0]
     assert np.abs(made - still)[:, net.options.chunks[0] :].max() > 1e-3
 
 
@@ -241,13 +241,14 @@ def test_dgd_erases_what_each_kernel_reads():
 
 def test_without_rate_or_updates_it_is_the_plain_chain():
   net, tokens = model(fast_layers=1), draw(2, 31)
-  params = generic(net)
+  params, learn = generic(net), np.ones(tokens.shape)
   still = apply(net.base, plain(params), tokens)[0]
   rates = params["in_context"]["log_rate"]
   no_rate = {**params, "in_context": {"log_rate": np.full_like(rates, -np.inf)}}
-  made = apply(net, no_rate, tokens)[0]
+  made = apply(net, no_rate, tokens, learn=learn)[0]
   np.testing.assert_allclose(made, still, atol=2e-6)
-  grads = jax.grad(lambda p: apply(net, p, tokens)[0].sum())(no_rate)
+  loss = lambda p: apply(net, p, tokens, learn=learn)[0].sum()
+  grads = jax.grad(loss)(no_rate)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
   slow = model(net.base, chunks=(40, 80), fast_layers=1)
   params["in_context"]["log_rate"] = np.zeros(2)
@@ -268,15 +269,16 @@ def test_nested_with_slow_levels_beyond_the_text_is_sequential():
 
 def test_what_is_not_to_be_learned_is_not():
   """With learn 0 nothing is written; a target with weight 0 leaves no trace."""
-  net, tokens = model(fast_layers=1), draw(1, 31)
+  net, tokens = model(fast_layers=1), draw(2, 31)
   params = generic(net)
-  nothing = apply(net, params, tokens, learn=np.zeros_like(tokens))[0]
+  nothing = apply(net, params, tokens, learn=np.zeros(tokens.shape))[0]
   still = apply(net.base, plain(params), tokens)[0]
   np.testing.assert_allclose(nothing, still, atol=2e-6)
 
   def gradient(params):
-    logits = apply(net, params, tokens, learn=np.arange(31)[None] > 11)[0]
-    return logits[0, 20:].std()
+    learn = np.tile(np.arange(31) > 11, (2, 1)).astype(float)
+    logits = apply(net, params, tokens, learn=learn)[0]
+    return logits[:, 20:].std()
 
   grads = jax.grad(gradient)(params)
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
@@ -288,9 +290,9 @@ def test_rows_that_ended_early_go_on_as_if_alone():
   lengths = (3, 8, 13, 26)
   with jax.enable_x64(True):
     params = generic(net)
-    whole = apply(net, params, tokens)[0]
-    ids = (np.arange(26)[None] < np.array(lengths)[:, None]).astype(np.int32)
-    logits, state, _ = apply(net, params, tokens[:, :26] * ids, segment_ids=ids)
+    whole = apply(net, params, tokens, segment_ids=np.ones_like(tokens))[0]
+    ids = (np.arange(40)[None] < np.array(lengths)[:, None]).astype(np.int32)
+    logits, state, _ = apply(net, params, tokens * ids, segment_ids=ids)
     step = lambda x, state: apply(net, params, x, state)[:2]
     for b, n in enumerate(lengths):
       np.testing.assert_allclose(logits[b, :n], whole[b, :n], atol=1e-11)
@@ -310,10 +312,12 @@ def test_documents_begin_with_fresh_weights():
     packed = apply(net, params, tokens[:1] * (ids > 0), segment_ids=ids)[0]
     call = net.init_state(params, 1, 36)
     later, _, _ = apply(net, params, tokens[:1], call, segment_ids=ids)
-    for a, b in ((0, 12), (12, 19), (24, 36)):
-      alone = apply(net, params, tokens[:1, a:b])[0]
-      np.testing.assert_allclose(packed[:, a:b], alone, atol=1e-11)
-      np.testing.assert_allclose(later[:, a:b], alone, atol=1e-11)
+    rows = tokens[0].reshape(3, 12)
+    one = (ids > 0).reshape(3, 12).astype(np.int32)
+    alone = apply(net, params, rows * one, segment_ids=one)[0]
+    for row, (a, b) in zip(alone, ((0, 12), (12, 19), (24, 36))):
+      np.testing.assert_allclose(packed[0, a:b], row[: b - a], atol=1e-11)
+      np.testing.assert_allclose(later[0, a:b], row[: b - a], atol=1e-11)
 
 
 def test_a_start_that_learns_by_its_full_gradient():
