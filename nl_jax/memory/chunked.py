@@ -52,7 +52,8 @@ class Run(NamedTuple):
 
   Attributes:
     implementation: None, "xla", "pallas_tpu", "pallas_interpret"; also
-      "reference", the token loop.
+      "reference", the token loop. A call that goes on from inside a chunk, and
+      a single token, run by XLA whatever is named: no kernel takes them.
     spec: mesh axes of [B, T, H d], see `kernels.walk`.
   """
 
@@ -230,6 +231,7 @@ def walk(
   shifts = c > 1 and not (
     at_edge and (aligned or chunk_free or segment_ids is None)
   )
+  kernels = at_edge and c > 1 and run.implementation != "reference"
   blocks = -(-(T + (c - 1) * shifts) // c)
   ids = segment_ids
   if ids is None:
@@ -258,9 +260,7 @@ def walk(
     state=walks.State(state.w, (state.s, state.carried)),
     anchor=None if at_edge else state.anchor,
     group=group, name=name, chunk_free=chunk_free, spec=run.spec,
-    implementation=(
-      "xla" if run.implementation == "reference" else run.implementation
-    ),
+    implementation=run.implementation if kernels else "xla",
   )  # fmt: skip
 
   def unlay(y: jax.Array) -> jax.Array:
