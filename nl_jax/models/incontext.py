@@ -181,6 +181,20 @@ class InContextModel:
     return getattr(self.base, name)
 
   @property
+  def inner(self) -> lm.LanguageModel:
+    """The base model inside the levels' loops: walks by XLA.
+
+    These run under `vmap` and are differentiated twice; a kernel has one
+    derivative.
+    """
+    options = self.base.memory
+    if getattr(options, "walk", "xla") == "xla":
+      return self.base
+    return dataclasses.replace(
+      self.base, memory=dataclasses.replace(options, walk="xla")
+    )
+
+  @property
   def cms(self) -> cms.CMSConfig:
     """The levels as the optimizer sees them: restarts are in context."""
     config = self.base.cms

@@ -110,7 +110,7 @@ def _fast(
 
   def layer(x: types.Array, scanned: Any) -> tuple[types.Array, Any]:
     block, mixer_state = scanned
-    x, mixer_state, metrics = model.base.mix(block, x, mixer_state, ids)
+    x, mixer_state, metrics = model.inner.mix(block, x, mixer_state, ids)
     x, read = levels(block, x)
     return x, (mixer_state, metrics, read)
 
