@@ -295,7 +295,7 @@ def supports(
   if implementation == "xla":
     return None
   C = places.real.shape[-1]
-  H = _heads(slow, state)
+  H = heads_of(slow, state)
   mesh = jax.sharding.get_abstract_mesh()
   parts = _parts(mesh, spec)
   if implementation == "pallas_tpu":
@@ -362,7 +362,7 @@ def _platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
-def _heads(slow: Any, state: contract.State) -> int:
+def heads_of(slow: Any, state: contract.State) -> int:
   """H: the first axis of slow parameters, or the second of fast weights."""
   leaves = jax.tree.leaves(slow)
   return leaves[0].shape[0] if leaves else jax.tree.leaves(state.w)[0].shape[1]
@@ -372,7 +372,7 @@ def _check(
   slow: Any, xs: Any, places: contract.Places, state: contract.State
 ) -> int:
   """H, of a call whose arrays fit each other."""
-  H = _heads(slow, state)
+  H = heads_of(slow, state)
   B, N, C = places.real.shape
   for x in jax.tree.leaves(xs):
     if x.ndim != 3 or x.shape[:2] != (B, N * C) or x.shape[2] % H:
