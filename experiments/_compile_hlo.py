@@ -153,9 +153,8 @@ def count(text: str, mesh: dict[str, int]) -> Counts:
     if ins.op == "custom-call" and _called(ins):
       continue  # Counted inside.
     hbm += step.times * _hbm(ins, home, computations)
-    estimate = re.search(r'"estimated_cycles":"(\d+)"', ins.text)
-    if estimate and not step.beside:
-      cycles += step.times * int(estimate[1])
+    if not step.beside:
+      cycles += step.times * estimated_cycles(ins)
     if ins.op == "custom-call" and "tpu_custom_call" in ins.text:
       unknown.append(f"kernel {ins.name}")
   transfers = [Collective(*key, *total) for key, total in found.items()]
@@ -163,6 +162,33 @@ def count(text: str, mesh: dict[str, int]) -> Counts:
   return Counts(
     flops, hbm, cycles, tuple(transfers), tuple(loops), tuple(unknown)
   )
+
+
+def estimated_cycles(ins: Instruction) -> int:
+  """The compiler's estimate of an instruction; 0 where it gives none."""
+  found = re.search(r'"estimated_cycles":"(\d+)"', ins.text)
+  return int(found[1]) if found else 0
+
+
+def loops(text: str) -> list[list[tuple[Instruction, int]]]:
+  """What each loop of a program launches, those within it too, and how often.
+
+  Args:
+    text: as `count`.
+
+  Returns:
+    The outermost loops, in order.
+  """
+  computations, entry = parse(text)
+  found = []
+  for step in _walk(computations, entry, 1, 0):
+    ins = step.instruction
+    if step.depth == 0 and ins.op == "while":
+      found.append([])
+    launched = ins.op not in _FREE and not ins.op.endswith("-done")
+    if step.depth and launched and not step.fused:
+      found[-1].append((ins, step.times))
+  return found
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:

@@ -21,6 +21,15 @@ from nl_jax.train import step as step_lib
 PROGRAMS = ("train", "decode")
 
 
+def require_compiler() -> None:
+  """Raises ValueError where the compiler is not installed."""
+  if importlib.util.find_spec("libtpu") is None:
+    raise ValueError(
+      "libtpu, the compiler for TPUs, is not installed: run `pip install -e "
+      ".[tpu]`; no TPU is needed"
+    )
+
+
 def environment(folder: pathlib.Path) -> None:
   """Lets the compiler run without its chips; before JAX finds its devices.
 
@@ -32,11 +41,7 @@ def environment(folder: pathlib.Path) -> None:
   Raises:
     ValueError: the compiler is not installed.
   """
-  if importlib.util.find_spec("libtpu") is None:
-    raise ValueError(
-      "libtpu, the compiler for TPUs, is not installed: run `pip install -e "
-      ".[tpu]`; no TPU is needed"
-    )
+  require_compiler()
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   # Any will do: without them it prints that it found no host.

@@ -110,7 +110,10 @@ def parse(
     print("\n".join(config_names()))
     sys.exit(0)
   try:
-    if "config" in flag_values:
+    # A command may have a list of names of its own.
+    if "config" in flag_values and isinstance(
+      flag_values["config"].parser, _ConfigByName
+    ):
       _check_config(
         flag_values.read_flags_from_files(argv, force_gnu=False),
         flag_values["config"].parser.required,

@@ -1,6 +1,8 @@
 """One walk over chunks for every memory, by XLA or as TPU kernels."""
 
 from nl_jax.kernels.walk.api import IMPLEMENTATIONS as IMPLEMENTATIONS
+from nl_jax.kernels.walk.api import Call as Call
+from nl_jax.kernels.walk.api import recorded as recorded
 from nl_jax.kernels.walk.api import supports as supports
 from nl_jax.kernels.walk.api import walk as walk
 from nl_jax.kernels.walk.contract import At as At

@@ -6,12 +6,13 @@
 same chunk function.
 """
 
+import contextlib
 import functools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,47 @@ from nl_jax.kernels.walk import blocks, contract, pallas, products, vmem, xla
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_interpret")
 _TILES = pathlib.Path(__file__).with_name("tiles.json")
+_calls: list[list["Call"]] = []  # Of each `recorded` that is open.
+
+
+class Call(NamedTuple):
+  """A call of `walk` as `recorded` keeps it: arrays are shapes.
+
+  Attributes:
+    name: of the kernels.
+    body: the chunk function.
+    slow, xs, places, state: see `walk`; those of all devices.
+    group, policy, chunk_free: see `walk`; what the policy was in the end.
+    implementation: what ran it.
+    reason: why no kernel of a TPU takes the call, or None.
+  """
+
+  name: str
+  body: contract.Body
+  slow: Any
+  xs: Any
+  places: contract.Places
+  state: contract.State
+  group: int
+  policy: products.Policy
+  chunk_free: bool
+  implementation: str
+  reason: str | None
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Call]]:
+  """A list that every walk traced within is added to.
+
+  What a model's walks are is then known without running it, as from
+  `jax.eval_shape`.
+  """
+  calls: list[Call] = []
+  _calls.append(calls)
+  try:
+    yield calls
+  finally:
+    _calls.remove(calls)
 
 
 def walk(
@@ -93,6 +135,17 @@ def walk(
     implementation = "pallas_tpu" if on_tpu else "xla"
   elif (reason := why(implementation)) is not None:
     raise ValueError(f"{name} cannot run as {implementation}: {reason}")
+  if _calls:
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+      (slow, xs, places, state),
+    )
+    call = Call(
+      name, body, *shapes, group, tile.policy, chunk_free, implementation,
+      why("pallas_tpu"),
+    )  # fmt: skip
+    for calls in _calls:
+      calls.append(call)
   if implementation == "xla":
     return xla.walk(
       body, slow, xs, places,
@@ -130,6 +183,38 @@ def _fused(
   state: contract.State,
 ) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """The kernels on the rows and heads of a device."""
+  how, need = plan(
+    body, policy, name, heads, save, interpret, slow, xs, places, state
+  )
+  if need > how.limit:
+    MiB = lambda n: f"{n / 2**20:.0f} MiB"
+    raise ValueError(
+      f"{name}: a step of {how.heads} heads needs about {MiB(need)} of VMEM, a "
+      f"kernel on {vmem.chip()[0]} has {MiB(how.limit)}: set heads=… or "
+      "implementation='xla'"
+    )
+  return pallas.walk(how, slow, xs, places, state)
+
+
+def plan(
+  body: contract.Body,
+  policy: products.Policy,
+  name: str,
+  heads: int | None,
+  save: int | None,
+  interpret: bool,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  state: contract.State,
+) -> tuple[blocks.How, int]:
+  """What is static in the kernels of a call, and the VMEM that a step needs.
+
+  Args: as `walk`; of arrays only shapes and types are read.
+
+  Raises:
+    ValueError: heads that a step cannot take.
+  """
   N, C = places.real.shape[1:]
   H = pallas.heads_of(state)
   chip, capacity = vmem.chip()
@@ -146,8 +231,7 @@ def _fused(
   need = functools.cache(
     lambda G: vmem.need(how(G), slow, xs, state, places.ids)
   )
-  whole = pallas.step(how(H), slow, xs, state, places.ids)
-  may = _groups(H, [x.shape[-1] for x in jax.tree.leaves((whole.x, whole.y))])
+  may = step_heads(how(H), slow, xs, places, state)
   asked = heads or (entry.get("heads") if entry.get("heads") in may else None)
   if asked is None:
     light = [G for G in may if _light(G, C, state)] or may[:1]
@@ -155,13 +239,21 @@ def _fused(
     asked = next(fits, light[0])
   if asked not in may:
     raise ValueError(f"{name}: {_no_group(asked, H, may)}")
-  if (size := need(asked)) > limit:
-    MiB = lambda n: f"{n / 2**20:.0f} MiB"
-    raise ValueError(
-      f"{name}: a step of {asked} heads needs about {MiB(size)} of VMEM, a "
-      f"kernel on {chip} has {MiB(limit)}: set heads=… or implementation='xla'"
-    )
-  return pallas.walk(how(asked), slow, xs, places, state)
+  return how(asked), need(asked)
+
+
+def step_heads(
+  how: blocks.How,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  state: contract.State,
+) -> list[int]:
+  """Heads that a step of a kernel may have; `how` is of all heads."""
+  H = pallas.heads_of(state)
+  whole = pallas.step(how, slow, xs, state, places.ids)
+  widths = [x.shape[-1] for x in jax.tree.leaves((whole.x, whole.y))]
+  return _groups(H, widths)
 
 
 def _light(heads: int, chunk: int, state: contract.State) -> bool:
@@ -203,7 +295,7 @@ def supports(
   if implementation == "xla":
     return None
   C = places.real.shape[-1]
-  H = _heads(slow, state)
+  H = heads_of(slow, state)
   mesh = jax.sharding.get_abstract_mesh()
   parts = _parts(mesh, spec)
   if implementation == "pallas_tpu":
@@ -270,7 +362,7 @@ def _platform() -> str:
   return jax.default_backend() if device is None else device.platform
 
 
-def _heads(slow: Any, state: contract.State) -> int:
+def heads_of(slow: Any, state: contract.State) -> int:
   """H: the first axis of slow parameters, or the second of fast weights."""
   leaves = jax.tree.leaves(slow)
   return leaves[0].shape[0] if leaves else jax.tree.leaves(state.w)[0].shape[1]
@@ -280,7 +372,7 @@ def _check(
   slow: Any, xs: Any, places: contract.Places, state: contract.State
 ) -> int:
   """H, of a call whose arrays fit each other."""
-  H = _heads(slow, state)
+  H = heads_of(slow, state)
   B, N, C = places.real.shape
   for x in jax.tree.leaves(xs):
     if x.ndim != 3 or x.shape[:2] != (B, N * C) or x.shape[2] % H:

@@ -244,6 +244,15 @@ def step(how: How, slow: Any, xs: Any, state: contract.State, ids: Any) -> Step:
   return made._replace(y=y, sums=sums)
 
 
+def forward(how: How, step: Step) -> core.Jaxpr:
+  """A chunk's equations, as in the forward kernel."""
+
+  def run(word: Any, slow: Any, state: Any, x: Any, ids: Any) -> Any:
+    return _chunk(how, word, ids, 0)(slow, state, x)
+
+  return jax.make_jaxpr(run)(_WORD, *step[:4]).jaxpr
+
+
 def derivative(how: How, step: Step) -> core.Jaxpr:
   """A chunk's equations with their derivative, as in the backward kernel."""
 

@@ -67,7 +67,8 @@ def _size(of: core.Var) -> int:
   return _bytes(*shape) if len(shape) > 1 else 0
 
 
-def _inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+def inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
+  """The equations that an equation runs."""
   for x in equation.params.values():
     if isinstance(x, core.ClosedJaxpr):
       yield x.jaxpr
@@ -84,7 +85,7 @@ def _alive(jaxpr: core.Jaxpr) -> int:
   made, most = {}, 0
   last |= dict.fromkeys(variables(jaxpr.outvars), len(jaxpr.eqns))
   for i, equation in enumerate(jaxpr.eqns):
-    within = max(map(_alive, _inner(equation)), default=0)
+    within = max(map(_alive, inner(equation)), default=0)
     out = {x: _size(x) for x in equation.outvars}
     most = max(most, sum(made.values()) + max(within, sum(out.values())))
     made = {x: n for x, n in (made | out).items() if last.get(x, i) > i}

@@ -1,0 +1,151 @@
+"""Every walk on the device at hand: kernels against the XLA form.
+
+A layer of each config at its smallest size, packed documents and padding:
+outputs, states and all gradients with `memory.walk` as the kernels and as
+"xla". Float32 first; where there is a TPU, bfloat16 as well.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments import _flags, _setup
+from nl_jax.kernels import walk
+from nl_jax.models import lm
+
+# Of the largest number of an array: (values, gradients).
+_BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
+# On a TPU sums go in another order, and are longer.
+_LOOSE = 10
+
+
+class Line(NamedTuple):
+  """What came out for a config.
+
+  Attributes:
+    config, dtype: of the model.
+    walks: names of the walks that ran as kernels.
+    others: walks that no kernel takes, with the reason.
+    values, gradients: largest differences, relative to their array's size.
+    bounds: of these.
+  """
+
+  config: str
+  dtype: str
+  walks: tuple[str, ...]
+  others: tuple[str, ...]
+  values: float
+  gradients: float
+  bounds: tuple[float, float]
+
+  @property
+  def holds(self) -> bool:
+    """Whether there is a kernel, and it computes the same."""
+    fits = (d <= b for d, b in zip(self[4:6], self.bounds))  # NaN: False.
+    return bool(self.walks) and all(fits)
+
+  def __str__(self) -> str:
+    if not self.walks:
+      return f"OFF   {self.config}: no walk ran: {'; '.join(self.others)}"
+    word = "equal" if self.holds else "OFF  "
+    rest = f"; by XLA: {'; '.join(self.others)}" if self.others else ""
+    return (
+      f"{word} {self.config} {self.dtype}: {', '.join(self.walks)}: values "
+      f"{self.values:.1e} (at most {self.bounds[0]:.0e}), gradients "
+      f"{self.gradients:.1e} (at most {self.bounds[1]:.0e}){rest}"
+    )
+
+
+def run(configs: Sequence[str]) -> Iterator[Line]:
+  """Checks configs one after the other.
+
+  Args:
+    configs: names, without an argument; the test size of each runs.
+  """
+  on_tpu = jax.default_backend() == "tpu"
+  for name in configs:
+    for dtype in ("float32", "bfloat16") if on_tpu else ("float32",):
+      yield check(name, dtype, "pallas_tpu" if on_tpu else "pallas_interpret")
+
+
+def check(name: str, dtype: str, implementation: str) -> Line:
+  """A config's layer with its kernels and by XLA."""
+  config = _flags.load_config(f"{name}:smoke")
+  with config.unlocked():
+    config.train.dtype = dtype
+  net = _setup.model(_setup.resolve(config))
+  net = getattr(net, "base", net)
+  with walk.recorded() as calls:
+    fused = _both_ways(net, implementation)
+  ran = {c.name: None for c in calls if c.implementation == implementation}
+  other = {
+    f"{c.name}, as {c.reason}": None
+    for c in calls if c.implementation != implementation
+  }  # fmt: skip
+  plain = _both_ways(net, "xla")
+  loose = _LOOSE if implementation == "pallas_tpu" else 1
+  return Line(
+    name, dtype, tuple(ran), tuple(other),
+    _difference(fused[0], plain[0]), _difference(fused[1], plain[1]),
+    tuple(loose * bound for bound in _BOUNDS[dtype]),
+  )  # fmt: skip
+
+
+def _both_ways(net: lm.LanguageModel, implementation: str) -> tuple[Any, Any]:
+  """((outputs, state), gradients) of a layer."""
+  memory = dataclasses.replace(net.memory, walk=implementation)
+  net = dataclasses.replace(net, memory=memory)
+  blocks = net.init(jax.random.key(0))["blocks"]
+  blocks = net.mixer.laid(blocks) if net.whole else blocks
+  layer = jax.tree.map(lambda x: x[0], blocks)
+  fixed = {k: v for k, v in layer["mixer"].items() if k == "first"}
+  learned = {k: v for k, v in layer["mixer"].items() if k not in fixed}
+  ids = _documents(net)
+  x = jax.random.normal(jax.random.key(1), (*ids.shape, net.width), net.dtype)
+
+  def loss(learned: Any, x: Any) -> tuple[jax.Array, Any]:
+    params = layer | {"mixer": learned | fixed}
+    inside = net.mixer.enter(x) if net.whole else x
+    y, state, _ = net.mix(params, inside, None, ids)
+    y = net.mixer.leave(y) if net.whole else y
+    # What stands in padding is nobody's.
+    outs = (jnp.where(ids[..., None] != 0, y, 0), state)
+    return sum(map(_number, jax.tree.leaves(outs))), outs
+
+  grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  (_, outs), grads = grad(learned, x)
+  return outs, grads
+
+
+def _documents(net: lm.LanguageModel) -> jax.Array:
+  """int32 [2,T]: a text that ends within a chunk; two, and padding."""
+  unit = net.alignment if net.alignment > 1 else net.memory.chunk
+  edge = unit if net.alignment > 1 else unit + 3
+  ids = np.ones((2, 2 * unit + unit // 2), np.int32)
+  ids[1, edge:] = 2
+  ids[1, -(unit // 4) :] = 0
+  return jnp.asarray(ids)
+
+
+def _number(x: jax.Array) -> jax.Array:
+  """A number that every value of an array moves."""
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.zeros(())
+  x = x.astype(jnp.float32)
+  at = jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)
+  return jnp.sum(jnp.sin(x) * (0.2 + jnp.cos(at)))
+
+
+def _difference(x: Any, y: Any) -> float:
+  """The largest difference of two trees, relative to each array's size."""
+  most = 0.0
+  for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y)):
+    a, b = (np.asarray(z, np.float64) for z in (a, b))
+    size = max(float(np.abs(b).max(initial=0)), 1e-6)
+    # NaN is the largest.
+    most = max(float(np.abs(a - b).max(initial=0)) / size, most)
+  return most

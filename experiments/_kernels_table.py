@@ -1,0 +1,224 @@
+"""Tables of `experiments.kernels`: estimates, limits and what they may lose."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from experiments import _compile_chips, _kernels_dump
+
+_CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # Of a chip; a kernel runs on one.
+_MORE = 1.05  # Of bundles and spills, before a gate fails.
+CAVEATS = (
+  "No TPU has run this: bundles are what the compiler schedules, a bundle a "
+  "cycle, without waits for memory, transfers and what comes once a walk "
+  "apart; a kernel measured elsewhere took about 1.4 times its bundles.",
+  "F: a chunk forward, S: the same and states kept, G: backward with what it "
+  "makes again; bundles and bytes are those of a head and a chunk.",
+  "Share of the limit: kernels.md, section 5: products at the peak or bytes "
+  "of main memory at the maker's rate, whichever is longer, over bundles or "
+  "bytes, whichever is longer; products of the chunk function count once.",
+  "VMEM is ours, before the compiler's; main memory is exact, from blocks.",
+  "The XLA form: of its loops over chunks what is launched, the compiler's "
+  "cycles, which overcharge small operations, and bundles, which leave out "
+  "what a launch costs.",
+)
+
+
+def limit_share(row: dict[str, Any], part: str, chip: str) -> float | None:
+  """Least time of a kernel's products and bytes over that of its schedule.
+
+  Args:
+    row: of a body; part: "F" or "G"; chip: a key of CHIPS.
+
+  Returns:
+    None where the clock is not known.
+  """
+  made, cores = _compile_chips.CHIPS[chip], _CORES.get(chip, 1)
+  if not made.clock:
+    return None
+  kernel = row["fused"][part]
+  memory = kernel["hbm"] * cores / made.hbm_rate
+  products = row["flops"][part] * cores / made.flops
+  return max(products, memory) / max(kernel["bundles"] / made.clock, memory)
+
+
+def table(rows: Sequence[dict[str, Any]], topology: str) -> str:
+  """Markdown: a line a kernel; configs with one body share it."""
+  chip = topology.partition(":")[0]
+  lines = [
+    f"Kernels on {topology}\n",
+    "| walk | configs | K, M, C | heads a step | bundles F | S | G | "
+    + " | ".join(f"{slot} of G" for slot in _kernels_dump.SLOTS)
+    + " | spills and fills a bundle F | G | VMEM | bytes of main memory F | G "
+    "| share of the limit F | G | compiled in |",
+    "|---|---|---|---|---|---|---|" + "---|" * len(_kernels_dump.SLOTS)
+    + "---|---|---|---|---|---|---|---|",
+  ]  # fmt: skip
+  for row, configs in _by_body(rows):
+    start = f"| {row['body']} | {', '.join(configs)} | {_shape(row)} |"
+    if "fused" not in row:
+      why = row.get("error") or f"by XLA: {row['reason']}"
+      lines.append(f"{start} {why} |")
+      continue
+    lines.append(f"{start} {_kernel_cells(row, chip)} |")
+  return "\n".join(lines)
+
+
+def _kernel_cells(row: dict[str, Any], chip: str) -> str:
+  fused = row["fused"]
+  F, S, G = (fused[part] for part in "FSG")
+  share = lambda part: _percent(limit_share(row, part, chip))
+  step = f"{row['step']} of {row['heads']}"
+  if row["save"] > 1:
+    step += f", states of every {row['save']} chunks"
+  return " | ".join(
+    [
+      step,
+      *(f"{part['bundles']:,.0f}" for part in (F, S, G)),
+      *(f"{G['slots'].get(s, 0):.2f}" for s in _kernels_dump.SLOTS),
+      f"{F['spills']:.2f}",
+      f"{G['spills']:.2f}",
+      f"{row['vmem'] / 2**20:.0f} of {row['vmem_limit'] / 2**20:.0f} MiB",
+      f"{F['hbm']:,.0f}",
+      f"{G['hbm']:,.0f}",
+      share("F"),
+      share("G"),
+      f"{fused['seconds']:.0f} s",
+    ]
+  )
+
+
+def xla_table(rows: Sequence[dict[str, Any]], topology: str) -> str:
+  """Markdown: the XLA form of the same walks, two estimators apart."""
+  lines = [
+    f"The XLA form of the same walks on {topology}, a chunk\n",
+    "| walk | configs | operations F | G | classic cycles a head F | G | "
+    "bundles a head F | G | compiled in |",
+    "|---|---|---|---|---|---|---|---|---|",
+  ]
+  for row, configs in _by_body(rows):
+    if "xla" not in row:
+      continue
+    F, G = row["xla"]["F"], row["xla"]["G"]
+    cells = [
+      f"{part[key]:,.0f}"
+      for key in ("operations", "cycles", "bundles") for part in (F, G)
+    ]  # fmt: skip
+    lines.append(
+      f"| {row['body']} | {', '.join(configs)} | {' | '.join(cells)} | "
+      f"{row['xla']['seconds']:.0f} s |"
+    )
+  return "\n".join(lines)
+
+
+def _by_body(
+  rows: Iterable[dict[str, Any]],
+) -> list[tuple[dict[str, Any], list[str]]]:
+  """(row, configs) of each body; a row without figures has them elsewhere."""
+  found: dict[str, tuple[dict[str, Any], list[str]]] = {}
+  for row in rows:
+    key = row["digest"]
+    if key not in found:
+      found[key] = (row, [])
+    found[key][1].append(row["config"])
+  return list(found.values())
+
+
+def _shape(row: dict[str, Any]) -> str:
+  return f"{row['K']}, {row['M']}, {row['C']}"
+
+
+def _percent(share: float | None) -> str:
+  return "-" if share is None else f"{share:.0%}"
+
+
+def baseline(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+  """What is held: of each kernel its bundles, spills and bytes; VMEM."""
+  kept = []
+  for row, configs in _by_body(rows):
+    if "fused" not in row:
+      continue
+    parts = {
+      part: {key: round(row["fused"][part][key], 3)
+             for key in ("bundles", "spills", "hbm")}
+      for part in "FSG"
+    }  # fmt: skip
+    kept.append(
+      dict(body=row["body"], configs=configs, vmem=row["vmem"], **parts)
+    )
+  return kept
+
+
+def worse(
+  rows: Sequence[dict[str, Any]], held: Sequence[dict[str, Any]]
+) -> list[str]:
+  """A sentence for each gate that fails.
+
+  Args:
+    rows: of a report.
+    held: of `baseline`, for the same chip.
+  """
+  by_config = {
+    (config, row["body"]): row for row in held for config in row["configs"]
+  }
+  failed = []
+  for row, configs in _by_body(rows):
+    name = f"{row['body']} of {configs[0]}"
+    before = by_config.get((configs[0], row["body"]))
+    if before is None:
+      if "fused" in row:
+        failed.append(f"{name}: not in the baseline")
+      continue
+    if "fused" not in row:
+      why = row.get("error") or row["reason"]
+      failed.append(f"{name}: had kernels, has none: {why}")
+      continue
+    failed += _failed(name, row, before)
+  return failed
+
+
+def _failed(
+  name: str, row: dict[str, Any], before: dict[str, Any]
+) -> Iterable[str]:
+  for part in "FSG":
+    now, then = row["fused"][part], before[part]
+    for key, words in (
+      ("bundles", "bundles"), ("spills", "spills and fills a bundle"),
+    ):  # fmt: skip
+      # A hundredth of a spill a bundle is none.
+      if now[key] > _MORE * then[key] + (0.01 if key == "spills" else 0):
+        yield (
+          f"{name}, {part}: {words} from {then[key]:,.2f} to {now[key]:,.2f}"
+        )
+    if round(now["hbm"], 3) != then["hbm"]:
+      yield (
+        f"{name}, {part}: bytes of main memory from {then['hbm']:,.0f} to "
+        f"{now['hbm']:,.0f}"
+      )
+  if row["vmem"] > _MORE * before["vmem"]:
+    MiB = lambda n: f"{n / 2**20:.1f} MiB"
+    yield f"{name}: VMEM from {MiB(before['vmem'])} to {MiB(row['vmem'])}"
+
+
+def tiles(
+  rows: Iterable[dict[str, Any]], chip: str, gain: float = 0.03
+) -> list[dict[str, Any]]:
+  """Rows of `tiles.json` where other heads a step spare more than `gain`.
+
+  Args:
+    rows: of --tune, `tries` of each body.
+    chip: as `vmem.chip` names it.
+    gain: share of the bundles of the default.
+  """
+  found = []
+  for row, _ in _by_body(rows):
+    tries = {t["heads"]: t["bundles"] for t in row.get("tries", ())
+             if "bundles" in t}  # fmt: skip
+    if row.get("step") not in tries:
+      continue
+    best = min(tries, key=tries.get)
+    if tries[best] < (1 - gain) * tries[row["step"]]:
+      found.append(
+        dict(chip=chip, name=row["body"], C=row["C"], K=row["K"], M=row["M"],
+             heads=best)
+      )  # fmt: skip
+  return found
