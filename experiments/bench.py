@@ -42,6 +42,7 @@ def _gradient(config: Any, implementation: str) -> Callable[[], Any]:
   import jax
   import jax.numpy as jnp
 
+  from nl_jax import memory
   from nl_jax.memory import self_modifying
 
   B, T, H, K = 4, 512, 4, 64
@@ -53,7 +54,7 @@ def _gradient(config: Any, implementation: str) -> Callable[[], Any]:
     def loss(params, z):
       y, _, _ = self_modifying.update(
         params, self_modifying.start(params, B, config), *z,
-        config=config, implementation=implementation, fresh=True,
+        config=config, run=memory.Run(implementation), at_edge=True,
       )  # fmt: skip
       return jnp.sum(jnp.square(y))
 
@@ -176,7 +177,7 @@ def temporaries() -> list[dict]:
     def loss(params, *z):
       start = self_modifying.start(params, B, config)
       y, _, _ = self_modifying.update(
-        params, start, *z, config=config, fresh=True
+        params, start, *z, config=config, at_edge=True
       )
       return jnp.sum(jnp.square(y))
 

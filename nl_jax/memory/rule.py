@@ -453,7 +453,7 @@ def write_and_read(
   ends = {name: end(name) for name in layers}
   w = {name: D for name, (D, _) in ends.items()}
   s = {name: S for name, (_, S) in ends.items() if S is not None} or momenta
-  carried = dict(block.carried) if laid is None else laid.past
+  carried = dict(block.carried) | ({} if laid is None else laid.past)
   after = block._replace(w=w, s=s, carried=carried)
   if rule.inner_muon == "chunk":
     after = muon.move(after, gates.eta)

@@ -296,7 +296,7 @@ def test_other_rules_of_a_memory(arch, change):
   def read(q, k, v, *gates):
     state = memory.chunked.start(params, 1, rule)
     gates = memory.Gates(*gates)
-    return run(params, state, q, k, v, gates, rule=rule, fresh=True)[0]
+    return run(params, state, q, k, v, gates, rule=rule, at_edge=True)[0]
 
   gates = (gate,) * (2 + rule.has_momentum)
   if rule.omega > 1:

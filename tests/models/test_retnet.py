@@ -139,7 +139,7 @@ def write(k, v, heads, chunk=64):
   decay = jnp.broadcast_to(retnet.log_retention(heads)[None, None], k.shape[:3])
   run = lambda k, v: linear.update(
     start, memory.chunked.start(start, k.shape[0], rule), k, k, v,
-    memory.Gates(jnp.ones_like(decay), decay), rule=rule, fresh=True,
+    memory.Gates(jnp.ones_like(decay), decay), rule=rule, at_edge=True,
   )[1]  # fmt: skip
   return np.asarray(jax.jit(run)(k, v).w["w"])
 

@@ -377,7 +377,8 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(arch):
   assert places["lmm"]["memory"]["w_in"].spec[1:] == ("tensor", "fsdp", None)
   made = sharding.sequence_shardings(state, mesh).layers
   if arch == "titans_mac":
-    cache, w = made.segment.s.cache, made.segment.s.anchor
+    carried = made.segment.carried
+    cache, w = carried.cache, carried.anchor
   else:
     cache, w = made.attention, made.lmm.memory.w
   assert cache.keys_BxSxHxK.spec[3] == w["w_in"].spec[2] == "tensor"

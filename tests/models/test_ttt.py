@@ -114,15 +114,17 @@ def test_the_memory_is_that_of_flash_linear_attention():
   rule = ttt.Options(chunk=4).rule
 
   def run(x):
-    affine = {"scale": x["scale"], "bias": x["shift"]}
+    affine = {"scale": x["scale"][:, None], "bias": x["shift"][:, None]}
     params = {"w": jnp.concatenate([x["w"], x["b"][:, None]], axis=1)}
     ones = jnp.ones(x["k"].shape[:3])
     _, state, _ = memory.chunked.update(
-      ttt.forward(memory.chunked.by_row(affine, 2), deep=False), params,
+      ttt.forward(deep=False), params,
       memory.chunked.start(params, 2, rule), x["k"], x["k"], x["v"] - x["k"],
-      memory.Gates(ones, 0 * ones), rule=rule, row=jax.nn.sigmoid(x["row"]),
+      memory.Gates(ones, 0 * ones), rule=rule, slow=affine,
+      row=jax.nn.sigmoid(x["row"]),
     )  # fmt: skip
-    return (state.w["w"] * frozen["cotangent"]).sum(), state.w["w"]
+    last = params["w"] + state.w["w"]
+    return (last * frozen["cotangent"]).sum(), last
 
   inputs = {n: frozen[f"in/{n}"] for n in names}
   step = jax.jit(jax.value_and_grad(run, has_aux=True))
