@@ -61,6 +61,30 @@ class Run(NamedTuple):
   spec: PartitionSpec | None = None
 
 
+def empty(
+  params: dict[str, jax.Array],
+  batch: int,
+  *,
+  s: dict[str, jax.Array] | None = None,
+  carried: Any = None,
+) -> MemoryState:
+  """Fast weights of sequences that have read nothing; of any memory.
+
+  Args:
+    params: dict of [H, a, b], of which only shapes and types are read.
+    batch: B.
+    s: momentum, dict of [B, H, a, b]; carried: see `MemoryState`.
+  """
+
+  def zeros(W: jax.Array) -> jax.Array:
+    wide = jnp.promote_types(W.dtype, jnp.float32)
+    return jnp.zeros((batch, *W.shape), wide)
+
+  w = jax.tree.map(zeros, dict(params))
+  clock = jnp.zeros((batch,), jnp.int32)
+  return MemoryState(w, w, s or {}, carried or {}, clock, clock)
+
+
 def start(
   params: dict[str, jax.Array], batch: int, rule: rules.Rule
 ) -> MemoryState:
@@ -71,20 +95,13 @@ def start(
     batch: B.
     rule: whether there is momentum, a window or inner Muon.
   """
-
-  def zeros(W: jax.Array) -> jax.Array:
-    wide = jnp.promote_types(W.dtype, jnp.float32)
-    return jnp.zeros((batch, *W.shape), wide)
-
-  w = jax.tree.map(zeros, dict(params))
-  carried = {}
+  state = empty(params, batch)
+  w, carried = state.w, {}
   if rule.omega > 1:
     carried |= window.start(w, rule.omega, rules.INPUT_LAYERS)
   if rule.inner_muon == "chunk":
     carried |= muon.start(w)
-  clock = jnp.zeros((batch,), jnp.int32)
-  s = w if rule.has_momentum else {}
-  return MemoryState(w, w, s, carried, clock, clock)
+  return state._replace(s=w if rule.has_momentum else {}, carried=carried)
 
 
 class _Grid(NamedTuple):
