@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from experiments import _compile_chips, _compile_hlo, _setup
+from experiments import _compile_chips, _compile_hlo, _describe, _setup
 from nl_jax import sharding
+from nl_jax.kernels import walk
 from nl_jax.models import flops as flops_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
@@ -126,7 +127,7 @@ def report(
   row = dict(program=program, devices_of_a_chip=per_chip, memory=memory)
   begin = time.perf_counter()
   try:
-    with jax.set_mesh(mesh):
+    with jax.set_mesh(mesh), walk.recorded() as walks:
       run = lower()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
@@ -146,6 +147,7 @@ def report(
   least = counts._replace(flops=max(counts.flops, formula))
   roofline = _compile_chips.roofline(least, made, per_chip)
   return row | dict(
+    walks=_describe.walks(walks),
     flops=counts.flops,
     formula=formula,
     formula_seconds=formula * per_chip / made.flops,

@@ -1,12 +1,14 @@
 """What a run is, in text: its config, its parameters, its level card."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from experiments import _setup
 from nl_jax import card, data
+from nl_jax.kernels import walk as kernels
 from nl_jax.models import flops, lm
 from nl_jax.train import optimizer, progress
 
@@ -71,6 +73,43 @@ def card_text(
   """The level card: model and optimizer."""
   rows = [*net.levels()[0], *made.rows]
   return card.format_rows(rows, _setup.tokens_per_step(config))
+
+
+def walks(calls: Iterable[kernels.Call]) -> list[dict[str, str | None]]:
+  """Name, what ran it and why no kernel takes it, once for each walk."""
+  found = {}
+  for call in calls:
+    shape = (call.slow, call.xs, call.places)
+    why = kernels.supports(
+      "pallas_interpret", *shape, state=call.state, chunk_free=call.chunk_free
+    )
+    if call.asked == "xla":
+      why = "the layer names it"
+    found[call.name] = dict(
+      name=call.name, ran=call.implementation, refused=why,
+      chunk=str(call.places.real.shape[-1]),
+    )  # fmt: skip
+  return list(found.values())
+
+
+def walk_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:
+  """Which walks over chunks a layer takes, here and on a TPU; "" of none."""
+  data = config.data
+  tokens = jax.ShapeDtypeStruct(
+    (data.batch_size, data.sequence_length), jnp.int32
+  )
+  run = lambda params, tokens: net.apply(params, tokens, segment_ids=tokens)
+  with kernels.recorded() as calls:
+    jax.eval_shape(run, jax.eval_shape(net.init, jax.random.key(0)), tokens)
+  lines = []
+  for walk in walks(calls):
+    why = walk["refused"]
+    there = "its kernels" if why is None else f"XLA: {why}"
+    lines.append(
+      f"walk {walk['name']}, chunks of {walk['chunk']}: {walk['ran']} here; on "
+      f"a TPU {there}"
+    )
+  return "\n".join(lines)
 
 
 def flops_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:

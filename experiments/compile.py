@@ -205,6 +205,11 @@ def transfers(row: dict[str, Any]) -> str:
       f"| {c['kind']} | {axes} | {c['place']} | {hidden} | {c['count']} | "
       f"{_size(c['payload'])} | {_size(c['wire'])} |"
     )
+  for walk in row["walks"]:
+    why = f": {walk['refused']}" if walk["refused"] else ""
+    lines.append(
+      f"\nwalk {walk['name']}, chunks of {walk['chunk']}: {walk['ran']}{why}"
+    )
   estimate = row["estimate"]
   parts = [f"{k} {estimate[k]:.3g} s" for k in ("products", "memory", "links")]
   if estimate["cycles"] is not None:

@@ -70,6 +70,8 @@ def main() -> int:
     print(_describe.config_text(config))
     print(_describe.parameter_table(net))
     print(_describe.card_text(config, net, optimizer))
+    if walks := _describe.walk_text(config, net):
+      print(walks)
     print(_describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return _main.DONE

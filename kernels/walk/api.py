@@ -33,7 +33,7 @@ class Call(NamedTuple):
     body: the chunk function.
     slow, xs, places, state: see `walk`; those of all devices.
     group, policy, chunk_free: see `walk`; what the policy was in the end.
-    implementation: what ran it.
+    asked, implementation: what was named, and what ran it.
     reason: why no kernel of a TPU takes the call, or None.
   """
 
@@ -46,6 +46,7 @@ class Call(NamedTuple):
   group: int
   policy: products.Policy
   chunk_free: bool
+  asked: str | None
   implementation: str
   reason: str | None
 
@@ -126,6 +127,7 @@ def walk(
     )
   H = _check(slow, xs, places, state)
   tile = products.Tile(_policy(policy, xs))
+  asked = implementation
   why = functools.partial(
     supports, slow=slow, xs=xs, places=places, state=state, anchor=anchor,
     heads=heads, spec=spec, chunk_free=chunk_free,
@@ -141,7 +143,8 @@ def walk(
       (slow, xs, places, state),
     )
     call = Call(
-      name, body, *shapes, group, tile.policy, chunk_free, implementation,
+      name, body, *shapes, group, tile.policy, chunk_free, asked,
+      implementation,
       why("pallas_tpu"),
     )  # fmt: skip
     for calls in _calls:

@@ -97,7 +97,7 @@ def update(
   at_edge: bool = False,
   aligned: bool = False,
   run: chunked.Run | None = None,
-  name: str = "simplex",
+  name: str = "",
 ) -> tuple[jax.Array, chunked.MemoryState, rules.Metrics]:
   """Writes T tokens into a memory and reads it at each; by XLA.
 
@@ -111,7 +111,8 @@ def update(
     lag: columns are made to sum to 1 at the first token of a chunk alone, and
       the chunk runs at once; else at every token, one after the other.
     segment_ids, at_edge, aligned: as `chunked.walk`.
-    run, name: as `chunked.update`; there is no kernel.
+    run: as `chunked.update`; there is no kernel.
+    name: of a kernel, without use.
 
   Returns:
     (reads [B, T, H, V], state, metrics).
@@ -119,6 +120,7 @@ def update(
   Raises:
     ValueError: a kernel was named.
   """
+  del name
   named = None if run is None else run.implementation
   if named not in _FORMS:
     raise ValueError(
@@ -140,6 +142,6 @@ def update(
   y, state, sums = chunked.walk(
     body, state, start, {"q": q, "k": k, "v": v, "gates": gates},
     chunk=rule.chunk, group=rule.remat_group, segment_ids=segment_ids,
-    at_edge=at_edge, aligned=aligned, run=chunked.Run("xla"), name=name,
+    at_edge=at_edge, aligned=aligned, run=chunked.Run("xla"), name="simplex",
   )  # fmt: skip
   return y.reshape(B, T, H, -1), state, rules.metrics(sums)
