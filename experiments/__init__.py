@@ -1,1 +1,24 @@
 """The commands: `python -m experiments.<command>`. Flags are read here only."""
+
+import importlib.util
+import os
+import pathlib
+
+_GOOGLE = "0x1ae0"  # Vendor of a TPU on the PCI bus.
+
+
+def _has_tpu() -> bool:
+  """Whether a device of a TPU's maker is on this machine's bus."""
+  vendors = pathlib.Path("/sys/bus/pci/devices").glob("*/vendor")
+  return any(path.read_text().strip() == _GOOGLE for path in vendors)
+
+
+# With libtpu installed and no TPU, for compiling ahead of time, JAX would look
+# for one and print pages of what it did not find.
+if (
+  "JAX_PLATFORMS" not in os.environ
+  and importlib.util.find_spec("libtpu") is not None
+  and not _has_tpu()
+  and not pathlib.Path("/dev/nvidia0").exists()
+):
+  os.environ["JAX_PLATFORMS"] = "cpu"
