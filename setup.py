@@ -32,7 +32,7 @@ _DEV = [
   "ruff>=0.9",
   "jaxtyping>=0.3",
   # Compiles for TPUs ahead of time; of the release that jax[tpu] names.
-  "libtpu==0.0.42.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+  "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'",
 ]
 _EVAL = ["seqio>=0.0.20,<0.1"]  # Brings TensorFlow.
 # Its protobuf (<7) and pyarrow (<26) are older than those of requirements.txt.

@@ -78,6 +78,7 @@ def walk(
   save: int | None = None,
   heads: int | None = None,
   policy: products.Policy | str | None = None,
+  rate: float = 1.0,
   implementation: str | None = None,
   spec: P | None = None,
   name: str = "walk",
@@ -101,8 +102,10 @@ def walk(
       again. None: what `tiles.json` has, or 1. Of both the next smaller
       divisor of N is taken.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
-    policy: of products, or its name. None: "lean" where an input is bfloat16
-      and the platform is no CPU, else "f32".
+    policy: of products, or its name. None: where an input is bfloat16 and the
+      platform is no CPU "lean", or "lean2" with a rate above 1; else "f32".
+    rate: the largest rate at which a token erases: beyond 1 the systems are
+      worse conditioned.
     implementation: one of `IMPLEMENTATIONS`. None: the kernel on a TPU where
       `supports` has nothing against it, else "xla".
     spec: mesh axes of [B, T, H*d]; a kernel runs on each device's own rows
@@ -126,7 +129,7 @@ def walk(
       f"{', '.join(IMPLEMENTATIONS)}"
     )
   H = _check(slow, xs, places, state)
-  tile = products.Tile(_policy(policy, xs))
+  tile = products.Tile(_policy(policy, xs, rate))
   asked = implementation
   why = functools.partial(
     supports, slow=slow, xs=xs, places=places, state=state, anchor=anchor,
@@ -389,10 +392,14 @@ def _check(
   return H
 
 
-def _policy(policy: products.Policy | str | None, xs: Any) -> products.Policy:
+def _policy(
+  policy: products.Policy | str | None, xs: Any, rate: float
+) -> products.Policy:
   if policy is None:
     low = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(xs))
-    return products.LEAN if low and _platform() != "cpu" else products.F32
+    if not low or _platform() == "cpu":
+      return products.F32
+    return products.LEAN if rate <= 1 else products.LEAN2
   if isinstance(policy, products.Policy):
     return policy
   if policy not in products.POLICIES:

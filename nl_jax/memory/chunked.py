@@ -55,10 +55,15 @@ class Run(NamedTuple):
       "reference", the token loop. A call that goes on from inside a chunk, and
       a single token, run by XLA whatever is named: no kernel takes them.
     spec: mesh axes of [B, T, H d], see `kernels.walk`.
+    rate: the largest rate at which a token erases; chooses the policy.
+    policy: precision of products, see `kernels.walk`; None: by `rate`, the
+      platform and the inputs.
   """
 
   implementation: str | None = None
   spec: PartitionSpec | None = None
+  rate: float = 1.0
+  policy: str | None = None
 
 
 def empty(
@@ -277,6 +282,7 @@ def walk(
     state=walks.State(state.w, (state.s, state.carried)),
     anchor=None if at_edge else state.anchor,
     group=group, name=name, chunk_free=chunk_free, spec=run.spec,
+    rate=run.rate, policy=run.policy,
     implementation=run.implementation if kernels else "xla",
   )  # fmt: skip
 

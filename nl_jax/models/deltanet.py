@@ -221,7 +221,9 @@ def apply(
     segment_ids=segment_ids,
     at_edge=fresh,
     chunk_free=True,
-    run=layers.run(model.memory.walk),
+    run=layers.run(
+      model.memory.walk, rate=2.0 if model.memory.allow_neg_eigval else 1.0
+    ),
   )
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
   y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)

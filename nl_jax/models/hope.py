@@ -131,7 +131,12 @@ def apply(
     segment_ids=segment_ids,
     at_edge=fresh,
     aligned=fresh,
-    run=layers.run(config.walk, by_token=config.gate_shape == "channel"),
+    run=layers.run(
+      config.walk,
+      by_token=config.gate_shape == "channel",
+      # The proximal rate eta / (1 + eta |u|^2) of a unit key is below 1.
+      rate=1.0 if config.dgd_coef == "prox" else config.eta_max,
+    ),
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
   y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*heads[:2], -1)

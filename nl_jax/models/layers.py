@@ -55,16 +55,17 @@ def check_walk(walk: str) -> None:
     )
 
 
-def run(walk: str, *, by_token: bool = False) -> memory.Run:
+def run(walk: str, *, by_token: bool = False, rate: float = 1.0) -> memory.Run:
   """How a mixer's walk over chunks runs (see `nl_jax.kernels.walk`).
 
   Args:
     walk: of `WALKS`; "auto": the kernels on a TPU where they can.
     by_token: one token after the other, the definition.
+    rate: the largest rate at which a token erases.
   """
   implementation = None if walk == "auto" else walk
   spec = sharding.spec("batch", "length", "heads")
-  return memory.Run("reference" if by_token else implementation, spec)
+  return memory.Run("reference" if by_token else implementation, spec, rate)
 
 
 def residual_std(layers: int) -> float:

@@ -126,9 +126,11 @@ def apply(
     dt_BxTxI = jnp.where(segment_ids[..., None] > 0, dt_BxTxI, 0.0)
     begins_BxT = _begins(segment_ids, window.segment_Bx3[:, -1])
   A_IxN = -jnp.exp(params["A_log"].astype(wide))
+  run = layers.run(walk)
   y_BxTxI, h_BxIxN = ops.selective_scan(
     dt_BxTxI, x_BxTxI, B_BxTxN.astype(wide), C_BxTxN.astype(wide), A_IxN,
-    state.h_BxIxN, begins_BxT, chunk=chunk, **layers.run(walk)._asdict(),
+    state.h_BxIxN, begins_BxT, chunk=chunk,
+    implementation=run.implementation, spec=run.spec,
   )  # fmt: skip
   y_BxTxI = y_BxTxI + _vector(params["D_skip"], wide) * x_BxTxI.astype(wide)
   gate = jax.nn.silu(layers.dense(x_BxTxD, params["w_z"]))

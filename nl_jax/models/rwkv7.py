@@ -346,10 +346,11 @@ def _remember(
     k_in = k
   # As they are: a walk reads half as much, and knows the model's precision.
   narrow = lambda x: x.reshape(k.shape)
+  run = layers.run(model.memory.walk)
   y_BxTxHxK, S = ops.general_delta_rule(
     narrow(z["r"]), k_in, narrow(z["v"]), w, (kappa, write), S, begins,
     chunk=model.memory.chunk, remat_group=model.memory.remat_group,
-    **layers.run(model.memory.walk)._asdict(),
+    implementation=run.implementation, spec=run.spec,
   )  # fmt: skip
   y_BxTxD = _group_norm(y_BxTxHxK, params["norm"])
   bonus = vector("bonus").reshape(1, 1, model.heads, -1)
