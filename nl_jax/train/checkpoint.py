@@ -256,8 +256,9 @@ class Checkpoints:
     # Read first: a mismatch must not look like damage.
     meta = _meta(self._folder, step)
     _check_leaves(step, meta["leaves"], describe_leaves(like))
+    data = _json(self._folder, step, "data")
     state = reading.arrays(self._folder / str(step) / "state", like)
-    return meta, state, _json(self._folder, step, "data")
+    return meta, state, data
 
   def _set_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
     """Moves unreadable steps away: orbax takes no step before its latest."""

@@ -43,6 +43,8 @@ def run(commands: list[list[str]], cwd: pathlib.Path) -> list[Done]:
 
 def _main() -> None:
   import jax  # noqa: F401
+  import matplotlib.backends.backend_agg  # noqa: F401
+  import matplotlib.backends.backend_svg  # noqa: F401
   import orbax.checkpoint  # noqa: F401
 
   import experiments._setup  # noqa: F401

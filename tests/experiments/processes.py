@@ -120,6 +120,8 @@ def serve() -> Iterator[Server]:
 
 def _main() -> None:
   import jax  # noqa: F401
+  import matplotlib.backends.backend_agg  # noqa: F401
+  import matplotlib.backends.backend_svg  # noqa: F401
   import orbax.checkpoint  # noqa: F401
 
   import experiments._setup  # noqa: F401
