@@ -90,7 +90,22 @@ def _by_head(x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
   """
   if how == "full":
     return _product(x, y, form, how)
+  if form == "tn" and how != "x1":
+    # Of few tokens: all passes as one sum, as deep as the matrix unit.
+    x, y, how = *_stacked(x, y, how), "x1"
   return jnp.stack([_product(a, b, form, how) for a, b in zip(x, y)])
+
+
+def _stacked(
+  x: jax.Array, y: jax.Array, how: str
+) -> tuple[jax.Array, jax.Array]:
+  """Rows whose x^T y in one pass are those of "x2" or "x3"."""
+  low = lambda z: z - z.astype(jnp.bfloat16).astype(z.dtype)
+  xs, ys = [x, x], [y, low(y)]
+  if how == "x3":
+    xs, ys = [*xs, low(x)], [*ys, y]
+  rows = lambda parts: jnp.concatenate(parts, axis=-2)
+  return rows(xs), rows(ys)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -62,20 +62,19 @@ def _huber_error(prediction: jax.Array, target: jax.Array) -> jax.Array:
   return jnp.clip(prediction - target, -HUBER_WIDTH, HUBER_WIDTH)
 
 
-def _norm(r: jax.Array) -> jax.Array:
-  # The added constant keeps the derivative finite at r = 0.
-  size = jnp.sum(jnp.square(r), axis=-1, keepdims=True)
-  return jnp.sqrt(size + 1e-12)
+def _size(r: jax.Array) -> jax.Array:
+  # The added constant keeps derivatives of the norm finite at r = 0.
+  return jnp.sum(jnp.square(r), axis=-1, keepdims=True) + 1e-12
 
 
 def _huber_norm_terms(prediction: jax.Array, target: jax.Array) -> jax.Array:
-  whole = _huber(_norm(prediction - target))
+  whole = _huber(jnp.sqrt(_size(prediction - target)))
   return jnp.broadcast_to(whole / target.shape[-1], target.shape)
 
 
 def clip_norm(error: jax.Array, limit: float) -> jax.Array:
   """Scales error [..., V] to a norm of at most `limit`."""
-  return error * jnp.minimum(1.0, limit / _norm(error))
+  return error * jnp.minimum(1.0, limit * jax.lax.rsqrt(_size(error)))
 
 
 def _huber_norm_error(prediction: jax.Array, target: jax.Array) -> jax.Array:

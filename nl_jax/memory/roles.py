@@ -217,23 +217,25 @@ def by_chunk(
     gates.log_alpha, gates.log_beta, at.real, ids=at.ids, tile=at.tile
   )
   learned = pairs(parts, k, targets)
-  chunks, steps = {}, []
+  chunks, squares = {}, []
   for i, (part, pair) in enumerate(zip(parts, learned)):
-    own, squares = gates._replace(eta=part.rate * gates.eta), 0.0
+    own, square = gates._replace(eta=part.rate * gates.eta), 0.0
     for name, delta in pair.deltas.items():
       chunk = _chunk(part, tokens, own, name, k, delta, 0, part.roles)
       chunks[i, name, 0] = chunk
-      sizes = _sizes(part, at.tile, delta)
-      squares += jnp.square(chunk.write) * _sizes(None, at.tile, k) * sizes
+      sizes = _sizes(at.tile, k) * _sizes(at.tile, delta, part.roles)
+      square += jnp.square(chunk.write) * sizes
     name, last = part.architecture.output, []
     for r, (h, error) in enumerate(zip(pair.hidden, pair.errors)):
       chunk = _chunk(part, tokens, own, name, h, error, r, r + 1)
       chunks[i, name, r] = chunk
-      sizes = _sizes(None, at.tile, h) * _sizes(None, at.tile, error)
-      last.append(jnp.square(chunk.write) * sizes)
+      last.append(jnp.square(chunk.write) * _sizes(at.tile, h))
     if last:
-      squares += _concatenated(last)
-    steps.append(rules.total(at, jnp.sqrt(squares)) / part.roles)
+      sizes = _sizes(at.tile, _concatenated(pair.errors), part.roles)
+      square += _concatenated(last) * sizes
+    squares.append(square)
+  steps = jnp.sqrt(_concatenated(squares)) * at.real
+  steps = jnp.sum(steps, axis=-2, keepdims=True)
   solved = rank_one.recall(list(chunks.values()), parts[0].rule.erase_of)
   rows = dict(zip(chunks, solved))
 
@@ -259,7 +261,10 @@ def by_chunk(
       w = {n: W - part.block.begin(n) for n, W in after.w.items()}
       after = after._replace(w=w)
     blocks.append(after)
-  sums = [_sums(*x, gates) for x in zip(parts, blocks, learned, steps)]
+  sums = []
+  for part, block, pair in zip(parts, blocks, learned):
+    own, steps = steps[..., : part.roles], steps[..., part.roles :]
+    sums.append(_sums(part, block, pair, own, gates))
   return Written(blocks, read, jnp.concatenate(sums, axis=-1))
 
 
@@ -302,9 +307,8 @@ def _after(
   return part.block._replace(w=w, s=s)
 
 
-def _sizes(part: Part | None, tile: walk.Tile, x: jax.Array) -> jax.Array:
+def _sizes(tile: walk.Tile, x: jax.Array, roles: int = 1) -> jax.Array:
   """Squared norms of the rows of each role, [..., C, R b] to [..., C, R]."""
-  roles = 1 if part is None else part.roles
   x, size = jnp.square(x), x.shape[-1] // roles
   if roles == 1:
     return jnp.sum(x, axis=-1, keepdims=True)
@@ -318,10 +322,6 @@ def _sizes(part: Part | None, tile: walk.Tile, x: jax.Array) -> jax.Array:
   return tile.mm(x, ones.reshape((1,) * (x.ndim - 2) + ones.shape))
 
 
-def _mean(xs: Sequence[jax.Array]) -> jax.Array:
-  return sum(xs[1:], xs[0]) / len(xs)
-
-
 def _sums(
   part: Part,
   after: rules.Block,
@@ -329,15 +329,23 @@ def _sums(
   steps: jax.Array,
   gates: rules.Gates,
 ) -> jax.Array:
-  """The sums of a part, means over its roles."""
+  """The sums of a part, means over its roles.
+
+  Args:
+    part, after, pair: the part, its block after the chunk, what it learned.
+    steps: [..., 1, R], of each role the sizes of its writes, added up.
+    gates: columns [..., C, 1], without the part's rate.
+  """
   absolute = {name: after.absolute(name, D) for name, D in after.w.items()}
   sizes = [
     rules.norm(part.cut(name, W, r, r + 1) for name, W in absolute.items())
     for r in range(part.roles)
   ]
   own = gates._replace(eta=part.rate * gates.eta)
-  loss = _mean([rules.total(after.at, term) for term in pair.terms])
-  return rules.metric_sums(after.at, own, loss, steps, _mean(sizes))
+  loss = rules.total(after.at, sum(pair.terms))
+  steps = jnp.sum(steps, axis=-1, keepdims=True)
+  means = (x / part.roles for x in (loss, steps, sum(sizes)))
+  return rules.metric_sums(after.at, own, *means)
 
 
 def by_token(
@@ -366,7 +374,7 @@ def by_token(
       for name, W in after.w.items():
         ends[name].append((W, after.s.get(name)))
     blocks.append(_after(part, ends))
-    sums.append(_mean(each))
+    sums.append(sum(each) / part.roles)
   return Written(blocks, None, jnp.concatenate(sums, axis=-1))
 
 
