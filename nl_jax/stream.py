@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nl_jax import formats, sharding
+from nl_jax import formats, sharding, upgrade
 from nl_jax.models import lm
 
-FORMAT = 1  # Of a memory file.
+FORMAT = 2  # Of a memory file.
 # Fields that change no number, of the model and of all that is in it.
 _FREE = ("sequence_length", "remat", "walk")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
@@ -351,10 +351,24 @@ def load_memory(
   like = jax.eval_shape(
     lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
   )
-  wanted = _describe(like)
-  found = {
-    k: f"{x.dtype}{list(x.shape)}" for k, x in leaves.items() if k != _LOGITS
-  }
+  logits = leaves.pop(_LOGITS, None)
+  if manifest["format"] == 1:
+    _check_leaves(path, leaves, manifest["leaves"])
+    leaves = upgrade.memory(leaves, model, params)
+  _check_leaves(path, leaves, _describe(like))
+  names = [name for name, _ in _named(like)]
+  tree = jax.tree.structure(like)
+  state = jax.tree.unflatten(tree, [leaves[name] for name in names])
+  return state, logits, manifest
+
+
+def _check_leaves(
+  path: str | os.PathLike,
+  leaves: Mapping[str, jax.Array],
+  wanted: Mapping[str, str],
+) -> None:
+  """Raises ValueError for arrays of other names, types or shapes."""
+  found = {k: f"{x.dtype}{list(x.shape)}" for k, x in leaves.items()}
   wrong = [
     f"{k} is {found.get(k, 'missing')}, expected {wanted.get(k, 'nothing')}"
     for k in sorted({*found, *wanted})
@@ -362,10 +376,6 @@ def load_memory(
   ]
   if wrong:
     raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
-  names = [name for name, _ in _named(like)]
-  tree = jax.tree.structure(like)
-  state = jax.tree.unflatten(tree, [leaves[name] for name in names])
-  return state, leaves.get(_LOGITS), manifest
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:

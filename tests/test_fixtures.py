@@ -14,7 +14,7 @@ from nl_jax import data, formats, stream
 from nl_jax.data import preparation as preparation_lib
 from nl_jax.data import prepared, tokenizers
 from nl_jax.train import checkpoint, files, loop, seal
-from tests.fixtures import make
+from tests.fixtures import make, others
 from tests.laws.models import MODELS
 
 FOLDER = pathlib.Path(make.__file__).parent
@@ -84,6 +84,36 @@ def test_a_memory_is_read(runs, name):
   assert drawn == np.argmax(reader.logits[0, :259])
 
 
+@pytest.mark.parametrize("name", others.MODELS)
+def test_a_memory_of_another_model_is_read(name, tmp_path):
+  net, folder = others.MODELS[name], FOLDER / "others"
+  params = others.weights(net)
+  numbers = json.loads((folder / "numbers.json").read_text("utf-8"))
+  path = folder / f"{name}.memory"
+  reader, manifest = stream.go_on(net, params, path, other_weights=True)
+  assert manifest["format"] == 1
+  # Kept again, it is one of this version.
+  again = tmp_path / "again.memory"
+  stream.save_memory(again, net, params, reader.state, logits=reader.logits)
+  reader, manifest = stream.go_on(net, params, again)
+  assert manifest["format"] == stream.FORMAT == 2
+  nats = reader.score(others.NEXT)
+  np.testing.assert_allclose(nats, numbers[name], atol=1e-3)
+
+
+def test_a_changed_memory_of_before_is_refused(tmp_path):
+  from safetensors import flax as safetensors
+
+  net, source = others.MODELS["hope"], FOLDER / "others" / "hope.memory"
+  leaves, path = safetensors.load(source.read_bytes()), tmp_path / "a.memory"
+  name = "layers/memory/generators/w/w_out"
+  leaves[name] = leaves[name][:, :, :, :1]
+  manifest = {"nl_jax": json.dumps(stream.read_manifest(source))}
+  path.write_bytes(safetensors.save(leaves, manifest))
+  with pytest.raises(ValueError, match=f"does not fit this model: {name} is"):
+    stream.load_memory(path, net, others.weights(net), other_weights=True)
+
+
 def test_prepared_rows_are_read():
   folder = FOLDER / "prepared"
   manifest = prepared.read_manifest(str(folder))
@@ -103,30 +133,30 @@ def test_prepared_rows_are_read():
 
 
 SENTENCE = (
-  r" is a {} of format 2, and this version of nl_jax reads format 1; update "
-  "nl_jax, or {}"
+  " is a {} of format {}, and this version of nl_jax reads {}; update nl_jax, "
+  "or {}"
 )
 
 
-def refused(what, otherwise):
-  return pytest.raises(
-    formats.FormatError, match=SENTENCE.format(what, otherwise)
-  )
+def refused(what, otherwise, found=2, reads="format 1"):
+  sentence = SENTENCE.format(what, found, reads, otherwise)
+  return pytest.raises(formats.FormatError, match=sentence)
 
 
 def test_an_unknown_memory_is_refused(tmp_path):
   from safetensors import flax as safetensors
 
   source, path = FOLDER / "hope.memory", tmp_path / "new.memory"
-  manifest = stream.read_manifest(source) | {"format": 2}
+  manifest = stream.read_manifest(source) | {"format": 3}
   leaves = safetensors.load(source.read_bytes())
   path.write_bytes(safetensors.save(leaves, {"nl_jax": json.dumps(manifest)}))
-  with refused("memory", "read the text again"):
+  reads = 3, "formats 1 to 2"
+  with refused("memory", "read the text again", *reads):
     stream.read_manifest(path)
   before = path.read_bytes()
   net = MODELS["transformer"]()
   params = net.init(jax.random.key(0))
-  with refused("memory", "read the text again"):
+  with refused("memory", "read the text again", *reads):
     stream.save_memory(path, net, params, net.init_state(params, 1))
   assert path.read_bytes() == before
 

@@ -277,9 +277,11 @@ def init(
   return params
 
 
-def _laid(params: dict, config: Config) -> dict[str, jax.Array]:
-  """Generators' starts side by side."""
-  trees = [params[role] for role in config.laid]
+def lay(
+  by_role: dict[str, dict[str, jax.Array]], config: Config
+) -> dict[str, jax.Array]:
+  """The weights [..., a, b] of all generators as `State` has them."""
+  trees = [by_role[role] for role in config.laid]
   axis = lambda name: -1 if name in config.architecture.inputs else -2
   return {
     name: jnp.concatenate([tree[name] for tree in trees], axis=axis(name))
@@ -291,7 +293,7 @@ def start(params: dict, batch: int, config: Config) -> State:
   """All memories at the start of a sequence."""
   generators = None
   if config.generator_roles:
-    laid = _laid(params, config)
+    laid = lay(params, config)
     generators = chunked.start(laid, batch, config.generator_rule)
   memory = chunked.start(params["memory"], batch, config.memory_rule)
   return State(generators, memory)
@@ -473,7 +475,7 @@ def update(
   z = {"q": z_q, "k": z_k, "v": z_v}
   joint = config.chunk_gen == config.chunk_memory and not by_token
   if config.generator_roles:
-    slow["generators"] = _laid(params, config)
+    slow["generators"] = lay(params, config)
   slow = cast(slow)
   if config.generator_roles and joint:
     return _one_walk(slow, state, (z, static_gates), config, grid)

@@ -44,6 +44,7 @@ check = titans.check
 init = titans.init
 apply = titans.apply
 init_state = titans.init_state
+starts = titans.starts
 alignment = titans.alignment
 parameter_count = titans.parameter_count
 

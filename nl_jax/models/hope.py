@@ -178,6 +178,17 @@ def init_state(
   )
 
 
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """As `titans.starts`."""
+  made = {"memory/memory": params["memory"]["memory"]}
+  if model.memory.generator_roles:
+    laid = self_modifying.lay(params["memory"], model.memory)
+    made["memory/generators"] = laid
+  return made
+
+
 def alignment(model: "lm.LanguageModel") -> int:
   """Both chunk lengths divide it: documents begin at chunk edges."""
   return math.lcm(model.memory.chunk_memory, model.memory.chunk_gen)

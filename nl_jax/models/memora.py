@@ -166,6 +166,14 @@ def init_state(
   )
 
 
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """As `titans.starts`; logarithms."""
+  del model
+  return {"memory": _start(params)}
+
+
 def parameter_count(model: "lm.LanguageModel") -> int:
   """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K of one layer."""
   D = model.width

@@ -277,6 +277,14 @@ def init_state(
   )
 
 
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """What each memory of one layer learns from, by its place in the state."""
+  del model
+  return {"memory": params["memory"]}
+
+
 def alignment(model: "lm.LanguageModel") -> int:
   """The chunk: documents begin at its edges."""
   return model.memory.chunk

@@ -294,6 +294,14 @@ def init_state(
   )
 
 
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """As `titans.starts`."""
+  own = titans.starts(params["lmm"], model)
+  return {f"lmm/{place}": start for place, start in own.items()}
+
+
 def normed(
   params: types.Params, branch: str, x: types.Array, model: "lm.LanguageModel"
 ) -> types.Array:

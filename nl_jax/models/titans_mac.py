@@ -383,6 +383,14 @@ def init_state(
   return MACState(lmm.convs["q"], segment)
 
 
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """As `titans.starts`: of the walk over segments, and of the memory's own."""
+  start = titans.starts(params["lmm"], model)["memory"]
+  return {"segment": start, "segment/carried": start}
+
+
 def _empty_cache(
   model: "lm.LanguageModel", batch_size: int, dtype: jnp.dtype
 ) -> Cache:

@@ -37,6 +37,7 @@ class Options(titans_hybrid.Options):
 
 check = titans_hybrid.check
 init_state = titans_hybrid.init_state
+starts = titans_hybrid.starts
 alignment = titans_hybrid.alignment
 rows = titans_hybrid.window_rows
 

@@ -316,6 +316,14 @@ def init_state(
   )
 
 
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """As `titans.starts`."""
+  del model
+  return {"memory": _start(params)}
+
+
 def alignment(model: "lm.LanguageModel") -> int:
   """The mini-batch: documents begin at its edges."""
   return model.memory.chunk

@@ -61,7 +61,8 @@ def test_the_default_memory_stays_bounded(kind):
     params, x
   )
   norm = lambda tree: np.sqrt(sum((w**2).sum() for w in jax.tree.leaves(tree)))
-  last = jax.tree.map(np.add, params["memory"], state.memory.w)
+  start = jax.tree.map(lambda w: w[None], params["memory"])
+  last = jax.tree.map(np.add, start, state.memory.w)
   assert norm(last) < 2 * norm(params["memory"])
 
 

@@ -171,7 +171,7 @@ def test_the_memory_is_that_of_titans_pytorch(name, chunk):
     start = memory.chunked.start(params, 2, rule)
     y, state, _ = mlp.update(params, start, q, k, v, gates, rule=rule)
     last = state.w if chunk == 1 else state.anchor
-    last = jax.tree.map(jnp.add, params, last)
+    last = jax.tree.map(lambda w, d: w[None] + d, params, last)
     made = {"y": y[:, :, 0], **{n: w[:, 0] for n, w in last.items()}}
     return sum((made[n] * cotangents[n]).sum() for n in made), made
 
@@ -227,7 +227,8 @@ def test_the_default_memory_stays_bounded(kind):
     lambda p, x: titans.apply(p, x, None, None, model=model)
   )(params, x)
   norm = lambda tree: np.sqrt(sum((w**2).sum() for w in jax.tree.leaves(tree)))
-  last = jax.tree.map(np.add, params["memory"], state.memory.w)
+  start = jax.tree.map(lambda w: w[None], params["memory"])
+  last = jax.tree.map(np.add, start, state.memory.w)
   assert norm(last) < 10 * norm(params["memory"])
   assert np.isfinite(metrics["memory"].memory_norm).all()
 

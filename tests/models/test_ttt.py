@@ -123,7 +123,7 @@ def test_the_memory_is_that_of_flash_linear_attention():
       memory.Gates(ones, 0 * ones), rule=rule, slow=affine,
       row=jax.nn.sigmoid(x["row"]),
     )  # fmt: skip
-    last = params["w"] + state.w["w"]
+    last = params["w"][None] + state.w["w"]
     return (last * frozen["cotangent"]).sum(), last
 
   inputs = {n: frozen[f"in/{n}"] for n in names}
