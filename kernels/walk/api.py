@@ -156,6 +156,7 @@ def walk(
     return xla.walk(
       body, slow, xs, places,
       state=state, anchor=anchor, heads=H, group=group, tile=tile,
+      name=name,
     )  # fmt: skip
   interpret = implementation == "pallas_interpret"
   run = functools.partial(
@@ -328,14 +329,17 @@ def supports(
       "a document may begin inside a chunk (ids are given), and this chunk "
       "function takes that only in 'xla'; pack documents at chunk edges"
     )
-  for kind, tree, rank in (("slow", slow, 3), ("state", state, 4)):
+  for kind, tree, axes in (
+    ("slow", slow, "[H, a, b]"), ("state", state, "[B, H, a, b]"),
+  ):  # fmt: skip
+    rank = axes.count(",") + 1
     for x in jax.tree.leaves(tree):
       if x.dtype != jnp.float32:
         return f"kernels take float32 {kind}, got {x.dtype}; 'xla' takes it"
       if x.ndim != rank or x.shape[rank - 3] != H:
         return (
-          f"leaves of {kind} are {'[B, H, a, b]'[-3 * rank :]} with H={H} in a "
-          f"kernel, got the shape {x.shape}; 'xla' takes it"
+          f"leaves of {kind} are {axes} with H={H} in a kernel, got the shape "
+          f"{x.shape}; 'xla' takes it"
         )
   if any(x.dtype.itemsize == 8 for x in jax.tree.leaves(xs)):
     return "kernels take float32 and bfloat16 inputs; 'xla' takes float64"

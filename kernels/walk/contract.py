@@ -79,3 +79,36 @@ class At(NamedTuple):
   first: jax.Array
   anchor: Any
   tile: products.Tile
+
+
+def check(
+  made: Any, state: State, at: At, name: str
+) -> tuple[Any, Any, jax.Array | None]:
+  """What a chunk function made of a state, if it is what a walk goes on with.
+
+  Args:
+    made: what it returned; only shapes and types are read.
+    state, at: what it was given.
+    name: of the walk.
+
+  Raises:
+    ValueError: no triple, another state, or sums without their axis of 1.
+  """
+  if not isinstance(made, tuple) or len(made) != 3:
+    raise ValueError(
+      f"{name}: a chunk function returns (state, y, sums), sums may be None"
+    )
+  told = lambda tree: jax.tree.map(lambda x: f"{x.dtype}{[*x.shape]}", tree)
+  if told(made[0]) != told(state):
+    raise ValueError(
+      f"{name}: from the state {told(state)} the chunk function makes "
+      f"{told(made[0])}"
+    )
+  sums = made[2]
+  lead = at.real.shape[:-2]
+  if sums is not None and sums.shape[:-1] != (*lead, 1):
+    raise ValueError(
+      f"{name}: sums of a chunk function are [{', '.join(map(str, lead))}, 1, "
+      f"n], got {[*sums.shape]}"
+    )
+  return made

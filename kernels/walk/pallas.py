@@ -88,7 +88,7 @@ def _chunk(how: How, word: jax.Array, ids: Any, i: Any) -> Callable[..., Any]:
 
   def run(slow: Any, state: contract.State, x: Any) -> Any:
     x = _map(lambda x: jnp.where(inside(x.shape), x, 0.0), x)
-    return how.body(slow, state, x, at)
+    return contract.check(how.body(slow, state, x, at), state, at, how.name)
 
   return run
 
@@ -214,8 +214,8 @@ def step(how: How, slow: Any, xs: Any, state: contract.State, ids: Any) -> Step:
   """Of a call's arrays, of which only shapes are read.
 
   Raises:
-    ValueError: the chunk function makes another state, or outputs without an
-      axis of the step's heads.
+    ValueError: the chunk function makes what `contract.check` does not take, or
+      outputs without an axis of the step's heads.
   """
   G, C, H = how.heads, how.chunk, heads_of(state)
   struct = lambda *shape: jax.ShapeDtypeStruct(shape, _f32)
@@ -229,13 +229,8 @@ def step(how: How, slow: Any, xs: Any, state: contract.State, ids: Any) -> Step:
   def run(word: Any, slow: Any, state: Any, x: Any, ids: Any) -> Any:
     return _chunk(how, word, ids, 0)(slow, state, x)
 
-  new, y, sums = jax.eval_shape(run, _WORD, *made[:4])
+  _, y, sums = jax.eval_shape(run, _WORD, *made[:4])
   shapes = lambda tree: _map(lambda x: tuple(x.shape), tree)
-  if shapes(new) != shapes(made.state):
-    raise ValueError(
-      f"{how.name}: from the state {shapes(made.state)} the chunk function "
-      f"makes {shapes(new)}"
-    )
   if any(x.shape[:-1] != (G, C) for x in jax.tree.leaves(y)):
     raise ValueError(
       f"{how.name}: in a kernel the outputs of a chunk function are "

@@ -60,6 +60,7 @@ def walk(
   heads: int,
   group: int,
   tile: products.Tile,
+  name: str,
 ) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """`api.walk`; `heads` is H, and the state's type that of its weights."""
   B, N, C = places.real.shape
@@ -81,7 +82,8 @@ def walk(
     if anchor is None:
       kept = _select(at.real.any(axis=1), kept, edge)
     now = _at(at, heads, dtype, None if anchor is None else edge, tile)
-    state, y, sums = body(slow, state, x, now)
+    made = contract.check(body(slow, state, x, now), state, now, name)
+    state, y, sums = made
     return (_select(at.closes, state.w, kept), state), (y, sums)
 
   fold = lambda x: jnp.moveaxis(x.reshape(B, N, C, heads, -1), (1, 3), (0, 2))

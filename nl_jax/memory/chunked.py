@@ -113,7 +113,7 @@ class _Grid(NamedTuple):
   """Where a call's tokens lie: N blocks of c tokens a row.
 
   Attributes:
-    offset: int32 [B], masked tokens before the call's own, < c.
+    offset: int32 [B], masked tokens before the call's own, < c; None: none.
     place: int32 [B], tokens in the row's open chunk before the call.
     real: bool [B, N, c].
     inside: int32 [B, N, c], documents counted within the block from 0.
@@ -122,7 +122,7 @@ class _Grid(NamedTuple):
     phase, segment: int32 [B], the clocks after the call.
   """
 
-  offset: jax.Array
+  offset: jax.Array | None
   place: jax.Array
   real: jax.Array
   inside: jax.Array
@@ -132,9 +132,13 @@ class _Grid(NamedTuple):
   segment: jax.Array
 
 
-def _lay(x: jax.Array, offset: jax.Array, size: int, c: int) -> jax.Array:
+def _lay(
+  x: jax.Array, offset: jax.Array | None, size: int, c: int
+) -> jax.Array:
   """[B, T, ...] to [B, size, ...], row b shifted right by offset[b] < c."""
   T = x.shape[1]
+  if offset is None:
+    return jnp.pad(x, [(0, 0), (0, size - T), *[(0, 0)] * (x.ndim - 2)])
   x = jnp.pad(x, [(0, 0), (c - 1, max(size - T, 0)), *[(0, 0)] * (x.ndim - 2)])
   take = lambda row, o: jax.lax.dynamic_slice_in_dim(row, c - 1 - o, size)
   return jax.vmap(take)(x, offset)
@@ -186,7 +190,7 @@ def _grid(
   last = T - 1 - jnp.argmax(real[:, ::-1], axis=1)
   phase = jnp.where(new, -lead % chunk if shifts else 0, state.phase)
   consumed = phase + jnp.where(any_real, last + 1, 0)
-  offset = phase.astype(jnp.int32) if shifts else jnp.zeros_like(phase)
+  offset = phase.astype(jnp.int32) if shifts else None
 
   laid = _lay(ids, offset, blocks * c, c)
   index = segments.running_index(laid, state.segment).reshape(B, blocks, c)
@@ -271,11 +275,7 @@ def walk(
   )
 
   def lay(x: jax.Array) -> jax.Array:
-    x = x.reshape(B, T, -1)
-    rest = blocks * c - T
-    if not shifts:
-      return jnp.pad(x, [(0, 0), (0, rest), (0, 0)])
-    return _lay(x, grid.offset, blocks * c, c)
+    return _lay(x.reshape(B, T, -1), grid.offset, blocks * c, c)
 
   ys, after, edges, sums = walks.walk(
     body, slow, jax.tree.map(lay, xs), places,
@@ -287,7 +287,7 @@ def walk(
   )  # fmt: skip
 
   def unlay(y: jax.Array) -> jax.Array:
-    if shifts:
+    if grid.offset is not None:
       take = lambda row, o: jax.lax.dynamic_slice_in_dim(row, o, T)
       y = jax.vmap(take)(y, grid.offset)
     return y[:, :T]

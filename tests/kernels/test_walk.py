@@ -456,16 +456,29 @@ def test_a_step_that_does_not_fit_in_vmem_is_said():
     jax.eval_shape(run, slow, xs, places, state)
 
 
-def test_a_chunk_function_that_makes_another_state_is_said():
-  body, slow, xs, places, state = call("linear")
-  run = lambda body: walk.walk(
-    body, slow, xs, places, state=state, implementation="pallas_interpret"
-  )
-  grow = lambda slow, state, x, at: (
-    state._replace(s={"s": x["q"]}), x["q"], None
-  )  # fmt: skip
-  with pytest.raises(ValueError, match="from the state .* makes"):
-    run(grow)
+@pytest.mark.parametrize("form", ["xla", "pallas_interpret"])
+def test_a_chunk_function_that_makes_something_else_is_said(form):
+  _, slow, xs, places, state = call("linear")
+
+  def run(make):
+    body = lambda slow, state, x, at: make(state, x["q"], at)
+    walk.walk(body, slow, xs, places, state=state, implementation=form)
+
+  for make, said in {
+    lambda s, q, at: (s._replace(s={"s": q}), q, None): "the state .* makes",
+    lambda s, q, at: (s._replace(w=s.s), q, None): "the state .* makes",
+    lambda s, q, at: (cast(s, jnp.bfloat16), q, None): "makes .*bfloat16",
+    lambda s, q, at: (s, q): r"returns \(state, y, sums\)",
+    lambda s, q, at: (s, q, q[..., 0]): r"sums .* are \[.*4, 1, n\], got",
+  }.items():
+    with pytest.raises(ValueError, match=said):
+      run(make)
+
+
+def test_outputs_without_heads_are_no_kernels():
+  _, slow, xs, places, state = call("linear")
   mean = lambda slow, state, x, at: (state, x["q"].mean(0), None)
   with pytest.raises(ValueError, match=r"outputs .* are \[4, 8, d\]"):
-    run(mean)
+    walk.walk(
+      mean, slow, xs, places, state=state, implementation="pallas_interpret"
+    )
