@@ -26,6 +26,7 @@ from experiments import (
 )
 from nl_jax import sharding
 
+_TOKENS = 512  # Of a step; more compile for many minutes.
 _ROWS = "rows "  # Before the line of the answer.
 
 
@@ -192,7 +193,7 @@ def _tries(
       and _kernels_walks.products_flops(other) == digest
     )  # fmt: skip
     row = dict(heads=heads, vmem=again.need)
-    if heads > 32 or again.need > again.how.limit:
+    if heads * body.chunk > _TOKENS or again.need > again.how.limit:
       tries.append(row)
       continue
     try:

@@ -101,10 +101,8 @@ def _check() -> int:
   """Kernels against XLA on this device."""
   from experiments import _kernels_check
 
-  # An arch's name alone has the sizes of its family at 1b3.
-  configs = _CONFIG.value or [f"{arch}_1b3" for arch in _archs()]
   off = []
-  for line in _kernels_check.run(configs):
+  for line in _kernels_check.run(_configs()):
     print(line, flush=True)
     if not line.holds:
       off.append(line.config)
