@@ -160,17 +160,24 @@ def worse(
   by_config = {
     (config, row["body"]): row for row in held for config in row["configs"]
   }
-  failed = []
+  compiled = {row["config"] for row in rows if "error" not in row}
+  seen = {(row["config"], row["body"]) for row in rows}
+  failed = [
+    f"{body} of {config}: no walk of it any more"
+    for config, body in by_config
+    if config in compiled and (config, body) not in seen
+  ]
   for row, configs in _by_body(rows):
     name = f"{row['body']} of {configs[0]}"
+    if "error" in row:
+      continue  # Said where it was met.
     before = by_config.get((configs[0], row["body"]))
     if before is None:
       if "fused" in row:
         failed.append(f"{name}: not in the baseline")
       continue
     if "fused" not in row:
-      why = row.get("error") or row["reason"]
-      failed.append(f"{name}: had kernels, has none: {why}")
+      failed.append(f"{name}: had kernels, has none: {row['reason']}")
       continue
     failed += _failed(name, row, before)
   return failed

@@ -121,9 +121,9 @@ def _report(configs: list[str]) -> int:
     print(_kernels_table.xla_table(rows, topology) + "\n", flush=True)
     failed += [r["error"] for r in rows if "error" in r]
     if _UPDATE.value:
-      _write(_baseline(topology), _kernels_table.baseline(rows))
+      _update(topology, rows)
     elif _CHECK.value:
-      worse = _kernels_table.worse(rows, _held(topology, configs))
+      worse = _kernels_table.worse(rows, _held(topology))
       print("\n".join(worse) or f"{topology}: as the baseline", flush=True)
       failed += worse
     if _PEER.value:
@@ -204,16 +204,25 @@ def _baseline(topology: str) -> pathlib.Path:
   return _WALK / "baselines" / _versions()["libtpu"] / f"{chip}.json"
 
 
-def _held(topology: str, configs: list[str]) -> list[dict[str, Any]]:
-  """The baseline's rows of these configs."""
+def _held(topology: str) -> list[dict[str, Any]]:
   path = _baseline(topology)
   if not path.exists():
     raise ValueError(
       f"there is no baseline {path.relative_to(_ROOT)}: --report --update "
       "writes one"
     )
-  rows = json.loads(path.read_text())
-  return [row for row in rows if set(row["configs"]) & set(configs)]
+  return json.loads(path.read_text())
+
+
+def _update(topology: str, rows: list[dict[str, Any]]) -> None:
+  """Writes the baseline of a chip; configs that were not asked stay."""
+  path = _baseline(topology)
+  asked = {row["config"] for row in rows}
+  kept = [
+    row for row in (_held(topology) if path.exists() else [])
+    if not asked & set(row["configs"])
+  ]  # fmt: skip
+  _write(path, kept + _kernels_table.baseline(rows))
 
 
 def _peer(topology: str) -> str:

@@ -229,10 +229,13 @@ def test_a_kernel_that_is_gone_or_large_or_new_is_named():
   held = _kernels_table.baseline([row()])
   (said,) = _kernels_table.worse([row(vmem=1.1 * 2**20)], held)
   assert said == "walk of a_1b3: VMEM from 1.0 MiB to 1.1 MiB"
-  gone = row(error="out of registers")
-  del gone["fused"]
-  (said,) = _kernels_table.worse([gone], held)
-  assert said.endswith("had kernels, has none: out of registers")
+  refused = row(reason="its chunk is long")
+  del refused["fused"]
+  (said,) = _kernels_table.worse([refused], held)
+  assert said.endswith("had kernels, has none: its chunk is long")
+  other = [row(body="other"), row(config="b_1b3", digest="two")]
+  gone, *new = _kernels_table.worse(other, held)
+  assert gone == "walk of a_1b3: no walk of it any more" and len(new) == 2
   (said,) = _kernels_table.worse([row(config="new_1b3")], held)
   assert said == "walk of new_1b3: not in the baseline"
 
