@@ -206,26 +206,31 @@ def _failed(
     yield f"{name}: VMEM from {MiB(before['vmem'])} to {MiB(row['vmem'])}"
 
 
+_TILE = ("chip", "name", "C", "K", "M")  # What a row of tiles.json is of.
+
+
 def tiles(
-  rows: Iterable[dict[str, Any]], chip: str, gain: float = 0.03
+  rows: Iterable[dict[str, Any]],
+  before: Iterable[dict[str, Any]],
+  gain: float = 0.03,
 ) -> list[dict[str, Any]]:
-  """Rows of `tiles.json` where other heads a step spare more than `gain`.
+  """Rows of `tiles.json`: where other heads a step spare more than `gain`.
 
   Args:
     rows: of --tune, `tries` of each body.
-    chip: as `vmem.chip` names it.
+    before: the file's rows; those of bodies that were not tried stay.
     gain: share of the bundles of the default.
   """
-  found = []
+  found, tried = [], set()
   for row, _ in _by_body(rows):
     tries = {t["heads"]: t["bundles"] for t in row.get("tries", ())
              if "bundles" in t}  # fmt: skip
     if row.get("step") not in tries:
       continue
+    tile = {key: row["body" if key == "name" else key] for key in _TILE}
+    tried.add(tuple(tile.values()))
     best = min(tries, key=tries.get)
     if tries[best] < (1 - gain) * tries[row["step"]]:
-      found.append(
-        dict(chip=chip, name=row["body"], C=row["C"], K=row["K"], M=row["M"],
-             heads=best)
-      )  # fmt: skip
-  return found
+      found.append(tile | dict(heads=best))
+  stay = lambda row: tuple(row[key] for key in _TILE) not in tried
+  return [row for row in before if stay(row)] + found

@@ -140,7 +140,8 @@ def _report(configs: list[str]) -> int:
 
 def _tune(configs: list[str]) -> int:
   """Writes the heads a step that beat the default."""
-  tiles = []
+  path = _WALK / "tiles.json"
+  tiles = json.loads(path.read_text()) if path.exists() else []
   for topology in _TOPOLOGY.value:
     rows = _rows(configs, topology, tune=True)
     for row in rows:
@@ -151,12 +152,8 @@ def _tune(configs: list[str]) -> int:
         print(f"{topology} {row['body']} of {row['config']}: "
               f"{made['heads']} heads a step{note}: {said}",
               flush=True)  # fmt: skip
-    tiles += _kernels_table.tiles(rows, topology.partition(":")[0])
-  path = _WALK / "tiles.json"
-  names = {(tile["chip"], tile["name"]) for tile in tiles}
-  before = json.loads(path.read_text()) if path.exists() else []
-  kept = [t for t in before if (t["chip"], t["name"]) not in names]
-  _write(path, kept + tiles)
+    tiles = _kernels_table.tiles(rows, tiles)
+  _write(path, tiles)
   return _main.DONE
 
 

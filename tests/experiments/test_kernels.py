@@ -169,7 +169,8 @@ def row(**changed):
                                 hbm=8190.0, slots=dict(MXU=0.5))  # fmt: skip
   return dict(
     config="a_1b3", body="walk", K=64, M=64, C=16, heads=8, chunks=256,
-    reason=None, step=4, save=1, vmem=2**20, vmem_limit=2**22, digest="one",
+    reason=None, chip="v5e", step=4, save=1, vmem=2**20, vmem_limit=2**22,
+    digest="one",
     flops=dict(F=197e6 / 1.503, G=0.0),
     fused=dict(F=kernel(1000.0), S=kernel(1100.0), G=kernel(1503.0),
                seconds=3.0),
@@ -245,10 +246,17 @@ def test_heads_that_spare_more_than_three_percent_become_a_tile():
     tries=[dict(heads=h, bundles=b) for h, b in zip((2, 4, 8), bundles)]
     + [dict(heads=16, vmem=1)]
   )
-  assert not _kernels_table.tiles([tries(980.0, 1000.0, 1100.0)], "v5e")
-  assert _kernels_table.tiles([tries(960.0, 1000.0, 1100.0)], "v5e") == [
-    dict(chip="v5e", name="walk", C=16, K=64, M=64, heads=2)
-  ]
+  tile = dict(chip="v5e", name="walk", C=16, K=64, M=64, heads=2)
+  other = tile | dict(chip="v6e", heads=8)
+  # What a chip had is forgotten where the default is as good.
+  assert _kernels_table.tiles(
+    [tries(980.0, 1000.0, 1100.0)], [tile, other]
+  ) == [other]
+  assert _kernels_table.tiles([tries(960.0, 1000.0, 1100.0)], [other]) == [
+    other, tile
+  ]  # fmt: skip
+  # No row is added of a body whose default was not compiled.
+  assert not _kernels_table.tiles([row(step=16, tries=[])], [])
 
 
 @pytest.mark.parametrize("name", ["hope_linear_tiny", "gated_deltanet_tiny"])
