@@ -58,6 +58,7 @@ setup(
     "nl_jax.data": ["embedded/*"],
     "nl_jax.eval": ["*.csv"],
     "nl_jax.tasks": ["*.csv"],
+    "nl_jax.kernels.walk": ["tiles.json"],
   },
   install_requires=_BASE,
   extras_require={

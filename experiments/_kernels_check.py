@@ -64,7 +64,7 @@ def run(configs: Sequence[str]) -> Iterator[Line]:
   """Checks configs one after the other.
 
   Args:
-    configs: names, without an argument; the test size of each runs.
+    configs: names; the test size of each runs.
   """
   on_tpu = jax.default_backend() == "tpu"
   for name in configs:
@@ -74,7 +74,7 @@ def run(configs: Sequence[str]) -> Iterator[Line]:
 
 def check(name: str, dtype: str, implementation: str) -> Line:
   """A config's layer with its kernels and by XLA."""
-  config = _flags.load_config(f"{name}:smoke")
+  config = _flags.load_config(f"{name.partition(':')[0]}:smoke")
   with config.unlocked():
     config.train.dtype = dtype
   net = _setup.model(_setup.resolve(config))

@@ -25,7 +25,9 @@ from experiments import (
   _kernels_walks,
 )
 from nl_jax import sharding
+from nl_jax.kernels.walk import vmem
 
+_TOKENS = 512  # Of a step; more compile for many minutes.
 _ROWS = "rows "  # Before the line of the answer.
 
 
@@ -86,8 +88,8 @@ def _about(body: _kernels_walks.Body) -> dict[str, Any]:
   )  # fmt: skip
   if body.how is not None:
     row |= dict(
-      step=body.how.heads, save=body.how.save, vmem=body.need,
-      vmem_limit=body.how.limit,
+      chip=vmem.chip()[0], step=body.how.heads, save=body.how.save,
+      vmem=body.need, vmem_limit=body.how.limit,
     )  # fmt: skip
   return row
 
@@ -192,7 +194,7 @@ def _tries(
       and _kernels_walks.products_flops(other) == digest
     )  # fmt: skip
     row = dict(heads=heads, vmem=again.need)
-    if heads > 32 or again.need > again.how.limit:
+    if heads * body.chunk > _TOKENS or again.need > again.how.limit:
       tries.append(row)
       continue
     try:

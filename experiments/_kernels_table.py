@@ -160,17 +160,24 @@ def worse(
   by_config = {
     (config, row["body"]): row for row in held for config in row["configs"]
   }
-  failed = []
+  compiled = {row["config"] for row in rows if "error" not in row}
+  seen = {(row["config"], row["body"]) for row in rows}
+  failed = [
+    f"{body} of {config}: no walk of it any more"
+    for config, body in by_config
+    if config in compiled and (config, body) not in seen
+  ]
   for row, configs in _by_body(rows):
     name = f"{row['body']} of {configs[0]}"
+    if "error" in row:
+      continue  # Said where it was met.
     before = by_config.get((configs[0], row["body"]))
     if before is None:
       if "fused" in row:
         failed.append(f"{name}: not in the baseline")
       continue
     if "fused" not in row:
-      why = row.get("error") or row["reason"]
-      failed.append(f"{name}: had kernels, has none: {why}")
+      failed.append(f"{name}: had kernels, has none: {row['reason']}")
       continue
     failed += _failed(name, row, before)
   return failed
@@ -199,26 +206,31 @@ def _failed(
     yield f"{name}: VMEM from {MiB(before['vmem'])} to {MiB(row['vmem'])}"
 
 
+_TILE = ("chip", "name", "C", "K", "M")  # What a row of tiles.json is of.
+
+
 def tiles(
-  rows: Iterable[dict[str, Any]], chip: str, gain: float = 0.03
+  rows: Iterable[dict[str, Any]],
+  before: Iterable[dict[str, Any]],
+  gain: float = 0.03,
 ) -> list[dict[str, Any]]:
-  """Rows of `tiles.json` where other heads a step spare more than `gain`.
+  """Rows of `tiles.json`: where other heads a step spare more than `gain`.
 
   Args:
     rows: of --tune, `tries` of each body.
-    chip: as `vmem.chip` names it.
+    before: the file's rows; those of bodies that were not tried stay.
     gain: share of the bundles of the default.
   """
-  found = []
+  found, tried = [], set()
   for row, _ in _by_body(rows):
     tries = {t["heads"]: t["bundles"] for t in row.get("tries", ())
              if "bundles" in t}  # fmt: skip
     if row.get("step") not in tries:
       continue
+    tile = {key: row["body" if key == "name" else key] for key in _TILE}
+    tried.add(tuple(tile.values()))
     best = min(tries, key=tries.get)
     if tries[best] < (1 - gain) * tries[row["step"]]:
-      found.append(
-        dict(chip=chip, name=row["body"], C=row["C"], K=row["K"], M=row["M"],
-             heads=best)
-      )  # fmt: skip
-  return found
+      found.append(tile | dict(heads=best))
+  stay = lambda row: tuple(row[key] for key in _TILE) not in tried
+  return [row for row in before if stay(row)] + found

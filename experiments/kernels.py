@@ -101,10 +101,8 @@ def _check() -> int:
   """Kernels against XLA on this device."""
   from experiments import _kernels_check
 
-  # An arch's name alone has the sizes of its family at 1b3.
-  configs = _CONFIG.value or [f"{arch}_1b3" for arch in _archs()]
   off = []
-  for line in _kernels_check.run(configs):
+  for line in _kernels_check.run(_configs()):
     print(line, flush=True)
     if not line.holds:
       off.append(line.config)
@@ -123,9 +121,9 @@ def _report(configs: list[str]) -> int:
     print(_kernels_table.xla_table(rows, topology) + "\n", flush=True)
     failed += [r["error"] for r in rows if "error" in r]
     if _UPDATE.value:
-      _write(_baseline(topology), _kernels_table.baseline(rows))
+      _update(topology, rows)
     elif _CHECK.value:
-      worse = _kernels_table.worse(rows, _held(topology, configs))
+      worse = _kernels_table.worse(rows, _held(topology))
       print("\n".join(worse) or f"{topology}: as the baseline", flush=True)
       failed += worse
     if _PEER.value:
@@ -142,7 +140,8 @@ def _report(configs: list[str]) -> int:
 
 def _tune(configs: list[str]) -> int:
   """Writes the heads a step that beat the default."""
-  tiles = []
+  path = _WALK / "tiles.json"
+  tiles = json.loads(path.read_text()) if path.exists() else []
   for topology in _TOPOLOGY.value:
     rows = _rows(configs, topology, tune=True)
     for row in rows:
@@ -153,12 +152,8 @@ def _tune(configs: list[str]) -> int:
         print(f"{topology} {row['body']} of {row['config']}: "
               f"{made['heads']} heads a step{note}: {said}",
               flush=True)  # fmt: skip
-    tiles += _kernels_table.tiles(rows, topology.partition(":")[0])
-  path = _WALK / "tiles.json"
-  names = {(tile["chip"], tile["name"]) for tile in tiles}
-  before = json.loads(path.read_text()) if path.exists() else []
-  kept = [t for t in before if (t["chip"], t["name"]) not in names]
-  _write(path, kept + tiles)
+    tiles = _kernels_table.tiles(rows, tiles)
+  _write(path, tiles)
   return _main.DONE
 
 
@@ -206,16 +201,25 @@ def _baseline(topology: str) -> pathlib.Path:
   return _WALK / "baselines" / _versions()["libtpu"] / f"{chip}.json"
 
 
-def _held(topology: str, configs: list[str]) -> list[dict[str, Any]]:
-  """The baseline's rows of these configs."""
+def _held(topology: str) -> list[dict[str, Any]]:
   path = _baseline(topology)
   if not path.exists():
     raise ValueError(
       f"there is no baseline {path.relative_to(_ROOT)}: --report --update "
       "writes one"
     )
-  rows = json.loads(path.read_text())
-  return [row for row in rows if set(row["configs"]) & set(configs)]
+  return json.loads(path.read_text())
+
+
+def _update(topology: str, rows: list[dict[str, Any]]) -> None:
+  """Writes the baseline of a chip; configs that were not asked stay."""
+  path = _baseline(topology)
+  asked = {row["config"] for row in rows}
+  kept = [
+    row for row in (_held(topology) if path.exists() else [])
+    if not asked & set(row["configs"])
+  ]  # fmt: skip
+  _write(path, kept + _kernels_table.baseline(rows))
 
 
 def _peer(topology: str) -> str:
