@@ -102,14 +102,21 @@ def store(ref: Any, i: Any, how: How, x: jax.Array) -> None:
   ref[_tokens(ref, i, how)] = x.astype(ref.dtype)
 
 
-def _by_head(ref: Any, step: Callable[[Any], None]) -> None:
-  """A step for each [a,b] of a block [..., G,a,b], in a loop.
+def _by_rows(ref: Any, step: Callable[[Any], None]) -> None:
+  """A step for 32 rows, or all, of each [a,b] of a block [..., G,a,b].
 
-  What a kernel does once a walk would else be as much code as the chunk.
+  In a loop: what a kernel does once a walk would else be as much code as the
+  chunk.
   """
-  lead = (0,) * (len(ref.shape) - 3)
-  run = lambda h, _: step((*lead, h))
-  jax.lax.fori_loop(0, ref.shape[-3], run, None)
+  lead, a = (0,) * (len(ref.shape) - 3), ref.shape[-2]
+  size = 32 if a % 32 == 0 else a
+  each = a // size
+
+  def run(i: jax.Array, _: None) -> None:
+    rows = pl.ds(pl.multiple_of(i % each * size, size), size)
+    step((*lead, i // each, rows))
+
+  jax.lax.fori_loop(0, ref.shape[-3] * each, run, None)
 
 
 def clear(refs: Any) -> None:
@@ -117,9 +124,9 @@ def clear(refs: Any) -> None:
   for ref in jax.tree.leaves(refs):
 
     def zero(at: Any, ref: Any = ref) -> None:
-      ref[at] = jnp.zeros(ref.shape[-2:], ref.dtype)
+      ref[at] = jnp.zeros_like(ref[at])
 
-    _by_head(ref, zero)
+    _by_rows(ref, zero)
 
 
 def move(to: Any, refs: Any) -> None:
@@ -129,7 +136,7 @@ def move(to: Any, refs: Any) -> None:
     def one(at: Any, ref: Any = ref, other: Any = other) -> None:
       ref[at] = other[at]
 
-    _by_head(ref, one)
+    _by_rows(ref, one)
 
 
 def add(to: Any, refs: Any) -> None:
@@ -139,7 +146,7 @@ def add(to: Any, refs: Any) -> None:
     def one(at: Any, ref: Any = ref, other: Any = other) -> None:
       ref[at] += other[at]
 
-    _by_head(ref, one)
+    _by_rows(ref, one)
 
 
 def copy(to: Any, values: Any) -> None:
