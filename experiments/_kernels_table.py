@@ -8,18 +8,18 @@ from experiments import _compile_chips, _kernels_dump
 _CORES = {"v4": 2, "v5p": 2, "tpu7x": 2}  # Of a chip; a kernel runs on one.
 _MORE = 1.05  # Of bundles and spills, before a gate fails.
 CAVEATS = (
-  "No TPU has run this: bundles are what the compiler schedules, a bundle a "
-  "cycle, without waits for memory, transfers and what comes once a walk "
-  "apart; a kernel measured elsewhere took about 1.4 times its bundles.",
-  "F: a chunk forward, S: the same and states kept, G: backward with what it "
-  "makes again; bundles and bytes are those of a head and a chunk.",
-  "Share of the limit: kernels.md, section 5: products at the peak or bytes "
-  "of main memory at the maker's rate, whichever is longer, over bundles or "
-  "bytes, whichever is longer; products of the chunk function count once.",
-  "VMEM is ours, before the compiler's; main memory is exact, from blocks.",
-  "The XLA form: of its loops over chunks what is launched, the compiler's "
-  "cycles, which overcharge small operations, and bundles, which leave out "
-  "what a launch costs.",
+  "No TPU has run this. Bundles are what the compiler schedules, one a cycle, "
+  "without waits for memory and transfers; a kernel measured elsewhere took "
+  "about 1.4 times its bundles.",
+  "F: a chunk forward, S: the same with states kept, G: backward with what it "
+  "makes again. Bundles and bytes are those of a head and chunk.",
+  "Share of the limit: the least time for the chunk function's products, each "
+  "once at the peak, or for its bytes of main memory, over that of bundles or "
+  "bytes.",
+  "VMEM is our estimate, before the compiler's; bytes are exact, from blocks.",
+  "The XLA form: what its loops over chunks launch; the compiler's cycles "
+  "overcharge small operations; bundles leave out what a launch costs, and "
+  "count a loop inside an operation once.",
 )
 
 
