@@ -420,7 +420,11 @@ def test_the_chunk_function_sees_where_it_is():
   tile, lead, dtype, real = seen("xla")
   assert tile == products.Tile(products.F32) and lead == (2, 4)
   assert (dtype, real) == (jnp.float32, (2, 4, C, 1))
-  tile, lead, dtype, real = seen("pallas_interpret", jnp.bfloat16)
+  # Of itself a CPU takes exact products.
+  assert seen("xla", jnp.bfloat16)[0].policy is products.F32
+  tile, lead, dtype, real = seen(
+    "pallas_interpret", jnp.bfloat16, policy="lean"
+  )
   assert tile == products.Tile(products.LEAN, fused=True, pack=4)
   assert (lead, dtype, real) == ((4,), jnp.float32, (4, C, 1))
   assert seen("pallas_interpret", heads=2)[0].pack == 2
