@@ -342,7 +342,7 @@ def update(
 
   Raises:
     ValueError: momentum without log_beta, a window without gamma, or the
-      other way round.
+      other way round; a form that the rule does not have.
   """
   if rule.has_momentum != (gates.log_beta is not None):
     raise ValueError(
@@ -354,6 +354,12 @@ def update(
       f"memory.omega={rule.omega} and "
       f"{'no ' if gates.gamma is None else ''}gates.gamma do not fit"
     )
+  named = None if run is None else run.implementation
+  if rule.loops and named not in (None, "reference"):
+    raise ValueError(
+      f"memory.inner_muon={rule.inner_muon!r} has no chunk form, and cannot run "
+      f"as {named!r}: leave it out, or use 'reference'"
+    )
   B, T, H = q.shape[:3]
   wide = jax.tree.leaves(state.w)[0].dtype
   fixed = {"start": params, "forward": slow}
@@ -363,7 +369,7 @@ def update(
     xs["row"] = jnp.broadcast_to(seen[..., None], (B, T, H))
     fixed["row"] = jnp.broadcast_to(row[-1], (H, 1, 1))
   fixed = jax.tree.map(lambda x: x.astype(wide), fixed)
-  by_token = run is not None and run.implementation == "reference"
+  by_token = named == "reference"
 
   def body(fixed, now: walks.State, x, at: walks.At):
     if rule.stop_grad_writes:

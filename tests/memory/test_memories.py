@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nl_jax import memory
+from nl_jax.kernels import walk
 from nl_jax.memory import linear, mlp, objectives
 from tests.memory import oracle
 
@@ -271,20 +272,25 @@ def test_pairs_are_the_inner_gradient(arch, objective):
     k, v = (jnp.swapaxes(x, 1, 2)[:1] for x in (k, 3.0 * v))
     w = jax.tree.map(lambda x: x[None], params)
     forward = linear.forward_residual if arch == "linear" else mlp.forward(arch)
-    block = memory.rule.Block(w, w, {}, w, jnp.ones((1, 1, T), bool))
-    u, delta, loss = memory.rule.pairs(forward, block, k, v, rule)
+    ones = jnp.ones((1, H, 1, 1))
+    at = walk.At(
+      jnp.ones((1, H, T, 1)), None, 0 * ones, 0 * ones, ones, None, walk.Tile()
+    )
+    still = jax.tree.map(jnp.zeros_like, w)
+    block = memory.rule.Block(w, still, {}, {}, at)
+    u, delta, terms = memory.rule.pairs(forward, block, k, v, rule)
     kinds = objectives.OBJECTIVES[objective]
 
     def total(w, t):
       y = forward(lambda n, x: x @ w[n], k[:, :, t : t + 1])
-      return kinds.loss(y, v[:, :, t : t + 1]).sum()
+      return kinds.terms(y, v[:, :, t : t + 1]).sum()
 
     for t in (0, 5):
       expected = jax.grad(total)(w, t)
       got = {n: u[n][:, :, t, :, None] * delta[n][:, :, t, None, :] for n in u}
       # lp smooths sign and absolute value: its error is not quite a gradient.
       close(got, expected, 1e-3 if objective == "lp" else 1e-10)
-      np.testing.assert_allclose(loss[:, :, t].sum(), total(w, t), rtol=1e-10)
+      np.testing.assert_allclose(terms[:, :, t].sum(), total(w, t), rtol=1e-10)
 
 
 def test_residual_clip_bounds_the_error_and_its_gradient():
