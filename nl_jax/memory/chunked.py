@@ -357,8 +357,8 @@ def update(
   named = None if run is None else run.implementation
   if rule.loops and named not in (None, "reference"):
     raise ValueError(
-      f"memory.inner_muon={rule.inner_muon!r} has no chunk form, and cannot run "
-      f"as {named!r}: leave it out, or use 'reference'"
+      f"memory.inner_muon={rule.inner_muon!r} has no chunk form and cannot run "
+      f"as {named!r}: use 'reference'"
     )
   B, T, H = q.shape[:3]
   wide = jax.tree.leaves(state.w)[0].dtype
