@@ -18,7 +18,7 @@ from nl_jax.memory import self_modifying
 Leaves = dict[str, jax.Array]
 
 _MEMORY = re.compile(
-  r"layers/(slow/|begin/|now/)?(.+)/(anchor|w|s|phase)(?:/(w(?:_\w+)?))?"
+  r"layers/(slow/|begin/|now/)?(.+?)/(anchor|w|s|phase)(?:/(w(?:_\w+)?))?"
 )
 _GENERATORS = "memory/generators"
 

@@ -293,6 +293,10 @@ def walk(
     return y[:, :T]
 
   phase = grid.phase
+  if at_edge:  # A row that reads nothing may have ended within a chunk.
+    reads = grid.real.any(axis=(1, 2))[:, None, None, None]
+    keep = lambda new, old: jnp.where(reads, new, old)
+    edges = jax.tree.map(keep, edges, state.anchor)
   if chunk_free:
     edges, phase = after.w, jnp.zeros_like(phase)
   state = MemoryState(edges, after.w, *after.s, phase, grid.segment)
