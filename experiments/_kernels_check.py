@@ -156,6 +156,6 @@ def _difference(x: Any, y: Any) -> float:
   for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y)):
     a, b = (np.asarray(z, np.float64) for z in (a, b))
     size = max(float(np.abs(b).max(initial=0)), 1e-6)
-    # NaN is the largest.
-    most = max(float(np.abs(a - b).max(initial=0)) / size, most)
+    # Keeps NaN, as Python's max does not.
+    most = float(np.maximum(most, np.abs(a - b).max(initial=0) / size))
   return most
