@@ -29,7 +29,8 @@ class Line(NamedTuple):
   Attributes:
     config, dtype: of the model.
     walks: names of the walks that ran as kernels.
-    others: walks that no kernel takes, with the reason.
+    others: of those that run by XLA all the same.
+    refused: why the config has no kernels; "" where it has.
     values, gradients: largest differences, relative to their array's size.
     bounds: of these.
   """
@@ -38,21 +39,26 @@ class Line(NamedTuple):
   dtype: str
   walks: tuple[str, ...]
   others: tuple[str, ...]
-  values: float
-  gradients: float
-  bounds: tuple[float, float]
+  refused: str = ""
+  values: float = 0.0
+  gradients: float = 0.0
+  bounds: tuple[float, float] = (0.0, 0.0)
 
   @property
   def holds(self) -> bool:
-    """Whether there is a kernel, and it computes the same."""
-    fits = (d <= b for d, b in zip(self[4:6], self.bounds))  # NaN: False.
-    return bool(self.walks) and all(fits)
+    """Whether its kernels compute the same, or it says that it has none."""
+    fits = (
+      self.values <= self.bounds[0] and self.gradients <= self.bounds[1]
+    )  # Not of NaN.
+    return bool(self.refused) or (bool(self.walks) and fits)
 
   def __str__(self) -> str:
+    if self.refused:
+      return f"XLA   {self.config}: {self.refused}"
     if not self.walks:
-      return f"OFF   {self.config}: no walk ran: {'; '.join(self.others)}"
+      return f"OFF   {self.config}: no walk ran as a kernel"
     word = "equal" if self.holds else "OFF  "
-    rest = f"; by XLA: {'; '.join(self.others)}" if self.others else ""
+    rest = f"; by XLA: {', '.join(self.others)}" if self.others else ""
     return (
       f"{word} {self.config} {self.dtype}: {', '.join(self.walks)}: values "
       f"{self.values:.1e} (at most {self.bounds[0]:.0e}), gradients "
@@ -79,26 +85,30 @@ def check(name: str, dtype: str, implementation: str) -> Line:
     config.train.dtype = dtype
   net = _setup.model(_setup.resolve(config))
   net = getattr(net, "base", net)
+  try:
+    kernels = _by(net, implementation)
+  except ValueError as error:  # The mixer's own sentence.
+    return Line(name, dtype, (), (), str(error))
   with walk.recorded() as calls:
-    fused = _both_ways(net, implementation)
+    fused = _both_ways(kernels)
   ran = {c.name: None for c in calls if c.implementation == implementation}
-  other = {
-    f"{c.name}, as {c.reason}": None
-    for c in calls if c.implementation != implementation
-  }  # fmt: skip
-  plain = _both_ways(net, "xla")
+  other = {c.name: None for c in calls if c.name not in ran}
+  plain = _both_ways(_by(net, "xla"))
   loose = _LOOSE if implementation == "pallas_tpu" else 1
   return Line(
-    name, dtype, tuple(ran), tuple(other),
+    name, dtype, tuple(ran), tuple(other), "",
     _difference(fused[0], plain[0]), _difference(fused[1], plain[1]),
     tuple(loose * bound for bound in _BOUNDS[dtype]),
   )  # fmt: skip
 
 
-def _both_ways(net: lm.LanguageModel, implementation: str) -> tuple[Any, Any]:
-  """((outputs, state), gradients) of a layer."""
+def _by(net: lm.LanguageModel, implementation: str) -> lm.LanguageModel:
   memory = dataclasses.replace(net.memory, walk=implementation)
-  net = dataclasses.replace(net, memory=memory)
+  return dataclasses.replace(net, memory=memory)
+
+
+def _both_ways(net: lm.LanguageModel) -> tuple[Any, Any]:
+  """((outputs, state), gradients) of a layer."""
   blocks = net.init(jax.random.key(0))["blocks"]
   blocks = net.mixer.laid(blocks) if net.whole else blocks
   layer = jax.tree.map(lambda x: x[0], blocks)
@@ -146,6 +156,6 @@ def _difference(x: Any, y: Any) -> float:
   for a, b in zip(jax.tree.leaves(x), jax.tree.leaves(y)):
     a, b = (np.asarray(z, np.float64) for z in (a, b))
     size = max(float(np.abs(b).max(initial=0)), 1e-6)
-    # NaN is the largest.
-    most = max(float(np.abs(a - b).max(initial=0)) / size, most)
+    # Keeps NaN, as Python's max does not.
+    most = float(np.maximum(most, np.abs(a - b).max(initial=0) / size))
   return most

@@ -103,8 +103,9 @@ def _mix(net: lm.LanguageModel, tokens: int, segmented: bool) -> Any:
 def _body(name: str, call: walk.Call, heads: int | None) -> Body:
   slow, xs, places, state = call.slow, call.xs, call.places, call.state
   H = api.heads_of(slow, state)
-  if call.reason is not None:
-    return Body(name, call, None, 0, H)
+  if call.implementation != "pallas_tpu":
+    why = call.reason or f"the mixer asks for {call.asked!r}"
+    return Body(name, call._replace(reason=why), None, 0, H)
   how, need = api.plan(
     call.body, call.policy, call.name, heads, None, False, slow, xs, places,
     state,
