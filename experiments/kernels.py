@@ -8,7 +8,9 @@ slots, VMEM and bytes of main memory beside the XLA form of the same walks.
 With --check it compares them with the figures that are kept in
 kernels/walk/baselines, which --update writes. --tune tries other heads a step.
 --check alone runs every walk on the device at hand, kernels against XLA: the
-first thing to type on a TPU. What the figures are and are not: docs/kernels.md.
+first thing to type on a TPU. --precision emulates the policies of products on
+any device, keys and rates at their worst included. What the figures are and
+are not: docs/kernels.md.
 """
 
 import dataclasses
@@ -37,6 +39,9 @@ _JSON = flags.DEFINE_string("json", "", "Also write the report as JSON.")
 _PEER = flags.DEFINE_string(
   "peer", "", "A Python >= 3.12 that has deltanet-tpu, compiled beside ours."
 )
+_PRECISION = flags.DEFINE_boolean(
+  "precision", False, "Errors of the policies of products, emulated here."
+)
 _ROOT = pathlib.Path(__file__).parents[1]
 _WALK = _ROOT / "kernels" / "walk"
 _SECONDS = 1800  # Of all walks of a config; the slowest take a few minutes.
@@ -45,6 +50,8 @@ _SECONDS = 1800  # Of all walks of a config; the slowest take a few minutes.
 def main() -> int:
   """Runs the command; returns its exit status."""
   _check_flags()
+  if _PRECISION.value:
+    return _precision()
   if _CHECK.value and not _REPORT.value:
     return _check()
   from experiments import _compile_programs
@@ -57,10 +64,14 @@ def main() -> int:
 
 
 def _check_flags() -> None:
-  if not (_REPORT.value or _TUNE.value or _CHECK.value):
+  given = [_REPORT.value, _TUNE.value, _CHECK.value, _PRECISION.value]
+  if not any(given):
     raise ValueError(
-      "give one of --report (with --topology=v5e:2x2), --tune and --check"
+      "give one of --report (with --topology=v5e:2x2), --tune, --check and "
+      "--precision"
     )
+  if _PRECISION.value and sum(given) > 1:
+    raise ValueError("--precision goes alone: it compiles no kernel")
   if _TUNE.value and (_REPORT.value or _CHECK.value):
     raise ValueError("--tune goes alone: it compiles other kernels")
   if (_UPDATE.value or _JSON.value or _PEER.value) and not _REPORT.value:
@@ -95,6 +106,15 @@ def _archs() -> list[str]:
     )
 
   return [arch for arch, m in lm.MIXERS.items() if has_walk(m.Options)]
+
+
+def _precision() -> int:
+  """Policies of products against float32, on this device."""
+  from experiments import _kernels_precision
+
+  _main.say("two minutes on two cores ...")
+  print(_kernels_precision.table(), flush=True)
+  return _main.DONE
 
 
 def _check() -> int:
