@@ -46,11 +46,11 @@ def table(rows: Sequence[dict[str, Any]], topology: str) -> str:
   chip = topology.partition(":")[0]
   lines = [
     f"Kernels on {topology}\n",
-    "| walk | configs | K, M, C | heads a step | bundles F | S | G | "
-    + " | ".join(f"{slot} of G" for slot in _kernels_dump.SLOTS)
+    "| walk | configs | K, M, C | heads a step | products | bundles F | S | G "
+    "| " + " | ".join(f"{slot} of G" for slot in _kernels_dump.SLOTS)
     + " | spills and fills a bundle F | G | VMEM | bytes of main memory F | G "
     "| share of the limit F | G | compiled in |",
-    "|---|---|---|---|---|---|---|" + "---|" * len(_kernels_dump.SLOTS)
+    "|---|---|---|---|---|---|---|---|" + "---|" * len(_kernels_dump.SLOTS)
     + "---|---|---|---|---|---|---|---|",
   ]  # fmt: skip
   for row, configs in _by_body(rows):
@@ -73,6 +73,7 @@ def _kernel_cells(row: dict[str, Any], chip: str) -> str:
   return " | ".join(
     [
       step,
+      row["policy"],
       *(f"{part['bundles']:,.0f}" for part in (F, S, G)),
       *(f"{G['slots'].get(s, 0):.2f}" for s in _kernels_dump.SLOTS),
       f"{F['spills']:.2f}",

@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -85,6 +86,8 @@ def _check_flags() -> None:
     _compile_chips.kind(topology)
   if _JSON.value and os.path.exists(_JSON.value):
     raise ValueError(f"--json={_JSON.value} is there; give another file")
+  if _PEER.value and shutil.which(_PEER.value) is None:
+    raise ValueError(f"--peer={_PEER.value}: there is no such program")
   for name in _CONFIG.value:
     _flags.load_config(name)
 

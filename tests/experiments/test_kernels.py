@@ -171,7 +171,7 @@ def row(**changed):
   return dict(
     config="a_1b3", body="walk", K=64, M=64, C=16, heads=8, chunks=256,
     reason=None, chip="v5e", step=4, save=1, vmem=2**20, vmem_limit=2**22,
-    digest="one",
+    digest="one", policy="lean",
     flops=dict(F=197e6 / 1.503, G=0.0),
     fused=dict(F=kernel(1000.0), S=kernel(1100.0), G=kernel(1503.0),
                seconds=3.0),
@@ -200,7 +200,7 @@ def test_configs_of_one_body_share_a_line_and_estimators_a_column():
   rows = [row(), same, none]
   lines = _kernels_table.table(rows, "v5e:2x2").splitlines()
   assert len(lines) == 6 and "a_1b3, b_1b3" in lines[4]
-  assert "| 4 of 8 | 1,000 | 1,100 | 1,503 | 0.50 |" in lines[4]
+  assert "| 4 of 8 | lean | 1,000 | 1,100 | 1,503 | 0.50 |" in lines[4]
   assert "1 of 4 MiB" in lines[4] and "| 100% | 1% |" in lines[4]
   assert lines[5].endswith("by XLA: a single token |")
   lines = _kernels_table.xla_table(rows, "v5e:2x2").splitlines()
@@ -297,6 +297,7 @@ MISTAKES = (
   (["--report", "--topology=v9:2x2"], "unknown chip 'v9'"),
   (["--report", "--topology=v5e:2"], "has 2 sides"),
   (["--report", "--config=hop_1b3"], "no config named 'hop_1b3'"),
+  (["--report", "--peer=no_python"], "there is no such program"),
   (["--report", "--json=."], "is there; give another"),
 )
 
