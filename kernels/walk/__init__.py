@@ -2,6 +2,7 @@
 
 from nl_jax.kernels.walk.api import IMPLEMENTATIONS as IMPLEMENTATIONS
 from nl_jax.kernels.walk.api import Call as Call
+from nl_jax.kernels.walk.api import default_policy as default_policy
 from nl_jax.kernels.walk.api import recorded as recorded
 from nl_jax.kernels.walk.api import supports as supports
 from nl_jax.kernels.walk.api import walk as walk

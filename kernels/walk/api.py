@@ -401,9 +401,7 @@ def _policy(
 ) -> products.Policy:
   if policy is None:
     low = any(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(xs))
-    if not low or _platform() == "cpu":
-      return products.F32
-    return products.LEAN if rate <= 1 else products.LEAN2
+    return default_policy(jnp.bfloat16 if low else jnp.float32, rate)
   if isinstance(policy, products.Policy):
     return policy
   if policy not in products.POLICIES:
@@ -411,6 +409,18 @@ def _policy(
       f"walk: no policy {policy!r}; there are {', '.join(products.POLICIES)}"
     )
   return products.POLICIES[policy]
+
+
+def default_policy(dtype: jnp.dtype, rate: float = 1.0) -> products.Policy:
+  """That of a model's activations, for the platform that the program is for.
+
+  Args:
+    dtype: of the activations.
+    rate: the largest rate at which a token erases.
+  """
+  if dtype != jnp.bfloat16 or _platform() == "cpu":
+    return products.F32
+  return products.LEAN if rate <= 1 else products.LEAN2
 
 
 def sizes(state: contract.State) -> tuple[int, int]:
