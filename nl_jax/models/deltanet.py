@@ -222,7 +222,9 @@ def apply(
     at_edge=fresh,
     chunk_free=True,
     run=layers.run(
-      model.memory.walk, rate=2.0 if model.memory.allow_neg_eigval else 1.0
+      model.memory.walk,
+      rate=2.0 if model.memory.allow_neg_eigval else 1.0,
+      dtype=x_BxTxD.dtype,
     ),
   )
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import memory, sharding, types
+from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
 
 if TYPE_CHECKING:
@@ -55,17 +56,26 @@ def check_walk(walk: str) -> None:
     )
 
 
-def run(walk: str, *, by_token: bool = False, rate: float = 1.0) -> memory.Run:
+def run(
+  walk: str,
+  *,
+  by_token: bool = False,
+  rate: float = 1.0,
+  dtype: jnp.dtype | None = None,
+) -> memory.Run:
   """How a mixer's walk over chunks runs (see `nl_jax.kernels.walk`).
 
   Args:
     walk: of `WALKS`; "auto": the kernels on a TPU where they can.
     by_token: one token after the other, the definition.
     rate: the largest rate at which a token erases.
+    dtype: of the activations, where the walk's inputs are of another.
   """
+  policy = None if dtype is None else kernels.default_policy(dtype, rate).name
   implementation = None if walk == "auto" else walk
   spec = sharding.spec("batch", "length", "heads")
-  return memory.Run("reference" if by_token else implementation, spec, rate)
+  form = "reference" if by_token else implementation
+  return memory.Run(form, spec, rate, policy)
 
 
 def residual_std(layers: int) -> float:

@@ -268,7 +268,7 @@ def apply(
     at_edge=fresh,
     aligned=fresh,
     row=_token_rates(params),
-    run=layers.run(options.walk),
+    run=layers.run(options.walk, dtype=x_BxTxD.dtype),
     name=model.arch,
   )
   y_BxTxHK = (made["q"] + y_BxTxHxK).reshape(x_BxTxD.shape)
