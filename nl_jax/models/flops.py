@@ -8,7 +8,10 @@ context included, whatever an implementation does:
 - attention sees all T keys, or all W of a window, as is usual: the causal half
   is not taken off;
 - the solve of the erase is C b, not the inverse by blocks that replaces it;
-- what is made twice counts once, and so do the keys that generators share.
+- without momentum and window a token erases at the rate at which it writes: its
+  error and what it erases are one row, solved for and applied once;
+- what is made twice counts once, and so do products of keys with keys, and of
+  queries with keys, for all layers and memories that are fed with these.
 
 Not counted: norms, convolutions, softmax, gates, products of decays alone, and
 what a backward pass recomputes.
@@ -111,7 +114,8 @@ def chunked(
   """Of a token and head: a memory is read, and learns.
 
   The layers are W (a, b), all but the last fed with the key. For an MLP
-  with V = K, DGD per layer and retention to zero: 14 K M + C (11 K + 11 M).
+  with V = K, DGD per layer and retention to zero: 14 K M + C (7 K + 7 M), and
+  with momentum 26 K M + C (11 K + 11 M).
 
   Args:
     shapes: of the layers.
@@ -130,7 +134,8 @@ def chunked(
     # The error of `dot` is the target: it asks for no prediction.
     known = not last or normed or rule.objective != "dot"
     gradient = (known and anchor) + (last and i > 0)
-    total += _layer(a, b, rule, erases, known, gradient, reads, loop)
+    shared = i > 0 and not last
+    total += _layer(a, b, rule, erases, known, gradient, shared, reads, loop)
   return total
 
 
@@ -141,6 +146,7 @@ def _layer(
   erases: bool,
   known: bool,
   gradient: int,
+  shared: bool,
   reads: bool,
   loop: bool,
 ) -> float:
@@ -152,6 +158,7 @@ def _layer(
     erases: it forgets what stands at its input.
     known: u W is known at the anchor, from the inner forward pass.
     gradient: products with W for the inner gradient.
+    shared: its inputs are those of a layer before it, and met there.
     reads, loop: as `chunked`.
   """
   C, kept = rule.chunk, rule.retention_target == "init"
@@ -160,19 +167,23 @@ def _layer(
   # Products of a row with a matrix (a, b): W, its start, its momentum.
   rows = gradient * written / C + written / C + S * written / C
   across = 0.0  # Products between the tokens of a chunk, of a each or b.
+  met = 0 if shared else a
+  # One rate for error and erase: they are one row, known by the solve.
+  apart = erases and (S or rule.omega > 1)
   if erases:
     whole = kept and rule.erase_of == "whole"
     reused = known and not loop and (whole or not kept)
     rows += 1 + whole - reused + S + (rule.omega > 1)
-    across += 2 * a * C + 2 * b * written + b * C
-    across += 2 * a * written * (rule.omega > 1)
+    across += 2 * met * C + 2 * b * written * apart + b * C
+    across += 2 * met * written * (rule.omega > 1)
   if reads and rule.read == "chunk_start":
     rows += 1
   elif reads:
     rows += 1 + kept + S
-    across += 2 * (a + b) * written + 2 * b * C * erases
+    across += 2 * (met + b) * written + 2 * b * C * apart
   if rule.inner_muon == "chunk":  # W stands still while its momentum moves.
-    rows = (gradient + 1) * written / C + reads * (1 + kept)
+    read = 1 + (kept and rule.read != "chunk_start")
+    rows = (gradient + 1) * written / C + reads * read
     across = 0.0
   total = 2.0 * a * b * rows + (0.0 if loop else across)
   if rule.inner_muon != "off":
@@ -349,7 +360,9 @@ def _hope(model: lm.LanguageModel, tokens: int) -> Flops:
   roles = len(config.generator_roles)
   one += roles * made
   if roles and config.dgd_scope != "none" and not how["loop"]:
-    one -= (roles - 1) * 2.0 * K * config.chunk_gen  # Keys against keys.
+    # Keys against keys: once for all that have the same chunks.
+    with_memory = config.chunk_gen == config.chunk_memory
+    one -= (roles - 1 + with_memory) * 2.0 * K * config.chunk_gen
   projected = 1 if config.gen_input == "slice" else 3
   projections = 2.0 * D * H * K * (projected + 2)
   if config.gate_source == "static":
