@@ -11,6 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "formats",
+  "upgrade",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
@@ -18,7 +19,8 @@ MAY = {
     "models", "optim", "data", "sharding", "levels", "card", "formats",
   },
   "eval": {"data", "models", "tasks", "levels", "sharding"},
-  "stream": {"models", "levels", "sharding", "formats"},
+  "stream": {"models", "levels", "sharding", "formats", "upgrade"},
+  "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
   "data": {"tasks", "formats"},
   "memory": {"kernels"},

@@ -403,10 +403,11 @@ def _body(
   gen = config.generators
   parts = [part("generators", gen, config.generator_rule, gen.rate)]
   inputs = [z[r if r in ("q", "v") else "k"] for r in config.laid]
-  made = dict(zip(config.laid, roles.read_anchor(parts[0], inputs)))
-  q, k, v, gates = _generate(slow["gate"], config, z, made, static)
-  k = at.tile.rounded(k)
-  targets = [_targets(gen, parts[0], v)]
+  with jax.named_scope("generators"):  # In a trace: writes are of all.
+    made = dict(zip(config.laid, roles.read_anchor(parts[0], inputs)))
+    q, k, v, gates = _generate(slow["gate"], config, z, made, static)
+    k = at.tile.rounded(k)
+    targets = [_targets(gen, parts[0], v)]
   if "memory" in now.w:
     parts.append(part("memory", config, config.memory_rule))
     targets.append(_targets(config, parts[1], v))
@@ -515,6 +516,7 @@ def _memory_target(
   return _targets(config, side, v)[0]
 
 
+@jax.named_scope("memory")
 def _one_walk(
   slow: dict, state: State, xs: tuple, config: Config, grid: dict
 ) -> tuple[jax.Array, State, Metrics]:
