@@ -6,6 +6,7 @@ tolerances are optax's.
 """
 
 import ast
+import os
 import pathlib
 import re
 import sys
@@ -126,7 +127,10 @@ def _load(path, replace, empty=()):
   module = types.ModuleType("nl_" + source.stem)
   module._NL_ROWS = next(iter(replace.values()))
   sys.modules[module.__name__] = module
+  flags = os.environ["XLA_FLAGS"]
   exec(compile(ast.Module(body, []), str(source), "exec"), module.__dict__)
+  # sharding_test sets it for itself: commands of other tests would inherit it.
+  os.environ["XLA_FLAGS"] = flags
   return module
 
 
