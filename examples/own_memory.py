@@ -188,7 +188,7 @@ def unit(x: jax.Array) -> jax.Array:
 def model(
   params: Arrays, carry: Carry, tokens: jax.Array, segment_ids: jax.Array
 ) -> tuple[jax.Array, Carry]:
-  """Logits [B,T,VOCAB] of tokens [B,T], and what goes on to the next call."""
+  """Logits [B,T,VOCAB] of tokens [B,T], and the state for the next call."""
   last, state = carry
   shift = lambda first, x: jnp.concatenate([first[:, None], x[:, :-1]], axis=1)
   same = shift(state.segment, segment_ids) == segment_ids

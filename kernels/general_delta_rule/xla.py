@@ -91,22 +91,8 @@ def general_delta_rule(
   """The exact chunk form; arguments and results as `api.general_delta_rule`."""
   batch, tokens = q.shape[:2]
   C = 1 if tokens == 1 else chunk
-  count = -(-tokens // C)
-  grid = (batch, count, C)
-  rest = [(0, 0), (0, count * C - tokens)]
-  real = jnp.arange(count * C).reshape(1, count, C) < tokens
-  places = walks.Places(
-    real=jnp.broadcast_to(real, grid),
-    resets=None,
-    closes=jnp.ones(grid[:2], bool),
-  )
-  if begins is not None:
-    begins = jnp.pad(begins, rest).reshape(grid)
-    inside = begins.at[..., 0].set(False)
-    places = places._replace(
-      resets=begins[..., 0],
-      ids=jnp.cumsum(inside, axis=-1, dtype=jnp.int32) if C > 1 else None,
-    )
+  rest = [(0, 0), (0, -tokens % C)]
+  places = walks.from_begins(tokens, C, begins, batch)
   xs = dict(q=q, k=k, v=v, log_decay=log_decay, a=erase[0], b=erase[1])
   pack = lambda x: jnp.pad(x.reshape(batch, tokens, -1), [*rest, (0, 0)])
   y, after, _, _ = walks.walk(

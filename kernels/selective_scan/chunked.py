@@ -96,22 +96,8 @@ def selective_scan(
   (batch, tokens, I), N = dt.shape, B.shape[-1]
   d = _LANES if I % _LANES == 0 else I
   heads, size = I // d, 1 if tokens == 1 else chunk
-  count = -(-tokens // size)
-  grid = (batch, count, size)
-  rest = [(0, 0), (0, count * size - tokens)]
-  real = jnp.arange(count * size).reshape(1, count, size) < tokens
-  places = walks.Places(
-    real=jnp.broadcast_to(real, grid),
-    resets=None,
-    closes=jnp.ones(grid[:2], bool),
-  )
-  if begins is not None:
-    begins = jnp.pad(begins, rest).reshape(grid)
-    inside = begins.at[..., 0].set(False)
-    places = places._replace(
-      resets=begins[..., 0],
-      ids=jnp.cumsum(inside, axis=-1, dtype=jnp.int32) if size > 1 else None,
-    )
+  rest = [(0, 0), (0, -tokens % size)]
+  places = walks.from_begins(tokens, size, begins, batch)
 
   def each(x: jax.Array) -> jax.Array:
     """[B,T,N] for every head, [B,T,H*N]."""

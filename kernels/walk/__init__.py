@@ -10,6 +10,7 @@ from nl_jax.kernels.walk.contract import At as At
 from nl_jax.kernels.walk.contract import Body as Body
 from nl_jax.kernels.walk.contract import Places as Places
 from nl_jax.kernels.walk.contract import State as State
+from nl_jax.kernels.walk.contract import from_begins as from_begins
 from nl_jax.kernels.walk.products import POLICIES as POLICIES
 from nl_jax.kernels.walk.products import Policy as Policy
 from nl_jax.kernels.walk.products import Tile as Tile

@@ -66,6 +66,7 @@ def _is_row(x: Any) -> bool:
 
 
 def iota(shape: tuple[int, ...], axis: int) -> jax.Array:
+  """The index along an axis, int32 of the whole shape."""
   return jax.lax.broadcasted_iota(jnp.int32, shape, axis)
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from nl_jax.kernels.walk import products
 
@@ -60,6 +61,34 @@ class Places(NamedTuple):
   first: jax.Array | None = None
 
 
+def from_begins(
+  tokens: int, chunk: int, begins: jax.Array | None, batch: int
+) -> Places:
+  """Places of T tokens a row, none of them padding, in chunks of C.
+
+  Args:
+    tokens: T; the last chunk is filled up with places that are not real.
+    chunk: C.
+    begins: bool [B,T], tokens that begin a document; None: none does.
+    batch: B.
+  """
+  count = -(-tokens // chunk)
+  grid = (batch, count, chunk)
+  real = jnp.arange(count * chunk).reshape(1, count, chunk) < tokens
+  places = Places(
+    real=jnp.broadcast_to(real, grid),
+    resets=None,
+    closes=jnp.ones(grid[:2], bool),
+  )
+  if begins is None:
+    return places
+  begins = jnp.pad(begins, [(0, 0), (0, count * chunk - tokens)]).reshape(grid)
+  inside = jnp.cumsum(begins.at[..., 0].set(False), axis=-1, dtype=jnp.int32)
+  return places._replace(
+    resets=begins[..., 0], ids=inside if chunk > 1 else None
+  )
+
+
 class At(NamedTuple):
   """Where a chunk function is; all of the state's type, leading axes full.
 
@@ -84,7 +113,7 @@ class At(NamedTuple):
 def check(
   made: Any, state: State, at: At, name: str
 ) -> tuple[Any, Any, jax.Array | None]:
-  """What a chunk function made of a state, if it is what a walk goes on with.
+  """Checks what a chunk function returned, so that the walk can continue.
 
   Args:
     made: what it returned; only shapes and types are read.

@@ -259,6 +259,7 @@ def derivative(how: How, step: Step) -> core.Jaxpr:
 
 
 def heads_of(state: contract.State) -> int:
+  """H, from leaves [B,H,a,b]."""
   return jax.tree.leaves(state)[0].shape[1]
 
 

@@ -65,7 +65,7 @@ def walk(
   """`api.walk`; `heads` is H, and the state's type that of its weights."""
   B, N, C = places.real.shape
   dtype = state_dtype(state)
-  # As each row's own: the gradient is then summed over rows once, behind the
+  # A copy for each row: its gradient is then summed over rows once, after the
   # scan, and not over devices in every chunk.
   slow = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (B, *x.shape)), slow)
 

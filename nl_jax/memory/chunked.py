@@ -1,7 +1,7 @@
 """The walk over chunks, once for all memories (model.md 2.4, 2.6, 2.7).
 
 A call lays its T tokens on a grid of chunks of C, and `kernels.walk` runs the
-memory's chunk function over it. Each row goes on where its last call stopped:
+memory's chunk function over it. Each row resumes where its last call stopped:
 `phase` masked tokens are laid before its own, unless its first real token
 begins a new document, which then falls on a chunk edge. A masked token is an
 exact no-op, so every row can have its own grid.
