@@ -44,7 +44,8 @@ class Dataset:
     source: the documents.
     tokenizer: text to ids and back.
     train: endless iterator of this process's batches; `get_state()` is
-      {"next_index": batches drawn}, `set_state` takes it, on any process count.
+      {"next_row": rows drawn}, `set_state` takes it, on any process count and
+      with any batch size.
     fingerprint: SHA-256 (hex) of all that decides the training batches but
       their size: source, tokenizer, packing, seed and shuffle.
     counts: sizes of the splits "train" and "validation".

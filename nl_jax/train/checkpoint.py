@@ -11,16 +11,17 @@ import json
 import logging as std_logging
 import pathlib
 import sys
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
 from nl_jax import formats, sharding
-from nl_jax.train import files, reading, seal
+from nl_jax.train import files, kept, reading, seal
 
+T = TypeVar("T")
 _ITEMS = ("state", "data", "meta")
 _DAMAGED = "damaged"
 # What they raise where the disk is full or gone.
@@ -85,36 +86,42 @@ def _hush() -> None:
 
 
 class Checkpoints:
-  """The checkpoints of one run; a context manager that waits for writes."""
+  """The checkpoints of one run; a context manager that waits for writes.
+
+  Reading changes nothing. `open`, which the first `save` calls too, makes the
+  folder and moves aside what could not be read.
+  """
 
   def __init__(
-    self,
-    workdir: pathlib.Path,
-    *,
-    keep: int = 3,
-    keep_period: int = 0,
-    read_only: bool = False,
+    self, workdir: pathlib.Path, *, keep: int = 3, keep_period: int = 0
   ):
-    """Opens the folder `checkpoints` of a workdir, made if missing.
+    """Of the folder `checkpoints` of a workdir.
 
     Args:
       workdir: of the run.
       keep: newest checkpoints that stay.
       keep_period: those of its multiples stay too; 0: none does.
-      read_only: nothing is made, moved or removed.
     """
     _hush()
-    self._folder = workdir.resolve() / files.CHECKPOINTS
-    self._aside = workdir.resolve() / _DAMAGED
-    self._begun, self._read_only = 0, read_only
+    self._workdir = workdir.resolve()
+    self._folder = self._workdir / files.CHECKPOINTS
+    self._keep, self._keep_period = keep, keep_period
+    self._damaged: list[int] = []
+    self._begun = 0
+    self._manager: ocp.CheckpointManager | None = None
+
+  def open(self) -> None:
+    """Makes the folder, ready to be saved to; all processes call it."""
+    if self._manager is not None:
+      return
+    self._set_aside()
     options = ocp.CheckpointManagerOptions(
-      max_to_keep=keep,
-      keep_period=keep_period or None,
-      create=not read_only,
+      max_to_keep=self._keep,
+      keep_period=self._keep_period or None,
+      create=True,
       enable_async_checkpointing=True,
       # Left by a run killed while it saved.
-      cleanup_tmp_directories=not read_only,
-      read_only=read_only,
+      cleanup_tmp_directories=True,
     )
     with files.writing(self._folder):
       self._manager = ocp.CheckpointManager(
@@ -125,7 +132,7 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-    if kind and reading.is_of_others(error[0]):
+    if self._manager is None or kind and reading.is_of_others(error[0]):
       return  # A write in flight waits for a process that is gone.
     try:
       # Leaving with a write in flight would lose it.
@@ -176,6 +183,7 @@ class Checkpoints:
       data=ocp.args.JsonSave(data),
       meta=ocp.args.JsonSave(seal.close({**meta, **about, "data": data})),
     )
+    self.open()
     latest = self._manager.latest_step()
     with self._writing():
       # Forced: otherwise a save is dropped while the one before is written.
@@ -206,8 +214,8 @@ class Checkpoints:
   def restore(self, like: Any) -> Restored | None:
     """The newest checkpoint that can be read; None where there is none.
 
-    Steps that cannot be read are moved to the folder `damaged` of the workdir
-    with a warning, once an older one was read.
+    Nothing is changed: `open` moves steps that cannot be read to the folder
+    `damaged` of the workdir.
 
     Args:
       like: the abstract state; its shardings are those of the result.
@@ -217,73 +225,104 @@ class Checkpoints:
       FormatError: it is of a format that this version does not read.
       ValueError: there are checkpoints and none can be read.
     """
-    damaged: dict[int, Exception] = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        restored = self._read(step, like)
-      except _OTHERS:
-        raise
-      except reading.DAMAGE as error:
-        damaged[step] = error
-        continue
-      self._set_aside(damaged, step)
-      return restored
-    if damaged:
-      raise ValueError(
-        f"no checkpoint in {self._folder} can be read (steps "
-        f"{sorted(damaged)}; {_first_line(damaged[max(damaged)])}); move the "
-        "workdir away to start from the beginning"
-      )
-    return None
-
-  def _read(self, step: int, like: Any) -> Restored:
-    read = lambda: self._read_items(step, like)
-    meta, state, data = reading.agreed(read)
-    if int(state["step"]) != step:
-      raise StepMismatchError(
-        f"the checkpoint of step {step} holds a state of step "
-        f"{int(state['step'])}"
-      )
-    seal.check_sums(state, meta)
-    if data != meta.get("data", data):
-      raise seal.BrokenSealError("its place in the data is not what was saved")
-    return Restored(step, state, data, meta)
-
-  def _read_items(
-    self, step: int, like: Any
-  ) -> tuple[dict[str, Any], Any, Any]:
-    """`meta`, the state and the place in the data."""
-    # Read first: a mismatch must not look like damage.
-    meta = _meta(self._folder, step)
-    _check_leaves(step, meta["leaves"], describe_leaves(like))
-    data = _json(self._folder, step, "data")
-    state = reading.arrays(self._folder / str(step) / "state", like)
-    return meta, state, data
-
-  def _set_aside(self, damaged: Mapping[int, Exception], good: int) -> None:
-    """Moves unreadable steps away: orbax takes no step before its latest."""
-    if not damaged:
-      return
-    where = "passed over" if self._read_only else f"moved to {self._aside}"
+    read = lambda step: _read(self._folder, step, like)
+    restored, damaged = _newest(self._workdir, read)
+    if damaged and restored is None:
+      raise _unreadable(self._folder, damaged)
+    self._damaged = sorted(damaged)
     for step, error in damaged.items():
       logging.warning(
-        "checkpoint of step %d cannot be read (%s); %s, going on from step %d",
+        "checkpoint of step %d cannot be read (%s); going on from step %d",
         step,
         _first_line(error),
-        where,
-        good,
+        restored.step,
       )
-    if self._read_only:
+    return restored
+
+  def _set_aside(self) -> None:
+    """Moves unreadable steps away: orbax takes no step before its latest."""
+    if not self._damaged:
       return
+    aside = self._workdir / _DAMAGED
     if jax.process_index() == 0:
-      self._aside.mkdir(exist_ok=True)
-      for step in damaged:
-        (self._folder / str(step)).rename(_free_name(self._aside, step))
+      aside.mkdir(exist_ok=True)
+      for step in self._damaged:
+        (self._folder / str(step)).rename(_free_name(aside, step))
+    logging.warning("moved to %s: steps %s", aside, self._damaged)
     if jax.process_count() > 1:
       from jax.experimental import multihost_utils
 
       multihost_utils.sync_global_devices("damaged checkpoints")
-    self._manager.reload()
+
+
+def _newest(
+  workdir: pathlib.Path, read: Callable[[int], T]
+) -> tuple[T | None, dict[int, Exception]]:
+  """What reading the newest step gives, and the errors of those after it.
+
+  Beside a run under way steps come and go: those that went are no damage, and
+  those that came are newer.
+  """
+  errors: dict[int, Exception] = {}
+  found = None
+  while True:
+    left = [step for step in _listed(workdir) if step not in errors]
+    step = reading.of_first(left[-1] if left else -1)
+    if step < 0:
+      break
+    try:
+      found = read(step)
+      break
+    except _OTHERS:
+      raise
+    except reading.DAMAGE as error:
+      errors[step] = error
+  there = _listed(workdir)
+  return found, {k: e for k, e in errors.items() if k in there}
+
+
+def _unreadable(
+  folder: pathlib.Path, damaged: Mapping[int, Exception]
+) -> ValueError:
+  return ValueError(
+    f"no checkpoint in {folder} can be read (steps {sorted(damaged)}; "
+    f"{_first_line(damaged[max(damaged)])}); move the workdir away to start "
+    "from the beginning"
+  )
+
+
+def _read(folder: pathlib.Path, step: int, like: Any) -> Restored:
+  """One checkpoint, whole and as it was saved."""
+  read = lambda: _read_items(folder, step, like)
+  meta, state, data = reading.agreed(read)
+  if int(state["step"]) != step:
+    raise StepMismatchError(
+      f"the checkpoint of step {step} holds a state of step "
+      f"{int(state['step'])}"
+    )
+  seal.check_sums(state, meta)
+  if data != meta.get("data", data):
+    raise seal.BrokenSealError("its place in the data is not what was saved")
+  return Restored(step, state, _place(data, meta), meta)
+
+
+def _read_items(
+  folder: pathlib.Path, step: int, like: Any
+) -> tuple[dict[str, Any], Any, Any]:
+  """`meta`, the state and the place in the data."""
+  # Read first: a mismatch must not look like damage.
+  meta = _meta(folder, step)
+  _check_leaves(step, meta["leaves"], describe_leaves(like))
+  data = _json(folder, step, "data")
+  state = reading.arrays(folder / str(step) / "state", like)
+  return meta, state, data
+
+
+def _place(data: Any, meta: Mapping[str, Any]) -> Any:
+  """The place in the data; in format 1 it was counted in batches."""
+  if meta.get("format", 1) > 1 or "next_index" not in data:
+    return data
+  return {"next_row": data["next_index"] * meta["batch_size"]}
 
 
 def describe_leaves(state: Any) -> dict[str, str]:
@@ -340,10 +379,10 @@ def _listed(workdir: pathlib.Path) -> list[int]:
 
 
 def read_config(workdir: str) -> dict[str, Any]:
-  """The resolved config of the run in a workdir.
+  """The resolved config of the run in a workdir, its tokenizer the one there.
 
   Raises:
-    ValueError: no run there.
+    ValueError: no run there, or its tokenizer is not what it was.
   """
   path = pathlib.Path(workdir) / files.CONFIG
   if not path.is_file():
@@ -351,7 +390,11 @@ def read_config(workdir: str) -> dict[str, Any]:
       f"no run in {workdir}: {path.name} is missing; give the --workdir of a "
       "run of `python -m experiments.lm`"
     )
-  return files.read_about(path.parent)["config"]
+  about = files.read_about(path.parent)
+  config = about["config"]
+  if own := kept.path_of(path.parent, about):
+    config["data"]["tokenizer"] = own
+  return config
 
 
 def read_newest(workdir: str, like: Any) -> Restored:
@@ -367,10 +410,7 @@ def read_newest(workdir: str, like: Any) -> Restored:
     ValueError: no checkpoint there that can be read.
     LeavesMismatchError: it is of another model or optimizer.
   """
-  if latest_step(workdir) is None:
-    raise _no_checkpoint(workdir)
-  with Checkpoints(pathlib.Path(workdir), read_only=True) as saver:
-    restored = saver.restore(like)
+  restored = Checkpoints(pathlib.Path(workdir)).restore(like)
   if restored is None:
     raise _no_checkpoint(workdir)
   return restored
@@ -460,21 +500,24 @@ def load_params(
     )
   like = _abstract_params(model, mesh)
   _hush()
-  candidates = [step] if step is not None else steps[::-1]
-  error = None
-  for candidate in candidates:
+  read = lambda step: (_read_params(folder, step, like), step)
+  if step is not None:
     try:
-      return _read_params(folder, candidate, like), candidate
+      return read(step)
     except _OTHERS:
       raise
-    except reading.DAMAGE as e:
-      logging.warning(
-        "checkpoint of step %d cannot be read (%s)", candidate, _first_line(e)
-      )
-      error = e
-  raise ValueError(
-    f"no checkpoint in {workdir} can be read (steps {sorted(candidates)})"
-  ) from error
+    except reading.DAMAGE as error:
+      raise _unreadable(folder / files.CHECKPOINTS, {step: error}) from error
+  found, damaged = _newest(folder, read)
+  if found is None and damaged:
+    raise _unreadable(folder / files.CHECKPOINTS, damaged)
+  if found is None:
+    raise _no_checkpoint(workdir)
+  for number, error in damaged.items():
+    logging.warning(
+      "checkpoint of step %d cannot be read (%s)", number, _first_line(error)
+    )
+  return found
 
 
 def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:

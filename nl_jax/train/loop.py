@@ -146,12 +146,13 @@ def train(
     )
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
+    before = None
     if jax.process_index() == 0:
       stack.enter_context(files.lock(folder))
-      files.claim(
+      before = files.check(
         folder, config, fingerprint, allow_config_change=allow_config_change
       )
-    _barrier("workdir claimed")
+    _barrier("workdir held")
     reading.check_shared(folder)
     saver = checkpoint.Checkpoints(
       folder, keep=settings.keep, keep_period=settings.keep_period
@@ -162,11 +163,17 @@ def train(
       "fingerprint": fingerprint,
       "processes": jax.process_count(),
       "batch_size": batch_size,
+      "sequence_length": sequence_length,
       **environment.describe(),
     }
     run = _Run(model, data, evaluate, settings, folder, saver, mesh, about)
-    state = run.restore(like, optimizer.tx, resume_from, init_from)
-    stack.enter_context(run.open(batch_size * sequence_length, flops_per_token))
+    restored = run.find(like, before, resume_from)
+    params = None if restored else run.load(init_from)
+    # Nothing of the run has changed up to here.
+    run.claim(allow_config_change)
+    saver.open()
+    state = run.begin(restored, like, optimizer.tx, params)
+    stack.enter_context(run.open(flops_per_token))
     stack.enter_context(_memory_told())
     step = run.compile(optimizer, like, batch_size, sequence_length)
     result = run.loop(step, state)
@@ -193,27 +200,34 @@ class _Run:
     self.settings, self.folder, self.saver = settings, folder, saver
     self.mesh, self.about = mesh, about
     self.start = 0  # Updates made before this start of the run.
+    self.rows = self.tokens = 0  # Drawn, and seen, before it.
     self.saved = -1  # The newest step that has a checkpoint.
     self.skipped = 0
     self.pending: _Pending | None = None
 
-  def restore(
+  def find(
     self,
     like: state_lib.State,
-    tx: Any,
+    before: Mapping[str, Any] | None,
     resume_from: str,
-    init_from: str,
-  ) -> state_lib.State:
-    """The state to go on from, and everything else set to the same step."""
+  ) -> checkpoint.Restored | None:
+    """The checkpoint to go on from, fit for it; None: there is none.
+
+    Nothing is changed.
+
+    Raises:
+      ValueError: it does not fit, or the run has lost its checkpoints.
+    """
     restored, origin = self.saver.restore(like), self.folder
     if restored is not None:
       self.saved = restored.step
-    elif resume_from:
-      restored = checkpoint.read_newest(resume_from, like)
-      origin = resume_from
+    else:
+      files.check_lost(self.folder, before)
+    if restored is None and resume_from:
+      restored, origin = checkpoint.read_newest(resume_from, like), resume_from
       self._check_origin(resume_from, restored)
     if restored is None:
-      return self._create(like, tx, init_from)
+      return None
     logging.info("going on from step %d in %s", restored.step, origin)
     if restored.step > self.settings.steps:
       raise ValueError(
@@ -222,15 +236,45 @@ class _Run:
       )
     self.start = restored.step
     self.skipped = int(restored.state["skipped"])
+    self.rows = restored.meta["rows_consumed"]
+    tokens = self.rows * self.about["sequence_length"]
+    self.tokens = restored.meta.get("tokens", tokens)
+    return restored
+
+  def claim(self, allow_config_change: bool) -> None:
+    """Makes the workdir this run's; what changes is said and written down."""
+    if jax.process_index() == 0:
+      changes = files.claim(
+        self.folder,
+        self.about["config"],
+        self.about["fingerprint"],
+        allow_config_change=allow_config_change,
+        step=self.start,
+      )
+      for change in changes:
+        logging.info("changed at step %d: %s", self.start, change)
+      if self.saved >= 0:
+        files.mark_saved(self.folder)
+    _barrier("workdir claimed")
+
+  def begin(
+    self,
+    restored: checkpoint.Restored | None,
+    like: state_lib.State,
+    tx: Any,
+    params: Any,
+  ) -> state_lib.State:
+    """The state to go on from, and everything else set to the same step."""
+    if restored is None:
+      self.timer = timer_lib.Timer()
+      seed = self.settings.seed
+      return state_lib.create(self.model, tx, like, seed=seed, params=params)
     self.data.set_state(restored.data)
     self.timer = timer_lib.Timer(restored.meta["train_seconds"])
     return restored.state
 
-  def _create(
-    self, like: state_lib.State, tx: Any, init_from: str
-  ) -> state_lib.State:
-    """The state of a run at its beginning."""
-    self.timer = timer_lib.Timer()
+  def load(self, init_from: str) -> Any:
+    """The parameters of another run; None where there is none to take."""
     params, origin = None, "scratch"
     if init_from:
       params, step = checkpoint.load_params(
@@ -238,30 +282,29 @@ class _Run:
       )
       origin = f"the parameters of step {step} in {init_from}"
     logging.info("starting from %s in %s", origin, self.folder)
-    return state_lib.create(
-      self.model, tx, like, seed=self.settings.seed, params=params
-    )
+    return params
 
   def _check_origin(self, folder: str, restored: checkpoint.Restored) -> None:
     """Raises ValueError where a place in the data would mean another one."""
-    for key, what in (("fingerprint", "data"), ("batch_size", "batch size")):
-      before, now = restored.meta[key], self.about[key]
-      if before != now:
-        raise ValueError(
-          f"{folder} was trained with another {what} ({str(before)[:12]}, now "
-          f"{str(now)[:12]}); use --init_from to start from its parameters"
-        )
+    before, now = restored.meta["fingerprint"], self.about["fingerprint"]
+    if before != now:
+      raise ValueError(
+        f"{folder} was trained with another data ({before[:12]}, now "
+        f"{now[:12]}); use --init_from to start from its parameters"
+      )
 
   @contextlib.contextmanager
-  def open(self, tokens_per_step: int, flops: float) -> Iterator[None]:
+  def open(self, flops: float) -> Iterator[None]:
     """Metrics, display and signal handlers, while the context lasts."""
     steps = self.settings.steps
+    tokens_per_step = self.about["batch_size"] * self.about["sequence_length"]
     self.rates = progress.Rates(steps, tokens_per_step, flops)
     traced = profile.parse(self.settings.profile_steps)
     with (
       metrics_lib.Writer(
         self.folder,
         step=self.start if self.saved >= 0 else None,
+        since=(self.start, self.tokens),
         tokens_per_step=tokens_per_step,
         enabled=jax.process_index() == 0,
       ) as self.writer,
@@ -434,12 +477,19 @@ class _Run:
       begin = time.monotonic()
       # Lines up to this step must be there when the checkpoint is.
       self.writer.sync()
+      rows = (step - self.start) * self.about["batch_size"]
       meta = {
         **self.about,
-        "rows_consumed": step * self.about["batch_size"],
+        "rows_consumed": self.rows + rows,
+        "tokens": self.tokens + rows * self.about["sequence_length"],
         "train_seconds": self.timer.train_seconds,
       }
       self.saver.save(step, state, self.data.get_state(), meta)
+      if self.saved < 0:
+        # From the first one on the run is never begun again without.
+        self.saver.wait()
+        if jax.process_index() == 0:
+          files.mark_saved(self.folder)
       seconds = time.monotonic() - begin
     self.saved = step
     logging.info("checkpoint of step %d begun in %.2f s", step, seconds)

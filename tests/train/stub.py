@@ -122,10 +122,10 @@ class Data:
     }
 
   def get_state(self) -> dict[str, int]:
-    return {"next_index": self.index}
+    return {"next_row": self.index * BATCH}
 
   def set_state(self, state: dict[str, int]) -> None:
-    self.index = state["next_index"]
+    self.index = state["next_row"] // BATCH
 
 
 def batch(index: int = 0) -> dict[str, np.ndarray]:
@@ -147,6 +147,8 @@ def run(
   optim: dict | None = None,
   resume_from: Any = "",
   init_from: Any = "",
+  allow_config_change: bool = False,
+  batch_size: int = BATCH,
   flops_per_token: float = 0.0,
   **settings: Any,
 ) -> loop.Result:
@@ -157,7 +159,7 @@ def run(
   made = optimizer.make(
     model,
     steps=settings.steps,
-    tokens_per_step=TOKENS,
+    tokens_per_step=batch_size * LENGTH,
     learning_rate=1e-2,
     warmup_steps=2,
     **(optim or {}),
@@ -166,7 +168,7 @@ def run(
     model=model,
     optimizer=made,
     data=Data() if data is None else data,
-    batch_size=BATCH,
+    batch_size=batch_size,
     sequence_length=LENGTH,
     workdir=str(workdir),
     config={"model": {"width": WIDTH}} if config is None else config,
@@ -174,6 +176,7 @@ def run(
     fingerprint=fingerprint,
     mesh=mesh,
     evaluate=evaluate,
+    allow_config_change=allow_config_change,
     resume_from=str(resume_from),
     init_from=str(init_from),
     flops_per_token=flops_per_token,
