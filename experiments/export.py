@@ -53,6 +53,7 @@ def main() -> int:
   import numpy as np
 
   from experiments import _setup, _tensors
+  from nl_jax import tensors as sealed
   from nl_jax.models import incontext
   from nl_jax.train import checkpoint, files
 
@@ -64,7 +65,7 @@ def main() -> int:
   reason, about, tensors = _form(config, base, params)
   files.make_workdir(out)
   origin = {"format": "pt", "step": str(step), "workdir": _WORKDIR.value}
-  _tensors.write(out / _tensors.MODEL, tensors, _DTYPE.value, origin)
+  sealed.write(out / _tensors.MODEL, tensors, origin, _DTYPE.value)
   if not reason:
     _copy_tokenizer(config, out)
   # Last: a folder with a config is whole.

@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nl_jax import formats, sharding, upgrade
+from nl_jax import files, formats, sharding, tensors, upgrade
 from nl_jax.models import lm
 
 FORMAT = 2  # Of a memory file.
 # Fields that change no number, of the model and of all that is in it.
 _FREE = ("sequence_length", "remat", "walk")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
+_FIELDS = {"model", "weights", "rows", "slots", "tokens_seen", "leaves"}
 _LOGITS = "logits"
 # Prompts are read in pieces of these lengths, so that few shapes compile.
 _PIECES = (256, 16, 1)
@@ -274,11 +275,11 @@ def save_memory(
     clocks by level, leaves, slots of an attention cache, time, `about`.
 
   Raises:
-    ValueError: the path holds something else.
+    ValueError: the path holds something else, or the state is not finite.
+    StorageError: the system refuses; what was at the path stays.
   """
-  from safetensors import flax as safetensors
-
   path = pathlib.Path(path)
+  _check_taken(path, model)
   manifest = {
     "format": FORMAT,
     "model": model_hash(model),
@@ -291,23 +292,43 @@ def save_memory(
     "time": round(time.time(), 3),
     "about": dict(about or {}),
   }
-  if path.exists():
-    before = read_manifest(path)
-    if before["model"] != manifest["model"]:
-      raise ValueError(
-        f"{path} holds the memory of another model; give another file"
-      )
-  leaves = {name: jnp.asarray(x) for name, x in _named(state)}
+  leaves = {name: np.asarray(x) for name, x in _named(state)}
   if logits is not None:
-    leaves[_LOGITS] = logits
-  content = safetensors.save(leaves, {_KEY: json.dumps(manifest)})
-  temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+    leaves[_LOGITS] = np.asarray(logits)
+  _check_finite(path, leaves)
+  tensors.write(path, leaves, {_KEY: json.dumps(manifest)})
   return manifest
+
+
+def check_place(
+  path: str | os.PathLike,
+  flag: str,
+  model: lm.LanguageModel,
+  state: lm.LMState,
+) -> None:
+  """Finds before a long text that its memory could not be kept.
+
+  Args:
+    path: of the file.
+    flag: that named it, as "--memory_out".
+    model: that is to read.
+    state: its state, of the size that it will have.
+
+  Raises:
+    ValueError: a folder, or something that is no memory of this model.
+    StorageError: the system refuses, or has too little space.
+  """
+  size = sum(x.nbytes for x in jax.tree.leaves(state))
+  files.check_place(path, flag, size)
+  _check_taken(pathlib.Path(path), model)
+
+
+def _check_taken(path: pathlib.Path, model: lm.LanguageModel) -> None:
+  """Raises ValueError unless a memory may be written to a path."""
+  if path.exists() and read_manifest(path)["model"] != model_hash(model):
+    raise ValueError(
+      f"{path} holds the memory of another model; give another file"
+    )
 
 
 def load_memory(
@@ -331,10 +352,9 @@ def load_memory(
 
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: no memory file, a torn one, or one of another model or weights.
+    ValueError: no memory file, a torn or damaged one, or one of another model
+      or weights.
   """
-  from safetensors import flax as safetensors
-
   manifest = read_manifest(path)
   if manifest["model"] != model_hash(model):
     raise ValueError(
@@ -347,18 +367,23 @@ def load_memory(
       f"{path} was learned with other weights of this model (another "
       "checkpoint or run); give that one, or allow other weights"
     )
-  leaves = safetensors.load(pathlib.Path(path).read_bytes())
+  leaves, _ = tensors.read(path)
+  _check_finite(path, leaves)
   like = jax.eval_shape(
     lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
   )
   logits = leaves.pop(_LOGITS, None)
+  if logits is not None:
+    wanted = {_LOGITS: f"float32[{manifest['rows']}, {model.vocab_size}]"}
+    _check_leaves(path, {_LOGITS: logits}, wanted)
+    logits = jnp.asarray(logits)
   if manifest["format"] == 1:
     _check_leaves(path, leaves, manifest["leaves"])
     leaves = upgrade.memory(leaves, model, params)
   _check_leaves(path, leaves, _describe(like))
   names = [name for name, _ in _named(like)]
   tree = jax.tree.structure(like)
-  state = jax.tree.unflatten(tree, [leaves[name] for name in names])
+  state = jax.tree.unflatten(tree, [jnp.asarray(leaves[x]) for x in names])
   return state, logits, manifest
 
 
@@ -367,7 +392,7 @@ def _check_leaves(
   leaves: Mapping[str, jax.Array],
   wanted: Mapping[str, str],
 ) -> None:
-  """Raises ValueError for arrays of other names, types or shapes."""
+  """Raises ValueError for arrays of other names, dtypes or shapes."""
   found = {k: f"{x.dtype}{list(x.shape)}" for k, x in leaves.items()}
   wrong = [
     f"{k} is {found.get(k, 'missing')}, expected {wanted.get(k, 'nothing')}"
@@ -376,6 +401,18 @@ def _check_leaves(
   ]
   if wrong:
     raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
+
+
+def _check_finite(
+  path: str | os.PathLike, leaves: Mapping[str, np.ndarray]
+) -> None:
+  """Raises ValueError for numbers that no memory holds."""
+  for name, x in leaves.items():
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+      raise ValueError(
+        f"{path}: {name} is not finite, so this is no memory to go on from; "
+        "read the text again with a checkpoint whose loss is finite"
+      )
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -392,16 +429,25 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     raise FileNotFoundError(f"no memory file {path}")
   try:
     with safetensors.safe_open(str(path), "numpy") as file:
-      metadata = file.metadata() or {}
+      texts = tensors.open_texts(path, file.metadata())
   except safetensors.SafetensorError as error:
     raise ValueError(
       f"{path} is no memory file, or a torn one ({error})"
     ) from error
-  if _KEY not in metadata:
+  if _KEY not in texts:
     raise ValueError(f"{path} is a safetensors file but no memory")
-  manifest = json.loads(metadata[_KEY])
+  try:
+    manifest = json.loads(texts[_KEY])
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is a damaged memory file ({error})") from error
   otherwise = "read the text again with the command that wrote the file"
-  formats.check(path, "a memory", manifest.get("format"), FORMAT, otherwise)
+  found = manifest.get("format") if isinstance(manifest, dict) else None
+  formats.check(path, "a memory", found, FORMAT, otherwise)
+  missing = sorted(_FIELDS - {*manifest})
+  if missing:
+    raise ValueError(
+      f"{path} is a damaged memory file: it does not say {', '.join(missing)}"
+    )
   return manifest
 
 

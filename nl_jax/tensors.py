@@ -150,7 +150,7 @@ def _header(
   header: dict[str, Any] = {"__metadata__": dict(texts)}
   at = 0
   for name, x in arrays.items():
-    stored = np.dtype(x.dtype if dtype is None else dtype)
+    stored = x.dtype if dtype is None else np.dtype(dtype)
     end = at + int(np.prod(x.shape, dtype=np.int64)) * stored.itemsize
     header[name] = {
       "dtype": CODES[stored.name],

@@ -11,18 +11,19 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "formats",
-  "upgrade",
+  "upgrade", "files", "tensors",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
   "train": {
     "models", "optim", "data", "sharding", "levels", "card", "formats",
+    "files",
   },
   "eval": {"data", "models", "tasks", "levels", "sharding"},
-  "stream": {"models", "levels", "sharding", "formats", "upgrade"},
+  "stream": {"models", "levels", "sharding", "formats", "upgrade", "files", "tensors"},
   "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
-  "data": {"tasks", "formats"},
+  "data": {"tasks", "formats", "files"},
   "memory": {"kernels"},
   "optim": {"kernels"},
   "levels": set(),
@@ -32,13 +33,15 @@ MAY = {
   "tasks": set(),
   "types": set(),
   "formats": set(),
+  "files": set(),
+  "tensors": {"files"},
 }  # fmt: skip
 WITH_TYPES = ROOMS - {"kernels", "optim", "tasks"}
 CORE = {"jax", "optax", "numpy"}
 LIBRARIES = {
   "kernels": CORE, "memory": CORE, "optim": CORE, "levels": CORE,
   "sharding": CORE, "card": CORE, "tasks": {"numpy"},
-  "formats": set(),
+  "formats": set(), "files": set(), "tensors": {"numpy", "safetensors"},
 }  # fmt: skip
 FILES = [
   *ROOT.glob("nl_jax/**/*.py"), *ROOT.glob("kernels/**/*.py"),

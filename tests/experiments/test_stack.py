@@ -10,6 +10,7 @@ import pytest
 from experiments import _hf_config, _pretrained, _setup, _tensors
 from experiments.configs import hope_linear_tiny
 from nl_jax import sharding
+from nl_jax import tensors as sealed
 from nl_jax.train import checkpoint, files
 from tests.experiments import forked, hub
 from tests.laws.models import MODELS
@@ -243,7 +244,7 @@ def test_live(tmp_path, family):
   about, tensors = _pretrained.revert(hub.model_of(group), params)
   out = tmp_path / "back"
   out.mkdir()
-  _tensors.write(out / _tensors.MODEL, tensors, "float32", {"format": "pt"})
+  sealed.write(out / _tensors.MODEL, tensors, {"format": "pt"}, "float32")
   (out / "config.json").write_text(json.dumps(about))
   again = auto.from_pretrained(out, dtype=torch.float32).eval()
   with torch.no_grad():
@@ -270,7 +271,7 @@ def test_transformer_plus_plus_is_llama(tmp_path):
   params = jax.jit(net.init)(jax.random.key(0))
   params = jax.tree.map(lambda x: np.asarray(5 * x), params)
   about, tensors = _pretrained.revert(net, params)
-  _tensors.write(tmp_path / _tensors.MODEL, tensors, "float32", {})
+  sealed.write(tmp_path / _tensors.MODEL, tensors, {}, "float32")
   (tmp_path / "config.json").write_text(json.dumps(about))
   auto = transformers.AutoModelForCausalLM
   model = auto.from_pretrained(tmp_path, dtype=torch.float32).eval()
