@@ -30,10 +30,7 @@ def write(workdirs: list[str], out: pathlib.Path) -> list[pathlib.Path]:
   page = _report_page.page(runs, shown, [_card(run) for run in runs])
   files.make_workdir(out)
   files.replace(out / PAGE, page)
-  temporary = out / f".{PICTURE}.tmp"
-  with files.writing(out / PICTURE):
-    charts.png(shown, " · ".join(run.name for run in runs), temporary)
-    temporary.replace(out / PICTURE)
+  charts.save(shown, " · ".join(run.name for run in runs), out / PICTURE)
   return [out / PAGE, out / PICTURE]
 
 

@@ -5,8 +5,9 @@
 
 Memory and time a token stay the same however long the text is. Ctrl-C keeps
 what was read; --memory_in=book.memory goes on there. A picture beside
---memory_out shows the surprise over the text, and within the chunks of each
-memory: how much less a token surprises after a write than before it.
+--memory_out, book.memory.png, shows the surprise over the text, beside that of
+a memory that begins again every --forget_every tokens, and within the chunks
+of each memory: how much less a token surprises after a write than before it.
 """
 
 import pathlib
@@ -19,6 +20,14 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _TEXT = flags.DEFINE_string("text", "", "The UTF-8 file to read.")
 _IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
+_OVERWRITE = flags.DEFINE_boolean(
+  "overwrite", False, "Replace --memory_out and its picture, if they are there."
+)
+_FORGET = flags.DEFINE_integer(
+  "forget_every", None,
+  "Tokens after which a memory to compare with begins again; 0: none is read; "
+  "default: the trained length.", lower_bound=0,
+)  # fmt: skip
 
 
 def main() -> int:
@@ -32,8 +41,10 @@ def main() -> int:
   if not text.is_file():
     raise FileNotFoundError(f"no file --text={_TEXT.value}")
   logging.set_verbosity(logging.WARNING)
+  picture = pathlib.Path(f"{_OUT.value}.png")
+  refuse_taken(_OUT, picture)
   from experiments import _reading, _setup
-  from nl_jax import stream
+  from nl_jax import files, stream
   from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
@@ -51,19 +62,24 @@ def main() -> int:
     reader, manifest = stream.go_on(net, params, _IN.value)
   else:
     reader, manifest = stream.start(net, params), {"about": {}}
+  # All that can go wrong at the end goes wrong now.
+  stream.check_place(_OUT.value, "--memory_out", net, reader.state)
+  files.check_place(picture, "--memory_out (its picture)")
+  _reading.check_text(text)
   start = _reading.place(text, manifest["about"].get("text"))
   if _IN.value:
     _main.say(
       f"going on at byte {start:,}" if start
       else "the memory is of another text: reading this one from its beginning"
     )  # fmt: skip
+  every = net.sequence_length if _FORGET.value is None else _FORGET.value
+  without = _reading.Forgetful(net, params, every) if every else None
   with stop.listen() as asked:
-    done = _reading.read(reader, tokenizer, text, start, net, asked)
+    done = _reading.read(reader, tokenizer, text, start, net, asked, without)
   stream.save_memory(
     _OUT.value, net, params, reader.state, logits=reader.logits,
     about={"text": done.place},
   )  # fmt: skip
-  picture = pathlib.Path(_OUT.value).with_suffix(".png")
   print(done.summary())
   print(f"memory:  {_OUT.value}")
   if done.tokens:
@@ -73,6 +89,26 @@ def main() -> int:
     _main.say("stopped; --memory_in goes on there")
     return _main.INTERRUPTED
   return _main.DONE
+
+
+def refuse_taken(flag: flags.FlagHolder, *beside: pathlib.Path) -> None:
+  """Raises ValueError where a file would be replaced that nobody gave away.
+
+  Args:
+    flag: of the memory to write; the file that --memory_in goes on from may
+      be named again.
+    beside: what else is written.
+  """
+  out = pathlib.Path(flag.value)
+  again = _IN.value and out.exists() and out.samefile(_IN.value)
+  if _OVERWRITE.value or again:
+    return
+  for path in (out, *beside):
+    if path.is_file():
+      raise ValueError(
+        f"{path} is there already: give --{flag.name} another file, or "
+        "--overwrite to replace it"
+      )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,9 @@ MAY = {
     "files",
   },
   "eval": {"data", "models", "tasks", "levels", "sharding"},
-  "stream": {"models", "levels", "sharding", "formats", "upgrade", "files", "tensors"},
+  "stream": {
+    "models", "levels", "sharding", "formats", "upgrade", "files", "tensors",
+  },
   "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
   "data": {"tasks", "formats", "files"},
