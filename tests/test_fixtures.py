@@ -146,6 +146,10 @@ def refused(what, otherwise, found=2, reads="format 1"):
   return pytest.raises(formats.FormatError, match=sentence)
 
 
+# A later format of runs and memory files, and what is read today.
+LATER = 3, "formats 1 to 2"
+
+
 def test_an_unknown_memory_is_refused(tmp_path):
   from safetensors import flax as safetensors
 
