@@ -369,6 +369,11 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, spec("batch", "length"))
 
 
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Of an array [B], a number for each row of a batch."""
+  return NamedSharding(mesh, spec("batch"))
+
+
 def check_batch(
   mesh: Mesh, batch_size: int, sequence_length: int, accumulate: int = 1
 ) -> None:

@@ -27,7 +27,7 @@ from nl_jax.models import lm
 
 FORMAT = 2  # Of a memory file.
 # Fields that change no number, of the model and of all that is in it.
-_FREE = ("sequence_length", "remat", "walk")
+_FREE = ("sequence_length", "remat", "walk", "at_edge")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
 _FIELDS = {"model", "weights", "rows", "slots", "tokens_seen", "leaves"}
 _LOGITS = "logits"
@@ -499,7 +499,7 @@ def reset(
     raise ValueError(f"rows_B must be bool [{batch}], got {rows_B.shape}")
 
   def choose(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-    axis = _batch_axis(path)
+    axis = lm.batch_axis(path)
     shape = [1] * old.ndim
     shape[axis] = batch
     return jnp.where(rows_B.reshape(shape), new, old)
@@ -510,7 +510,7 @@ def reset(
 def take(state: lm.LMState, rows: np.ndarray) -> lm.LMState:
   """Rows of a state, in the order given; a row may be taken several times."""
   rows = jnp.asarray(rows, jnp.int32)
-  pick = lambda path, x: jnp.take(x, rows, axis=_batch_axis(path))
+  pick = lambda path, x: jnp.take(x, rows, axis=lm.batch_axis(path))
   return jax.tree_util.tree_map_with_path(pick, state)
 
 
@@ -522,11 +522,6 @@ def clone(state: lm.LMState) -> lm.LMState:
 def detach(state: lm.LMState) -> lm.LMState:
   """The same state, through which no gradient flows."""
   return jax.lax.stop_gradient(state)
-
-
-def _batch_axis(path: Any) -> int:
-  """Leaves of layers are [L,B,...], the others [B,...]."""
-  return 1 if path[0].name == "layers" else 0
 
 
 def _slots(model: lm.LanguageModel, state: lm.LMState) -> int | None:

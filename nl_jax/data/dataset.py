@@ -17,6 +17,8 @@ if TYPE_CHECKING:
   import grain
 
 NAMES = (*sources.NAMES, "prepared", "mixture")
+ROWS = ("packed", "stream")
+RESETS = ("document", "never")  # Of streams.
 _FORMAT = 1  # Raise it when the packer lays the same tokens out otherwise.
 
 
@@ -117,6 +119,9 @@ def load(
   tokenizer: str = "bytes",
   sequence_length: int,
   batch_size: int,
+  rows: str = "packed",
+  reset: str = "document",
+  consecutive: int = 1,
   seed: int = 0,
   alignment: int = 1,
   vocab_size: int | None = None,
@@ -134,6 +139,10 @@ def load(
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
     sequence_length: tokens in a row, a multiple of alignment.
     batch_size: rows of a batch over all processes.
+    rows: "packed", in a new order each epoch, or "stream", in the order in
+      which they follow each other (`streams.make`).
+    reset: of streams, where memories begin anew: "document" or "never".
+    consecutive: rows of each stream in a batch.
     seed: of the order, and of the documents of "synthetic".
     alignment: documents start at its multiples: `model.alignment`.
     vocab_size: of the model, checked against the tokenizer's when given.
@@ -145,49 +154,66 @@ def load(
     FileNotFoundError: a missing file.
   """
   # Grain takes seconds to import: only when batches are wanted.
-  from nl_jax.data import pipeline
+  from nl_jax.data import pipeline, streams
 
   packing.check_lengths(sequence_length, alignment)
   pipeline.check_batch(batch_size, process_index, process_count)
   pipeline.check_seed(seed)
-  if source not in NAMES:
-    raise errors.unknown_name("data.source", source, NAMES)
+  for key, given, known in (
+    ("data.source", source, NAMES),
+    ("data.rows", rows, ROWS),
+    ("data.reset", reset, RESETS),
+  ):
+    if given not in known:
+      raise errors.unknown_name(key, given, known)
   ids = tokenizers.load(tokenizer)
   if vocab_size is not None:
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
-  how = _How(ids, sequence_length, alignment, seed, text_key)
+  apart = (rows, reset) != ("stream", "never")
+  how = _How(ids, sequence_length, alignment, apart, seed, text_key)
   parts = [_part(*part, how) for part in named]
-  rows, counts = _joined(parts)
+  tables, counts = _joined(parts)
   if not counts["validation"].rows:
     raise ValueError(
       f"the text held out of data.source={source!r} data.path={path!r} has no "
       "tokens; give more text"
     )
-  pipeline.check_rows(rows["train"], batch_size, alignment, process_count)
+  pipeline.check_rows(tables["train"], batch_size, alignment, process_count)
   mix = pipeline.Mix(
     tuple(packing.count(part.rows["train"]) for part in parts),
     tuple(part.weight for part in parts),
   )
-  train = pipeline.batches(
-    rows["train"],
-    batch_size=batch_size,
-    seed=seed,
-    mix=mix,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  part = dict(process_index=process_index, process_count=process_count)
+  if rows == "packed":
+    train = pipeline.batches(
+      tables["train"], batch_size=batch_size, seed=seed, mix=mix, **part
+    )
+  else:
+    train = streams.make(
+      tables["train"],
+      batch_size=batch_size,
+      end_id=ids.end_id,
+      reset=reset,
+      consecutive=consecutive,
+      mix=mix,
+      **part,
+    )
   whole = _mixed(path, parts) if mixed else parts[0].source
   decides = [_FORMAT, whole.fingerprint, ids.fingerprint]
-  decides += [sequence_length, alignment, pipeline.order_sample(mix, seed)]
+  decides += [sequence_length, alignment]
+  if rows == "packed":
+    decides += [pipeline.order_sample(mix, seed)]
+  else:
+    decides += [rows, reset, batch_size, consecutive]
   return Dataset(
     source=whole,
     tokenizer=ids,
     train=train,
     fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest(),
     counts=counts,
-    rows=rows,
+    rows=tables,
     batch_size=batch_size,
     process_index=process_index,
     process_count=process_count,
@@ -195,11 +221,16 @@ def load(
 
 
 class _How(NamedTuple):
-  """How a part becomes rows: arguments of `load`, and the tokenizer."""
+  """How a part becomes rows: arguments of `load`, and the tokenizer.
+
+  `apart` is false where the training documents follow each other without
+  padding: no memory begins anew between them.
+  """
 
   tokenizer: tokenizers.Tokenizer
   sequence_length: int
   alignment: int
+  apart: bool
   seed: int
   text_key: str
 
@@ -236,12 +267,19 @@ def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   source = sources.load(name, path, how.seed, how.text_key)
   rows, counts = {}, {}
   for split in sources.SPLITS:
-    rows[split], counts[split] = _pack(source.documents(split), how)
+    together = split == "train" and not how.apart
+    rows[split], counts[split] = _pack(source.documents(split), how, together)
   return _Part(source, weight, rows, counts)
 
 
 def _prepared(path: str, weight: float, how: _How) -> _Part:
   manifest = prepared.read_manifest(path)
+  if not how.apart and how.alignment > 1:
+    raise ValueError(
+      "data.reset=never reads documents without padding between them, and "
+      f"the rows in {path} have it, for a memory chunk of {how.alignment} "
+      "tokens: use data.reset=document, or the text itself"
+    )
   prepared.check(
     manifest,
     sequence_length=how.sequence_length,
@@ -283,13 +321,19 @@ def _mixed(path: str, parts: list[_Part]) -> sources.Source:
   return sources.Source("mixture", path, fingerprint, *bodies)
 
 
-def _pack(documents: tuple[str, ...], how: _How) -> tuple[packing.Rows, Counts]:
+def _pack(
+  documents: tuple[str, ...], how: _How, together: bool
+) -> tuple[packing.Rows, Counts]:
+  """The rows of a split, `together`: full ones only, without padding."""
   rows = packing.pack(
     packing.tokenize(documents, how.tokenizer),
     how.sequence_length,
-    how.alignment,
+    1 if together else how.alignment,
     how.tokenizer.pad_id,
   )
+  if together:
+    full = int(np.count_nonzero(rows["segment_ids"][:, -1]))
+    rows = {key: x[:full] for key, x in rows.items()}
   counts = Counts(
     documents=len(documents),
     bytes=sum(len(document.encode("utf-8")) for document in documents),

@@ -18,7 +18,7 @@ from nl_jax.data import errors, packing, sources, tokenizers
 Batch = dict[str, np.ndarray]  # {inputs, targets, weights, segment_ids} [B,T].
 _READERS = 4  # Threads that read rows from disk.
 _AHEAD = 4  # Batches that they read before they are asked for.
-_FAR = 2**62  # Rows; grain cannot count an endless order in batches of 1.
+FAR = 2**62  # Rows; grain cannot count an endless order in batches of 1.
 
 
 class Mix(NamedTuple):
@@ -87,20 +87,23 @@ def batches(
   check_batch(batch_size, process_index, process_count)
   take, size = _slice_of(batch_size, process_index, process_count)
   mix = Mix((packing.count(rows),)) if mix is None else mix
-  order = _order(mix, seed)
-  in_memory = isinstance(rows, dict)
-  # From memory, a thread would cost more than it hides.
-  options = grain.ReadOptions(
-    num_threads=0 if in_memory else _READERS,
-    prefetch_buffer_size=0 if in_memory else _AHEAD,
-  )
+  order, options = _order(mix, seed), reading(rows)
 
   def begin(row: int) -> grain.DatasetIterator:
-    indices = order.slice(slice(row, _FAR)).batch(batch_size)
+    indices = order.slice(slice(row, FAR)).batch(batch_size)
     dataset = indices.map(lambda index_B: _gather(rows, index_B[take], size))
     return iter(dataset.to_iter_dataset(options))
 
   return _Batches(begin, batch_size)
+
+
+def reading(rows: packing.Rows | packing.Table) -> grain.ReadOptions:
+  """How batches are read ahead; from memory a thread would cost more."""
+  in_memory = isinstance(rows, dict)
+  return grain.ReadOptions(
+    num_threads=0 if in_memory else _READERS,
+    prefetch_buffer_size=0 if in_memory else _AHEAD,
+  )
 
 
 class _Batches(grain.DatasetIterator):

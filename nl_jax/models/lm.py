@@ -131,6 +131,9 @@ class LanguageModel:
       are float32 at least.
     remat: "layer" recomputes each layer in the backward pass, "none" keeps
       what it needs.
+    at_edge: whether `apply` may take it that a state stands at the edge of
+      all chunks and that documents begin at edges alone, as rows of training
+      do; it spares the shift to each row's grid.
     tied: the output weights are those of the embedding.
     norm_epsilon: of the norms of blocks, levels and output.
   """
@@ -146,6 +149,7 @@ class LanguageModel:
   mixer: Any = None
   dtype: str = "float32"
   remat: str = "layer"
+  at_edge: bool = False
   tied: bool = True
   norm_epsilon: float = layers.EPSILON
 
@@ -441,6 +445,21 @@ class LanguageModel:
   def _labels(self, params: types.Params) -> types.Params:
     name = lambda path, _: cms.label(path, self.cms)
     return jax.tree_util.tree_map_with_path(name, params)
+
+
+def at_edges(model: Any) -> Any:
+  """The model as rows of training are read by it, see `at_edge`.
+
+  Levels in context read on from within chunks: their model stays as it is.
+  """
+  if not isinstance(model, LanguageModel):
+    return model
+  return dataclasses.replace(model, at_edge=True)
+
+
+def batch_axis(path: Any) -> int:
+  """Of a leaf of a state: those of layers are [L,B,...], others [B,...]."""
+  return 1 if path[0].name == "layers" else 0
 
 
 def count_real(

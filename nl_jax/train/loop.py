@@ -137,8 +137,13 @@ def train(
     OutOfMemoryError: of the devices.
   """
   mesh = sharding.mesh() if mesh is None else mesh
-  sharding.check_batch(mesh, batch_size, sequence_length, settings.accumulate)
-  like = state_lib.abstract(model, optimizer.tx, mesh)
+  sharding.check_batch(
+    mesh,
+    batch_size // settings.carry_gradient,
+    sequence_length,
+    settings.accumulate,
+  )
+  like = state_lib.abstract(model, optimizer.tx, mesh, settings.streams)
   folder = pathlib.Path(workdir).resolve()
   if checkpoint.latest_step(workdir) is None and (resume_from or init_from):
     checkpoint.check_origin(
@@ -338,6 +343,7 @@ class _Run:
       optimizer.schedule,
       optimizer.labels,
       accumulate=settings.accumulate,
+      carry_gradient=settings.carry_gradient,
       max_skipped=self.max_skipped,
     )
     if self.start == settings.steps:

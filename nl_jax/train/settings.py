@@ -16,6 +16,10 @@ class Settings:
     log_every: a line of metrics every so many steps (and at 1 and the last).
     eval_every: `evaluate` every so many steps and at the end; 0: at the end.
     accumulate: micro-batches of one step; divides the batch.
+    streams: rows that carry their memories from step to step; 0: every row is
+      read from an empty memory.
+    carry_gradient: rows of each stream in a step, which gradients reach
+      through.
     nan_policy: "raise", or "skip" the update of a non-finite step.
     max_skipped: with "skip", more skipped steps than these raise.
     checkpoint_every: a checkpoint every so many steps and at the end; 0: at
@@ -30,6 +34,8 @@ class Settings:
   log_every: int = 10
   eval_every: int = 0
   accumulate: int = 1
+  streams: int = 0
+  carry_gradient: int = 1
   nan_policy: str = "raise"
   max_skipped: int = 100
   checkpoint_every: int = 0
@@ -45,6 +51,7 @@ class Settings:
       "train.log_every": (self.log_every, 1),
       "train.eval_every": (self.eval_every, 0),
       "train.accumulate": (self.accumulate, 1),
+      "train.carry_gradient": (self.carry_gradient, 1),
       "train.max_skipped": (self.max_skipped, 0),
       "checkpoint.every": (self.checkpoint_every, 0),
       "checkpoint.keep": (self.keep, 1),
