@@ -4,6 +4,9 @@ A stream reads tokens through `LMState`, the state that training uses too, so
 what it says equals one call over all tokens. A token costs the same however
 many came before, unless the model has an unbounded attention cache.
 
+What it remembers can be rolled back to a named point, and can be given a bound
+on how far it may move from one.
+
 A memory is a file: `save_memory` writes the state, without the weights, and
 `load_memory` gives it back to the model that it came from.
 """
@@ -16,13 +19,14 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from nl_jax import files, formats, sharding, tensors, upgrade
+from nl_jax import drift, files, formats, sharding, tensors, upgrade
 from nl_jax.models import lm
 
 FORMAT = 2  # Of a memory file.
@@ -85,6 +89,22 @@ def _choose(
   return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
+class Point(NamedTuple):
+  """What a stream remembered when it was marked.
+
+  Attributes:
+    state: of the model.
+    logits: [B,Vocab] after its last token, or None.
+    seen: tokens read.
+    about: JSON values.
+  """
+
+  state: lm.LMState
+  logits: jax.Array | None
+  seen: int
+  about: dict[str, Any]
+
+
 @dataclasses.dataclass
 class Stream:
   """A model that reads on from wherever it stands.
@@ -96,6 +116,8 @@ class Stream:
     slots: tokens that an unbounded attention cache has room for; None where
       the state does not grow.
     logits: [B,Vocab] after the last token; None before the first.
+    points: what `mark` kept, by name.
+    stopped_B: bool, rows that write no more; None without a bound.
   """
 
   model: lm.LanguageModel
@@ -103,7 +125,10 @@ class Stream:
   state: lm.LMState
   slots: int | None
   logits: jax.Array | None = None
+  points: dict[str, Point] = dataclasses.field(default_factory=dict)
+  stopped_B: np.ndarray | None = None
   _seen: int = 0
+  _bound: tuple[float, str] | None = None
 
   def read(self, tokens: np.ndarray) -> jax.Array:
     """Reads tokens [B,T], T >= 1 (prefill); returns the logits after them.
@@ -112,9 +137,11 @@ class Stream:
       ValueError: no token, or more than the attention cache has room for.
     """
     for piece in self._pieces(tokens):
+      held = self._held()
       self.logits, self.state = _read(
         self.model, self.params, piece, self.state
       )
+      self._hold(held)
     return self.logits
 
   def score(self, tokens: np.ndarray) -> np.ndarray:
@@ -132,11 +159,95 @@ class Stream:
       if first:
         vocab_size = self.model.vocab_size
         before = jnp.full((piece.shape[0], vocab_size), jnp.nan)
+      held = self._held()
       nats, self.logits, self.state = _score(
         self.model, self.params, piece, self.state, before
       )
+      self._hold(held)
       scores.append(np.asarray(nats, np.float32))
     return np.concatenate(scores, axis=1)
+
+  def mark(self, name: str, about: Mapping[str, Any] | None = None) -> None:
+    """Keeps what is remembered now as a named point.
+
+    Args:
+      name: of the point; one of that name is replaced.
+      about: JSON values to keep with it.
+    """
+    state = clone(self.state)
+    self.points[name] = Point(state, self.logits, self._seen, dict(about or {}))
+
+  def roll_back(self, name: str) -> Point:
+    """Goes back to a point: all that was read since then is forgotten.
+
+    Raises:
+      ValueError: no point of that name.
+    """
+    point = self._point(name)
+    self.state, self.logits = clone(point.state), point.logits
+    self._seen = point.seen
+    if self.stopped_B is not None:
+      self.stopped_B = np.zeros_like(self.stopped_B)
+    return point
+
+  def bound(self, limit: float, since: str) -> None:
+    """Stops the writing of a row whose memory moves too far from a point.
+
+    Such a row reads on as before, but its fast weights keep nothing of it. They
+    are looked at after each piece of up to 256 tokens; a piece that went
+    beyond the bound is not kept either.
+
+    Args:
+      limit: largest norm of the change of all fast weights of a row.
+      since: name of the point.
+
+    Raises:
+      ValueError: no such point, no memory, or a limit that is not above 0.
+    """
+    if not 0 < limit < float("inf"):
+      raise ValueError(f"the bound on drift must be above 0, got {limit}")
+    if not drift.has_memory(self.state):
+      raise ValueError(
+        f"model.arch={self.model.arch!r} has no fast weights to bound"
+      )
+    self._point(since)
+    self._bound = limit, since
+    self.stopped_B = np.zeros(self.state.position_B.shape, bool)
+
+  def drift(self, since: str) -> np.ndarray:
+    """[B]: norm of the change of each row's fast weights since a point.
+
+    Raises:
+      ValueError: no point of that name.
+    """
+    return np.asarray(drift.distance(self.state, self._point(since).state))
+
+  def _point(self, name: str) -> Point:
+    if name not in self.points:
+      known = ", ".join(self.points) or "none"
+      raise ValueError(f"the memory has no point {name!r}; it has: {known}")
+    return self.points[name]
+
+  def _held(self) -> lm.LMState | None:
+    """A copy to go back to; None where nothing is bounded."""
+    return clone(self.state) if self._bound else None
+
+  def _hold(self, held: lm.LMState | None) -> None:
+    """Takes back what rows wrote that are, or now went, beyond the bound."""
+    if held is None:
+      return
+    limit, since = self._bound
+    far_B = self.drift(since)
+    new_B = ~(far_B <= limit) & ~self.stopped_B
+    for row in np.flatnonzero(new_B):
+      logging.warning(
+        "row %d: its memory has moved by %.4g from the point %r, beyond the "
+        "bound of %.4g; it writes no more",
+        row, far_B[row], since, limit,
+      )  # fmt: skip
+    self.stopped_B = self.stopped_B | new_B
+    if self.stopped_B.any():
+      self.state = drift.hold(self.state, held, self.stopped_B)
 
   def _pieces(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
     """The tokens in pieces of the lengths that are compiled."""

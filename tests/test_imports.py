@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "formats",
-  "upgrade", "files", "tensors",
+  "upgrade", "files", "tensors", "drift",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
@@ -22,7 +22,9 @@ MAY = {
   "eval": {"data", "models", "tasks", "levels", "sharding"},
   "stream": {
     "models", "levels", "sharding", "formats", "upgrade", "files", "tensors",
+    "drift",
   },
+  "drift": {"models", "sharding", "types"},
   "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
   "data": {"tasks", "formats", "files"},
