@@ -35,6 +35,7 @@ _FREE = ("sequence_length", "remat", "walk", "at_edge")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
 _FIELDS = {"model", "weights", "rows", "slots", "tokens_seen", "leaves"}
 _LOGITS = "logits"
+_POINT = "points/"
 # Prompts are read in pieces of these lengths, so that few shapes compile.
 _PIECES = (256, 16, 1)
 
@@ -355,7 +356,8 @@ def go_on(
     path, model, params, other_weights=other_weights
   )
   seen = int(np.max(np.asarray(state.position_B)))
-  reader = Stream(model, params, state, manifest["slots"], logits, seen)
+  reader = Stream(model, params, state, manifest["slots"], logits, _seen=seen)
+  reader.points = _load_points(path, state, manifest)
   return reader, manifest
 
 
@@ -366,6 +368,7 @@ def save_memory(
   state: lm.LMState,
   *,
   logits: jax.Array | None = None,
+  points: Mapping[str, Point] | None = None,
   about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Writes a memory to one safetensors file, as a whole or not at all.
@@ -379,11 +382,13 @@ def save_memory(
     params: the weights that it was learned with.
     state: what was read, B rows.
     logits: [B,Vocab] after the last token, to sample on without a token.
+    points: of the stream, to roll back to later.
     about: JSON values to keep in the manifest.
 
   Returns:
     The manifest: format, hashes of model and weights, tokens seen by each row,
-    clocks by level, leaves, slots of an attention cache, time, `about`.
+    clocks by level, leaves, slots of an attention cache, points, time,
+    `about`.
 
   Raises:
     ValueError: the path holds something else, or the state is not finite.
@@ -400,12 +405,21 @@ def save_memory(
     "tokens_seen": [int(x) for x in np.asarray(state.position_B)],
     "clocks": _clocks(state),
     "leaves": _describe(state),
+    "points": {
+      name: {"seen": point.seen, "about": point.about}
+      for name, point in (points or {}).items()
+    },
     "time": round(time.time(), 3),
     "about": dict(about or {}),
   }
   leaves = {name: np.asarray(x) for name, x in _named(state)}
   if logits is not None:
     leaves[_LOGITS] = np.asarray(logits)
+  for name, point in (points or {}).items():
+    of_point = {key: np.asarray(x) for key, x in _named(point.state)}
+    if point.logits is not None:
+      of_point[_LOGITS] = np.asarray(point.logits)
+    leaves |= {_POINT + f"{name}/{key}": x for key, x in of_point.items()}
   _check_finite(path, leaves)
   tensors.write(path, leaves, {_KEY: json.dumps(manifest)})
   return manifest
@@ -480,6 +494,7 @@ def load_memory(
     )
   leaves, _ = tensors.read(path)
   _check_finite(path, leaves)
+  leaves = {k: x for k, x in leaves.items() if not k.startswith(_POINT)}
   like = jax.eval_shape(
     lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
   )
@@ -496,6 +511,34 @@ def load_memory(
   tree = jax.tree.structure(like)
   state = jax.tree.unflatten(tree, [jnp.asarray(leaves[x]) for x in names])
   return state, logits, manifest
+
+
+def _load_points(
+  path: str | os.PathLike, state: lm.LMState, manifest: Mapping[str, Any]
+) -> dict[str, Point]:
+  """The points of a memory file, of states like the one given."""
+  found = manifest.get("points", {})
+  if not found:
+    return {}
+  leaves, _ = tensors.read(path)
+  points = {}
+  for name, said in found.items():
+    start = f"{_POINT}{name}/"
+    own = {
+      key.removeprefix(start): x
+      for key, x in leaves.items()
+      if key.startswith(start)
+    }
+    logits = own.pop(_LOGITS, None)
+    _check_leaves(path, own, _describe(state))
+    arrays = [jnp.asarray(own[key]) for key, _ in _named(state)]
+    points[name] = Point(
+      jax.tree.unflatten(jax.tree.structure(state), arrays),
+      None if logits is None else jnp.asarray(logits),
+      said["seen"],
+      said["about"],
+    )
+  return points
 
 
 def _check_leaves(

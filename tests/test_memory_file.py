@@ -67,6 +67,21 @@ def test_going_on_from_a_file_is_one_pass(model, half):
     }
 
 
+def test_points_are_in_the_file(model, half, tmp_path):
+  net, params = model
+  reader, _ = stream.go_on(net, params, half)
+  reader.mark("half", {"page": 7})
+  reader.read(TOKENS[:, 19:])
+  path = tmp_path / "points.memory"
+  stream.save_memory(path, net, params, reader.state, points=reader.points)
+  again, manifest = stream.go_on(net, params, path)
+  assert manifest["points"] == {"half": {"seen": 19, "about": {"page": 7}}}
+  equal(again.state, reader.state)
+  again.roll_back("half")
+  np.testing.assert_array_equal(again.read(TOKENS[:, 19:]), reader.logits)
+  equal(again.state, reader.state)
+
+
 _PROCESS = """
 import sys, jax, numpy as np
 from nl_jax import files, stream, tensors

@@ -110,6 +110,7 @@ def test_the_commands(tmp_path):
   (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
   (tmp_path / "poem").write_text("not a memory")
   run, read_ = "--workdir=h", ["read", "--workdir=h", "--memory_out=a.memory"]
+  point = ["read", run, "--text=book.txt", "--forget_every=0"]
   results = forked.run([
     ["lm", "--config=hope_linear_tiny:smoke", run, *SMOKE],
     ["lm", "--config=transformer_tiny:smoke", "--workdir=t", *SMOKE],
@@ -130,6 +131,12 @@ def test_the_commands(tmp_path):
     [*read_, "--text=book.txt", "--memory_in=poem"],
     ["sample", "--workdir=t", "--memory_in=a.memory"],
     ["sample", run, "--memory_out=poem", "--tokens=1"],
+    # Points and drift.
+    [*point, "--point=before", "--drift_bound=0.001", "--memory_out=d"],
+    [*point, "--memory_in=d", "--roll_back=before", "--memory_out=e"],
+    [*point, "--memory_in=d", "--roll_back=after", "--memory_out=f"],
+    [*point, "--since=before", "--memory_out=f"],
+    [*point, "--drift_bound=-1", "--memory_out=f"],
   ], tmp_path)  # fmt: skip
   for done in results[:9]:
     assert done.returncode == 0, done.stderr
@@ -141,6 +148,13 @@ def test_the_commands(tmp_path):
     results[4].stderr
   )
   assert "a memory of" in results[5].stderr
+  stopped, back = results[17:19]
+  assert "it writes no more" in stopped.stderr
+  # A memory that kept nothing of the text is where it began.
+  assert "drift:   0 " in stopped.stdout and "drift:   0 " not in back.stdout
+  assert f"{size} bytes" in back.stdout  # From the first byte again.
+  assert back.returncode == stopped.returncode == 0
+  del results[17:19]
   said = [done.stderr.strip().splitlines()[-1] for done in results[9:]]
   assert "memory: changed in 5 of 5 chunks" in results[8].stdout
   assert (tmp_path / "h" / "raster.png").read_bytes().startswith(b"\x89PNG")
@@ -150,6 +164,8 @@ def test_the_commands(tmp_path):
     "no file --text=no.txt", "latin.txt is not UTF-8",
     "no memory file, or a torn one", "the memory of another model",
     "no memory file, or a torn one",
+    "has no point 'after'; it has: before", "--since needs --drift_bound",
+    "must be above 0, got -1",
   )):  # fmt: skip
     assert words in line, line
   assert all(done.returncode == 1 for done in results[9:])
