@@ -9,11 +9,12 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 ADVICE = "free space, mend the permissions, or give another place"
 _BLOCK = 2**20  # Bytes.
+_SEAL = "sha256"
 
 
 class StorageError(OSError):
@@ -123,6 +124,21 @@ def check_place(path: str | os.PathLike, flag: str, size: int = 0) -> None:
     )
 
 
+def refuse_taken(flag: str, *paths: str | os.PathLike) -> None:
+  """Raises ValueError where something would be replaced.
+
+  Args:
+    flag: that names the first file, as "--out".
+    paths: of the files that would be written.
+  """
+  for path in map(pathlib.Path, paths):
+    if path.is_file():
+      raise ValueError(
+        f"{path} is there already: give {flag} another file, or --overwrite "
+        "to replace it"
+      )
+
+
 def sha256(path: str | os.PathLike) -> str:
   """SHA-256 (hex) of a file."""
   digest = hashlib.sha256()
@@ -130,6 +146,32 @@ def sha256(path: str | os.PathLike) -> str:
     while block := file.read(_BLOCK):
       digest.update(block)
   return digest.hexdigest()
+
+
+class BrokenSealError(ValueError):
+  """What is not what was written."""
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """JSON values with a hash of themselves."""
+  return {**values, _SEAL: json_hash(values)}
+
+
+def unsealed(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+  """JSON values without their hash; those of before have none.
+
+  Args:
+    values: of `sealed`.
+    what: they are, for the sentence.
+
+  Raises:
+    BrokenSealError: they are not what was written.
+  """
+  bare = dict(values)
+  expected = bare.pop(_SEAL, None)
+  if expected is not None and expected != json_hash(bare):
+    raise BrokenSealError(f"{what} is not what was written")
+  return bare
 
 
 def json_hash(value: Any) -> str:

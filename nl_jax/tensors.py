@@ -34,10 +34,6 @@ _SEALS, _HASH = "seals", "sha256"  # Keys of the header's texts.
 _MULTIPLE = 8  # The format's: bytes that the header is padded to.
 
 
-class BrokenSealError(ValueError):
-  """A file that is not what was written."""
-
-
 def write(
   path: str | os.PathLike,
   arrays: Mapping[str, Any],
@@ -133,8 +129,8 @@ def read(
   return arrays, texts
 
 
-def _broken(path: str | os.PathLike, what: str) -> BrokenSealError:
-  return BrokenSealError(
+def _broken(path: str | os.PathLike, what: str) -> files.BrokenSealError:
+  return files.BrokenSealError(
     f"{path} is damaged: {what} is not what was written; take a copy that is "
     "whole, or write it again"
   )

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nl_jax import formats
+from nl_jax import files, formats
 from nl_jax.data import (
   documents,
   errors,
@@ -388,7 +388,7 @@ def finish(
     "counts": counts,
     "opening": next(note["opening"] for note in notes if note["opening"]),
   }
-  _write_json(out / prepared.MANIFEST, manifest)
+  _write_json(out / prepared.MANIFEST, files.sealed(manifest))
   return manifest
 
 

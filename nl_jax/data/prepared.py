@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nl_jax import formats
+from nl_jax import files, formats
 from nl_jax.data import packing
 
 MANIFEST = "manifest.json"
@@ -178,6 +178,12 @@ def read_manifest(path: str) -> dict[str, Any]:
     raise ValueError(f"{file} is no JSON ({error})") from error
   if not isinstance(manifest, dict):
     raise ValueError(f"{file} is no manifest; {PREPARE_AGAIN}")
+  try:
+    manifest = files.unsealed(manifest, str(file))
+  except files.BrokenSealError as error:
+    raise ValueError(
+      f"{error}; run experiments.prepare again: it mends the folder"
+    ) from error
   found = manifest.get("format")
   formats.check(file, "a manifest", found, FORMAT, PREPARE_AGAIN)
   return manifest

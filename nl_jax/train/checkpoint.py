@@ -18,6 +18,7 @@ import jax
 import orbax.checkpoint as ocp
 from absl import logging
 
+from nl_jax import files as whole
 from nl_jax import formats, sharding
 from nl_jax.train import files, kept, reading, seal
 
@@ -181,7 +182,7 @@ class Checkpoints:
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       data=ocp.args.JsonSave(data),
-      meta=ocp.args.JsonSave(seal.close({**meta, **about, "data": data})),
+      meta=ocp.args.JsonSave(whole.sealed({**meta, **about, "data": data})),
     )
     self.open()
     latest = self._manager.latest_step()
@@ -302,7 +303,7 @@ def _read(folder: pathlib.Path, step: int, like: Any) -> Restored:
     )
   seal.check_sums(state, meta)
   if data != meta.get("data", data):
-    raise seal.BrokenSealError("its place in the data is not what was saved")
+    raise whole.BrokenSealError("its place in the data is not what was saved")
   return Restored(step, state, _place(data, meta), meta)
 
 
@@ -319,8 +320,8 @@ def _read_items(
 
 
 def _place(data: Any, meta: Mapping[str, Any]) -> Any:
-  """The place in the data; in format 1 it was counted in batches."""
-  if meta.get("format", 1) > 1 or "next_index" not in data:
+  """The place in the data, in rows; once it was counted in batches."""
+  if "next_index" not in data:
     return data
   return {"next_row": data["next_index"] * meta["batch_size"]}
 
@@ -449,7 +450,7 @@ def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
 
 def _meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
   """The item `meta` of a checkpoint, whole and of a format that is read."""
-  values = seal.open_(_json(folder, step, "meta"))
+  values = whole.unsealed(_json(folder, step, "meta"), "its meta")
   files.check_format(folder / str(step), "a checkpoint", values)
   return values
 

@@ -204,6 +204,12 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
   shard.unlink()
   with pytest.raises(ValueError, match=f"{shard.name} is missing"):
     load(out)
+  text = (out / "manifest.json").read_text()
+  assert f'"alignment": {ALIGNMENT},' in text
+  wrong = text.replace(f'"alignment": {ALIGNMENT},', '"alignment": 1,')
+  (out / "manifest.json").write_text(wrong)
+  with pytest.raises(ValueError, match="json is not what was written; run"):
+    load(out)
   (out / "manifest.json").write_text("{")
   with pytest.raises(ValueError, match="no JSON"):
     load(out)

@@ -116,6 +116,62 @@ def test_runs_side_by_side(tmp_path):
   assert "0 fields differ." in page.text
 
 
+def test_runs_with_other_tokenizers_share_no_panel_of_loss(tmp_path):
+  one = make_run(tmp_path / "one")
+  two = make_run(tmp_path / "two", transformer_tiny)
+  (two / "config.json").write_text(json.dumps({
+    **json.loads((two / "config.json").read_text()),
+    "tokenizer": {"file": "w.model", "sha256": {"w.model": "ab" * 32}},
+  }))  # fmt: skip
+  read = [_report_runs.read(str(x)) for x in (one, two)]
+  panels = [p for p in _report_charts.panels(read) if "Loss over" in p.title]
+  assert len(panels) == 4
+  assert {p.title.split(", ")[1] for p in panels} == {
+    "tokenizer bytes", "tokenizer w.model",
+  }  # fmt: skip
+  assert all(len({c.run for c in p.curves}) == 1 for p in panels)
+  page = report(tmp_path / "out", one, two)
+  assert "These runs have 2 tokenizers" in page.text
+  alone = report(tmp_path / "out", one)
+  assert "tokenizers" not in alone.text.split("Figures")[0]
+
+
+def test_the_loss_is_drawn_raw_and_as_a_mean_and_validation_as_a_line(tmp_path):
+  run = _report_runs.read(str(make_run(tmp_path / "a")))
+  panel = _report_charts.panels([run])[0]
+  raw, mean, validation = panel.curves
+  assert raw.faint and not raw.label and mean.label == "train"
+  assert raw.ys == [5.0 / i for i in range(1, 9)]
+  assert raw.ys[0] == mean.ys[0] and mean.ys[-1] > raw.ys[-1]
+  assert validation.label == "validation" and validation.ys == [2.5, 1.5]
+  assert validation.marks and not validation.dots
+  assert raw.colour == mean.colour != validation.colour
+  gaps = _report_charts.running_mean([1.0, math.nan, *[3.0] * 6])
+  assert math.isnan(gaps[1]) and 1 < gaps[2] < gaps[7] < 3
+
+
+def test_lines_that_lie_on_each_other_are_seen(tmp_path):
+  curve = _report_charts.Curve
+  xs, ys = [1, 2, 3], [0.0, 1.0, 2.0]
+  near = [0.001, 1.001, 1.999]
+  panel = _report_charts.Panel("a", "x", [
+    curve("one", xs, ys, 0), curve("two", xs, near, 1),
+    curve("apart", xs, ys[::-1], 2),
+  ])  # fmt: skip
+  assert _report_charts.covered(panel) == {0}
+
+
+def test_what_changed_while_a_run_ran_is_told(tmp_path):
+  folder = make_run(tmp_path / "a$b^{")  # A name is no formula.
+  about = json.loads((folder / "config.json").read_text())
+  about["changes"] = [{"step": 4, "changes": ["optim.b1: 0.9 -> 0.8"]}]
+  (folder / "config.json").write_text(json.dumps(about))
+  page = report(folder, folder)
+  assert "changed at step 4: optim.b1: 0.9 -> 0.8." in page.text
+  panel = _report_charts.panels([_report_runs.read(str(folder))])[0]
+  assert panel.changes == (256,)
+
+
 def test_gaps_torn_lines_and_single_lines(tmp_path):
   lines = [line(i) for i in range(1, 6)]
   lines[2]["train/loss"] = None

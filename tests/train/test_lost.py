@@ -169,11 +169,10 @@ def test_another_batch_size_reads_each_row_once(one_device, tmp_path, other):
   assert (meta["rows_consumed"], meta["tokens"]) == (32, 128)
 
 
-def test_places_of_format_1_are_counted_in_batches():
+def test_a_place_that_was_counted_in_batches_is_read():
   meta = {"batch_size": 8}
   assert checkpoint._place({"next_index": 3}, meta) == {"next_row": 24}
-  later = {**meta, "format": 2}
-  assert checkpoint._place({"next_row": 3}, later) == {"next_row": 3}
+  assert checkpoint._place({"next_row": 3}, meta) == {"next_row": 3}
 
 
 def test_what_changes_is_said_and_written_down(run, one_device, caplog):
