@@ -220,6 +220,9 @@ def _optim(scale: Scale, learning_rate: float) -> ConfigDict:
       weight_decay=0.1,  # Times the learning rate, on matrices (Titans).
       clip_norm=1.0,  # Global norm of the gradient (Titans); 0: off.
       min_ratio=0.1,  # Last learning rate over the peak; ours.
+      schedule="cosine",  # Or linear, constant, wsd, inverse_root.
+      cooldown_steps=0,  # At the end, of wsd and inverse_root.
+      groups=(),  # Texts: pattern:frozen, or pattern:rate=0.1,decay=0.
       b1=0.9,  # Decay of the first moment; ours.
       b2=0.95,  # Decay of the second moment; ours.
       eps=1e-8,  # Added to the root of the second moment; ours.

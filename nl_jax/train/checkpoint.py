@@ -398,43 +398,77 @@ def read_config(workdir: str) -> dict[str, Any]:
   return config
 
 
-def read_newest(workdir: str, like: Any) -> Restored:
-  """The newest checkpoint of another run that can be read.
+def read_other(workdir: str, like: Any, step: int | None = None) -> Restored:
+  """A checkpoint of another run.
 
   Nothing in the workdir is changed.
 
   Args:
     workdir: of the run.
     like: as in `Checkpoints.restore`.
+    step: which; None: the newest that can be read.
 
   Raises:
     ValueError: no checkpoint there that can be read.
     LeavesMismatchError: it is of another model or optimizer.
   """
+  if step is not None:
+    return _one(workdir, step, lambda s: _read(_folder(workdir), s, like))
   restored = Checkpoints(pathlib.Path(workdir)).restore(like)
   if restored is None:
     raise _no_checkpoint(workdir)
   return restored
 
 
-def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
-  """Finds early that another run's newest checkpoint cannot be started from.
+def _folder(workdir: str) -> pathlib.Path:
+  return pathlib.Path(workdir).resolve() / files.CHECKPOINTS
+
+
+def _one(workdir: str, step: int, read: Callable[[int], T]) -> T:
+  """What reading one step gives.
+
+  Raises:
+    ValueError: it is not there, or cannot be read.
+  """
+  _check_there(workdir, step)
+  try:
+    return read(step)
+  except _OTHERS:
+    raise
+  except reading.DAMAGE as error:
+    raise _unreadable(_folder(workdir), {step: error}) from error
+
+
+def _check_there(workdir: str, step: int | None) -> None:
+  """Raises ValueError where there is no checkpoint, or not this one."""
+  steps = _listed(pathlib.Path(workdir))
+  if not steps:
+    raise _no_checkpoint(workdir)
+  if step is not None and step not in steps:
+    raise ValueError(
+      f"no checkpoint of step {step} in {workdir}; there are {steps}"
+    )
+
+
+def check_origin(
+  workdir: str, like: Any, *, params_only: bool, step: int | None = None
+) -> None:
+  """Finds early that another run's checkpoint cannot be started from.
 
   Args:
     workdir: of the other run.
     like: the abstract state.
     params_only: only the parameters will be taken.
+    step: which; None: the newest.
 
   Raises:
     ValueError: no checkpoint there.
     LeavesMismatchError: it is of another model or optimizer.
   """
-  step = latest_step(workdir)
-  if step is None:
-    raise _no_checkpoint(workdir)
+  _check_there(workdir, step)
+  step = latest_step(workdir) if step is None else step
   try:
-    folder = pathlib.Path(workdir) / files.CHECKPOINTS
-    saved = _meta(folder, step)["leaves"]
+    saved = _meta(_folder(workdir), step)["leaves"]
   except _OTHERS:
     raise
   except reading.DAMAGE:
@@ -492,28 +526,15 @@ def load_params(
     ValueError: no checkpoint there that can be read, or of another model.
   """
   folder = pathlib.Path(workdir).resolve()
-  steps = _listed(folder)
-  if not steps:
-    raise _no_checkpoint(workdir)
-  if step is not None and step not in steps:
-    raise ValueError(
-      f"no checkpoint of step {step} in {workdir}; there are {steps}"
-    )
+  _check_there(workdir, step)
   like = _abstract_params(model, mesh)
   _hush()
-  read = lambda step: (_read_params(folder, step, like), step)
+  read = lambda s: (_read_params(folder, s, like), s)
   if step is not None:
-    try:
-      return read(step)
-    except _OTHERS:
-      raise
-    except reading.DAMAGE as error:
-      raise _unreadable(folder / files.CHECKPOINTS, {step: error}) from error
+    return _one(workdir, step, read)
   found, damaged = _newest(folder, read)
-  if found is None and damaged:
-    raise _unreadable(folder / files.CHECKPOINTS, damaged)
   if found is None:
-    raise _no_checkpoint(workdir)
+    raise _unreadable(folder, damaged) if damaged else _no_checkpoint(workdir)
   for number, error in damaged.items():
     logging.warning(
       "checkpoint of step %d cannot be read (%s)", number, _first_line(error)

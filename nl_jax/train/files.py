@@ -34,6 +34,8 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
+# Fields of `optim` that came later, and what was done before.
+_ADDED = {"schedule": "cosine", "cooldown_steps": 0, "groups": []}
 
 StorageError = files.StorageError
 _ADVICE = (
@@ -109,8 +111,11 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config of any format as this version writes it.
 
   In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`.
+  memory its field `arch`; fields that came later have the values that say what
+  was done before there were any.
   """
+  if "optim" in config:
+    config = {**config, "optim": {**_ADDED, **config["optim"]}}
   model = config.get("model", {})
   if "memory" not in model:
     return dict(config)
@@ -198,6 +203,7 @@ def claim(
   *,
   allow_config_change: bool = False,
   step: int = 0,
+  more: Mapping[str, Any] | None = None,
 ) -> list[str]:
   """Makes the workdir this run's, or finds that it already is.
 
@@ -207,6 +213,7 @@ def claim(
     fingerprint: of the data.
     allow_config_change: take the new config where it differs.
     step: that the run stands at: what changes is written down with it.
+    more: what else a new `CONFIG` says.
 
   Returns:
     "key: old -> new" of each field that changed.
@@ -228,7 +235,7 @@ def claim(
   if before and not changes and tokenizer == before.get(kept.KEY):
     return []
   about = {
-    **(before or {_SAVED: False}),
+    **(before or {_SAVED: False, **(more or {})}),
     "format": FORMAT,
     "config": config,
     "fingerprint": fingerprint,
@@ -265,7 +272,8 @@ def _check_same(
     raise ValueError(
       f"{workdir} was trained on other data (fingerprint "
       f"{before['fingerprint'][:12]}, now {now['fingerprint'][:12]}); restore "
-      "the data or give another --workdir"
+      f"the data, or go on with these in another --workdir: --from={workdir} "
+      "--keep=optimizer"
     )
   changes = differences(before["config"], now["config"])
   if changes and not allow_config_change:

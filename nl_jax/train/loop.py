@@ -6,6 +6,7 @@ holds the loss and norms of the update that led to state i (`train/`, `opt/`,
 """
 
 import contextlib
+import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,6 +29,7 @@ from nl_jax.train import (
 )
 from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
+from nl_jax.train import origin as origin_lib
 from nl_jax.train import settings as settings_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
@@ -93,14 +95,13 @@ def train(
   mesh: jax.sharding.Mesh | None = None,
   evaluate: Evaluate | None = None,
   allow_config_change: bool = False,
-  resume_from: str = "",
-  init_from: str = "",
+  origin: origin_lib.Origin | None = None,
   flops_per_token: float = 0.0,
 ) -> Result:
   """Trains a model.
 
   It starts from the first of these that there is: the newest checkpoint of the
-  workdir, that of `resume_from`, the parameters of `init_from`, the seed.
+  workdir, that of `origin`, the seed.
 
   Args:
     model: `init(key) -> params` and `apply(params, tokens, segment_ids=) ->
@@ -120,10 +121,8 @@ def train(
     evaluate: (params, step) -> {"eval/<set>/<metric>": value}; all processes
       call it.
     allow_config_change: go on with a config that differs from the workdir's.
-    resume_from: workdir of another run of the same model, optimizer and data,
-      to go on from its newest checkpoint; nothing there is changed.
-    init_from: workdir of a run of the same model, to start from its
-      parameters.
+    origin: a checkpoint of another run to start from, and what of it is kept;
+      nothing there is changed.
     flops_per_token: of a training step, for MFU; 0: not shown.
 
   Returns:
@@ -140,10 +139,8 @@ def train(
   sharding.check_batch(mesh, batch_size, sequence_length, settings.accumulate)
   like = state_lib.abstract(model, optimizer.tx, mesh)
   folder = pathlib.Path(workdir).resolve()
-  if checkpoint.latest_step(workdir) is None and (resume_from or init_from):
-    checkpoint.check_origin(
-      resume_from or init_from, like, params_only=not resume_from
-    )
+  if origin and checkpoint.latest_step(workdir) is None:
+    origin_lib.check(origin, workdir, fingerprint, like)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
     before = None
@@ -166,16 +163,17 @@ def train(
       "sequence_length": sequence_length,
       **environment.describe(),
     }
-    run = _Run(model, data, evaluate, settings, folder, saver, mesh, about)
-    restored = run.find(like, before, resume_from)
-    params = None if restored else run.load(init_from)
+    run = _Run(
+      model, optimizer, data, evaluate, settings, folder, saver, mesh, about
+    )  # fmt: skip
+    restored, params = run.find(like, before, origin)
     # Nothing of the run has changed up to here.
     run.claim(allow_config_change)
     saver.open()
-    state = run.begin(restored, like, optimizer.tx, params)
+    state = run.begin(restored, like, params)
     stack.enter_context(run.open(flops_per_token))
     stack.enter_context(_memory_told())
-    step = run.compile(optimizer, like, batch_size, sequence_length)
+    step = run.compile(like, batch_size, sequence_length)
     result = run.loop(step, state)
     saver.wait()
     run.finish(result)
@@ -188,6 +186,7 @@ class _Run:
   def __init__(
     self,
     model: Any,
+    optimizer: optimizer_lib.Optimizer,
     data: Any,
     evaluate: Evaluate | None,
     settings: settings_lib.Settings,
@@ -196,12 +195,15 @@ class _Run:
     mesh: jax.sharding.Mesh,
     about: Mapping[str, Any],
   ):
-    self.model, self.data, self.evaluate = model, data, evaluate
+    self.model, self.optimizer = model, optimizer
+    self.data, self.evaluate = data, evaluate
     self.settings, self.folder, self.saver = settings, folder, saver
     self.mesh, self.about = mesh, about
     self.start = 0  # Updates made before this start of the run.
     self.rows = self.tokens = 0  # Drawn, and seen, before it.
     self.saved = -1  # The newest step that has a checkpoint.
+    self.place: Any = None  # In the data, where it is gone on from.
+    self.chain: list[dict[str, Any]] = []  # Of `origin`.
     self.skipped = 0
     self.pending: _Pending | None = None
 
@@ -209,37 +211,80 @@ class _Run:
     self,
     like: state_lib.State,
     before: Mapping[str, Any] | None,
-    resume_from: str,
-  ) -> checkpoint.Restored | None:
-    """The checkpoint to go on from, fit for it; None: there is none.
+    origin: origin_lib.Origin | None,
+  ) -> tuple[checkpoint.Restored | None, Any]:
+    """The checkpoint to go on from, or the parameters to start from.
 
     Nothing is changed.
 
     Raises:
       ValueError: it does not fit, or the run has lost its checkpoints.
     """
-    restored, origin = self.saver.restore(like), self.folder
+    restored = self.saver.restore(like)
     if restored is not None:
       self.saved = restored.step
-    else:
-      files.check_lost(self.folder, before)
-    if restored is None and resume_from:
-      restored, origin = checkpoint.read_newest(resume_from, like), resume_from
-      self._check_origin(resume_from, restored)
-    if restored is None:
-      return None
-    logging.info("going on from step %d in %s", restored.step, origin)
+      self._go_on(restored, str(self.folder))
+      return restored, None
+    files.check_lost(self.folder, before)
+    if origin is None:
+      logging.info("starting from scratch in %s", self.folder)
+      return None, None
+    if origin.keep == origin_lib.WEIGHTS:
+      params, step = checkpoint.load_params(
+        origin.workdir, self.model, step=origin.step, mesh=self.mesh
+      )
+      self._note_origin(origin, step)
+      return None, params
+    restored = checkpoint.read_other(origin.workdir, like, origin.step)
+    now = self.about["fingerprint"]
+    if origin.keep == origin_lib.ALL:
+      origin_lib.check_data(origin, restored.meta["fingerprint"], now)
+    self._go_on(restored, origin.workdir)
+    if origin.keep == origin_lib.OPTIMIZER:
+      self.place, self.rows = None, 0
+    if self.start == self.settings.steps:
+      raise ValueError(
+        f"{origin.workdir} is at step {self.start}, and train.steps="
+        f"{self.settings.steps} asks for no more; raise train.steps"
+      )
+    self._note_origin(origin, restored.step)
+    return restored, None
+
+  def _go_on(self, restored: checkpoint.Restored, workdir: str) -> None:
+    """Stands where a checkpoint stands."""
+    logging.info("going on from step %d in %s", restored.step, workdir)
     if restored.step > self.settings.steps:
       raise ValueError(
-        f"{origin} is at step {restored.step}, beyond train.steps="
+        f"{workdir} is at step {restored.step}, beyond train.steps="
         f"{self.settings.steps}; raise train.steps or give another --workdir"
       )
-    self.start = restored.step
+    self.start, self.place = restored.step, restored.data
     self.skipped = int(restored.state["skipped"])
     self.rows = restored.meta["rows_consumed"]
     tokens = self.rows * self.about["sequence_length"]
     self.tokens = restored.meta.get("tokens", tokens)
-    return restored
+    before = restored.meta.get("learning_rate")
+    now, end = self._rate(self.start), self._rate(self.settings.steps - 1)
+    if before is not None and not math.isclose(before, now, rel_tol=1e-5):
+      logging.info(
+        "the learning rate of step %d was %.3g; it is %.3g now, and %.3g at "
+        "the end",
+        self.start + 1,
+        before,
+        now,
+        end,
+      )
+
+  def _rate(self, step: int) -> float:
+    """Of the update that follows a step."""
+    return float(self.optimizer.schedule(step))
+
+  def _note_origin(self, origin: origin_lib.Origin, step: int) -> None:
+    """Says where the run comes from, and keeps it for its config.json."""
+    if jax.process_index() == 0:
+      self.chain = origin_lib.chain(origin, step)
+      told = origin_lib.describe(self.chain[-1])
+      logging.info("starting %s, in %s", told, self.folder)
 
   def claim(self, allow_config_change: bool) -> None:
     """Makes the workdir this run's; what changes is said and written down."""
@@ -250,6 +295,7 @@ class _Run:
         self.about["fingerprint"],
         allow_config_change=allow_config_change,
         step=self.start,
+        more={origin_lib.CHAIN: self.chain} if self.chain else None,
       )
       for change in changes:
         logging.info("changed at step %d: %s", self.start, change)
@@ -261,37 +307,17 @@ class _Run:
     self,
     restored: checkpoint.Restored | None,
     like: state_lib.State,
-    tx: Any,
     params: Any,
   ) -> state_lib.State:
     """The state to go on from, and everything else set to the same step."""
     if restored is None:
       self.timer = timer_lib.Timer()
-      seed = self.settings.seed
+      tx, seed = self.optimizer.tx, self.settings.seed
       return state_lib.create(self.model, tx, like, seed=seed, params=params)
-    self.data.set_state(restored.data)
+    if self.place is not None:
+      self.data.set_state(self.place)
     self.timer = timer_lib.Timer(restored.meta["train_seconds"])
     return restored.state
-
-  def load(self, init_from: str) -> Any:
-    """The parameters of another run; None where there is none to take."""
-    params, origin = None, "scratch"
-    if init_from:
-      params, step = checkpoint.load_params(
-        init_from, self.model, mesh=self.mesh
-      )
-      origin = f"the parameters of step {step} in {init_from}"
-    logging.info("starting from %s in %s", origin, self.folder)
-    return params
-
-  def _check_origin(self, folder: str, restored: checkpoint.Restored) -> None:
-    """Raises ValueError where a place in the data would mean another one."""
-    before, now = restored.meta["fingerprint"], self.about["fingerprint"]
-    if before != now:
-      raise ValueError(
-        f"{folder} was trained with another data ({before[:12]}, now "
-        f"{now[:12]}); use --init_from to start from its parameters"
-      )
 
   @contextlib.contextmanager
   def open(self, flops: float) -> Iterator[None]:
@@ -320,7 +346,6 @@ class _Run:
 
   def compile(
     self,
-    optimizer: optimizer_lib.Optimizer,
     like: state_lib.State,
     batch_size: int,
     sequence_length: int,
@@ -334,9 +359,9 @@ class _Run:
     )
     step = step_lib.make(
       self.model,
-      optimizer.tx,
-      optimizer.schedule,
-      optimizer.labels,
+      self.optimizer.tx,
+      self.optimizer.schedule,
+      self.optimizer.labels,
       accumulate=settings.accumulate,
       max_skipped=self.max_skipped,
     )
@@ -483,6 +508,7 @@ class _Run:
         "rows_consumed": self.rows + rows,
         "tokens": self.tokens + rows * self.about["sequence_length"],
         "train_seconds": self.timer.train_seconds,
+        "learning_rate": self._rate(step),
       }
       self.saver.save(step, state, self.data.get_state(), meta)
       if self.saved < 0:

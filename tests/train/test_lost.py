@@ -72,12 +72,12 @@ def test_a_refusal_moves_no_damaged_checkpoint(run, one_device):
   assert contents(run) == before
 
 
-@pytest.mark.parametrize("kept", ["resume_from", "init_from"])
-def test_a_refused_origin_claims_no_workdir(run, one_device, tmp_path, kept):
+@pytest.mark.parametrize("keep", ["weights", "optimizer", "all"])
+def test_a_refused_origin_claims_no_workdir(run, one_device, tmp_path, keep):
   for path in (run / "checkpoints").glob("*/state/**/d/*"):
     path.write_bytes(b"")  # Found when it is read, and not before.
   with pytest.raises(ValueError, match="can be read"):
-    stub.run(tmp_path / "new", mesh=one_device, steps=8, **{kept: run})
+    stub.run(tmp_path / "new", mesh=one_device, steps=8, origin=run, kept=keep)
   assert not (tmp_path / "new").exists()
 
 
@@ -153,7 +153,7 @@ def test_another_batch_size_reads_each_row_once(one_device, tmp_path, other):
   # Into the same workdir, or into another that goes on from it.
   place = {"workdir": tmp_path / "a", "allow_config_change": True}
   if other:
-    place = {"workdir": tmp_path / "b", "resume_from": tmp_path / "a"}
+    place = {"workdir": tmp_path / "b", "origin": tmp_path / "a", "kept": "all"}
   stub.run(
     steps=5, data=second, batch_size=4, config={"data": {"batch_size": 4}},
     **place, **common,
