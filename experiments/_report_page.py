@@ -95,6 +95,8 @@ def _notes(run: runs_lib.Run) -> Iterable[str]:
   steps = run.config.get("train", {}).get("steps", "?")
   if not run.results:
     yield f"{run.name} is not done: step {step} of {steps}."
+  for i, told in enumerate(run.chain):
+    yield f"{run.name} {'came' if i == 0 else '… then'} {told}."
   for step, change in run.changes:
     yield f"{run.name} changed at step {step}: {change}."
   if run.not_finite():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nl_jax.train import files, kept, metrics
+from nl_jax.train import files, kept, metrics, origin
 
 _HEADER = ("step", "tokens", "wall_time")
 
@@ -26,6 +26,7 @@ class Run(NamedTuple):
     torn: lines of metrics.jsonl that could not be read.
     changes: of the config while it ran: (step, "key: old -> new"), oldest
       first.
+    chain: what it came from, oldest first, in words.
     tokenizer: what tells it from others: its name and its hash.
   """
 
@@ -38,6 +39,7 @@ class Run(NamedTuple):
   sample: str
   torn: int
   changes: tuple[tuple[int, str], ...] = ()
+  chain: tuple[str, ...] = ()
   tokenizer: tuple[str, str] = ("", "")
 
   def series(self, key: str, x: str = "tokens") -> tuple[list, list]:
@@ -131,6 +133,7 @@ def read(workdir: str) -> Run:
       for entry in about.get(files.CHANGES, ())
       for change in entry["changes"]
     ),
+    chain=tuple(map(origin.describe, about.get(origin.CHAIN, ()))),
     tokenizer=_tokenizer(about),
   )
 
@@ -151,7 +154,7 @@ def by_tokenizer(runs: list[Run]) -> dict[str, list[int]]:
     found.setdefault(run.tokenizer, []).append(number)
   names = [name for name, _ in found]
   return {
-    f"tokenizer {name or 'of no name'}"
+    (name[:24] or "no tokenizer")
     + (f" {mark[:8]}" if names.count(name) > 1 else ""): numbers
     for (name, mark), numbers in found.items()
   }

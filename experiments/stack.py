@@ -10,7 +10,7 @@ With --chunks=512,2048 the fast levels of the last quarter of the layers learn
 in context, every so many tokens; without, levels change in training only.
 
 The new workdir holds a checkpoint of step 0 for `sample`, `export` and
-`lm --init_from`, and config.py, the config to train it with.
+`lm --from --keep=weights`, and config.py, the config to train it with.
 """
 
 import pathlib
@@ -139,7 +139,7 @@ def _summary(workdir: pathlib.Path, net: Any, chunks: tuple[int, ...]) -> str:
     *learning,
     f"write:  {run}sample --workdir={workdir} --prompt='Once'",
     f"train:  {run}lm --config={workdir / _stacked.CONFIG} "
-    f"--init_from={workdir} --workdir={workdir}_trained "
+    f"--from={workdir} --keep=weights --workdir={workdir}_trained "
     "--config.data.path=<text>",
     f"back:   {run}export --workdir={workdir} --out=<folder>",
   ])  # fmt: skip

@@ -254,7 +254,7 @@ def mark_saved(workdir: pathlib.Path) -> None:
   """Notes that the run has a checkpoint: it is not begun again without."""
   about = read_about(workdir)
   if not about.get(_SAVED, False):
-    write_json(workdir / CONFIG, {**about, _SAVED: True})
+    write_json(workdir / CONFIG, {**about, "format": FORMAT, _SAVED: True})
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

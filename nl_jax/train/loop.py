@@ -6,7 +6,6 @@ holds the loss and norms of the update that led to state i (`train/`, `opt/`,
 """
 
 import contextlib
-import math
 import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
 from nl_jax.train import origin as origin_lib
 from nl_jax.train import settings as settings_lib
+from nl_jax.train import start as start_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
 from nl_jax.train import stop as stop_lib
@@ -163,14 +163,19 @@ def train(
       "sequence_length": sequence_length,
       **environment.describe(),
     }
-    run = _Run(
-      model, optimizer, data, evaluate, settings, folder, saver, mesh, about
+    finder = start_lib.Finder(
+      folder, saver, model, like, mesh, about, optimizer.schedule,
+      settings.steps,
     )  # fmt: skip
-    restored, params = run.find(like, before, origin)
+    start = finder.find(before, origin)
+    run = _Run(
+      model, optimizer, data, evaluate, settings, folder, saver, mesh, about,
+      start,
+    )  # fmt: skip
     # Nothing of the run has changed up to here.
     run.claim(allow_config_change)
     saver.open()
-    state = run.begin(restored, like, params)
+    state = run.begin(like)
     stack.enter_context(run.open(flops_per_token))
     stack.enter_context(_memory_told())
     step = run.compile(like, batch_size, sequence_length)
@@ -194,100 +199,22 @@ class _Run:
     saver: checkpoint.Checkpoints,
     mesh: jax.sharding.Mesh,
     about: Mapping[str, Any],
+    start: start_lib.Start,
   ):
     self.model, self.optimizer = model, optimizer
     self.data, self.evaluate = data, evaluate
     self.settings, self.folder, self.saver = settings, folder, saver
     self.mesh, self.about = mesh, about
-    self.start = 0  # Updates made before this start of the run.
-    self.rows = self.tokens = 0  # Drawn, and seen, before it.
-    self.saved = -1  # The newest step that has a checkpoint.
-    self.place: Any = None  # In the data, where it is gone on from.
-    self.chain: list[dict[str, Any]] = []  # Of `origin`.
-    self.skipped = 0
+    self.begun = start
+    self.start = start.step  # Updates made before this start of the run.
+    self.saved = start.saved  # The newest step that has a checkpoint.
+    self.skipped = start.skipped
+    self.timer = timer_lib.Timer(start.seconds)
     self.pending: _Pending | None = None
-
-  def find(
-    self,
-    like: state_lib.State,
-    before: Mapping[str, Any] | None,
-    origin: origin_lib.Origin | None,
-  ) -> tuple[checkpoint.Restored | None, Any]:
-    """The checkpoint to go on from, or the parameters to start from.
-
-    Nothing is changed.
-
-    Raises:
-      ValueError: it does not fit, or the run has lost its checkpoints.
-    """
-    restored = self.saver.restore(like)
-    if restored is not None:
-      self.saved = restored.step
-      self._go_on(restored, str(self.folder))
-      return restored, None
-    files.check_lost(self.folder, before)
-    if origin is None:
-      logging.info("starting from scratch in %s", self.folder)
-      return None, None
-    if origin.keep == origin_lib.WEIGHTS:
-      params, step = checkpoint.load_params(
-        origin.workdir, self.model, step=origin.step, mesh=self.mesh
-      )
-      self._note_origin(origin, step)
-      return None, params
-    restored = checkpoint.read_other(origin.workdir, like, origin.step)
-    now = self.about["fingerprint"]
-    if origin.keep == origin_lib.ALL:
-      origin_lib.check_data(origin, restored.meta["fingerprint"], now)
-    self._go_on(restored, origin.workdir)
-    if origin.keep == origin_lib.OPTIMIZER:
-      self.place, self.rows = None, 0
-    if self.start == self.settings.steps:
-      raise ValueError(
-        f"{origin.workdir} is at step {self.start}, and train.steps="
-        f"{self.settings.steps} asks for no more; raise train.steps"
-      )
-    self._note_origin(origin, restored.step)
-    return restored, None
-
-  def _go_on(self, restored: checkpoint.Restored, workdir: str) -> None:
-    """Stands where a checkpoint stands."""
-    logging.info("going on from step %d in %s", restored.step, workdir)
-    if restored.step > self.settings.steps:
-      raise ValueError(
-        f"{workdir} is at step {restored.step}, beyond train.steps="
-        f"{self.settings.steps}; raise train.steps or give another --workdir"
-      )
-    self.start, self.place = restored.step, restored.data
-    self.skipped = int(restored.state["skipped"])
-    self.rows = restored.meta["rows_consumed"]
-    tokens = self.rows * self.about["sequence_length"]
-    self.tokens = restored.meta.get("tokens", tokens)
-    before = restored.meta.get("learning_rate")
-    now, end = self._rate(self.start), self._rate(self.settings.steps - 1)
-    if before is not None and not math.isclose(before, now, rel_tol=1e-5):
-      logging.info(
-        "the learning rate of step %d was %.3g; it is %.3g now, and %.3g at "
-        "the end",
-        self.start + 1,
-        before,
-        now,
-        end,
-      )
-
-  def _rate(self, step: int) -> float:
-    """Of the update that follows a step."""
-    return float(self.optimizer.schedule(step))
-
-  def _note_origin(self, origin: origin_lib.Origin, step: int) -> None:
-    """Says where the run comes from, and keeps it for its config.json."""
-    if jax.process_index() == 0:
-      self.chain = origin_lib.chain(origin, step)
-      told = origin_lib.describe(self.chain[-1])
-      logging.info("starting %s, in %s", told, self.folder)
 
   def claim(self, allow_config_change: bool) -> None:
     """Makes the workdir this run's; what changes is said and written down."""
+    chain = self.begun.chain
     if jax.process_index() == 0:
       changes = files.claim(
         self.folder,
@@ -295,7 +222,7 @@ class _Run:
         self.about["fingerprint"],
         allow_config_change=allow_config_change,
         step=self.start,
-        more={origin_lib.CHAIN: self.chain} if self.chain else None,
+        more={origin_lib.CHAIN: chain} if chain else None,
       )
       for change in changes:
         logging.info("changed at step %d: %s", self.start, change)
@@ -303,21 +230,16 @@ class _Run:
         files.mark_saved(self.folder)
     _barrier("workdir claimed")
 
-  def begin(
-    self,
-    restored: checkpoint.Restored | None,
-    like: state_lib.State,
-    params: Any,
-  ) -> state_lib.State:
-    """The state to go on from, and everything else set to the same step."""
-    if restored is None:
-      self.timer = timer_lib.Timer()
-      tx, seed = self.optimizer.tx, self.settings.seed
-      return state_lib.create(self.model, tx, like, seed=seed, params=params)
-    if self.place is not None:
-      self.data.set_state(self.place)
-    self.timer = timer_lib.Timer(restored.meta["train_seconds"])
-    return restored.state
+  def begin(self, like: state_lib.State) -> state_lib.State:
+    """The state to go on from, and the data at the same place."""
+    if self.begun.place is not None:
+      self.data.set_state(self.begun.place)
+    if self.begun.state is not None:
+      state, self.begun.state = self.begun.state, None  # It is given away.
+      return state
+    tx, seed = self.optimizer.tx, self.settings.seed
+    params = self.begun.params
+    return state_lib.create(self.model, tx, like, seed=seed, params=params)
 
   @contextlib.contextmanager
   def open(self, flops: float) -> Iterator[None]:
@@ -330,7 +252,7 @@ class _Run:
       metrics_lib.Writer(
         self.folder,
         step=self.start if self.saved >= 0 else None,
-        since=(self.start, self.tokens),
+        since=(self.start, self.begun.tokens),
         tokens_per_step=tokens_per_step,
         enabled=jax.process_index() == 0,
       ) as self.writer,
@@ -505,10 +427,10 @@ class _Run:
       rows = (step - self.start) * self.about["batch_size"]
       meta = {
         **self.about,
-        "rows_consumed": self.rows + rows,
-        "tokens": self.tokens + rows * self.about["sequence_length"],
+        "rows_consumed": self.begun.rows + rows,
+        "tokens": self.begun.tokens + rows * self.about["sequence_length"],
         "train_seconds": self.timer.train_seconds,
-        "learning_rate": self._rate(step),
+        "learning_rate": float(self.optimizer.schedule(step)),
       }
       self.saver.save(step, state, self.data.get_state(), meta)
       if self.saved < 0:

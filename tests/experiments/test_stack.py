@@ -73,7 +73,8 @@ def commands(tmp_path_factory):
     ["export", "--workdir=s", "--out=s.hf"],
     ["export", "--workdir=s", "--out=s.bf16", "--dtype=bfloat16"],
     ["stack", "--hf=s.hf", "--workdir=again"],
-    ["lm", "--config=s/config.py", "--workdir=t", "--init_from=s",
+    ["lm", "--config=s/config.py", "--workdir=t", "--from=s",
+     "--keep=weights",
      "--config.model.cms.periods=256,512,512", *SMALL],
     ["export", "--workdir=t", "--out=t.hf"],
     ["stack", "--hf=hf", "--workdir=c", "--chunks=8,16", "--mode=split",
@@ -160,6 +161,19 @@ def test_a_stacked_model_is_trained_on_and_exported(commands):
   assert said["model_type"] == "llama" and set(tensors) == set(before)
   moved = [np.abs(x - before[k]).max() for k, x in tensors.items()]
   assert 0 < max(moved) < 1
+
+
+def test_a_turned_bit_of_exported_weights_is_told(commands, tmp_path):
+  folder, _ = commands
+  content = bytearray((folder / "i.hf" / _tensors.MODEL).read_bytes())
+  header = 8 + int.from_bytes(content[:8], "little")
+  for place, what in ((header + 999, "is damaged: "), (header // 2, "")):
+    hurt = bytearray(content)
+    hurt[place] ^= 1
+    (tmp_path / _tensors.MODEL).write_bytes(hurt)
+    with pytest.raises(ValueError, match=what):
+      for stored in _tensors.open_folder(tmp_path).values():
+        np.asarray(stored)
 
 
 def test_other_models_are_exported_by_our_names(commands):

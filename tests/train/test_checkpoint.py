@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nl_jax import sharding
-from nl_jax.train import checkpoint, optimizer
+from nl_jax.train import checkpoint, optimizer, stored
 from nl_jax.train import state as state_lib
 from tests.train import stub
 
@@ -180,7 +180,7 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
       state = {**state, "step": jnp.asarray(i, jnp.int32)}
     saver.wait()
     for i in range(1, 5):
-      restored = checkpoint._read(tmp_path / "checkpoints", i, like)
+      restored = stored.read(tmp_path / "checkpoints", i, like)
       np.testing.assert_array_equal(restored.state["x"], 4 * i - 3)
 
 

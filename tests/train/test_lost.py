@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nl_jax import sharding
-from nl_jax.train import checkpoint, files
+from nl_jax.train import checkpoint, files, stored
 from tests.train import stub
 
 
@@ -171,8 +171,40 @@ def test_another_batch_size_reads_each_row_once(one_device, tmp_path, other):
 
 def test_a_place_that_was_counted_in_batches_is_read():
   meta = {"batch_size": 8}
-  assert checkpoint._place({"next_index": 3}, meta) == {"next_row": 24}
-  assert checkpoint._place({"next_row": 3}, meta) == {"next_row": 3}
+  assert stored._place({"next_index": 3}, meta) == {"next_row": 24}
+  assert stored._place({"next_row": 3}, meta) == {"next_row": 3}
+
+
+def test_a_step_that_goes_while_it_is_read_is_no_damage(tmp_path):
+  """Beside a live run with checkpoint.keep=1."""
+  steps = tmp_path / "checkpoints"
+  (steps / "1").mkdir(parents=True)
+
+  def read(step):
+    if step == 1:
+      (steps / "2").mkdir()
+      shutil.rmtree(steps / "1")
+      raise FileNotFoundError("gone")
+    return step
+
+  assert stored.newest(tmp_path, read) == (2, {})
+
+
+def test_a_reader_beside_a_live_run_that_keeps_one(one_device, tmp_path):
+  """Each read gives a step not older than what was there before."""
+  seen = []
+
+  def hook(i):
+    before = checkpoint.latest_step(str(tmp_path))
+    if before is not None:
+      seen.append(checkpoint.load_params(str(tmp_path), stub.Model())[1])
+      assert seen[-1] >= before
+
+  stub.run(
+    tmp_path, mesh=one_device, data=stub.Data(hook=hook), keep=1,
+    checkpoint_every=1, steps=8,
+  )  # fmt: skip
+  assert len(set(seen)) > 2
 
 
 def test_what_changes_is_said_and_written_down(run, one_device, caplog):
