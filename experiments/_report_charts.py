@@ -235,7 +235,7 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
     if curve.faint:
       look |= dict(alpha=0.35, linewidth=0.8)
     if number in under:  # A band, seen on both sides of the lines on it.
-      width = 2.0 + 2.5 * min(under[number], 4)
+      width = 2.0 + 2.5 * min(under[number], 2)
       look |= dict(alpha=0.45, linewidth=width, linestyle="-")
     marker = _MARKERS[curve.style % len(_MARKERS)]
     if curve.dots:

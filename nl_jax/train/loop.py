@@ -168,6 +168,8 @@ def train(
       settings.steps,
     )  # fmt: skip
     start = finder.find(before, origin)
+    optimizer.clocks.clear()
+    optimizer.clocks.update(start.clocks)
     run = _Run(
       model, optimizer, data, evaluate, settings, folder, saver, mesh, about,
       start,
@@ -430,6 +432,7 @@ class _Run:
         "rows_consumed": self.begun.rows + rows,
         "tokens": self.begun.tokens + rows * self.about["sequence_length"],
         "train_seconds": self.timer.train_seconds,
+        "clocks": dict(self.optimizer.clocks),
         "learning_rate": float(self.optimizer.schedule(step)),
       }
       self.saver.save(step, state, self.data.get_state(), meta)

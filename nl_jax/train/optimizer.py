@@ -4,7 +4,8 @@
 
 Clipping stands before the levels, so that what a slow level gathers is what
 the fast ones saw. A level that fires every n-th step has a learning rate of
-its own clock: its k-th firing takes the rate of step k n.
+its own clock: its k-th firing takes the rate of step k n. Where the batch has
+changed since, so has n, and it is counted from there on (`clocks_of`).
 """
 
 import inspect
@@ -66,6 +67,8 @@ class Optimizer(NamedTuple):
     labels: params -> tree of level names.
     rows: its rows of the level card.
     groups: what `optim.groups` hold, a line each.
+    clocks: by label, the step and the count of firings that its rate is
+      counted from, (0, 0) where it is not there; set before `tx` is traced.
   """
 
   tx: optax.GradientTransformation
@@ -73,6 +76,7 @@ class Optimizer(NamedTuple):
   labels: Callable[[Any], Any]
   rows: tuple[card.Row, ...]
   groups: tuple[str, ...] = ()
+  clocks: dict[str, tuple[int, int]] = {}
 
 
 def make(
@@ -153,15 +157,21 @@ def make(
   else:
     names = list(every)
 
+  clocks: dict[str, tuple[int, int]] = {}
+
   def at(label: str) -> optax.GradientTransformation:
     group = groups_lib.of(parts, label)
     factor, decay = 1.0, weight_decay
     if group:
       factor = group.rate
       decay = weight_decay if group.decay is None else group.decay
-    period = every[groups_lib.level_of(label)]
-    clock = optim.reclock_schedule(rates, period)
-    rate = clock if factor == 1 else lambda count: factor * clock(count)
+    n = every[groups_lib.level_of(label)]
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+      step, fired = clocks.get(label, (0, 0))
+      value = rates(step + (count - fired) * n)
+      return value if factor == 1 else factor * value
+
     return _build(name, rate, decay, adam, options)
 
   def period_of(label: str) -> int | None:
@@ -196,7 +206,25 @@ def make(
       tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
     )
   rows = _rows(name, every, options, tokens_per_step)
-  return Optimizer(tx, rates, labels, rows, told)
+  return Optimizer(tx, rates, labels, rows, told, clocks)
+
+
+def clocks_of(opt_state: Any, step: int) -> dict[str, tuple[int, int]]:
+  """The clocks of all levels where a run goes on with another batch.
+
+  Args:
+    opt_state: of `Optimizer.tx`.
+    step: that it stands at.
+
+  Returns:
+    {label: (step at which its open period began, firings so far)}.
+  """
+  fired = optax.tree.get(opt_state, "fired")
+  waiting = optax.tree.get(opt_state, "n_acc")
+  return {
+    label: (step - int(waiting[label]), int(count))
+    for label, count in fired.items()
+  }
 
 
 def _without_frozen(

@@ -10,7 +10,7 @@ import jax
 import optax
 from absl import logging
 
-from nl_jax.train import checkpoint, files
+from nl_jax.train import checkpoint, files, optimizer
 from nl_jax.train import origin as origin_lib
 
 
@@ -29,6 +29,7 @@ class Start:
     place: in the data, of their iterator; None: at their first row.
     saved: the step of the workdir's own checkpoint; -1: it has none.
     chain: what the run comes from (`origin.chain`).
+    clocks: of the levels' rates (`optimizer.Optimizer`).
   """
 
   step: int = 0
@@ -41,6 +42,7 @@ class Start:
   place: Any = None
   saved: int = -1
   chain: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+  clocks: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Finder:
     model: `init(key) -> params`.
     like: the abstract state.
     mesh: where the state lives.
-    about: of the run: its fingerprint and the length of a row.
+    about: of the run: its fingerprint, rows of a batch, length of a row.
     schedule: step -> learning rate.
     steps: of the whole run.
   """
@@ -133,7 +135,20 @@ class Finder:
       seconds=meta["train_seconds"],
       state=restored.state,
       place=restored.data,
+      clocks=self._clocks(restored),
     )
+
+  def _clocks(
+    self, restored: checkpoint.Restored
+  ) -> dict[str, tuple[int, int]]:
+    """Those of the checkpoint, or from it on where the batch has changed."""
+    sizes = ("batch_size", "sequence_length")
+    meta = {"sequence_length": self.about["sequence_length"], **restored.meta}
+    if math.prod(meta[x] for x in sizes) != math.prod(
+      self.about[x] for x in sizes
+    ):
+      return optimizer.clocks_of(restored.state["opt"], restored.step)
+    return {k: (a, b) for k, (a, b) in meta.get("clocks", {}).items()}
 
   def _tell_rate(self, step: int, before: float | None) -> None:
     """Says what another schedule does to the learning rate."""

@@ -212,6 +212,31 @@ def test_schedules_that_their_steps_do_not_fit(name, cooldown, text):
     rates(name, cooldown=cooldown)
 
 
+def test_a_slow_level_keeps_its_rate_when_the_batch_changes():
+  model = stub.Model((2 * TOKENS, 4 * TOKENS))
+  params = model.init(jax.random.key(0))
+  zero = jax.tree.map(jnp.zeros_like, params)
+  common = dict(weight_decay=0.5, schedule="linear", steps=20)
+  one, half = make(model, **common), make(
+    model, tokens_per_step=TOKENS // 2, **common
+  )  # fmt: skip
+  state = one.tx.init(params)
+  for _ in range(5):  # Within the third period of high.
+    _, state = one.tx.update(zero, state, params)
+  half.clocks.update(optimizer.clocks_of(state, 5))
+  assert half.clocks["cms/high"] == (4, 2) and half.clocks["slow"] == (5, 5)
+  moved = []
+  for _ in range(2):  # The other half of the period.
+    updates, state = half.tx.update(zero, state, params)
+    moved.append(level(updates, "high"))
+  assert not moved[0].any()
+  rate = 0.5 * float(one.schedule(4))
+  np.testing.assert_allclose(moved[1], -rate * level(params, "high"), rtol=1e-5)
+  # What does not wait is at the rate of its step.
+  rate = 0.5 * float(one.schedule(6))
+  np.testing.assert_allclose(updates["embed"], -rate * params["embed"], 1e-5)
+
+
 LEVELS = (TOKENS, 2 * TOKENS, 4 * TOKENS)
 
 
@@ -332,7 +357,7 @@ MODEL = lm.LanguageModel(
   vocab_size=64,
   sequence_length=16,
   cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
-  memory=self_modifying.Config(),
+  mixer=self_modifying.Config(),
 )
 
 

@@ -115,7 +115,7 @@ def test_three_corpora_a_cooldown_and_a_kill_are_as_if_left_alone(
 
     return hook
 
-  def journey(folder, hook):
+  def journey(folder, killed):
     """Three corpora, by their fingerprints, then a cooldown of the last."""
     common = dict(mesh=one_device, checkpoint_every=2, log_every=1)
     constant = {"schedule": "constant"}
@@ -127,14 +127,16 @@ def test_three_corpora_a_cooldown_and_a_kill_are_as_if_left_alone(
         steps=steps, fingerprint="abcc"[i],
         optim={"schedule": "wsd", "cooldown_steps": 3} if i == 3 else constant,
       )  # fmt: skip
-      if hook and i > 1:
+      if killed and i > 1:
+        # The cooldown goes on in the third corpus, at its fifth batch.
+        data = stub.Data(hook=kill(3 if i == 2 else 6))
         with pytest.raises(Killed):
-          stub.run(folders[i], data=stub.Data(hook=hook), **more, **common)
+          stub.run(folders[i], data=data, **more, **common)
       result = stub.run(folders[i], **more, **common)
     return result, folders[3]
 
-  whole, left = journey(tmp_path / "whole", None)
-  result, folder = journey(tmp_path / "killed", kill(3))
+  whole, left = journey(tmp_path / "whole", False)
+  result, folder = journey(tmp_path / "killed", True)
   test_loop.assert_same(whole, result)
   assert test_loop.lines(left) == test_loop.lines(folder)
   rates = [x["opt/learning_rate"] for x in test_loop.lines(folder)]
