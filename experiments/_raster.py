@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nl_jax import card
+from nl_jax import card, files
 
 _FIELDS = ("update_norm", "memory_norm", "inner_loss")
 
@@ -152,9 +152,8 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
   for axes in (norms, surprise):
     axes.legend(fontsize=8, frameon=False, ncols=3)
     axes.grid(True, alpha=0.2)
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=110, facecolor="white")
-  temporary.replace(path)
+  with files.replacing(path) as file:
+    figure.savefig(file, format="png", dpi=110, facecolor="white")
 
 
 def _title(axes: Any, text: str) -> None:

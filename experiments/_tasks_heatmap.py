@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from nl_jax import files
+
 # Readable on every colour.
 _LABEL = dict(boxstyle="round,pad=0.2", facecolor="white", edgecolor="none")
 
@@ -60,9 +62,8 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.set_xlabel("tokens of prompt and answer")
     axes.set_title(title, fontsize=10, loc="left")
   found.set_ylabel("depth of the needle")
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=90, facecolor="white")
-  temporary.replace(path)
+  with files.replacing(path) as file:
+    figure.savefig(file, format="png", dpi=90, facecolor="white")
 
 
 def _depth(cell: Mapping[str, Any]) -> float:

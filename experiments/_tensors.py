@@ -7,7 +7,6 @@ so that a model takes no more memory than the arrays made of it.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax import files as whole
 from nl_jax.train import files
 
 MODEL = "model.safetensors"
@@ -150,14 +150,9 @@ def write(
   Raises:
     StorageError: the system refuses.
   """
-  temporary = path.with_name(f".{path.name}.tmp")
-  with files.writing(path):
-    with temporary.open("wb") as file:
-      file.write(_header(tensors, dtype, metadata))
-      file.writelines(_contents(tensors.values(), dtype))
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+  with files.writing(path), whole.replacing(path) as file:
+    file.write(_header(tensors, dtype, metadata))
+    file.writelines(_contents(tensors.values(), dtype))
 
 
 def _header(

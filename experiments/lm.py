@@ -214,7 +214,7 @@ def _finish(
 ) -> None:
   """A sample of text, the result, and where to look next."""
   from experiments import _text
-  from nl_jax import stream
+  from nl_jax import files, stream
 
   prompt = _text.opening(dataset)
   size = _text.encode(dataset.tokenizer, prompt).size
@@ -222,7 +222,7 @@ def _finish(
   text = prompt + "".join(
     _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
-  (workdir / _SAMPLE).write_text(text, encoding="utf-8")
+  files.write(workdir / _SAMPLE, text)
   logging.flush()
   print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)

@@ -21,7 +21,6 @@ A corpus for a cluster: the same shards, bit for bit, by an Apache Beam pipeline
         --beam="--runner=DataflowRunner --project=... --region=..."
 """
 
-import pathlib
 import re
 import shlex
 import time
@@ -206,9 +205,10 @@ def _next_command(settings: Any, vocab_size: int) -> str:
 
 
 def _train_tokenizer() -> int:
+  from nl_jax import files
   from nl_jax.data import errors, partition, tokenizer_training
 
-  out, kind = pathlib.Path(_TRAIN.value).expanduser(), _SOURCE.value
+  out, kind = files.expand(_TRAIN.value), _SOURCE.value
   if out.exists():
     raise ValueError(f"{out} exists; give --train_tokenizer a new file")
   if kind not in partition.KINDS:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nl_jax import files
 from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def _prepared(path: str, weight: float, how: _How) -> _Part:
     alignment=how.alignment,
     tokenizer_fingerprint=how.tokenizer.fingerprint,
   )
-  folder = pathlib.Path(path).expanduser()
+  folder = files.expand(path)
   tables = {s: prepared.Table(folder, s, manifest) for s in sources.SPLITS}
   counts = {s: Counts(**manifest["counts"][s]) for s in sources.SPLITS}
   fingerprint = prepared.manifest_hash(manifest)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nl_jax import formats
+from nl_jax import files, formats
 from nl_jax.data import packing
 
 MANIFEST = "manifest.json"
@@ -160,7 +160,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     FileNotFoundError: no folder there.
     ValueError: no prepared corpus, or an unfinished one, or of another format.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = files.expand(path)
   if not path or not folder.is_dir():
     raise FileNotFoundError(
       f"no folder data.path={path!r}; data.source=prepared needs the --out of "

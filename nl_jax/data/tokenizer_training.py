@@ -1,10 +1,11 @@
 """Trains a SentencePiece model on a corpus, in bounded memory."""
 
 import io
-import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
+
+from nl_jax import files
 
 SAMPLE_BYTES = 2**25  # Of lines that are learned from, about.
 _MAX_LINE = 4096  # Bytes of a line; longer ones are not learned from.
@@ -63,12 +64,7 @@ def train(
       f"no model of --vocab_size={vocab_size} can be trained on this text "
       f"({reason}); give fewer pieces or more text"
     ) from error
-  temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("wb") as file:
-    file.write(model.getvalue())
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  files.write(path, model.getvalue())
   pieces = sentencepiece.SentencePieceProcessor()
   pieces.LoadFromSerializedProto(model.getvalue())
   return pieces.get_piece_size()

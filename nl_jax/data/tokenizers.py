@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from nl_jax import files
 from nl_jax.data import errors
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
@@ -108,7 +109,7 @@ class SentencePiece:
   def __init__(self, path: str):
     import sentencepiece  # Not part of the base install.
 
-    file = pathlib.Path(path).expanduser()
+    file = files.expand(path)
     if not file.is_file():
       raise FileNotFoundError(
         f"no tokenizer file at data.tokenizer={path!r}; give the path of a "
@@ -180,7 +181,7 @@ class HuggingFace:
   def __init__(self, path: str):
     import tokenizers  # Not part of the base install.
 
-    file = pathlib.Path(path).expanduser()
+    file = files.expand(path)
     content = file.read_bytes()
     _check_json(path, content)
     try:
@@ -241,7 +242,7 @@ def load(name_or_path: str) -> Tokenizer:
   """
   if name_or_path == Bytes.name:
     return Bytes()
-  is_file = pathlib.Path(name_or_path).expanduser().is_file()
+  is_file = files.expand(name_or_path).is_file()
   if name_or_path.endswith(".json") and is_file:
     return HuggingFace(name_or_path)
   if name_or_path.endswith((".model", ".json")) or is_file:

@@ -1,13 +1,12 @@
 """Files that are whole or not there, and the folder of one run."""
 
 import contextlib
-import fcntl
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nl_jax import files as whole
 from nl_jax import formats
 from nl_jax.train import environment
 
@@ -75,13 +74,8 @@ def replace(path: pathlib.Path, text: str) -> None:
   Raises:
     StorageError: the system refuses.
   """
-  temporary = path.with_name(f".{path.name}.tmp")
   with writing(path):
-    with temporary.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+    whole.write(path, text)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -220,11 +214,10 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   """
   make_workdir(workdir)
   with contextlib.ExitStack() as stack:
-    with writing(workdir / _LOCK):
-      file = stack.enter_context((workdir / _LOCK).open("w", encoding="utf-8"))
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      with writing(workdir / _LOCK):
+        stack.enter_context(whole.lock(workdir / _LOCK))
+    except whole.HeldError as error:
       raise ValueError(
         f"another process is training in {workdir}; wait for it or stop it"
       ) from error
