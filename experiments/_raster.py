@@ -127,11 +127,11 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
       marks or [[]], lineoffsets=-place, linelengths=0.7, colors=colour
     )
   labels = [*shown.levels, *(f"{name} (in training only)" for name in still)]
-  lanes.set_yticks([-i for i in range(len(names))], labels)
+  lanes.set_yticks([-i for i in range(len(names))], map(charts.plain, labels))
   lanes.set_ylim(-len(names) + 0.4, 0.6)
   _title(lanes, "Chunks in which a level's weights changed")
   for place, (name, level) in enumerate(shown.levels.items()):
-    colour = charts.COLOURS[place]
+    colour, name = charts.COLOURS[place], charts.plain(name)
     norms.plot(shown.ends, level["memory_norm"], color=colour, label=name)
     norms.plot(
       shown.ends, level["update_norm"], "--", color=colour,

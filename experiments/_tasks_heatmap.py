@@ -28,7 +28,7 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   found, surprise = figure.subplots(1, 2)
   about = result["about"]["model"]
   figure.suptitle(
-    f"{result['task']}: {_name(about)} at step {about['step']}, trained at "
+    f"{result['task']}: {charts.plain(_name(about))} at step {about['step']}, trained at "
     f"{about['trained_length']} tokens; {result['about']['samples']} questions "
     "a cell",
     fontsize=10,

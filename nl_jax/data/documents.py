@@ -83,13 +83,24 @@ def find(path: str | pathlib.PurePath, kind: str) -> Files:
   if not where.is_dir():
     require_file(where)
     return Files(kind, folder, (where,))
-  found = below(where, lambda name: name.lower().endswith(suffixes))
+  found = below(where, is_of(kind))
   if not found:
+    others = [k for k in SUFFIXES if below(where, is_of(k))]
+    advice = (
+      f"it has {' and '.join(SUFFIXES[k][0] for k in others)} files: set "
+      f"data.source={' or '.join(others)}"
+      if others
+      else f"give a folder with some, or one {kind} file of any name"
+    )
     raise ValueError(
-      f"no {shown} file in the folder data.path={path!r}; give a folder with "
-      f"some, or one {kind} file of any name"
+      f"no {shown} file in the folder data.path={path!r}; {advice}"
     )
   return Files(kind, folder, tuple(found))
+
+
+def is_of(kind: str) -> Callable[[str], bool]:
+  """Whether a file of a name is of a kind, as its ending says."""
+  return lambda name: name.lower().endswith(SUFFIXES[kind])
 
 
 def below(

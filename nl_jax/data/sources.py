@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import importlib.resources
 import io
+import pathlib
 import zipfile
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -55,7 +56,9 @@ VALIDATION_PERCENT = 10
 MIN_DOCUMENTS_TO_SPLIT_BY_NAME = 10
 SYNTHETIC_DOCUMENTS = 1024  # About 0.5 MB.
 SYNTHETIC_LENGTH = 512  # Characters of the longest document.
-_RECORDS = ".array_record"
+# Of what save_to_disk wrote.
+_FOLDER_MARKS = ("dataset_dict.json", "dataset_info.json")
+WITHOUT_PATH = ("embedded", "synthetic")
 SPLITS = ("train", "validation")
 NAMES = (
   "embedded",
@@ -133,6 +136,17 @@ def load(
       "empty, or set data.source=text"
     )
   return embedded() if name == "embedded" else synthetic(seed)
+
+
+def said_by(where: pathlib.Path) -> list[str]:
+  """The sources that the ending of a file, or the files of a folder, say."""
+  if where.is_dir() and any((where / name).is_file() for name in _FOLDER_MARKS):
+    return ["hugging_face"]
+  is_said = {kind: documents_lib.is_of(kind) for kind in documents_lib.SUFFIXES}
+  is_said["array_record"] = _is_record
+  if where.is_dir():
+    return [k for k, of in is_said.items() if documents_lib.below(where, of)]
+  return [kind for kind, of in is_said.items() if of(where.name)]
 
 
 def embedded(packages: Iterable[str] = EMBEDDED_PACKAGES) -> Source:
@@ -227,7 +241,7 @@ def array_record(path: str, text_key: str = "text") -> Source:
     documents_lib.require_file(where)
     found = [where]
   else:
-    found = documents_lib.below(where, lambda name: _RECORDS in name.lower())
+    found = documents_lib.below(where, _is_record)
   if not found:
     raise ValueError(f"no .array_record file in the folder data.path={path!r}")
   if (found[0].parent / prepared.MANIFEST).exists():
@@ -249,6 +263,10 @@ def array_record(path: str, text_key: str = "text") -> Source:
       for i, content in enumerate(contents)
     ]
   return _split("array_record", path, named)
+
+
+def _is_record(name: str) -> bool:
+  return ".array_record" in name.lower()
 
 
 def _record(content: bytes, where: str, key: str) -> str:

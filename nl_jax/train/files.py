@@ -91,7 +91,7 @@ def read_json(path: pathlib.Path) -> Any:
   """
   try:
     return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(
       f"{path} is no JSON ({error}); move the workdir away and start again"
     ) from error
@@ -115,15 +115,32 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: its config file is no run's, or of an unknown format.
   """
-  path = workdir / CONFIG
+  return read_config_file(workdir / CONFIG)
+
+
+def read_config_file(path: pathlib.Path) -> dict[str, Any]:
+  """What `read_about` gives, of a file that may have another name.
+
+  Raises:
+    ValueError: as there.
+  """
   about = read_json(path)
   if not isinstance(about, dict) or not {"config", "fingerprint"} <= {*about}:
-    raise ValueError(
-      f"{path} is not the {CONFIG} of a run; give another --workdir or move "
-      "it away"
-    )
+    raise _no_config(path)
   check_format(path, "a run", about)
-  return about | {"config": upgraded(about["config"])}
+  config = about["config"]
+  if not isinstance(config, dict) or not isinstance(about["fingerprint"], str):
+    raise _no_config(path)
+  if not isinstance(config.get("model", {}), dict):
+    raise _no_config(path)
+  return about | {"config": upgraded(config)}
+
+
+def _no_config(path: pathlib.Path) -> ValueError:
+  return ValueError(
+    f"{path} is not the {CONFIG} of a run; give another --workdir or move it "
+    "away"
+  )
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -136,7 +153,9 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   if "memory" not in model:
     return dict(config)
   named = {"arch": "memory"}
-  mixer = {named.get(k, k): v for k, v in (model["memory"] or {}).items()}
+  mixer = model["memory"] or {}
+  if isinstance(mixer, Mapping):
+    mixer = {named.get(k, k): v for k, v in mixer.items()}
   rest = {k: v for k, v in model.items() if k != "memory"}
   return {**config, "model": {**rest, "mixer": mixer}}
 
