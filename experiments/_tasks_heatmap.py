@@ -27,8 +27,9 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   figure = charts.new_figure((10.0, height))
   found, surprise = figure.subplots(1, 2)
   about = result["about"]["model"]
+  name = charts.plain(_name(about))
   figure.suptitle(
-    f"{result['task']}: {charts.plain(_name(about))} at step {about['step']}, trained at "
+    f"{result['task']}: {name} at step {about['step']}, trained at "
     f"{about['trained_length']} tokens; {result['about']['samples']} questions "
     "a cell",
     fontsize=10,

@@ -57,10 +57,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: it holds none.
   """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:  # Of the text or of its encoding.
-    raise ValueError(f"{path} is no JSON ({error})") from error
+  value = whole.read_json(path)
   if not isinstance(value, dict):
     raise ValueError(f"{path} must hold a JSON object, got {value!r:.60}")
   return value

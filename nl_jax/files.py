@@ -7,11 +7,12 @@ to be made; what is opened here never goes through one.
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import pathlib
 import stat
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 
 class HeldError(ValueError):
@@ -83,6 +84,19 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     content = content.encode("utf-8")
   with replacing(path) as file:
     file.write(content)
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The value of a JSON file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it holds none, or one that Python does not read.
+  """
+  try:
+    return json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is no JSON ({error})") from error
 
 
 @contextlib.contextmanager

@@ -32,9 +32,12 @@ from nl_jax.data import tokenizers as tokenizers_lib
 
 PLAN = "plan.json"
 _NOTES = "notes"
-# What a note has, and what it says of each file.
-_NOTE = ("documents_sha256", "shards", "counts", "opening")
-_NOTED = ("file", "split", "rows", "bytes", "rows_sha256")
+_NOTE = {
+  "documents_sha256": str,
+  "shards": [{**prepared.SHARD, "rows_sha256": str}],
+  "counts": dict.fromkeys(sources.SPLITS, prepared.COUNTS),
+  "opening": str,
+}
 _LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FLUSH_TOKENS = 2**18  # Documents are packed when they have so many.
@@ -260,13 +263,9 @@ def read_note(path: pathlib.Path) -> dict[str, Any]:
     FileNotFoundError: there is none.
     ValueError: it is damaged.
   """
-  note = json.loads(path.read_text(encoding="utf-8"))
-  shards = note.get("shards") if isinstance(note, dict) else None
-  if not isinstance(shards, list) or {*_NOTE} - {*note}:
-    raise ValueError(f"{path} is no note of a shard")
-  for shard in shards:
-    if not isinstance(shard, dict) or {*_NOTED} - {*shard}:
-      raise ValueError(f"{path} is no note of a shard")
+  note = files.read_json(path)
+  if wrong := errors.misfit(note, _NOTE):
+    raise ValueError(f"{path} is damaged at {wrong}")
   return note
 
 
@@ -381,11 +380,11 @@ def lock(out: pathlib.Path) -> Iterator[None]:
 
 def _read_plan(path: pathlib.Path) -> dict[str, Any]:
   try:
-    plan = json.loads(path.read_text(encoding="utf-8"))
+    plan = files.read_json(path)
   except ValueError as error:
-    raise ValueError(
-      f"{path} is damaged ({error}); give another --out"
-    ) from error
+    raise ValueError(f"{error}; give another --out") from error
+  if not isinstance(plan, dict):
+    raise ValueError(f"{path} is damaged; give another --out")
   formats.check(
     path, "a plan", plan.get("format"), prepared.FORMAT, prepared.PREPARE_AGAIN
   )

@@ -90,10 +90,10 @@ def read_json(path: pathlib.Path) -> Any:
     ValueError: it is none.
   """
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except (ValueError, RecursionError) as error:
+    return whole.read_json(path)
+  except ValueError as error:
     raise ValueError(
-      f"{path} is no JSON ({error}); move the workdir away and start again"
+      f"{error}; move the workdir away and start again"
     ) from error
 
 

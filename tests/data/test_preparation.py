@@ -229,8 +229,23 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
   shard.unlink()
   with pytest.raises(ValueError, match=f"{shard.name} is missing"):
     load(out)
-  (out / "manifest.json").write_text("{")
-  with pytest.raises(ValueError, match="no JSON"):
+  for damage in (b"{", b"\xff", b"[" * 10**5):
+    (out / "manifest.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="no JSON"):
+      load(out)
+  for key, value, place in (
+    ("sequence_length", -1, "sequence_length"), ("tokenizer", [], "tokenizer"),
+    ("counts", {"train": {}}, "counts.train.documents"),
+    ("shards", [{"file": None}], r"shards\[0\].file"),
+  ):  # fmt: skip
+    damaged = json.dumps(manifest | {key: value})
+    (out / "manifest.json").write_text(damaged)
+    with pytest.raises(
+      ValueError, match=f"manifest.json is damaged at {place}"
+    ):
+      load(out)
+  (out / "manifest.json").write_text("null")
+  with pytest.raises(ValueError, match="is no manifest"):
     load(out)
 
 
