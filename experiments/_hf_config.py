@@ -103,10 +103,9 @@ def _number(
   """A number of the config; without it the default, if there is one."""
   value = config.get(key)
   value = default if value is None else value
-  if type(value) not in (int, float) or not 0 <= value < math.inf:
+  if type(value) not in (int, float) or not math.isfinite(value):
     raise ValueError(
-      f"{key} of config.json must be a number of at least 0, got "
-      f"{config.get(key)!r}"
+      f"{key} of config.json must be a number, got {config.get(key)!r}"
     )
   return float(value)
 
