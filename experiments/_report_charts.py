@@ -14,10 +14,25 @@ COLOURS = (
   "#3b7dd8", "#e07b39", "#2a9d68", "#c44e8b", "#8a6fd1", "#b8912b", "#4aa6b5",
 )  # fmt: skip
 _INK = "#7d858f"
+_LONGEST = 120  # Characters of a text that is drawn.
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "^", "s", "x")
 _FEW = 8  # Points that have no running mean.
 _CLOSE = 0.01  # Of the height of a panel: lines so near lie on each other.
+
+
+def plain(text: str) -> str:
+  """A text from outside, to be drawn as it is.
+
+  Matplotlib takes what stands between two "$" for mathematics, and leaves a
+  line out of the legend whose label begins with "_".
+  """
+  known = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+  text = "".join(known)
+  if len(text) > _LONGEST:
+    text = text[: _LONGEST // 2] + " … " + text[-_LONGEST // 2 :]
+  text = text.replace("$", r"\$")
+  return f" {text}" if text.startswith("_") else text
 
 
 class Curve(NamedTuple):
@@ -246,12 +261,9 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
       look |= dict(marker=marker, markersize=3.5)
     colour = COLOURS[place % len(COLOURS)]
     # A label that begins so is left out of legends by matplotlib.
-    label = curve.label or "_nolegend_"
+    label = plain(curve.label) or "_nolegend_"
     axes.plot(curve.xs, curve.ys, color=colour, label=label, **look)
-  # Names of runs are no formulas, whatever signs are in them.
-  axes.set_title(
-    panel.title, fontsize=10, color=ink, loc="left", pad=8, parse_math=False
-  )
+  axes.set_title(plain(panel.title), fontsize=10, color=ink, loc="left", pad=8)
   axes.set_xlabel(panel.x, fontsize=8, color=ink)
   if panel.log:
     axes.set_yscale("log")
@@ -263,9 +275,7 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
     spine.set_color(ink)
   axes.patch.set_alpha(0)
   if sum(bool(curve.label) for curve in panel.curves) > 1:
-    legend = axes.legend(fontsize=7, frameon=False, labelcolor=ink, loc="best")
-    for text in legend.get_texts():
-      text.set_parse_math(False)
+    axes.legend(fontsize=7, frameon=False, labelcolor=ink, loc="best", ncols=1)
 
 
 def covered(panel: Panel) -> dict[int, int]:
@@ -312,9 +322,7 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
   ink = "#333a42"
   for number, panel in enumerate(shown):
     draw(figure.add_subplot(rows, columns, number + 1), panel, ink)
-  figure.suptitle(
-    title, fontsize=13, color=ink, x=0.01, ha="left", parse_math=False
-  )
+  figure.suptitle(plain(title), fontsize=13, color=ink, x=0.01, ha="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 
@@ -324,9 +332,8 @@ def save(shown: list[Panel], title: str, path: pathlib.Path) -> None:
   Raises:
     StorageError: the system refuses.
   """
-  content = io.BytesIO()
-  png(shown, title, content)
-  files.replace(path, content.getvalue())
+  with files.writing(path), files.replacing(path) as file:
+    png(shown, title, file)
 
 
 def dots(values: dict[str, list[float]], title: str, path: Any) -> None:
@@ -350,9 +357,10 @@ def dots(values: dict[str, list[float]], title: str, path: Any) -> None:
       f"{mean:.3f}", (max(found), place), (10, 0), va="center", fontsize=8,
       textcoords="offset points",
     )  # fmt: skip
-  axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+  axes.set_yticks(range(len(ordered)), [plain(name) for name, _ in ordered])
   axes.margins(x=0.08)
-  axes.set_title(f"{title}: each seed, and the mean", fontsize=10, loc="left")
+  title = f"{plain(title)}: each seed, and the mean"
+  axes.set_title(title, fontsize=10, loc="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 

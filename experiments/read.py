@@ -50,8 +50,7 @@ def main() -> int:
   # Going on from a file and keeping the memory there asks for no flag.
   if not (_OVERWRITE.value or _IN.value == _OUT.value):
     files.refuse_taken("--memory_out", _OUT.value, picture)
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  config, net = _setup.of_run(_WORKDIR.value)
   if net.grows:
     raise ValueError(
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "

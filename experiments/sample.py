@@ -47,8 +47,7 @@ def main() -> int:
 
   if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
     files.refuse_taken("--memory_out", _OUT.value)
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  config, net = _setup.of_run(_WORKDIR.value)
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")

@@ -8,6 +8,7 @@ read as they are.
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,7 @@ def write(
   seals = {name: seal(name, _bytes(x, dtype)) for name, x in arrays.items()}
   texts = {**texts, _SEALS: json.dumps(seals)}
   texts[_HASH] = files.json_hash(texts)
-  with files.whole(path) as file:
+  with files.writing(path), files.replacing(pathlib.Path(path)) as file:
     file.write(_header(arrays, dtype, texts))
     for x in arrays.values():
       file.write(_bytes(x, dtype).tobytes())

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -378,14 +379,20 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
   folder = folder / files.CHECKPOINTS
-  item = {"params": like}
+  here = jax.tree.leaves(like)[0].sharding
+  if isinstance(here, jax.sharding.NamedSharding):
+    here = sharding.replicated(here.mesh)
+  number = jax.ShapeDtypeStruct((), np.int32, sharding=here)
+  item = {"params": like, "step": number}
 
   def read() -> tuple[dict[str, Any], Any]:
     meta = stored.read_meta(folder, step)
     saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
-    stored.check_leaves(step, saved, stored.describe_leaves(item))
+    expected = stored.describe_leaves({"params": like})
+    stored.check_leaves(step, saved, expected)
     return meta, reading.arrays(folder / str(step) / "state", item)
 
   meta, restored = reading.agreed(read)
+  stored.check_step(step, restored)
   seal.check_sums(restored, meta)
   return restored["params"]

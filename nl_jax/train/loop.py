@@ -224,7 +224,7 @@ class _Run:
         self.about["fingerprint"],
         allow_config_change=allow_config_change,
         step=self.start,
-        more={origin_lib.CHAIN: chain} if chain else None,
+        more={files.CHAIN: chain} if chain else None,
       )
       for change in changes:
         logging.info("changed at step %d: %s", self.start, change)

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 from nl_jax.train import checkpoint, files
 
 WEIGHTS, OPTIMIZER, ALL = KEEPS = ("weights", "optimizer", "all")
-CHAIN = "chain"  # Of config.json: what a run came from, oldest first.
 
 
 class Origin(NamedTuple):
@@ -109,7 +108,7 @@ def chain(origin: Origin, step: int) -> list[dict[str, Any]]:
   about = files.read_about(pathlib.Path(origin.workdir))
   data = about["config"].get("data", {})
   return [
-    *about.get(CHAIN, ()),
+    *about.get(files.CHAIN, ()),
     {
       "workdir": origin.workdir,
       "step": step,

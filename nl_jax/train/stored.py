@@ -6,6 +6,7 @@ the last bit what was saved; others are damage, and an older one is looked for.
 
 import json
 import pathlib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from nl_jax import formats, sharding
 from nl_jax.train import files, reading, seal
 
 T = TypeVar("T")
+_STEP = re.compile("0|[1-9][0-9]*")  # The name of a checkpoint.
 
 
 class Restored(NamedTuple):
@@ -87,11 +89,7 @@ def read(folder: pathlib.Path, step: int, like: Any) -> Restored:
   """One checkpoint, whole and as it was saved."""
   read = lambda: _read_items(folder, step, like)
   meta, state, data = reading.agreed(read)
-  if int(state["step"]) != step:
-    raise StepMismatchError(
-      f"the checkpoint of step {step} holds a state of step "
-      f"{int(state['step'])}"
-    )
+  check_step(step, state)
   seal.check_sums(state, meta)
   if data != meta.get("data", data):
     raise whole.BrokenSealError("its place in the data is not what was saved")
@@ -144,6 +142,15 @@ def check_leaves(
     )
 
 
+def check_step(step: int, state: Mapping[str, Any]) -> None:
+  """Raises StepMismatchError for a step that was copied to another's name."""
+  found = int(state["step"])
+  if found != step:
+    raise StepMismatchError(
+      f"the checkpoint of step {step} holds a state of step {found}"
+    )
+
+
 def first_line(error: Exception) -> str:
   """Of an error's message, and its type."""
   text = str(error).strip().splitlines()
@@ -155,7 +162,11 @@ def listed(workdir: pathlib.Path) -> list[int]:
   folder = workdir / files.CHECKPOINTS
   if not folder.is_dir():
     return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return sorted(
+    int(path.name)
+    for path in folder.iterdir()
+    if _STEP.fullmatch(path.name) and path.is_dir()
+  )
 
 
 def folder_of(workdir: str) -> pathlib.Path:
