@@ -42,6 +42,7 @@ def main() -> int:
     raise FileNotFoundError(f"no file --text={_TEXT.value}")
   logging.set_verbosity(logging.WARNING)
   picture = pathlib.Path(f"{_OUT.value}.png")
+  _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import files, stream
   from nl_jax.data import tokenizers
