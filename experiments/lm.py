@@ -44,12 +44,11 @@ _KEEP = flags.DEFINE_string(
   "or a cooldown; all, with the place in the data.",
 )  # fmt: skip
 # Flags of before, and what --keep says in their place.
-_BEFORE = {
-  flags.DEFINE_string("resume_from", "", "Now --from and --keep=all."): "all",
-  flags.DEFINE_string(
-    "init_from", "", "Now --from, --keep=weights."
-  ): "weights",
-}
+_BEFORE = (
+  (flags.DEFINE_string("resume_from", "", "Now --from, --keep=all."), "all"),
+  (flags.DEFINE_string("init_from", "", "Now --from, --keep=weights."),
+   "weights"),
+)  # fmt: skip
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
 )
@@ -71,7 +70,7 @@ def main() -> int:
   from nl_jax.train import loop
   from nl_jax.train import origin as origin_lib
 
-  for flag, keep in _BEFORE.items():
+  for flag, keep in _BEFORE:
     if flag.value:
       raise ValueError(
         f"--{flag.name}={flag.value} is now --from={flag.value} --keep={keep}"

@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from experiments import _report, _report_charts, _report_runs, _setup
+from experiments import (
+  _report,
+  _report_charts,
+  _report_page,
+  _report_runs,
+  _setup,
+)
 from experiments.configs import hope_tiny, transformer_tiny
 from tests.experiments import test_commands
 
@@ -129,10 +135,10 @@ def test_runs_with_other_tokenizers_share_no_panel_of_loss(tmp_path):
     "Loss (nat per token of bytes)", "Loss (nat per token of w.model)",
   ]  # fmt: skip
   assert all(len({c.run for c in p.curves}) == 1 for p in panels)
-  page = report(tmp_path / "out", one, two)
-  assert "These runs have 2 tokenizers" in page.text
-  alone = report(tmp_path / "out", one)
-  assert "tokenizers" not in alone.text.split("Figures")[0]
+  page = _report_page.page(read, [], ["", ""])
+  assert "These runs have 2 tokenizers" in page
+  alone = _report_page.page(read[:1], [], [""])
+  assert "tokenizers" not in alone.split("Figures")[0]
 
 
 def test_the_loss_is_drawn_raw_and_as_a_mean_and_validation_as_a_line(tmp_path):
@@ -161,15 +167,26 @@ def test_lines_that_lie_on_each_other_are_seen(tmp_path):
   assert _report_charts.covered(panel) == {0: 1}
 
 
-def test_what_changed_while_a_run_ran_is_told(tmp_path):
+def test_what_changed_and_where_it_came_from_is_told(tmp_path):
   folder = make_run(tmp_path / "a$b^{")  # A name is no formula.
   about = json.loads((folder / "config.json").read_text())
   about["changes"] = [{"step": 4, "changes": ["optim.b1: 0.9 -> 0.8"]}]
+  about["chain"] = [
+    {
+      "step": 9,
+      "workdir": "runs/x",
+      "keep": "all",
+      "source": "text",
+      "path": "a.txt",
+      "fingerprint": "",
+    }
+  ]
   (folder / "config.json").write_text(json.dumps(about))
-  page = report(folder, folder)
+  run = _report_runs.read(str(folder))
+  page = Reader(_report_page.page([run], [], [""]))
   assert "changed at step 4: optim.b1: 0.9 -> 0.8." in page.text
-  panel = _report_charts.panels([_report_runs.read(str(folder))])[0]
-  assert panel.changes == (256,)
+  assert "came from step 9 of runs/x, trained on text a.txt" in page.text
+  assert _report_charts.panels([run])[0].changes == (256,)
 
 
 def test_gaps_torn_lines_and_single_lines(tmp_path):
