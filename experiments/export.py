@@ -136,10 +136,13 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
 def _copy_tokenizer(config: Any, out: pathlib.Path) -> None:
   """The files of the run's tokenizer, where it has any."""
+  from nl_jax import files
+
   folder = pathlib.Path(config.data.tokenizer)
   for name in _BESIDE if folder.is_file() else ():
     if folder.with_name(name).is_file():
-      shutil.copyfile(folder.with_name(name), out / name)
+      with files.writing(out / name):
+        shutil.copyfile(folder.with_name(name), out / name)
 
 
 if __name__ == "__main__":
