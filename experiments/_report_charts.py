@@ -1,6 +1,7 @@
 """The charts of a report: one drawing function, many panels."""
 
 import io
+import itertools
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -13,10 +14,25 @@ COLOURS = (
   "#3b7dd8", "#e07b39", "#2a9d68", "#c44e8b", "#8a6fd1", "#b8912b", "#4aa6b5",
 )  # fmt: skip
 _INK = "#7d858f"
+_LONGEST = 120  # Characters of a text that is drawn.
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "^", "s", "x")
 _FEW = 8  # Points that have no running mean.
 _CLOSE = 0.01  # Of the height of a panel: lines so near lie on each other.
+
+
+def plain(text: str) -> str:
+  """A text from outside, to be drawn as it is.
+
+  Matplotlib takes what stands between two "$" for mathematics, and leaves a
+  line out of the legend whose label begins with "_".
+  """
+  known = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+  text = "".join(known)
+  if len(text) > _LONGEST:
+    text = text[: _LONGEST // 2] + " … " + text[-_LONGEST // 2 :]
+  text = text.replace("$", r"\$")
+  return f" {text}" if text.startswith("_") else text
 
 
 class Curve(NamedTuple):
@@ -81,7 +97,7 @@ def _losses(runs: list[runs_lib.Run], x: str, label: str) -> list[Panel]:
   for name, numbers in groups.items():
     title = f"Loss over {label} (nat per token)"
     if len(groups) > 1:
-      title += f", {name}"
+      title = f"Loss (nat per token of {name})"
     curves, changes = [], []
     for i in numbers:
       curves += _loss(runs, i, x, 2 * len(made) if len(groups) > 1 else 0)
@@ -115,18 +131,26 @@ def _loss(
 
 
 def running_mean(ys: list[float]) -> list[float] | None:
-  """A mean that forgets, over about a 25th of the points; gaps stay gaps.
+  """Means over about a 15th of the points, centred; gaps stay gaps.
 
-  None where there are too few points to have one.
+  Towards both ends fewer points are taken, as many before as behind. None where
+  there are too few to have a mean.
   """
-  if len(ys) < _FEW:
+  count = len(ys)
+  if count < _FEW:
     return None
-  keep = 1 - 1 / max(2.0, len(ys) / 25)
-  total, weight, means = 0.0, 0.0, []
-  for y in ys:
-    if math.isfinite(y):
-      total, weight = keep * total + y, keep * weight + 1
-    means.append(total / weight if math.isfinite(y) else math.nan)
+  known = [math.isfinite(y) for y in ys]
+  sums = [
+    0.0,
+    *itertools.accumulate(y if k else 0.0 for y, k in zip(ys, known)),
+  ]
+  counts = [0, *itertools.accumulate(map(int, known))]
+  means = []
+  for i in range(count):
+    reach = min(max(1, count // 30), i, count - 1 - i)
+    low, high = i - reach, i + reach + 1
+    mean = (sums[high] - sums[low]) / max(counts[high] - counts[low], 1)
+    means.append(mean if known[i] else math.nan)
   return means
 
 
@@ -225,8 +249,9 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
     look = dict(linestyle=_STYLES[curve.style % 4], linewidth=1.4)
     if curve.faint:
       look |= dict(alpha=0.35, linewidth=0.8)
-    if number in under:  # A broad band, seen on both sides of the other line.
-      look |= dict(alpha=0.45, linewidth=5.0, linestyle="-")
+    if number in under:  # A band, seen on both sides of the lines on it.
+      width = 2.0 + 2.5 * min(under[number], 2)
+      look |= dict(alpha=0.45, linewidth=width, linestyle="-")
     marker = _MARKERS[curve.style % len(_MARKERS)]
     if curve.dots:
       look = dict(linestyle="none", marker=marker, markersize=3.5)
@@ -236,9 +261,9 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
       look |= dict(marker=marker, markersize=3.5)
     colour = COLOURS[place % len(COLOURS)]
     # A label that begins so is left out of legends by matplotlib.
-    label = curve.label or "_nolegend_"
+    label = plain(curve.label) or "_nolegend_"
     axes.plot(curve.xs, curve.ys, color=colour, label=label, **look)
-  axes.set_title(panel.title, fontsize=10, color=ink, loc="left", pad=8)
+  axes.set_title(plain(panel.title), fontsize=10, color=ink, loc="left", pad=8)
   axes.set_xlabel(panel.x, fontsize=8, color=ink)
   if panel.log:
     axes.set_yscale("log")
@@ -253,8 +278,8 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
     axes.legend(fontsize=7, frameon=False, labelcolor=ink, loc="best", ncols=1)
 
 
-def covered(panel: Panel) -> set[int]:
-  """Numbers of the lines that a later one lies on, all along."""
+def covered(panel: Panel) -> dict[int, int]:
+  """How many later lines lie on a line, all along; by its number."""
   lines = [
     (number, dict(zip(curve.xs, curve.ys)))
     for number, curve in enumerate(panel.curves)
@@ -262,13 +287,13 @@ def covered(panel: Panel) -> set[int]:
   ]
   values = [y for _, line in lines for y in line.values() if math.isfinite(y)]
   near = _CLOSE * (max(values) - min(values)) if values else 0.0
-  found = set()
+  found: dict[int, int] = {}
   for i, (number, line) in enumerate(lines):
     for _, other in lines[i + 1 :]:
       shared = [x for x in line if x in other]
       gaps = [abs(line[x] - other[x]) for x in shared]
       if len(shared) > 1 and all(not gap > near for gap in gaps):
-        found.add(number)
+        found[number] = found.get(number, 0) + 1
   return found
 
 
@@ -297,7 +322,7 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
   ink = "#333a42"
   for number, panel in enumerate(shown):
     draw(figure.add_subplot(rows, columns, number + 1), panel, ink)
-  figure.suptitle(title, fontsize=13, color=ink, x=0.01, ha="left")
+  figure.suptitle(plain(title), fontsize=13, color=ink, x=0.01, ha="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 
@@ -307,9 +332,8 @@ def save(shown: list[Panel], title: str, path: pathlib.Path) -> None:
   Raises:
     StorageError: the system refuses.
   """
-  content = io.BytesIO()
-  png(shown, title, content)
-  files.replace(path, content.getvalue())
+  with files.writing(path), files.replacing(path) as file:
+    png(shown, title, file)
 
 
 def dots(values: dict[str, list[float]], title: str, path: Any) -> None:
@@ -333,9 +357,10 @@ def dots(values: dict[str, list[float]], title: str, path: Any) -> None:
       f"{mean:.3f}", (max(found), place), (10, 0), va="center", fontsize=8,
       textcoords="offset points",
     )  # fmt: skip
-  axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+  axes.set_yticks(range(len(ordered)), [plain(name) for name, _ in ordered])
   axes.margins(x=0.08)
-  axes.set_title(f"{title}: each seed, and the mean", fontsize=10, loc="left")
+  title = f"{plain(title)}: each seed, and the mean"
+  axes.set_title(title, fontsize=10, loc="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 
@@ -348,8 +373,6 @@ def new_figure(size: tuple[float, float]) -> Any:
   # Text stays text; names of elements do not depend on chance.
   matplotlib.rcParams["svg.fonttype"] = "none"
   matplotlib.rcParams["svg.hashsalt"] = "nl_jax"
-  # Names of runs are no formulas, whatever signs are in them.
-  matplotlib.rcParams["text.parse_math"] = False
   made = figure.Figure(figsize=size, layout="constrained")
   backend_agg.FigureCanvasAgg(made)
   return made

@@ -95,6 +95,8 @@ def _notes(run: runs_lib.Run) -> Iterable[str]:
   steps = run.config.get("train", {}).get("steps", "?")
   if not run.results:
     yield f"{run.name} is not done: step {step} of {steps}."
+  for i, told in enumerate(run.chain):
+    yield f"{run.name} {'came' if i == 0 else '… then'} {told}."
   for step, change in run.changes:
     yield f"{run.name} changed at step {step}: {change}."
   if run.not_finite():
@@ -217,4 +219,6 @@ def _cells(row: Iterable[Any]) -> Iterable[str]:
 
 
 def _text(value: Any) -> str:
-  return html.escape(str(value))
+  """Escaped; half a character, as in a broken file name, becomes "?"."""
+  text = str(value).encode("utf-8", "replace").decode("utf-8")
+  return html.escape(text)

@@ -1,15 +1,12 @@
 """What a run left behind, read for its report."""
 
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nl_jax.train import files, kept, metrics
-
-_HEADER = ("step", "tokens", "wall_time")
+from nl_jax.train import files, kept, metrics, origin
 
 
 class Run(NamedTuple):
@@ -26,6 +23,7 @@ class Run(NamedTuple):
     torn: lines of metrics.jsonl that could not be read.
     changes: of the config while it ran: (step, "key: old -> new"), oldest
       first.
+    chain: what it came from, oldest first, in words.
     tokenizer: what tells it from others: its name and its hash.
   """
 
@@ -38,6 +36,7 @@ class Run(NamedTuple):
   sample: str
   torn: int
   changes: tuple[tuple[int, str], ...] = ()
+  chain: tuple[str, ...] = ()
   tokenizer: tuple[str, str] = ("", "")
 
   def series(self, key: str, x: str = "tokens") -> tuple[list, list]:
@@ -131,6 +130,7 @@ def read(workdir: str) -> Run:
       for entry in about.get(files.CHANGES, ())
       for change in entry["changes"]
     ),
+    chain=tuple(map(origin.describe, about.get(files.CHAIN, ()))),
     tokenizer=_tokenizer(about),
   )
 
@@ -151,7 +151,7 @@ def by_tokenizer(runs: list[Run]) -> dict[str, list[int]]:
     found.setdefault(run.tokenizer, []).append(number)
   names = [name for name, _ in found]
   return {
-    f"tokenizer {name or 'of no name'}"
+    (name[:24] or "no tokenizer")
     + (f" {mark[:8]}" if names.count(name) > 1 else ""): numbers
     for (name, mark), numbers in found.items()
   }
@@ -159,19 +159,15 @@ def by_tokenizer(runs: list[Run]) -> dict[str, list[int]]:
 
 def _lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
   """The readable lines, and how many were not."""
-  lines, torn = [], 0
   if not path.is_file():
     return [], 0
-  for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-    try:
-      line = json.loads(text)
-    except json.JSONDecodeError:
-      line = None
-    if isinstance(line, dict) and set(_HEADER) <= set(line):
-      lines.append(line)
-    else:
-      torn += 1
-  return lines, torn
+  found = metrics.lines(path)
+  whole = [
+    {k: x for k, x in line.items() if x is None or metrics.is_number(x)}
+    for line in found
+    if line
+  ]
+  return whole, len(found) - len(whole)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,13 +6,13 @@ so that a model takes no more memory than the arrays made of it.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from nl_jax import files as whole
 from nl_jax import tensors
 
 MODEL = "model.safetensors"
@@ -57,10 +57,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: it holds none.
   """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:  # Of the text or of its encoding.
-    raise ValueError(f"{path} is no JSON ({error})") from error
+  value = whole.read_json(path)
   if not isinstance(value, dict):
     raise ValueError(f"{path} must hold a JSON object, got {value!r:.60}")
   return value

@@ -57,8 +57,7 @@ def main() -> int:
   from nl_jax.models import incontext
   from nl_jax.train import checkpoint, files
 
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  config, net = _setup.of_run(_WORKDIR.value)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   params = jax.tree.map(np.asarray, params)
   base = net.base if isinstance(net, incontext.InContextModel) else net
@@ -137,10 +136,13 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
 def _copy_tokenizer(config: Any, out: pathlib.Path) -> None:
   """The files of the run's tokenizer, where it has any."""
+  from nl_jax import files
+
   folder = pathlib.Path(config.data.tokenizer)
   for name in _BESIDE if folder.is_file() else ():
     if folder.with_name(name).is_file():
-      shutil.copyfile(folder.with_name(name), out / name)
+      with files.writing(out / name):
+        shutil.copyfile(folder.with_name(name), out / name)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ report.png.
 import functools
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -32,12 +33,22 @@ _ALLOW = flags.DEFINE_boolean(
 _CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder of compiled steps; default in the workdir."
 )
-_RESUME = flags.DEFINE_string(
-  "resume_from", "", "Workdir of another run to go on from, if this has none."
-)
-_INIT = flags.DEFINE_string(
-  "init_from", "", "Workdir of a run whose parameters to start from."
-)
+_FROM = flags.DEFINE_string(
+  "from", "",
+  "Another run to start from, if this has no checkpoint: workdir, or "
+  "workdir@step.",
+)  # fmt: skip
+_KEEP = flags.DEFINE_string(
+  "keep", "",
+  "What of it is kept: weights; optimizer, with all counters, for other data "
+  "or a cooldown; all, with the place in the data.",
+)  # fmt: skip
+# Flags of before, and what --keep says in their place.
+_BEFORE = (
+  (flags.DEFINE_string("resume_from", "", "Now --from, --keep=all."), "all"),
+  (flags.DEFINE_string("init_from", "", "Now --from, --keep=weights."),
+   "weights"),
+)  # fmt: skip
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
 )
@@ -57,19 +68,30 @@ def main() -> int:
   from experiments import _describe, _setup
   from nl_jax.models import flops
   from nl_jax.train import loop
+  from nl_jax.train import origin as origin_lib
 
-  if _RESUME.value and _INIT.value:
-    raise ValueError("--resume_from and --init_from are two ways; give one")
+  for flag, keep in _BEFORE:
+    if flag.value:
+      raise ValueError(
+        f"--{flag.name}={flag.value} is now --from={flag.value} --keep={keep}"
+      )
+  origin = origin_lib.parse(_FROM.value, _KEEP.value)
   _refuse_stores()
   if not _DESCRIBE.value:
     _distributed.initialize(preemption=True)
   config = _setup.resolve(flags.FLAGS.config)
+  if not _DESCRIBE.value:
+    config = _setup.with_source(config, _flags.is_given("data.source"))
+    if config.data.source != flags.FLAGS.config.data.source:
+      _main.tell(f"data.source={config.data.source}, as data.path says")
   net = _setup.model(config)
   optimizer = _setup.make_optimizer(config, net)
   if _distributed.first():
     print(_describe.config_text(config))
     print(_describe.parameter_table(net))
     print(_describe.card_text(config, net, optimizer))
+    for group in optimizer.groups:
+      print(f"group {group}")
     if walks := _describe.walk_text(config, net):
       print(walks)
     print(_describe.flops_text(config, net), flush=True)
@@ -105,8 +127,7 @@ def main() -> int:
     mesh=mesh,
     evaluate=evaluate,
     allow_config_change=_ALLOW.value,
-    resume_from=_RESUME.value,
-    init_from=_INIT.value,
+    origin=origin,
     flops_per_token=flops.training(net, config.data.sequence_length),
   )
   if result.status == "interrupted":
@@ -124,7 +145,7 @@ def main() -> int:
 
 def _refuse_stores() -> None:
   """pathlib would make a folder `gs:` here."""
-  for flag in (_WORKDIR, _RESUME, _INIT):
+  for flag in (_WORKDIR, _FROM):
     if "://" in (flag.value or ""):
       raise ValueError(
         f"--{flag.name}={flag.value} is in a store, and a run renames, appends "
@@ -214,7 +235,7 @@ def _finish(
 ) -> None:
   """A sample of text, the result, and where to look next."""
   from experiments import _text
-  from nl_jax import stream
+  from nl_jax import files, stream
 
   prompt = _text.opening(dataset)
   size = _text.encode(dataset.tokenizer, prompt).size
@@ -222,7 +243,8 @@ def _finish(
   text = prompt + "".join(
     _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
-  (workdir / _SAMPLE).write_text(text, encoding="utf-8")
+  with files.writing(workdir / _SAMPLE):
+    files.write(workdir / _SAMPLE, text)
   logging.flush()
   print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)
@@ -231,12 +253,13 @@ def _finish(
   loss = metrics.get("eval/validation/nat_per_byte")
   if loss is not None:
     print(f"validation: {loss:.4f} nat per byte")
-  print(f"metrics:    {workdir}/metrics.jsonl, tensorboard --logdir {workdir}")
+  folder = shlex.quote(str(workdir))
+  print(f"metrics:    {workdir}/metrics.jsonl, tensorboard --logdir {folder}")
   print(f"results:    {workdir}/results.json")
   print(f"report:     {report}")
   print(
     "more text:  python -m experiments.sample "
-    f"--workdir={workdir} --prompt='def '"
+    f"--workdir={folder} --prompt='def '"
   )
 
 

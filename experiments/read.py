@@ -69,14 +69,16 @@ def main() -> int:
     raise FileNotFoundError(f"no file --text={_TEXT.value}")
   logging.set_verbosity(logging.WARNING)
   picture = pathlib.Path(f"{_OUT.value}.png")
-  refuse_taken(_OUT, picture)
+  _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import drift, files, stream
   from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  # Going on from a file and keeping the memory there asks for no flag.
+  if not (_OVERWRITE.value or _IN.value == _OUT.value):
+    files.refuse_taken("--memory_out", _OUT.value, picture)
+  config, net = _setup.of_run(_WORKDIR.value)
   if net.grows:
     raise ValueError(
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "
@@ -126,26 +128,6 @@ def main() -> int:
     _main.say("stopped; --memory_in goes on there")
     return _main.INTERRUPTED
   return _main.DONE
-
-
-def refuse_taken(flag: flags.FlagHolder, *beside: pathlib.Path) -> None:
-  """Raises ValueError where a file would be replaced that nobody gave away.
-
-  Args:
-    flag: of the memory to write; the file that --memory_in goes on from may
-      be named again.
-    beside: what else is written.
-  """
-  out = pathlib.Path(flag.value)
-  again = _IN.value and out.exists() and out.samefile(_IN.value)
-  if _OVERWRITE.value or again:
-    return
-  for path in (out, *beside):
-    if path.is_file():
-      raise ValueError(
-        f"{path} is there already: give --{flag.name} another file, or "
-        "--overwrite to replace it"
-      )
 
 
 if __name__ == "__main__":

@@ -27,6 +27,9 @@ _FILE = flags.DEFINE_string(
 )
 _IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
+_OVERWRITE = flags.DEFINE_boolean(
+  "overwrite", False, "Replace --memory_out, if it is there."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 
@@ -38,12 +41,13 @@ def main() -> int:
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
   logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
   from experiments import _setup, _text
-  from nl_jax import stream
+  from nl_jax import files, stream
   from nl_jax.data import documents, tokenizers
   from nl_jax.train import checkpoint
 
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
+    files.refuse_taken("--memory_out", _OUT.value)
+  config, net = _setup.of_run(_WORKDIR.value)
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
@@ -59,6 +63,8 @@ def main() -> int:
     # takes any number of slots, other states need none.
     size = _text.encode(tokenizer, prompt).size + 1
     reader = stream.start(net, params, length=size + _TOKENS.value)
+  if _OUT.value:
+    stream.check_place(_OUT.value, "--memory_out", net, reader.state)
   sys.stdout.write(_PROMPT.value)
   for piece in _text.generate(
     reader,

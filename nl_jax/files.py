@@ -1,19 +1,31 @@
-"""Files that are whole or not there; hashes of them.
+"""Files that are whole or not there, locks, hashes: once for every room.
 
-A file is written beside its place and moved there when all of it is on disk.
-Nothing is opened through a link that somebody left in a shared folder.
+Others may write to a folder, too, and lay a symbolic link where a file is about
+to be made; what is opened here never goes through one.
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
 ADVICE = "free space, mend the permissions, or give another place"
 _BLOCK = 2**20  # Bytes.
+_SEAL = "sha256"
+
+
+class HeldError(ValueError):
+  """A lock that another process holds."""
+
+
+class BrokenSealError(ValueError):
+  """What is not what was written."""
 
 
 class StorageError(OSError):
@@ -38,54 +50,71 @@ def writing(path: str | os.PathLike, advice: str = ADVICE) -> Iterator[None]:
     raise StorageError.of(path, error.strerror or error, advice) from error
 
 
+def expand(path: str | os.PathLike) -> pathlib.Path:
+  """A path whose "~" or "~name" is the home folder of a user.
+
+  Raises:
+    ValueError: there is no such user.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    name = str(path).partition("/")[0]
+    raise ValueError(
+      f"{path}: there is no user of the name {name[1:]!r}, whose home folder "
+      f"{name} would be; write ./{path} for a folder of that name"
+    ) from error
+
+
 @contextlib.contextmanager
-def whole(path: str | os.PathLike, advice: str = ADVICE) -> Iterator[BinaryIO]:
-  """A file to write, put in its place when the context ends without an error.
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """A file to write to, that takes the place of `path` at the end.
 
-  Killed at any moment, the path holds the old or the new file. After an error
-  nothing of the new one is left.
+  Killed at any moment, `path` is the old file or the new one; where the block
+  raises, it is the old one, and nothing else stays.
 
   Raises:
-    StorageError: the system refuses.
+    OSError: the system refuses.
   """
-  path = pathlib.Path(path)
-  temporary = path.with_name(f".{path.name}.tmp")
-  with writing(path, advice):
-    file = _new(temporary)
-    own = os.fstat(file.fileno()).st_ino
-    try:
-      with file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-      if os.stat(temporary, follow_symlinks=False).st_ino != own:
-        raise StorageError.of(path, "another process writes it too", advice)
-      temporary.replace(path)
-    except BaseException:
-      with contextlib.suppress(OSError):
-        if os.stat(temporary, follow_symlinks=False).st_ino == own:
-          temporary.unlink()
-      raise
+  hidden = beside(path)
+  try:
+    with create(hidden) as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    hidden.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):  # What went wrong first is told.
+      hidden.unlink(missing_ok=True)
+    raise
 
 
-def _new(path: pathlib.Path) -> BinaryIO:
-  """Opens a file that nobody else made; what a killed process left goes."""
+def beside(path: pathlib.Path) -> pathlib.Path:
+  """Where a file is made before it takes its place."""
+  return path.with_name(f".{path.name}.tmp")
+
+
+def create(path: pathlib.Path) -> BinaryIO:
+  """A new file, in the place of what a killed process left there.
+
+  Raises:
+    OSError: the system refuses.
+  """
   path.unlink(missing_ok=True)
-  flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-  return os.fdopen(os.open(path, flags, 0o666), "wb")
+  how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+  return os.fdopen(os.open(path, how, 0o666), "wb")
 
 
-def replace(
-  path: str | os.PathLike, content: str | bytes, advice: str = ADVICE
-) -> None:
-  """Writes a file as a whole; text as UTF-8.
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes a file as a whole; a text as UTF-8.
 
   Raises:
-    StorageError: the system refuses.
+    OSError: the system refuses.
   """
-  data = content.encode("utf-8") if isinstance(content, str) else content
-  with whole(path, advice) as file:
-    file.write(data)
+  if isinstance(content, str):
+    content = content.encode("utf-8")
+  with replacing(path) as file:
+    file.write(content)
 
 
 def check_place(path: str | os.PathLike, flag: str, size: int = 0) -> None:
@@ -108,19 +137,31 @@ def check_place(path: str | os.PathLike, flag: str, size: int = 0) -> None:
       f"{flag}={path}: there is no folder {path.parent}; make it, or give "
       "another file"
     )
-  probe = path.with_name(f".{path.name}.probe")
+  hidden = beside(path)
   with writing(path):
-    try:
-      _new(probe).close()
-    finally:
-      with contextlib.suppress(OSError):
-        probe.unlink(missing_ok=True)
+    create(hidden).close()
+    hidden.unlink()
     room = os.statvfs(path.parent)
   free = room.f_bavail * room.f_frsize
   if free < size:
     raise StorageError.of(
       path, f"it takes {size:,} bytes, and {free:,} are free"
     )
+
+
+def refuse_taken(flag: str, *paths: str | os.PathLike) -> None:
+  """Raises ValueError where something would be replaced.
+
+  Args:
+    flag: that names the first file, as "--out".
+    paths: of the files that would be written.
+  """
+  for path in map(pathlib.Path, paths):
+    if path.is_file():
+      raise ValueError(
+        f"{path} is there already: give {flag} another file, or --overwrite "
+        "to replace it"
+      )
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -136,3 +177,74 @@ def json_hash(value: Any) -> str:
   """SHA-256 (hex) of a JSON value, however its keys are ordered."""
   text = json.dumps(value, sort_keys=True)
   return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """JSON values with a hash of themselves."""
+  return {**values, _SEAL: json_hash(values)}
+
+
+def unsealed(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+  """JSON values without their hash; those of before have none.
+
+  Args:
+    values: of `sealed`.
+    what: they are, for the sentence.
+
+  Raises:
+    BrokenSealError: they are not what was written.
+  """
+  bare = dict(values)
+  expected = bare.pop(_SEAL, None)
+  if expected is not None and expected != json_hash(bare):
+    raise BrokenSealError(f"{what} is not what was written")
+  return bare
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The value of a JSON file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it holds none, or one that Python does not read.
+  """
+  try:
+    return json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is no JSON ({error})") from error
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path) -> Iterator[None]:
+  """Holds a file for this process; the system frees it on any death.
+
+  Args:
+    path: of the file, made if missing.
+
+  Raises:
+    HeldError: another process holds it.
+    ValueError: there is no plain file in that place.
+    OSError: the system refuses.
+  """
+  how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+  try:
+    descriptor = os.open(path, how, 0o666)
+  except OSError as error:
+    if error.errno == errno.ELOOP:
+      raise _no_file(path, "a symbolic link") from error
+    raise
+  with os.fdopen(descriptor, "rb") as file:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      raise _no_file(path, "no plain file")
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise HeldError(f"another process holds {path}") from error
+    yield
+
+
+def _no_file(path: pathlib.Path, what: str) -> ValueError:
+  return ValueError(
+    f"{path} is {what}, and commands hold a folder by a file of their own; "
+    "remove it"
+  )

@@ -8,6 +8,7 @@ read as they are.
 import hashlib
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,10 +35,6 @@ _SEALS, _HASH = "seals", "sha256"  # Keys of the header's texts.
 _MULTIPLE = 8  # The format's: bytes that the header is padded to.
 
 
-class BrokenSealError(ValueError):
-  """A file that is not what was written."""
-
-
 def write(
   path: str | os.PathLike,
   arrays: Mapping[str, Any],
@@ -60,7 +57,7 @@ def write(
   seals = {name: seal(name, _bytes(x, dtype)) for name, x in arrays.items()}
   texts = {**texts, _SEALS: json.dumps(seals)}
   texts[_HASH] = files.json_hash(texts)
-  with files.whole(path) as file:
+  with files.writing(path), files.replacing(pathlib.Path(path)) as file:
     file.write(_header(arrays, dtype, texts))
     for x in arrays.values():
       file.write(_bytes(x, dtype).tobytes())
@@ -133,8 +130,8 @@ def read(
   return arrays, texts
 
 
-def _broken(path: str | os.PathLike, what: str) -> BrokenSealError:
-  return BrokenSealError(
+def _broken(path: str | os.PathLike, what: str) -> files.BrokenSealError:
+  return files.BrokenSealError(
     f"{path} is damaged: {what} is not what was written; take a copy that is "
     "whole, or write it again"
   )

@@ -122,7 +122,7 @@ def language_model(
   """
   scale, shape = SCALES[size], presets.SCALES[size]
   demonstration = size in ("smoke", "tiny")
-  source = {"smoke": "synthetic", "tiny": "embedded"}.get(size, "text")
+  source = {"smoke": "synthetic", "tiny": "embedded"}.get(size, "")
   group = ConfigDict(
     dict(
       arch=model.arch,  # Which mixer: a key of models.lm.MIXERS.
@@ -199,7 +199,7 @@ def baseline(
 def _data(scale: Scale, source: str, tokenizer: str) -> ConfigDict:
   return ConfigDict(
     dict(
-      source=source,  # embedded, text, jsonl, parquet, prepared, mixture, ...
+      source=source,  # text, jsonl, prepared, ...; empty: as path says.
       path="",  # File or folder of the source; of a mixture its parts.
       text_key="text",  # Field or column with the text, where there are many.
       # "bytes", or the path of a SentencePiece .model or a tokenizer.json.
@@ -220,6 +220,9 @@ def _optim(scale: Scale, learning_rate: float) -> ConfigDict:
       weight_decay=0.1,  # Times the learning rate, on matrices (Titans).
       clip_norm=1.0,  # Global norm of the gradient (Titans); 0: off.
       min_ratio=0.1,  # Last learning rate over the peak; ours.
+      schedule="cosine",  # Or linear, constant, wsd, inverse_root.
+      cooldown_steps=0,  # At the end, of wsd and inverse_root.
+      groups=(),  # Texts: pattern:frozen, or pattern:rate=0.1,decay=0.
       b1=0.9,  # Decay of the first moment; ours.
       b2=0.95,  # Decay of the second moment; ours.
       eps=1e-8,  # Added to the root of the second moment; ours.

@@ -7,53 +7,28 @@ moved aside, and the one before it taken.
 """
 
 import contextlib
-import json
 import logging as std_logging
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from nl_jax import formats, sharding
-from nl_jax.train import files, kept, reading, seal
+from nl_jax import files as whole
+from nl_jax import sharding
+from nl_jax.train import files, kept, reading, seal, stored
+from nl_jax.train.stored import LeavesMismatchError as LeavesMismatchError
+from nl_jax.train.stored import Restored as Restored
+from nl_jax.train.stored import StepMismatchError as StepMismatchError
 
-T = TypeVar("T")
 _ITEMS = ("state", "data", "meta")
 _DAMAGED = "damaged"
 # What they raise where the disk is full or gone.
 _REFUSED = (ValueError, OSError, jax.errors.JaxRuntimeError)
-
-
-class Restored(NamedTuple):
-  """One checkpoint.
-
-  Attributes:
-    step: its number, updates made.
-    state: the training state.
-    data: state of the data iterator.
-    meta: what `Checkpoints.save` was given, and what seals the rest.
-  """
-
-  step: int
-  state: Any
-  data: Any
-  meta: dict[str, Any]
-
-
-class StepMismatchError(ValueError):
-  """A checkpoint whose parts are of different steps, or that was not taken."""
-
-
-class LeavesMismatchError(ValueError):
-  """A checkpoint of another model or optimizer."""
-
-
-# What is whole, and all the same cannot be gone on from.
-_OTHERS = (LeavesMismatchError, formats.FormatError)
 
 
 def _readable(record: std_logging.LogRecord) -> bool:
@@ -154,7 +129,7 @@ class Checkpoints:
       if reading.is_of_others(error):
         raise
       full = "No space left on device"
-      reason = full if full in str(error) else _first_line(error)
+      reason = full if full in str(error) else stored.first_line(error)
       path = self._folder / str(self._begun)
       raise files.StorageError.of(path, reason) from error
 
@@ -175,13 +150,13 @@ class Checkpoints:
     """
     about = {
       "format": files.FORMAT,
-      "leaves": describe_leaves(state),
+      "leaves": stored.describe_leaves(state),
       seal.SUMS: seal.sums(state),
     }
     args = ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       data=ocp.args.JsonSave(data),
-      meta=ocp.args.JsonSave(seal.close({**meta, **about, "data": data})),
+      meta=ocp.args.JsonSave(whole.sealed({**meta, **about, "data": data})),
     )
     self.open()
     latest = self._manager.latest_step()
@@ -225,16 +200,16 @@ class Checkpoints:
       FormatError: it is of a format that this version does not read.
       ValueError: there are checkpoints and none can be read.
     """
-    read = lambda step: _read(self._folder, step, like)
-    restored, damaged = _newest(self._workdir, read)
+    read = lambda step: stored.read(self._folder, step, like)
+    restored, damaged = stored.newest(self._workdir, read)
     if damaged and restored is None:
-      raise _unreadable(self._folder, damaged)
+      raise stored.unreadable(self._folder, damaged)
     self._damaged = sorted(damaged)
     for step, error in damaged.items():
       logging.warning(
         "checkpoint of step %d cannot be read (%s); going on from step %d",
         step,
-        _first_line(error),
+        stored.first_line(error),
         restored.step,
       )
     return restored
@@ -255,108 +230,6 @@ class Checkpoints:
       multihost_utils.sync_global_devices("damaged checkpoints")
 
 
-def _newest(
-  workdir: pathlib.Path, read: Callable[[int], T]
-) -> tuple[T | None, dict[int, Exception]]:
-  """What reading the newest step gives, and the errors of those after it.
-
-  Beside a run under way steps come and go: those that went are no damage, and
-  those that came are newer.
-  """
-  errors: dict[int, Exception] = {}
-  found = None
-  while True:
-    left = [step for step in _listed(workdir) if step not in errors]
-    step = reading.of_first(left[-1] if left else -1)
-    if step < 0:
-      break
-    try:
-      found = read(step)
-      break
-    except _OTHERS:
-      raise
-    except reading.DAMAGE as error:
-      errors[step] = error
-  there = _listed(workdir)
-  return found, {k: e for k, e in errors.items() if k in there}
-
-
-def _unreadable(
-  folder: pathlib.Path, damaged: Mapping[int, Exception]
-) -> ValueError:
-  return ValueError(
-    f"no checkpoint in {folder} can be read (steps {sorted(damaged)}; "
-    f"{_first_line(damaged[max(damaged)])}); move the workdir away to start "
-    "from the beginning"
-  )
-
-
-def _read(folder: pathlib.Path, step: int, like: Any) -> Restored:
-  """One checkpoint, whole and as it was saved."""
-  read = lambda: _read_items(folder, step, like)
-  meta, state, data = reading.agreed(read)
-  if int(state["step"]) != step:
-    raise StepMismatchError(
-      f"the checkpoint of step {step} holds a state of step "
-      f"{int(state['step'])}"
-    )
-  seal.check_sums(state, meta)
-  if data != meta.get("data", data):
-    raise seal.BrokenSealError("its place in the data is not what was saved")
-  return Restored(step, state, _place(data, meta), meta)
-
-
-def _read_items(
-  folder: pathlib.Path, step: int, like: Any
-) -> tuple[dict[str, Any], Any, Any]:
-  """`meta`, the state and the place in the data."""
-  # Read first: a mismatch must not look like damage.
-  meta = _meta(folder, step)
-  _check_leaves(step, meta["leaves"], describe_leaves(like))
-  data = _json(folder, step, "data")
-  state = reading.arrays(folder / str(step) / "state", like)
-  return meta, state, data
-
-
-def _place(data: Any, meta: Mapping[str, Any]) -> Any:
-  """The place in the data; in format 1 it was counted in batches."""
-  if meta.get("format", 1) > 1 or "next_index" not in data:
-    return data
-  return {"next_row": data["next_index"] * meta["batch_size"]}
-
-
-def describe_leaves(state: Any) -> dict[str, str]:
-  """{path: "float32[2,3]"} of a state or its shapes."""
-  return {
-    sharding.path_name(path): f"{x.dtype}{list(x.shape)}"
-    for path, x in jax.tree_util.tree_leaves_with_path(state)
-  }
-
-
-def _check_leaves(
-  step: int, saved: Mapping[str, str], expected: Mapping[str, str]
-) -> None:
-  """Raises LeavesMismatchError; orbax would cast dtypes in silence."""
-  names = sorted({*saved, *expected})
-  wrong = [
-    f"{name} is {saved.get(name, 'missing')}, expected "
-    f"{expected.get(name, 'nothing')}"
-    for name in names
-    if saved.get(name) != expected.get(name)
-  ]
-  if wrong:
-    more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-    raise LeavesMismatchError(
-      f"the checkpoint of step {step} is of another model or optimizer: "
-      f"{'; '.join(wrong[:5])}{more}; give the config it was made with"
-    )
-
-
-def _first_line(error: Exception) -> str:
-  text = str(error).strip().splitlines()
-  return f"{type(error).__name__}: {text[0][:160] if text else ''}"
-
-
 def _free_name(folder: pathlib.Path, step: int) -> pathlib.Path:
   names = [folder / str(step)]
   while names[-1].exists():
@@ -366,16 +239,8 @@ def _free_name(folder: pathlib.Path, step: int) -> pathlib.Path:
 
 def latest_step(workdir: str) -> int | None:
   """The newest checkpoint listed in a workdir, None if there is none."""
-  steps = _listed(pathlib.Path(workdir))
+  steps = stored.listed(pathlib.Path(workdir))
   return steps[-1] if steps else None
-
-
-def _listed(workdir: pathlib.Path) -> list[int]:
-  """Steps of the checkpoints, oldest first."""
-  folder = workdir / files.CHECKPOINTS
-  if not folder.is_dir():
-    return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -397,73 +262,59 @@ def read_config(workdir: str) -> dict[str, Any]:
   return config
 
 
-def read_newest(workdir: str, like: Any) -> Restored:
-  """The newest checkpoint of another run that can be read.
+def read_other(workdir: str, like: Any, step: int | None = None) -> Restored:
+  """A checkpoint of another run.
 
   Nothing in the workdir is changed.
 
   Args:
     workdir: of the run.
     like: as in `Checkpoints.restore`.
+    step: which; None: the newest that can be read.
 
   Raises:
     ValueError: no checkpoint there that can be read.
     LeavesMismatchError: it is of another model or optimizer.
   """
+  if step is not None:
+    folder = stored.folder_of(workdir)
+    return stored.one(workdir, step, lambda s: stored.read(folder, s, like))
   restored = Checkpoints(pathlib.Path(workdir)).restore(like)
   if restored is None:
-    raise _no_checkpoint(workdir)
+    raise stored.no_checkpoint(workdir)
   return restored
 
 
-def check_origin(workdir: str, like: Any, *, params_only: bool) -> None:
-  """Finds early that another run's newest checkpoint cannot be started from.
+def check_origin(
+  workdir: str, like: Any, *, params_only: bool, step: int | None = None
+) -> None:
+  """Finds early that another run's checkpoint cannot be started from.
 
   Args:
     workdir: of the other run.
     like: the abstract state.
     params_only: only the parameters will be taken.
+    step: which; None: the newest.
 
   Raises:
     ValueError: no checkpoint there.
     LeavesMismatchError: it is of another model or optimizer.
   """
-  step = latest_step(workdir)
-  if step is None:
-    raise _no_checkpoint(workdir)
+  stored.check_there(workdir, step)
+  step = latest_step(workdir) if step is None else step
   try:
-    folder = pathlib.Path(workdir) / files.CHECKPOINTS
-    saved = _meta(folder, step)["leaves"]
-  except _OTHERS:
+    saved = stored.read_meta(stored.folder_of(workdir), step)["leaves"]
+  except stored.OTHERS:
     raise
   except reading.DAMAGE:
     return  # An older one may be whole: reading finds it.
-  expected = describe_leaves(like)
+  expected = stored.describe_leaves(like)
   if params_only:
     saved, expected = (
       {k: v for k, v in leaves.items() if k.startswith("params/")}
       for leaves in (saved, expected)
     )
-  _check_leaves(step, saved, expected)
-
-
-def _meta(folder: pathlib.Path, step: int) -> dict[str, Any]:
-  """The item `meta` of a checkpoint, whole and of a format that is read."""
-  values = seal.open_(_json(folder, step, "meta"))
-  files.check_format(folder / str(step), "a checkpoint", values)
-  return values
-
-
-def _json(folder: pathlib.Path, step: int, item: str) -> Any:
-  """The JSON values of an item of a checkpoint, read without a manager."""
-  path = folder / str(step) / item / "metadata"
-  return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _no_checkpoint(workdir: str) -> ValueError:
-  return ValueError(
-    f"no checkpoint in {workdir}: train first, or give another workdir"
-  )
+  stored.check_leaves(step, saved, expected)
 
 
 def load_params(
@@ -491,31 +342,22 @@ def load_params(
     ValueError: no checkpoint there that can be read, or of another model.
   """
   folder = pathlib.Path(workdir).resolve()
-  steps = _listed(folder)
-  if not steps:
-    raise _no_checkpoint(workdir)
-  if step is not None and step not in steps:
-    raise ValueError(
-      f"no checkpoint of step {step} in {workdir}; there are {steps}"
-    )
+  stored.check_there(workdir, step)
   like = _abstract_params(model, mesh)
   _hush()
-  read = lambda step: (_read_params(folder, step, like), step)
+  read = lambda s: (_read_params(folder, s, like), s)
   if step is not None:
-    try:
-      return read(step)
-    except _OTHERS:
-      raise
-    except reading.DAMAGE as error:
-      raise _unreadable(folder / files.CHECKPOINTS, {step: error}) from error
-  found, damaged = _newest(folder, read)
-  if found is None and damaged:
-    raise _unreadable(folder / files.CHECKPOINTS, damaged)
+    return stored.one(workdir, step, read)
+  found, damaged = stored.newest(folder, read)
   if found is None:
-    raise _no_checkpoint(workdir)
+    if damaged:
+      raise stored.unreadable(folder, damaged)
+    raise stored.no_checkpoint(workdir)
   for number, error in damaged.items():
     logging.warning(
-      "checkpoint of step %d cannot be read (%s)", number, _first_line(error)
+      "checkpoint of step %d cannot be read (%s)",
+      number,
+      stored.first_line(error),
     )
   return found
 
@@ -537,14 +379,20 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
   folder = folder / files.CHECKPOINTS
-  item = {"params": like}
+  here = jax.tree.leaves(like)[0].sharding
+  if isinstance(here, jax.sharding.NamedSharding):
+    here = sharding.replicated(here.mesh)
+  number = jax.ShapeDtypeStruct((), np.int32, sharding=here)
+  item = {"params": like, "step": number}
 
   def read() -> tuple[dict[str, Any], Any]:
-    meta = _meta(folder, step)
+    meta = stored.read_meta(folder, step)
     saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
-    _check_leaves(step, saved, describe_leaves(item))
+    expected = stored.describe_leaves({"params": like})
+    stored.check_leaves(step, saved, expected)
     return meta, reading.arrays(folder / str(step) / "state", item)
 
   meta, restored = reading.agreed(read)
+  stored.check_step(step, restored)
   seal.check_sums(restored, meta)
   return restored["params"]

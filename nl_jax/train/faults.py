@@ -49,7 +49,8 @@ def write(
   path = workdir / f"nan_step_{step}.json"
   process = jax.process_index()
   suffix = f"_{process}" if process else ""
-  np.savez(workdir / f"nan_step_{step}{suffix}.npz", **rows)
+  with files.writing(workdir / f"nan_step_{step}{suffix}.npz"):
+    np.savez(workdir / f"nan_step_{step}{suffix}.npz", **rows)
   if not process:
     files.write_json(path, report)
   return path

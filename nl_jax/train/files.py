@@ -1,15 +1,14 @@
 """The folder of one run: whose it is, what it holds, what changed when."""
 
 import contextlib
-import fcntl
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from nl_jax import files, formats
+from nl_jax import files as whole
+from nl_jax import formats
 from nl_jax.train import environment, kept
 
 FORMAT = 2  # Of config.json and of a checkpoint's meta; both say it.
@@ -18,6 +17,12 @@ METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
 CHANGES = "changes"  # Of config.json: [{"step", "changes"}], oldest first.
+CHAIN = "chain"  # Of config.json: what the run came from (`origin.chain`).
+_ORIGIN = ("workdir", "keep", "source", "path", "fingerprint")
+_TRACES = {
+  CHANGES: {"step": int, "changes": list},
+  CHAIN: {"step": int, **dict.fromkeys(_ORIGIN, str)},
+}
 _SAVED = "saved"  # Of config.json: whether there has been a checkpoint.
 _LOCK = ".lock"
 
@@ -34,14 +39,15 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
+# Fields of `optim` that came later, and what was done before.
+_ADDED = {"schedule": "cosine", "cooldown_steps": 0, "groups": []}
 
-StorageError = files.StorageError
+StorageError = whole.StorageError
 _ADVICE = (
   "free space or mend the permissions, and start the same command again: it "
   "goes on from the newest checkpoint"
 )
-writing = functools.partial(files.writing, advice=_ADVICE)
-replace = functools.partial(files.replace, advice=_ADVICE)
+writing = functools.partial(whole.writing, advice=_ADVICE)
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -57,6 +63,16 @@ def make_workdir(workdir: pathlib.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
 
 
+def replace(path: pathlib.Path, text: str) -> None:
+  """Writes a file; killed at any moment, it is the old or the new one.
+
+  Raises:
+    StorageError: the system refuses.
+  """
+  with writing(path):
+    whole.write(path, text)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes a JSON file as a whole."""
   replace(path, json.dumps(value, indent=2) + "\n")
@@ -69,10 +85,10 @@ def read_json(path: pathlib.Path) -> Any:
     ValueError: it is none.
   """
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+    return whole.read_json(path)
+  except ValueError as error:
     raise ValueError(
-      f"{path} is no JSON ({error}); move the workdir away and start again"
+      f"{error}; move the workdir away and start again"
     ) from error
 
 
@@ -94,28 +110,64 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: its config file is no run's, or of an unknown format.
   """
-  path = workdir / CONFIG
+  return read_config_file(workdir / CONFIG)
+
+
+def read_config_file(path: pathlib.Path) -> dict[str, Any]:
+  """What `read_about` gives, of a file that may have another name.
+
+  Raises:
+    ValueError: as there.
+  """
   about = read_json(path)
   if not isinstance(about, dict) or not {"config", "fingerprint"} <= {*about}:
-    raise ValueError(
-      f"{path} is not the {CONFIG} of a run; give another --workdir or move "
-      "it away"
-    )
+    raise _no_config(path)
   check_format(path, "a run", about)
-  return about | {"config": upgraded(about["config"])}
+  config = about["config"]
+  if not isinstance(config, dict) or not isinstance(about["fingerprint"], str):
+    raise _no_config(path)
+  if not isinstance(config.get("model", {}), dict):
+    raise _no_config(path)
+  for key, shape in _TRACES.items():
+    if not _is_trace(about, key, shape):
+      raise _no_config(path)
+  return about | {"config": upgraded(config)}
+
+
+def _is_trace(
+  about: Mapping[str, Any], key: str, shape: Mapping[str, type]
+) -> bool:
+  """Whether a key is missing, or a list of objects with these fields."""
+  return isinstance(about.get(key, []), list) and all(
+    isinstance(entry, dict)
+    and all(isinstance(entry.get(k), kind) for k, kind in shape.items())
+    for entry in about.get(key, [])
+  )
+
+
+def _no_config(path: pathlib.Path) -> ValueError:
+  return ValueError(
+    f"{path} is not the {CONFIG} of a run; give another --workdir or move it "
+    "away"
+  )
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config of any format as this version writes it.
 
   In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`.
+  memory its field `arch`; fields that came later have the values that say what
+  was done before there were any.
   """
+  if "optim" in config:
+    config = {**config, "optim": {**_ADDED, **config["optim"]}}
   model = config.get("model", {})
   if "memory" not in model:
     return dict(config)
   named = {"arch": "memory"}
-  mixer = {named.get(k, k): v for k, v in (model["memory"] or {}).items()}
+  mixer = model["memory"] or {}
+  if isinstance(mixer, Mapping):
+    mixer = {named.get(k, k): v for k, v in mixer.items()}
   rest = {k: v for k, v in model.items() if k != "memory"}
   return {**config, "model": {**rest, "mixer": mixer}}
 
@@ -198,6 +250,7 @@ def claim(
   *,
   allow_config_change: bool = False,
   step: int = 0,
+  more: Mapping[str, Any] | None = None,
 ) -> list[str]:
   """Makes the workdir this run's, or finds that it already is.
 
@@ -207,6 +260,7 @@ def claim(
     fingerprint: of the data.
     allow_config_change: take the new config where it differs.
     step: that the run stands at: what changes is written down with it.
+    more: what else a new `CONFIG` says.
 
   Returns:
     "key: old -> new" of each field that changed.
@@ -228,7 +282,7 @@ def claim(
   if before and not changes and tokenizer == before.get(kept.KEY):
     return []
   about = {
-    **(before or {_SAVED: False}),
+    **(before or {_SAVED: False, **(more or {})}),
     "format": FORMAT,
     "config": config,
     "fingerprint": fingerprint,
@@ -247,7 +301,7 @@ def mark_saved(workdir: pathlib.Path) -> None:
   """Notes that the run has a checkpoint: it is not begun again without."""
   about = read_about(workdir)
   if not about.get(_SAVED, False):
-    write_json(workdir / CONFIG, {**about, _SAVED: True})
+    write_json(workdir / CONFIG, {**about, "format": FORMAT, _SAVED: True})
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,7 +319,8 @@ def _check_same(
     raise ValueError(
       f"{workdir} was trained on other data (fingerprint "
       f"{before['fingerprint'][:12]}, now {now['fingerprint'][:12]}); restore "
-      "the data or give another --workdir"
+      f"the data, or go on with these in another --workdir: --from={workdir} "
+      "--keep=optimizer"
     )
   changes = differences(before["config"], now["config"])
   if changes and not allow_config_change:
@@ -308,14 +363,10 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   made = not workdir.exists()
   make_workdir(workdir)
   with contextlib.ExitStack() as stack:
-    with writing(workdir / _LOCK):
-      # Not through a link that somebody left in a shared folder.
-      flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-      held = os.open(workdir / _LOCK, flags, 0o666)
-    stack.callback(os.close, held)
     try:
-      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      with writing(workdir / _LOCK):
+        stack.enter_context(whole.lock(workdir / _LOCK))
+    except whole.HeldError as error:
       raise ValueError(
         f"another process is training in {workdir}; wait for it or stop it"
       ) from error

@@ -52,6 +52,16 @@ def keep(
   return {"file": path.name, "sha256": hashes}
 
 
+def _is_said(value: Any) -> bool:
+  """Whether it is what `keep` gives: names of files, no paths."""
+  if not isinstance(value, dict) or not isinstance(value.get("sha256"), dict):
+    return False
+  names = [value.get("file"), *value["sha256"]]
+  return all(
+    isinstance(x, str) and x and pathlib.PurePath(x).name == x for x in names
+  )
+
+
 def _beside(path: pathlib.Path) -> list[pathlib.Path]:
   """The files that say more of a tokenizer: its end, above all."""
   names = BESIDE if path.name in BESIDE else BESIDE[2:3]
@@ -77,6 +87,11 @@ def path_of(workdir: pathlib.Path, about: Mapping[str, Any]) -> str | None:
   said = about.get(KEY)
   if said is None:
     return None
+  if not _is_said(said):
+    raise ValueError(
+      f"{workdir}: its config.json is damaged at {KEY!r}; take a copy of the "
+      "file as it was"
+    )
   for name, expected in said["sha256"].items():
     path = workdir / FOLDER / name
     found = files.sha256(path) if path.is_file() else "missing"

@@ -4,12 +4,13 @@
 
 Clipping stands before the levels, so that what a slow level gathers is what
 the fast ones saw. A level that fires every n-th step has a learning rate of
-its own clock: its k-th firing takes the rate of step k n.
+its own clock: its k-th firing takes the rate of step k n. Where the batch has
+changed since, so has n, and it is counted from there on (`clocks_of`).
 """
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import optax
 
 from nl_jax import card, optim, sharding
+from nl_jax.train import groups as groups_lib
+from nl_jax.train import schedules
 
 # By path: no parameter of these is a matrix that should shrink to zero.
 _NO_DECAY = re.compile(
@@ -63,12 +66,17 @@ class Optimizer(NamedTuple):
     schedule: step (from 0) -> learning rate of the slow weights.
     labels: params -> tree of level names.
     rows: its rows of the level card.
+    groups: what `optim.groups` hold, a line each.
+    clocks: by label, the step and the count of firings that its rate is
+      counted from, (0, 0) where it is not there; set before `tx` is traced.
   """
 
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   labels: Callable[[Any], Any]
   rows: tuple[card.Row, ...]
+  groups: tuple[str, ...] = ()
+  clocks: dict[str, tuple[int, int]] = {}
 
 
 def make(
@@ -82,6 +90,9 @@ def make(
   weight_decay: float = 0.1,
   clip_norm: float = 1.0,
   min_ratio: float = 0.1,
+  schedule: str = "cosine",
+  cooldown_steps: int = 0,
+  groups: Sequence[str] = (),
   b1: float = 0.9,
   b2: float = 0.95,
   eps: float = 1e-8,
@@ -95,7 +106,7 @@ def make(
   Args:
     model: its `levels()` labels the parameters; `model.cms` has the levels'
       periods in tokens and the variant.
-    steps: of the whole run: the end of the cosine.
+    steps: of the whole run: the end of the schedule.
     tokens_per_step: tokens of a batch, batch_size * sequence_length; every
       CMS period is a multiple.
     learning_rate: peak.
@@ -104,6 +115,10 @@ def make(
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
     min_ratio: the last learning rate over the peak.
+    schedule: a name of `schedules`.
+    cooldown_steps: at the end, of schedules that have a cooldown.
+    groups: texts of `groups`: parameters with a rate or decay of their own, or
+      frozen.
     b1: AdamW's decay of the first moment, here and below where AdamW is the
       rule, or serves what is no matrix.
     b2: AdamW's decay of the second moment.
@@ -122,18 +137,54 @@ def make(
   _check(learning_rate, warmup_steps, steps, weight_decay, clip_norm, min_ratio)
   adam = {"b1": b1, "b2": b2, "eps": eps}
   options = _options(name, options or {})
-  rates = schedule(learning_rate, warmup_steps, steps, min_ratio)
+  rates = schedules.make(
+    schedule,
+    peak=learning_rate,
+    warmup_steps=warmup_steps,
+    steps=steps,
+    min_ratio=min_ratio,
+    cooldown_steps=cooldown_steps,
+  )
   every = firing_steps(model.cms, tokens_per_step)
   labels = model.levels()[1]
+  parts = groups_lib.parse(groups)
+  named = groups_lib.label(parts, labels)
+  told = ()
+  if parts:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    told = tuple(groups_lib.check(parts, shapes))
+    names = sorted(set(jax.tree.leaves(named(shapes))))
+  else:
+    names = list(every)
 
-  def at(period: int) -> optax.GradientTransformation:
-    rate = optim.reclock_schedule(rates, period)
-    return _build(name, rate, weight_decay, adam, options)
+  clocks: dict[str, tuple[int, int]] = {}
+
+  def at(label: str) -> optax.GradientTransformation:
+    group = groups_lib.of(parts, label)
+    factor, decay = 1.0, weight_decay
+    if group:
+      factor = group.rate
+      decay = weight_decay if group.decay is None else group.decay
+    n = every[groups_lib.level_of(label)]
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+      step, fired = clocks.get(label, (0, 0))
+      value = rates(step + (count - fired) * n)
+      return value if factor == 1 else factor * value
+
+    return _build(name, rate, decay, adam, options)
+
+  def period_of(label: str) -> int | None:
+    group = groups_lib.of(parts, label)
+    if group and group.frozen:
+      return None
+    n = every[groups_lib.level_of(label)]
+    return 1 if n == 1 else n * tokens_per_step
 
   levels = optim.multi_frequency(
-    {label: at(period) for label, period in every.items()},
-    {k: 1 if n == 1 else n * tokens_per_step for k, n in every.items()},
-    labels,
+    {label: at(label) for label in names},
+    {label: period_of(label) for label in names},
+    named,
     unit="tokens",
     tokens_per_step=tokens_per_step,
     reduce=reduce,
@@ -141,34 +192,53 @@ def make(
     mode="cond" if RULES[name].matrices else "select",
   )
   chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  if any(group.frozen for group in parts):
+    chain.insert(0, _without_frozen(parts, named))
   tx = optax.chain(*chain, levels)
   order = [label for label in every if label != "slow"]
   if getattr(model.cms, "variant", "") == "nested" and len(order) > 1:
+    if any("@" in name and name.startswith("cms/") for name in names):
+      raise ValueError(
+        "optim.groups cannot hold levels of model.cms.variant='nested', which "
+        "restart as a whole; leave blocks/cms out of them"
+      )
     tx = optim.reset_on_slower(
       tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
     )
   rows = _rows(name, every, options, tokens_per_step)
-  return Optimizer(tx, rates, labels, rows)
+  return Optimizer(tx, rates, labels, rows, told, clocks)
 
 
-def schedule(
-  peak: float, warmup_steps: int, steps: int, min_ratio: float
-) -> optax.Schedule:
-  """Linear warm-up, then half a cosine down to `min_ratio * peak`.
+def clocks_of(opt_state: Any, step: int) -> dict[str, tuple[int, int]]:
+  """The clocks of all levels where a run goes on with another batch.
 
-  Step i (from 0) of the warm-up has rate peak (i + 1) / warmup_steps, so that
-  no step is lost at rate 0; the last step has min_ratio * peak.
+  Args:
+    opt_state: of `Optimizer.tx`.
+    step: that it stands at.
+
+  Returns:
+    {label: (step at which its open period began, firings so far)}.
   """
-  last = max(steps - 1 - warmup_steps, 1)
+  fired = optax.tree.get(opt_state, "fired")
+  waiting = optax.tree.get(opt_state, "n_acc")
+  return {
+    label: (step - int(waiting[label]), int(count))
+    for label, count in fired.items()
+  }
 
-  def rate(count: jax.typing.ArrayLike) -> jax.Array:
-    count = jnp.asarray(count, jnp.float32)
-    warm = (count + 1) / max(warmup_steps, 1)
-    done = jnp.clip((count - warmup_steps) / last, 0, 1)
-    fall = min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-    return peak * jnp.where(count < warmup_steps, warm, fall)
 
-  return rate
+def _without_frozen(
+  parts: Sequence[groups_lib.Group], named: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+  """Gradients of frozen parameters count for no norm."""
+
+  def kept(label: str, x: jax.Array) -> jax.Array:
+    group = groups_lib.of(parts, label)
+    return jnp.zeros_like(x) if group and group.frozen else x
+
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(kept, named(updates), updates)
+  )
 
 
 def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:

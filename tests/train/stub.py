@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nl_jax.train import loop, optimizer
+from nl_jax.train import origin as origin_lib
 from nl_jax.train import settings as settings_lib
 
 VOCAB, WIDTH, BATCH, LENGTH = 16, 8, 8, 4
@@ -145,8 +146,8 @@ def run(
   evaluate: Any = None,
   fingerprint: str = "f",
   optim: dict | None = None,
-  resume_from: Any = "",
-  init_from: Any = "",
+  origin: Any = "",
+  kept: str = "",
   allow_config_change: bool = False,
   batch_size: int = BATCH,
   flops_per_token: float = 0.0,
@@ -177,8 +178,7 @@ def run(
     mesh=mesh,
     evaluate=evaluate,
     allow_config_change=allow_config_change,
-    resume_from=str(resume_from),
-    init_from=str(init_from),
+    origin=origin_lib.parse(str(origin), kept),
     flops_per_token=flops_per_token,
   )
 

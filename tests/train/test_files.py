@@ -1,6 +1,8 @@
 """The workdir: whose it is, and files that are whole."""
 
 import json
+import pathlib
+import shutil
 
 import pytest
 
@@ -73,10 +75,19 @@ def test_folder_with_other_files_is_fine(tmp_path):
   files.claim(tmp_path, CONFIG, "f")
 
 
-def test_torn_config_is_one_sentence(tmp_path):
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="is no JSON"):
+@pytest.mark.parametrize("damage,words", [
+  (b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[" * 10**5, "is no JSON"),
+  (b"null", "is not the config.json of a run"), (b"[1]", "is not the config"),
+  (b'{"config": null, "fingerprint": "f"}', "is not the config.json"),
+  (b'{"config": [], "fingerprint": "f"}', "is not the config.json"),
+  (b'{"config": {"model": 3}, "fingerprint": "f"}', "is not the config.json"),
+  (b'{"config": {}, "fingerprint": null}', "is not the config.json"),
+])  # fmt: skip
+def test_a_damaged_config_is_one_sentence(tmp_path, damage, words):
+  (tmp_path / "config.json").write_bytes(damage)
+  with pytest.raises(ValueError, match=words):
     files.claim(tmp_path, CONFIG, "f")
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_two_at_once_are_refused(tmp_path):
@@ -98,6 +109,46 @@ def test_loop_refuses_another_run_before_it_compiles(tmp_path):
     stub.run(tmp_path, model=model, fingerprint="g", steps=2)
   assert model.traces == 0
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_workdir_keeps_its_tokenizer(tmp_path, monkeypatch):
+  home, run = tmp_path / "home", tmp_path / "home" / "run"
+  home.mkdir()
+  (home / "tokenizer.json").write_text("words")
+  (home / "tokenizer_config.json").write_text("their end")
+  monkeypatch.chdir(home)
+  config = {"data": {"tokenizer": "tokenizer.json"}}
+  files.claim(run, config, "f")
+  # Elsewhere, on a copy, and without the file it came from.
+  copy = shutil.copytree(run, tmp_path / "copy")
+  shutil.rmtree(home)
+  monkeypatch.chdir("/")
+  kept = checkpoint.read_config(str(copy))["data"]["tokenizer"]
+  assert pathlib.Path(kept) == copy / "tokenizer" / "tokenizer.json"
+  assert pathlib.Path(kept).read_text() == "words"
+  assert files.read_about(copy)["config"] == config
+  (copy / "tokenizer" / "tokenizer_config.json").write_text("another end")
+  with pytest.raises(ValueError, match="tokenizer_config.json is not the file"):
+    checkpoint.read_config(str(copy))
+  (copy / "tokenizer" / "tokenizer.json").unlink()
+  with pytest.raises(ValueError, match="tokenizer.json is not the file"):
+    checkpoint.read_config(str(copy))
+
+
+def test_a_link_in_a_shared_folder_is_not_written_through(tmp_path):
+  mine, run = tmp_path / "mine", tmp_path / "run"
+  mine.write_text("precious")
+  run.mkdir()
+  for name in (".lock", ".config.json.tmp"):
+    (run / name).symlink_to(mine)
+  with pytest.raises(ValueError, match="lock is a symbolic link"):
+    with files.lock(run):
+      pass
+  (run / ".lock").unlink()
+  with files.lock(run):
+    files.claim(run, CONFIG, "f")
+  assert mine.read_text() == "precious"
+  assert not (run / "config.json").is_symlink()
 
 
 def test_replaced_file_leaves_nothing_beside_it(tmp_path):

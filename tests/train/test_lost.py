@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nl_jax import sharding
-from nl_jax.train import checkpoint, files
+from nl_jax.train import checkpoint, files, stored
 from tests.train import stub
 
 
@@ -72,12 +72,12 @@ def test_a_refusal_moves_no_damaged_checkpoint(run, one_device):
   assert contents(run) == before
 
 
-@pytest.mark.parametrize("kept", ["resume_from", "init_from"])
-def test_a_refused_origin_claims_no_workdir(run, one_device, tmp_path, kept):
+@pytest.mark.parametrize("keep", ["weights", "optimizer", "all"])
+def test_a_refused_origin_claims_no_workdir(run, one_device, tmp_path, keep):
   for path in (run / "checkpoints").glob("*/state/**/d/*"):
     path.write_bytes(b"")  # Found when it is read, and not before.
   with pytest.raises(ValueError, match="can be read"):
-    stub.run(tmp_path / "new", mesh=one_device, steps=8, **{kept: run})
+    stub.run(tmp_path / "new", mesh=one_device, steps=8, origin=run, kept=keep)
   assert not (tmp_path / "new").exists()
 
 
@@ -153,7 +153,7 @@ def test_another_batch_size_reads_each_row_once(one_device, tmp_path, other):
   # Into the same workdir, or into another that goes on from it.
   place = {"workdir": tmp_path / "a", "allow_config_change": True}
   if other:
-    place = {"workdir": tmp_path / "b", "resume_from": tmp_path / "a"}
+    place = {"workdir": tmp_path / "b", "origin": tmp_path / "a", "kept": "all"}
   stub.run(
     steps=5, data=second, batch_size=4, config={"data": {"batch_size": 4}},
     **place, **common,
@@ -169,11 +169,43 @@ def test_another_batch_size_reads_each_row_once(one_device, tmp_path, other):
   assert (meta["rows_consumed"], meta["tokens"]) == (32, 128)
 
 
-def test_places_of_format_1_are_counted_in_batches():
+def test_a_place_that_was_counted_in_batches_is_read():
   meta = {"batch_size": 8}
-  assert checkpoint._place({"next_index": 3}, meta) == {"next_row": 24}
-  later = {**meta, "format": 2}
-  assert checkpoint._place({"next_row": 3}, later) == {"next_row": 3}
+  assert stored._place({"next_index": 3}, meta) == {"next_row": 24}
+  assert stored._place({"next_row": 3}, meta) == {"next_row": 3}
+
+
+def test_a_step_that_goes_while_it_is_read_is_no_damage(tmp_path):
+  """Beside a live run with checkpoint.keep=1."""
+  steps = tmp_path / "checkpoints"
+  (steps / "1").mkdir(parents=True)
+
+  def read(step):
+    if step == 1:
+      (steps / "2").mkdir()
+      shutil.rmtree(steps / "1")
+      raise FileNotFoundError("gone")
+    return step
+
+  assert stored.newest(tmp_path, read) == (2, {})
+
+
+def test_a_reader_beside_a_live_run_that_keeps_one(one_device, tmp_path):
+  """Each read gives a step not older than what was there before."""
+  seen = []
+
+  def hook(i):
+    before = checkpoint.latest_step(str(tmp_path))
+    if before is not None:
+      with jax.transfer_guard("allow"):
+        seen.append(checkpoint.load_params(str(tmp_path), stub.Model())[1])
+      assert seen[-1] >= before
+
+  stub.run(
+    tmp_path, mesh=one_device, data=stub.Data(hook=hook), keep=1,
+    checkpoint_every=1, steps=8,
+  )  # fmt: skip
+  assert len(set(seen)) > 2
 
 
 def test_what_changes_is_said_and_written_down(run, one_device, caplog):

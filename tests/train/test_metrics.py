@@ -52,6 +52,20 @@ def test_torn_last_line_is_dropped(tmp_path):
   assert steps(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damage", [
+  b'\xff\xfe', b'{"step": "2", "tokens": 1, "wall_time": 1}', b"null", b"[2]",
+  b'{"step": 1e400, "tokens": 1, "wall_time": 1}', b"[" * 10**5, b"9" * 5000,
+  b'{"step": 2}', b'{"step": true, "tokens": 1, "wall_time": 1}',
+])  # fmt: skip
+def test_a_damaged_line_is_dropped(tmp_path, damage):
+  write(tmp_path, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  one, two = path.read_bytes().splitlines()
+  path.write_bytes(b"\n".join([one, damage, two, b""]))
+  write(tmp_path, [3], step=2)
+  assert steps(tmp_path) == [1, 2, 3]
+
+
 def test_last_values_survive_a_resume(tmp_path):
   write(tmp_path, [1, 2, 3])
   with metrics.Writer(tmp_path, step=2) as writer:
@@ -105,6 +119,24 @@ def test_timer_leaves_pauses_out(monkeypatch):
   assert clock.train_seconds == 105
   now[0] += 2
   assert clock.read() == timer.Interval(0, 2.0, 0.0)
+
+
+def test_a_clock_that_jumps_makes_no_negative_time(monkeypatch):
+  now = [1e9]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  clock = timer.Timer()
+  now[0] += 4
+  for part in (clock.wait, clock.pause):
+    with part():
+      now[0] -= 31_536_000  # A year.
+  clock.step()
+  read = clock.read()
+  assert read.seconds > 0 and read.waiting == 0
+  now[0] += 5
+  with clock.wait():
+    now[0] += 31_536_000
+  read = clock.read()
+  assert 0 <= read.waiting <= read.seconds
 
 
 def test_progress_line():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax import sharding
+from nl_jax import files, sharding
 from nl_jax.train import checkpoint, seal
 
 
@@ -104,5 +104,5 @@ def test_every_bit_counts(dtype):
   x = jnp.zeros((5, 3), dtype)
   saved = {"sums": {**seal.sums({"x": x}), "other": 1}}
   seal.check_sums({"x": x}, saved)
-  with pytest.raises(seal.BrokenSealError, match="x is not what was saved"):
+  with pytest.raises(files.BrokenSealError, match="x is not what was saved"):
     seal.check_sums({"x": x.at[2, 1].set(jnp.ones((), dtype))}, saved)
