@@ -113,10 +113,10 @@ def test_strangers_among_the_checkpoints_are_passed_by(saved, like, tmp_path):
   np.testing.assert_array_equal(params["embed"], 3)
   with pytest.raises(ValueError, match="no checkpoint of step 9 .*1, 2, 3, 7"):
     checkpoint.load_params(str(folder), MODEL, step=9)
-  assert checkpoint.read_newest(str(folder), like).step == 3
+  assert checkpoint.read_other(str(folder), like).step == 3
   with checkpoint.Checkpoints(folder) as saver:
     assert saver.restore(like).step == 3
-    saver.save(4, state_of(like, 4), {"next_index": 4}, {})
+    saver.save(4, state_of(like, 4), {"next_row": 4}, {})
   assert (folder / "damaged" / "7").is_dir()
   assert strangers <= {path.name for path in steps.iterdir()}
   with checkpoint.Checkpoints(folder) as saver:
