@@ -101,7 +101,7 @@ def check(config: Mapping[str, Any]) -> None:
   levels = model.get("cms")
   in_context = isinstance(levels, Mapping) and "chunks" in levels
   known = flat(table(model.get("arch"), in_context))
-  found = dict(_leaves(config))
+  found = dict(leaves(config))
   for path in found:
     if path not in known:
       close = difflib.get_close_matches(path, known, n=1)
@@ -113,12 +113,12 @@ def check(config: Mapping[str, Any]) -> None:
     fields.check_value(path, field, found[path])
 
 
-def _leaves(
+def leaves(
   config: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
   for key, value in config.items():
     if isinstance(value, Mapping):
-      yield from _leaves(value, f"{prefix}{key}.")
+      yield from leaves(value, f"{prefix}{key}.")
     else:
       yield f"{prefix}{key}", value
 
