@@ -6,7 +6,8 @@ same table.
 """
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ml_collections import config_dict
@@ -32,15 +33,30 @@ _MESH = ("replica", "fsdp", "sequence", "tensor")
 AUTO = "auto"
 
 
-def filled(made: Callable[..., Any], **differs: Any) -> ConfigDict:
-  """A group: the defaults of a dataclass, and what a preset states.
+def filled(known: Mapping[str, Field], **says: Any) -> ConfigDict:
+  """A group: what a preset says, and the defaults of the rest.
 
   Args:
-    made: the dataclass.
-    differs: values by field; of a group in it a mapping of what differs.
+    known: the fields of the group, of `table` or of `fields.of`.
+    says: values by name; of a group in it a mapping of what differs.
+
+  Raises:
+    ValueError: a name that is no field of the group, or none for a field
+      without a default.
   """
-  group = ConfigDict(fields.defaults(made))
-  group.update(differs)
+  group = ConfigDict()
+  for name, field in known.items():
+    if field.group:
+      group[name] = filled(fields.of(field.group), **says.pop(name, {}))
+      continue
+    value = says.pop(name, field.default)
+    if value is inspect.Parameter.empty:
+      raise ValueError(f"a config must say {name}")
+    group[name] = value
+  if says:
+    raise ValueError(
+      f"no field {', '.join(says)}; there are {', '.join(known)}"
+    )
   return group
 
 

@@ -46,17 +46,6 @@ def check_even(model: "lm.LanguageModel") -> None:
     )
 
 
-WALKS = ("auto", "xla", "pallas_tpu", "pallas_interpret")
-
-
-def check_walk(walk: str) -> None:
-  """Raises ValueError for a way to run a walk that there is not."""
-  if walk not in WALKS:
-    raise ValueError(
-      f"model.mixer.walk must be one of {', '.join(WALKS)}; got {walk!r}"
-    )
-
-
 def run(
   walk: str,
   *,
