@@ -15,6 +15,7 @@ from ml_collections import config_dict
 from nl_jax import data, sharding
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
+from nl_jax.train import config as configs
 from nl_jax.train import optimizer
 from nl_jax.train import settings as settings_lib
 
@@ -30,7 +31,13 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_plain(values: dict[str, Any]) -> ConfigDict:
-  """The inverse of `plain`."""
+  """The inverse of `plain`, for what a run left.
+
+  Raises:
+    ValueError: a field that nothing reads, one that is missing, or a value
+      that its field does not take.
+  """
+  configs.check(values)
   as_tuples = lambda x: tuple(x) if isinstance(x, list) else x
   values = jax.tree.map(
     as_tuples, values, is_leaf=lambda x: not isinstance(x, dict)
@@ -39,8 +46,16 @@ def from_plain(values: dict[str, Any]) -> ConfigDict:
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Fills in what depends on the machine: the dtype of activations."""
-  config = config_dict.ConfigDict(config.to_dict())
+  """A config that is checked, with what depends on the machine filled in.
+
+  Configs from files of before get the fields that they do not list; what the
+  machine decides is the dtype of activations.
+
+  Raises:
+    ValueError: as `from_plain`.
+  """
+  values = configs.upgraded(config.to_dict())
+  config = ConfigDict(from_plain(values).to_dict())
   if config.train.dtype == "auto":
     on_cpu = jax.default_backend() == "cpu"
     config.train.dtype = "float32" if on_cpu else "bfloat16"
@@ -214,14 +229,11 @@ def settings(config: ConfigDict) -> settings_lib.Settings:
   Raises:
     ValueError: a number out of range, or a task that there is not.
   """
+  settings_lib.Evaluation(**config.eval.to_dict())
   try:
     evaluate.parse(config.eval.tasks)
   except ValueError as error:
     raise ValueError(f"eval.tasks: {error}") from error
-  if config.eval.batches < 0:
-    raise ValueError(
-      f"eval.batches must be 0 (all) or more, got {config.eval.batches}"
-    )
   train = config.train
   return settings_lib.Settings(
     steps=train.steps,

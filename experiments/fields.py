@@ -42,19 +42,19 @@ def main() -> int:
 
 def page() -> str:
   """The whole page."""
-  from experiments import _fields
   from nl_jax.models import lm
+  from nl_jax.train import config as configs
 
-  groups = _fields.table("hope", in_context=True)
+  groups = configs.table("hope", in_context=True)
   parts = [_HEAD, "## Model\n", _table({"model": groups["model"]})]
   parts.append("## Mixers\n\nThe group `model.mixer`, by `model.arch`.\n")
   for archs in _alike(lm.MIXERS):
-    known = _fields.table(archs[0])
+    known = configs.table(archs[0])
     mixer = {k: x for k, x in known.items() if k.startswith("model.mixer")}
     parts.append(f"### {', '.join(f'`{x}`' for x in archs)}\n")
     parts.append(_table(mixer))
     parts.append("\n".join(_said(archs)) + "\n")
-  chain = _fields.table("hope")["model.cms"]
+  chain = configs.table("hope")["model.cms"]
   learning = {k: x for k, x in groups["model.cms"].items() if k not in chain}
   parts += ["## Continuum memory system\n", _table({"model.cms": chain})]
   parts += [
@@ -98,16 +98,19 @@ def _remark(text: str) -> str:
 
 def _said(archs: list[str]) -> Iterator[str]:
   """What the small configs of some archs say, where it is no default."""
-  from experiments import _fields, _flags
+  from experiments import _flags
+  from nl_jax.train import config as configs
 
   for name in _flags.config_names():
     config = _flags.load_config(name) if name.endswith("_tiny") else None
     if config is None or config.model.arch not in archs:
       continue
-    known = _fields.flat(_fields.table(config.model.arch))
+    known = configs.flat(configs.table(config.model.arch))
     values = [
       f"`{path.removeprefix('model.mixer.')}={value!r}`"
-      for path, value in _fields.leaves(config.model.mixer, "model.mixer.")
+      for path, value in configs.leaves(
+        config.model.mixer.to_dict(), "model.mixer."
+      )
       if value != known[path].default
     ]
     if values:

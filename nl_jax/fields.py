@@ -50,8 +50,12 @@ class Number(NamedTuple):
   below: bool = False
 
   def __str__(self) -> str:
-    begin = f"above {self.least:g}" if self.above else f"from {self.least:g}"
-    return f"a number {begin} to {'below ' * self.below}{self.most:g}"
+    begin = (
+      f"above {self.least:g}, up to"
+      if self.above
+      else (f"from {self.least:g} to")
+    )
+    return f"a number {begin} {'below ' * self.below}{self.most:g}"
 
   def takes(self, value: Any) -> bool:
     """Whether a value is one; NaN is not."""
@@ -72,7 +76,7 @@ class OneOf(tuple[str, ...]):
     return super().__new__(cls, names)
 
   def __str__(self) -> str:
-    return f"one of {', '.join(self)}"
+    return f"one of {', '.join(self)}" if len(self) > 1 else repr(self[0])
 
   def takes(self, value: Any) -> bool:
     """Whether a value is one of them."""

@@ -11,8 +11,9 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _fields
+from experiments import _groups
 from nl_jax.models import presets
+from nl_jax.train import config
 
 ConfigDict = config_dict.ConfigDict
 
@@ -116,8 +117,8 @@ def language_model(
   small = size in ("smoke", "tiny")
   said = dict(model)
   mixer, levels = said.pop("mixer", {}), said.pop("cms")
-  known = _fields.table(said["arch"], "chunks" in levels)
-  of = lambda path, **says: _fields.filled(known[path], **says)
+  known = config.table(said["arch"], "chunks" in levels)
+  of = lambda path, **says: _groups.filled(known[path], **says)
   sizes = dict(
     width=shape.width, layers=shape.layers, vocab_size=shape.vocab_size
   )

@@ -97,7 +97,7 @@ class Config:
       of the K channels (the literal dimension; token reference only).
     eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
       eta_bias).
-    eta_bias: of that.
+    eta_bias: of eta, see eta_max.
     alpha_bias: of the retention alpha = sigmoid(. + alpha_bias).
     gen_input: "per_role", z^k and z^v from projections of their own, or
       "slice", head slices of the layer's input.

@@ -39,7 +39,7 @@ class Options(memory.Rule):
     value_norm: "none", or "l2": values of unit norm.
     eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
       eta_bias).
-    eta_bias: of that.
+    eta_bias: of eta, see eta_max.
     alpha_bias: of the retention alpha = sigmoid(. + alpha_bias).
     beta_bias: of the momentum's decay beta = sigmoid(. + beta_bias), 0.9 at
       the start by default; without momentum it is not read.

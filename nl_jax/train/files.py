@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from nl_jax import formats
+from nl_jax.train import config as configs
 from nl_jax.train import environment
 
 FORMAT = 2  # Of config.json and of a checkpoint's meta; both say it.
@@ -129,22 +130,7 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
       "it away"
     )
   check_format(path, "a run", about)
-  return about | {"config": upgraded(about["config"])}
-
-
-def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A config of any format as this version writes it.
-
-  In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`.
-  """
-  model = config.get("model", {})
-  if "memory" not in model:
-    return dict(config)
-  named = {"arch": "memory"}
-  mixer = {named.get(k, k): v for k, v in (model["memory"] or {}).items()}
-  rest = {k: v for k, v in model.items() if k != "memory"}
-  return {**config, "model": {**rest, "mixer": mixer}}
+  return about | {"config": configs.upgraded(about["config"])}
 
 
 def claim(

@@ -1,11 +1,11 @@
 """What a run of the loop does, and when."""
 
 import dataclasses
-from typing import Annotated
+import re
+from typing import Annotated, NamedTuple
 
 from nl_jax import fields
 from nl_jax.fields import OneOf, Whole
-from nl_jax.train import profile
 
 # Where a config has the fields of `Settings` that are not in its group train.
 CHECKPOINT = {
@@ -13,6 +13,31 @@ CHECKPOINT = {
   "keep": "keep",
   "keep_period": "keep_period",
 }
+
+
+class Steps(NamedTuple):
+  """The first and the last step of a trace."""
+
+  first: int
+  last: int
+
+
+def parse_steps(text: str) -> Steps | None:
+  """Steps written as "10:13", both included; None of "".
+
+  Raises:
+    ValueError: it is written in another way, or ends before it begins.
+  """
+  if text == "":
+    return None
+  found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(text))
+  steps = Steps(int(found[1]), int(found[2])) if found else None
+  if steps is None or steps.last < steps.first:
+    raise ValueError(
+      "train.profile_steps must be the first and the last step to trace, as "
+      f"10:13, the first at least 1, or empty; got {text!r}"
+    )
+  return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +76,7 @@ class Settings:
       place = {x: f"checkpoint.{k}" for k, x in CHECKPOINT.items()}
       path = place.get(name, f"train.{name}")
       fields.check_value(path, fields.of(Settings)[name], value)
-    traced = profile.parse(self.profile_steps)
+    traced = parse_steps(self.profile_steps)
     if traced and traced.first > self.steps:
       raise ValueError(
         f"train.profile_steps={self.profile_steps} begins behind train.steps="

@@ -1,12 +1,13 @@
 """The fields of a config, from the dataclasses and functions that read them.
 
 A group of a config is what one or two of them take, with their defaults; a
-preset states what differs. The checks of values and docs/config.md read the
-same table.
+preset states what differs. The checks of values, docs/config.md and what fills
+the configs of runs of before read the same table.
 """
 
 import difflib
 import inspect
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from nl_jax.train import optimizer, settings
 ConfigDict = config_dict.ConfigDict
 Field = fields.Field
 
+_ARCHS = tuple(lm.MIXERS)
 _SHAPE = ("arch", "width", "layers", "heads", "head_dim", "vocab_size",
           "tied", "norm_epsilon")  # fmt: skip
 _DATA = ("source", "path", "text_key", "tokenizer", "sequence_length",
@@ -29,35 +31,12 @@ _OPTIM = ("name", "learning_rate", "warmup_steps", "weight_decay", "clip_norm",
 _TRAIN = ("steps", "log_every", "eval_every", "accumulate", "dtype", "remat",
           "seed", "nan_policy", "max_skipped", "profile_steps")  # fmt: skip
 _MESH = ("replica", "fsdp", "sequence", "tensor")
-# What the run's resolution puts in the place of `train.dtype`.
+# What stands for the dtype of activations until the machine is known.
 AUTO = "auto"
-
-
-def filled(known: Mapping[str, Field], **says: Any) -> ConfigDict:
-  """A group: what a preset says, and the defaults of the rest.
-
-  Args:
-    known: the fields of the group, of `table` or of `fields.of`.
-    says: values by name; of a group in it a mapping of what differs.
-
-  Raises:
-    ValueError: a name that is no field of the group, or none for a field
-      without a default.
-  """
-  group = ConfigDict()
-  for name, field in known.items():
-    if field.group:
-      group[name] = filled(fields.of(field.group), **says.pop(name, {}))
-      continue
-    value = says.pop(name, field.default)
-    if value is inspect.Parameter.empty:
-      raise ValueError(f"a config must say {name}")
-    group[name] = value
-  if says:
-    raise ValueError(
-      f"no field {', '.join(says)}; there are {', '.join(known)}"
-    )
-  return group
+# Defaults that configs of before did not list, where they are others today.
+_WAS = {
+  arch: {"model.mixer.beta_bias": math.log(9.0)} for arch in ("dla", "memora")
+}
 
 
 def table(arch: str, in_context: bool = False) -> dict[str, dict[str, Field]]:
@@ -111,12 +90,7 @@ def check(config: Mapping[str, Any]) -> None:
     ValueError: a field too many, one that is missing, or a value that its
       field does not take; the sentence names the field.
   """
-  model = config.get("model")
-  if not isinstance(model, Mapping):
-    raise ValueError(f"the config must have a group model, got {model!r}")
-  levels = model.get("cms")
-  in_context = isinstance(levels, Mapping) and "chunks" in levels
-  known = flat(table(model.get("arch"), in_context))
+  known = flat(_table_of(config))
   found = dict(leaves(config))
   for path in found:
     if path not in known:
@@ -125,8 +99,69 @@ def check(config: Mapping[str, Any]) -> None:
       raise ValueError(f"nothing reads the field {path} of the config{hint}")
   for path, field in known.items():
     if path not in found:
-      raise ValueError(f"the config must have the field {path}: {field.said}")
+      raise ValueError(f"the config has no field {path}: {field.said}")
     fields.check_value(path, field, found[path])
+
+
+def upgraded(config: Any) -> Any:
+  """A config of any format as this version writes it.
+
+  In format 1 the group `model.mixer` was `model.memory`, and the kind of a
+  memory its field `arch`. What a config does not list has the value that it
+  had then. What is no config stays as it is, for `check` to tell.
+  """
+  if not _has_groups(config) or config["model"].get("arch") not in _ARCHS:
+    return config
+  model = config["model"]
+  config = {**config, "model": _renamed(model)}
+  was = _WAS.get(model["arch"], {})
+  for path, group in _table_of(config).items():
+    node = config
+    for key in path.split("."):
+      node[key] = dict(node.get(key) or {})
+      node = node[key]
+    for name, field in group.items():
+      value = was.get(f"{path}.{name}", field.default)
+      if field.group is None and value is not inspect.Parameter.empty:
+        value = list(value) if isinstance(value, tuple) else value
+        node.setdefault(name, value)
+  return config
+
+
+def _has_groups(config: Any) -> bool:
+  """Whether what should be a group is one, as far as it is there."""
+  group = lambda x: x is None or isinstance(x, Mapping)
+  if not isinstance(config, Mapping) or not config.get("model"):
+    return False
+  parts = [*config.values(), config["model"]]
+  if not all(map(group, parts)):
+    return False
+  return all(group(config["model"].get(x)) for x in ("memory", "mixer", "cms"))
+
+
+def _renamed(model: Mapping[str, Any]) -> dict[str, Any]:
+  """The group `model` in today's names."""
+  made = {k: x for k, x in model.items() if k != "memory"}
+  if "memory" in model:
+    mixer = model["memory"] or {}
+    made["mixer"] = {
+      "memory" if k == "arch" else k: x for k, x in mixer.items()
+    }
+  return made
+
+
+def _table_of(config: Mapping[str, Any]) -> dict[str, dict[str, Field]]:
+  """The fields of a config by its arch.
+
+  Raises:
+    ValueError: no group `model`, or no such arch.
+  """
+  model = config.get("model") if isinstance(config, Mapping) else None
+  if not isinstance(model, Mapping):
+    raise ValueError("the config has no group model")
+  levels = model.get("cms")
+  learns = isinstance(levels, Mapping) and "chunks" in levels
+  return table(model.get("arch"), learns)
 
 
 def leaves(
