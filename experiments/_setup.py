@@ -5,14 +5,14 @@ Everything that can be checked is checked here, before the first compile.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from nl_jax import data, sharding
+from nl_jax import data, fields, sharding
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
 from nl_jax.train import config as configs
@@ -55,11 +55,31 @@ def resolve(config: ConfigDict) -> ConfigDict:
     ValueError: as `from_plain`.
   """
   values = configs.upgraded(config.to_dict())
-  config = ConfigDict(from_plain(values).to_dict())
+  known = configs.flat(configs.table_of(values))
+  config = ConfigDict(from_plain(_split(values, known)).to_dict())
   if config.train.dtype == "auto":
     on_cpu = jax.default_backend() == "cpu"
     config.train.dtype = "float32" if on_cpu else "bfloat16"
   return config.lock()
+
+
+def _split(
+  values: dict[str, Any], known: Mapping[str, fields.Field], prefix: str = ""
+) -> dict[str, Any]:
+  """Words that a command line gives as k,v, which reads as one, apart."""
+  made = {}
+  for key, value in values.items():
+    field = known.get(prefix + key)
+    if isinstance(value, dict):
+      value = _split(value, known, f"{prefix}{key}.")
+    elif field and field.many and field.words and isinstance(value, tuple):
+      value = tuple(
+        word
+        for entry in value
+        for word in (entry.split(",") if isinstance(entry, str) else [entry])
+      )
+    made[key] = value
+  return made
 
 
 def model(

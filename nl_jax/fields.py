@@ -76,11 +76,25 @@ class OneOf(tuple[str, ...]):
     return super().__new__(cls, names)
 
   def __str__(self) -> str:
-    return f"one of {', '.join(self)}" if len(self) > 1 else repr(self[0])
+    return f"one of {', '.join(self)}"
 
   def takes(self, value: Any) -> bool:
     """Whether a value is one of them."""
     return isinstance(value, str) and value in self
+
+
+class Only(NamedTuple):
+  """The one value that fits, and what to do for another."""
+
+  value: Any
+  otherwise: str
+
+  def __str__(self) -> str:
+    return repr(self.value)
+
+  def takes(self, value: Any) -> bool:
+    """Whether a value is that one."""
+    return type(value) is type(self.value) and value == self.value
 
 
 POSITIVE = Number(0.0, above=True)
@@ -104,7 +118,8 @@ class _Plain(NamedTuple):
     return type(value) is self.kind
 
 
-_PLAIN = {bool: _Plain(bool, "True or False"), str: _Plain(str, "text")}
+TEXT = _Plain(str, "text")
+_PLAIN = {bool: _Plain(bool, "True or False"), str: TEXT}
 
 
 class Field(NamedTuple):
@@ -131,6 +146,11 @@ class Field(NamedTuple):
   def said(self) -> str:
     """What it may be, in words."""
     return f"{self.bounds}, each" if self.many else str(self.bounds)
+
+  @property
+  def words(self) -> bool:
+    """Whether it is of text."""
+    return self.bounds is TEXT or isinstance(self.bounds, OneOf)
 
 
 @functools.cache
@@ -193,6 +213,8 @@ def _check_one(path: str, bounds: Any, value: Any) -> None:
   names = bounds if isinstance(bounds, OneOf) else ()
   close = difflib.get_close_matches(str(value), names, n=1)
   hint = f". Did you mean {close[0]!r}?" if close else ""
+  if isinstance(bounds, Only):
+    hint = f": {bounds.otherwise}"
   mark = ";" if names else ","
   raise ValueError(f"{path} must be {bounds}{mark} got {value!r}{hint}")
 

@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "formats",
-  "upgrade",
+  "upgrade", "fields",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
@@ -32,13 +32,14 @@ MAY = {
   "tasks": set(),
   "types": set(),
   "formats": set(),
+  "fields": set(),
 }  # fmt: skip
 WITH_TYPES = ROOMS - {"kernels", "optim", "tasks"}
 CORE = {"jax", "optax", "numpy"}
 LIBRARIES = {
   "kernels": CORE, "memory": CORE, "optim": CORE, "levels": CORE,
   "sharding": CORE, "card": CORE, "tasks": {"numpy"},
-  "formats": set(),
+  "formats": set(), "fields": set(),
 }  # fmt: skip
 FILES = [
   *ROOT.glob("nl_jax/**/*.py"), *ROOT.glob("kernels/**/*.py"),
@@ -68,7 +69,8 @@ def test_a_room_imports_only_what_it_may(path):
   if room == "__init__":
     assert not list(imported(path))
     return
-  allowed = MAY[room] | {room} | ({"types"} if room in WITH_TYPES else set())
+  common = {"types", "fields"} if room in WITH_TYPES else set()
+  allowed = MAY[room] | {room} | common
   for name in imported(path):
     top, _, rest = name.partition(".")
     assert top != "kernels", "import nl_jax.kernels"

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 PROJECTED = ("q", "k", "v")
+LMM = "use model.arch='titans_lmm'"  # Of memories that have less.
 
 
 @dataclasses.dataclass(frozen=True)

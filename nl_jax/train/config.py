@@ -90,7 +90,7 @@ def check(config: Mapping[str, Any]) -> None:
     ValueError: a field too many, one that is missing, or a value that its
       field does not take; the sentence names the field.
   """
-  known = flat(_table_of(config))
+  known = flat(table_of(config))
   found = dict(leaves(config))
   for path in found:
     if path not in known:
@@ -115,7 +115,7 @@ def upgraded(config: Any) -> Any:
   model = config["model"]
   config = {**config, "model": _renamed(model)}
   was = _WAS.get(model["arch"], {})
-  for path, group in _table_of(config).items():
+  for path, group in table_of(config).items():
     node = config
     for key in path.split("."):
       node[key] = dict(node.get(key) or {})
@@ -150,7 +150,7 @@ def _renamed(model: Mapping[str, Any]) -> dict[str, Any]:
   return made
 
 
-def _table_of(config: Mapping[str, Any]) -> dict[str, dict[str, Field]]:
+def table_of(config: Mapping[str, Any]) -> dict[str, dict[str, Field]]:
   """The fields of a config by its arch.
 
   Raises:
