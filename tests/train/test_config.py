@@ -44,7 +44,8 @@ def outside(field):
     values = [x for x in values if x not in bounds.also]
   elif isinstance(bounds, fields.Number):
     values += [math.nan, math.inf, -math.inf, "1", True, 2 * bounds.most]
-    values += [bounds.least - 1, *[bounds.least] * bounds.above]
+    values += [bounds.least - abs(bounds.least) - 1]
+    values += [bounds.least] * bounds.above
     values += [bounds.most] * bounds.below
   elif isinstance(bounds, (fields.OneOf, fields.Only)):
     values += ["no such name", 7]
