@@ -130,7 +130,7 @@ def language_model(
       model=group,
       data=of(
         "data",
-        source={"smoke": "synthetic", "tiny": "embedded"}.get(size, "text"),
+        source={"smoke": "synthetic", "tiny": "embedded"}.get(size, ""),
         tokenizer="bytes" if small else "",
         sequence_length=scale.sequence_length,
         batch_size=scale.batch_size,
