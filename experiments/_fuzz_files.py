@@ -116,7 +116,8 @@ def _make_tokenizers(
   )
   made.train_from_iterator(texts, trainer)
   made.save(str(folder / "tokenizer.json"))
-  training.train(texts, str(folder / "words.model"), 300)
+  size = sum(map(len, texts))
+  training.train(texts, size, folder / "words.model", 310)
 
 
 def _data(source: str, path: str) -> Callable[[pathlib.Path], str]:

@@ -54,7 +54,7 @@ def outside(field):
   return [(x,) for x in values] if field.many else values
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [x for x in NAMES if x.endswith("_tiny")])
 def test_a_value_out_of_range_is_told_by_its_whole_path(name):
   config = _flags.load_config(name).to_dict()
   known = configs.flat(configs.table_of(config))
@@ -80,7 +80,7 @@ def test_a_value_out_of_range_is_told_by_its_whole_path(name):
   ({"model": {"arch": "hop"}}, "Did you mean 'hope'"),
   ({"model": {"arch": []}}, "model.arch must be one of"),
   ({"model": {"arch": "hope", "cms": 3}}, "model.cms"),
-  ({"model": {"arch": "hope"}, "train": None}, "train"),
+  ({"model": {"arch": "hope"}}, "no field model.width"),
 ])  # fmt: skip
 def test_what_is_no_config_is_told(broken, sentence):
   with pytest.raises(ValueError, match=sentence):
