@@ -5,18 +5,19 @@ Everything that can be checked is checked here, before the first compile.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from nl_jax import data, sharding
+from nl_jax import data, fields, sharding
 from nl_jax.data import sources
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
 from nl_jax.train import checkpoint, files, optimizer
+from nl_jax.train import config as configs
 from nl_jax.train import settings as settings_lib
 
 ConfigDict = config_dict.ConfigDict
@@ -31,7 +32,13 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_plain(values: dict[str, Any]) -> ConfigDict:
-  """The inverse of `plain`."""
+  """The inverse of `plain`, for what a run left.
+
+  Raises:
+    ValueError: a field that nothing reads, one that is missing, or a value
+      that its field does not take.
+  """
+  configs.check(values)
   as_tuples = lambda x: tuple(x) if isinstance(x, list) else x
   values = jax.tree.map(
     as_tuples, values, is_leaf=lambda x: not isinstance(x, dict)
@@ -50,9 +57,8 @@ def of_run(
   values = checkpoint.read_config(workdir)
   try:
     config = from_plain(values)
-    str(config.data.tokenizer)  # There is one, though no model asks for it.
     return config, model(config)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except ValueError as error:
     reason = " ".join(str(error).split())
     raise ValueError(
       f"{workdir}/{files.CONFIG} is no config that this version of nl_jax "
@@ -62,12 +68,40 @@ def of_run(
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Fills in what depends on the machine: the dtype of activations."""
-  config = config_dict.ConfigDict(config.to_dict())
+  """A config that is checked, with what depends on the machine filled in.
+
+  Configs from files of before get the fields that they do not list; what the
+  machine decides is the dtype of activations.
+
+  Raises:
+    ValueError: as `from_plain`.
+  """
+  values = configs.upgraded(config.to_dict())
+  known = configs.flat(configs.table_of(values))
+  config = ConfigDict(from_plain(_split(values, known)).to_dict())
   if config.train.dtype == "auto":
     on_cpu = jax.default_backend() == "cpu"
     config.train.dtype = "float32" if on_cpu else "bfloat16"
   return config.lock()
+
+
+def _split(
+  values: dict[str, Any], known: Mapping[str, fields.Field], prefix: str = ""
+) -> dict[str, Any]:
+  """Words that a command line gives as k,v, which reads as one, apart."""
+  made = {}
+  for key, value in values.items():
+    field = known.get(prefix + key)
+    if isinstance(value, dict):
+      value = _split(value, known, f"{prefix}{key}.")
+    elif field and field.many and field.words and isinstance(value, tuple):
+      value = tuple(
+        word
+        for entry in value
+        for word in (entry.split(",") if isinstance(entry, str) else [entry])
+      )
+    made[key] = value
+  return made
 
 
 def with_source(config: ConfigDict, is_given: bool) -> ConfigDict:
@@ -136,14 +170,51 @@ def dataset(
       "model or a tokenizer.json, of at most model.vocab_size="
       f"{config.model.vocab_size} ids"
     )
+  _check_rows(config, net)
   part, parts = (0, 1) if on is None else part_of_batch(on)
   return data.load(
     **config.data.to_dict(),
+    consecutive=config.train.carry_gradient,
     alignment=net.alignment,
     vocab_size=net.vocab_size,
     process_index=part,
     process_count=parts,
   )
+
+
+def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
+  """Raises ValueError where rows cannot be carried on as the config says."""
+  rows, reset = config.data.rows, config.data.reset
+  if rows != "stream":
+    for path, value, default in (
+      ("data.reset", reset, "document"),
+      ("train.carry_gradient", config.train.carry_gradient, 1),
+    ):
+      if value != default:
+        raise ValueError(
+          f"{path}={value!r} is of data.rows=stream, got data.rows={rows!r}"
+        )
+    return
+  if net.grows:
+    raise ValueError(
+      "data.rows=stream carries what a model remembers from row to row, and "
+      f"that of model.arch={net.arch!r} grows with the text: set "
+      "model.mixer.window, or use a model of memories, such as hope"
+    )
+  levels = getattr(net, "options", None)
+  if levels and (levels.reset == "document") != (reset == "document"):
+    fits = {"document": "document", "never": "sequence"}[reset]
+    raise ValueError(
+      f"with data.rows=stream and data.reset={reset} levels in context begin "
+      f"anew with model.cms.reset={fits}, got {levels.reset!r}"
+    )
+
+
+def streams(config: ConfigDict) -> int:
+  """Rows that carry their memories from step to step; 0: none does."""
+  if config.data.rows != "stream":
+    return 0
+  return config.data.batch_size // config.train.carry_gradient
 
 
 def part_of_batch(on: jax.sharding.Mesh) -> tuple[int, int]:
@@ -215,7 +286,8 @@ def mesh_sizes(config: ConfigDict, count: int) -> dict[str, int]:
   axes = [sizes[axis] for axis in ("fsdp", "sequence", "tensor")]
   if axes != [-1, 1, 1] or replica < 1 or count % replica:
     return sizes
-  rows = config.data.batch_size // (config.train.accumulate * replica)
+  rows = config.data.batch_size // config.train.carry_gradient
+  rows //= config.train.accumulate * replica
   fsdp = math.gcd(count // replica, rows)
   return sizes | dict(fsdp=fsdp, tensor=count // replica // fsdp)
 
@@ -243,7 +315,7 @@ def mesh(
     )
   sharding.check_batch(
     made,
-    config.data.batch_size,
+    config.data.batch_size // config.train.carry_gradient,
     config.data.sequence_length,
     config.train.accumulate,
   )
@@ -256,20 +328,19 @@ def settings(config: ConfigDict) -> settings_lib.Settings:
   Raises:
     ValueError: a number out of range, or a task that there is not.
   """
+  settings_lib.Evaluation(**config.eval.to_dict())
   try:
     evaluate.parse(config.eval.tasks)
   except ValueError as error:
     raise ValueError(f"eval.tasks: {error}") from error
-  if config.eval.batches < 0:
-    raise ValueError(
-      f"eval.batches must be 0 (all) or more, got {config.eval.batches}"
-    )
   train = config.train
   return settings_lib.Settings(
     steps=train.steps,
     log_every=train.log_every,
     eval_every=train.eval_every,
     accumulate=train.accumulate,
+    streams=streams(config),
+    carry_gradient=train.carry_gradient,
     nan_policy=train.nan_policy,
     max_skipped=train.max_skipped,
     checkpoint_every=config.checkpoint.every,
