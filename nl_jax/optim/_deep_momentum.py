@@ -66,6 +66,11 @@ class MLPMemory:
     if self.hidden < 0:
       raise ValueError(f"hidden must be >= 0, got {self.hidden}")
 
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The weights of a memory, in the order of a dict's leaves."""
+    return ("w_in", "w_out") if self.depth == 2 else ("w_out",)
+
   def width(self, c: int) -> int:
     """Hidden units of a memory of c features."""
     if self.depth == 1:
@@ -236,16 +241,18 @@ def scale_by_deep_momentum(
     decay_layers == "all",
   )  # fmt: skip
 
-  def kind(spec):
+  def kind(x, spec):
     """How a leaf learns: "trace", "identity" or "memory"."""
     if keeps_state:
       return "trace"
+    if not x.size:
+      return "identity"
     return "memory" if spec is not None or vector_rule == "mlp" else vector_rule
 
   def memory_of(path, p, spec):
-    if kind(spec) == "trace":
+    if kind(p, spec) == "trace":
       return _dtypes.slow(p, None)
-    if kind(spec) == "identity":
+    if kind(p, spec) == "identity":
       return ()
     if not is_mlp and spec is None:
       raise ValueError(
@@ -271,7 +278,7 @@ def scale_by_deep_momentum(
     ]
     learns = target == "ema" and not keeps_state
     targets = [
-      _dtypes.slow(p, None) if learns and kind(spec) == "memory" else ()
+      _dtypes.slow(p, None) if learns and kind(p, spec) == "memory" else ()
       for (_, p), spec in zip(paths, specs)
     ]
     return ScaleByDeepMomentumState(
@@ -286,9 +293,10 @@ def scale_by_deep_momentum(
 
     def one(g, weights, goal, spec):
       raw, g = g, g.astype(_dtypes.wide(g))
-      if kind(spec) == "identity":
+      how = kind(g, spec)
+      if how == "identity":
         return g, weights, goal
-      if kind(spec) == "trace":
+      if how == "trace":
         m = alpha * weights + eta * g
         return m, m, goal
       t = g if target == "self" else jnp.ones_like(g)
@@ -299,12 +307,18 @@ def scale_by_deep_momentum(
       s = _rms(G)
       u, v = _dtypes.safe_divide(G, s), _dtypes.safe_divide(t, _rms(t))
       S = G.shape[0]
-      flat = jax.tree.map(lambda w: w.reshape((S, *w.shape[-2:])), weights)
+      # What wraps a state may have made another mapping of a dict: the leaves
+      # are read and written in their order.
+      olds, structure = jax.tree.flatten(weights)
+      flat = [w.reshape((S, *w.shape[-2:])) for w in olds]
       if is_mlp:
-        y, new = _mlp_step(memory, flat, u, v, rule)
+        names = memory.names
+        y, new = _mlp_step(memory, dict(zip(names, flat)), u, v, rule)
+        new = [new[name] for name in names]
       else:
-        y, new = _linear_step(flat, u, v, rule)
-      new = jax.tree.map(lambda w, like: w.reshape(like.shape), new, weights)
+        y, *new = _linear_step(*flat, u, v, rule)
+      new = [w.reshape(old.shape) for w, old in zip(new, olds)]
+      new = structure.unflatten(new)
       d = s * y
       d = d.reshape(g.shape) if spec is None else stack.unpack(d, g.shape, spec)
       return stack.like(d, raw), new, goal

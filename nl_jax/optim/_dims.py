@@ -85,10 +85,13 @@ def _rank(spec: Dims) -> int:
 
 
 def flat(dims: DimsLike, tree: Tree) -> list[Spec]:
-  """One spec a leaf of `tree`; None as `dims` is (-2, -1) for rank >= 2."""
+  """One spec a leaf of `tree`; None as `dims` is (-2, -1) for rank >= 2.
+
+  An empty leaf is no matrix.
+  """
+  leaves = jax.tree.leaves(tree)
   if dims is None:
-    leaves = jax.tree.leaves(tree)
-    return [stack.MATRIX if x.ndim >= 2 else None for x in leaves]
+    return [stack.MATRIX if x.ndim >= 2 and x.size else None for x in leaves]
   return api.flat_dims(dims(tree) if callable(dims) else dims, tree)
 
 
