@@ -22,7 +22,6 @@ from nl_jax import card, optim, sharding
 _NO_DECAY = re.compile(
   r"(^|/)([^/]*norm[^/]*/.*|conv_\w+|b_\w+|bias|scale|mix|A_log|D_skip)$"
 )
-# Narrower matrices, as gates of heads, are AdamW's; stacked vectors too.
 _MIN_SIDE = 16
 _NO_MATRIX = (r"(^|/)(conv_\w+|b_\w+|mix)$",)
 
@@ -206,10 +205,14 @@ def decay_mask(params: Any) -> Any:
 
   def decays(path: tuple, leaf: jax.Array) -> bool:
     name = sharding.path_name(path)
-    rank = leaf.ndim - name.startswith("blocks/")
-    return rank >= 2 and not _NO_DECAY.search(name)
+    return _rank(name, leaf) >= 2 and not _NO_DECAY.search(name)
 
   return jax.tree_util.tree_map_with_path(decays, params)
+
+
+def _rank(name: str, leaf: jax.Array) -> int:
+  """Axes of one layer's parameter; those in blocks/ are stacked."""
+  return leaf.ndim - name.startswith("blocks/")
 
 
 def _build(
@@ -225,14 +228,29 @@ def _build(
   adamw = optax.adamw(rate, **adam, **decay)
   if rule.factory is optax.adamw:
     return adamw
-  routing = {"fallback": adamw, "dims": _matrices} if rule.matrices else {}
+  routing = {"fallback": adamw, "dims": matrices} if rule.matrices else {}
   return rule.factory(rate, **decay, **routing, **rule.preset, **options)
 
 
-def _matrices(params: Any) -> Any:
-  exclude = (*optim.DEFAULT_EXCLUDE, *_NO_MATRIX)
-  return optim.matrix_dims_from_paths(
-    params, exclude=exclude, min_dim=_MIN_SIDE
+def matrices(params: Any) -> Any:
+  """The specs of the matrices that a rule for matrices learns; None: AdamW's.
+
+  Narrow ones are AdamW's too, as gates of heads are.
+  """
+  specs = optim.matrix_dims_from_paths(
+    params,
+    exclude=(*optim.DEFAULT_EXCLUDE, *_NO_MATRIX),
+    min_dim=_MIN_SIDE,
+    by_shape=False,  # Our names tell all, and stacks of heads look like filters.
+  )
+
+  def one(path: tuple, leaf: jax.Array, spec: Any) -> Any:
+    if isinstance(leaf, optax.MaskedNode):
+      return None
+    return spec if _rank(sharding.path_name(path), leaf) >= 2 else None
+
+  return jax.tree_util.tree_map_with_path(
+    one, params, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
   )
 
 

@@ -1,5 +1,8 @@
 """The outer optimizer: decay by path, periods, schedule, options."""
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from nl_jax.memory import self_modifying
 from nl_jax.models import cms, lm
 from nl_jax.train import optimizer
 from nl_jax.train import state as state_lib
+from tests.laws import models
 from tests.train import stub
 
 TOKENS = stub.TOKENS
@@ -125,6 +129,9 @@ def test_decay_is_decided_by_path():
         "w_q": (2, 8, 8),
         "conv_q": (2, 4, 8),
         "norm": {"scale": (2, 4)},
+        "dt_bias": (2, 2),
+        "mu_r": (2, 8),
+        "token_rate": (2, 4),
         "memory": {
           "k": {"w_in": (2, 2, 4, 4)},
           "memory": {"w": (2, 2, 4, 4)},
@@ -154,6 +161,29 @@ def test_decay_is_decided_by_path():
     "blocks/mixer/memory/gate/w_eta",
     "blocks/cms/high/w_up",
   }
+
+
+@pytest.mark.parametrize(
+  ("name", "vector"),
+  [("rwkv7", "mu_r"), ("ttt_linear", "token_rate"),
+   ("gated_deltanet", "dt_bias")],
+)  # fmt: skip
+def test_a_stack_of_vectors_is_no_matrix(name, vector):
+  # As many layers as a matrix has rows: its name alone does not give it away.
+  net = dataclasses.replace(models.MODELS[name](), layers=2 * 16)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  decays = optimizer.decay_mask(params)
+  specs = optimizer.matrices(params)
+  assert vector in params["blocks"]["mixer"]
+  for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]):
+    if x.ndim < 3:
+      at = lambda tree, path=path: functools.reduce(
+        lambda node, key: node[key.key], path, tree["blocks"]
+      )
+      assert not at(decays), path
+      assert at(specs) is None, path
+  assert decays["blocks"]["mixer"]["w_k"]
+  assert specs["blocks"]["mixer"]["w_k"] is not None
 
 
 def test_decay_moves_matrices_alone():
