@@ -55,6 +55,7 @@ from nl_jax.optim._dims import scale_by_shape as scale_by_shape
 from nl_jax.optim._m3 import ScaleByM3State as ScaleByM3State
 from nl_jax.optim._m3 import m3 as m3
 from nl_jax.optim._m3 import m3_paper as m3_paper
+from nl_jax.optim._m3 import muon as muon
 from nl_jax.optim._m3 import scale_by_m3 as scale_by_m3
 from nl_jax.optim._matrices import DEFAULT_EXCLUDE as DEFAULT_EXCLUDE
 from nl_jax.optim._matrices import DEFAULT_RULES as DEFAULT_RULES

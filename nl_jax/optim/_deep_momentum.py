@@ -16,7 +16,7 @@ typed and affordable. The first update is exactly that of SGD.
 import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
-from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes
+from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes, _matrices
 
 A = jax.typing.ArrayLike
 Tree = Any
@@ -173,14 +173,14 @@ def scale_by_deep_momentum(
   target_decay: A = 0.9,
   *,
   memory: MLPMemory | LinearMemory = MLPMemory(),  # noqa: B008 (frozen)
-  inner_step: str = "normalized",
-  loss: str = "l2",
-  target: str = "ema",
-  readout: str | None = None,
-  read: str = "post",
+  inner_step: Literal["normalized", "gd"] = "normalized",
+  loss: Literal["l2", "dot"] = "l2",
+  target: Literal["ema", "self", "ones"] = "ema",
+  readout: Literal["apply", "state"] | None = None,
+  read: Literal["post", "pre"] = "post",
   output: str | Callable[[jax.Array], jax.Array] | None = None,
-  decay_layers: str = "output",
-  vector_rule: str = "identity",
+  decay_layers: Literal["output", "all"] = "output",
+  vector_rule: Literal["identity", "trace", "mlp"] = "identity",
   eta: A = 1.0,
   ns_steps: int = 5,
   coeffs: str | coefficients.Table = "jordan",
@@ -273,7 +273,7 @@ def scale_by_deep_momentum(
     specs = _dims.flat(dims, params)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     memories = [
-      memory_of(jax.tree_util.keystr(path), p, spec)
+      memory_of(jax.tree_util.keystr(_matrices.bare(path)), p, spec)
       for (path, p), spec in zip(paths, specs)
     ]
     learns = target == "ema" and not keeps_state
@@ -362,14 +362,14 @@ def deep_momentum(
   fallback_learning_rate: base.ScalarOrSchedule | None = None,
   target_decay: A = 0.9,
   memory: MLPMemory | LinearMemory = MLPMemory(),  # noqa: B008 (frozen)
-  inner_step: str = "normalized",
-  loss: str = "l2",
-  target: str = "ema",
-  readout: str | None = None,
-  read: str = "post",
+  inner_step: Literal["normalized", "gd"] = "normalized",
+  loss: Literal["l2", "dot"] = "l2",
+  target: Literal["ema", "self", "ones"] = "ema",
+  readout: Literal["apply", "state"] | None = None,
+  read: Literal["post", "pre"] = "post",
   output: str | Callable[[jax.Array], jax.Array] | None = None,
-  decay_layers: str = "output",
-  vector_rule: str = "identity",
+  decay_layers: Literal["output", "all"] = "output",
+  vector_rule: Literal["identity", "trace", "mlp"] = "identity",
   eta: A = 1.0,
   ns_steps: int = 5,
   coeffs: str | coefficients.Table = "jordan",

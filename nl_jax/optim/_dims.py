@@ -15,6 +15,7 @@ Dims = stack.Dims
 Spec = _matrices.Spec
 DimsLike = _matrices.DimsLike
 
+
 def flat(dims: DimsLike, tree: Tree) -> list[Spec]:
   """One spec a leaf of `tree`; None as `dims` is (-2, -1) for rank >= 2.
 

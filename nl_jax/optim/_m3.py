@@ -15,7 +15,7 @@ Deviation: the paper prints sums, a second moment of raw gradients and chunks of
 f + 1 gradients; `m3_paper` follows it but for the f + 1, the defaults do not.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,10 +59,10 @@ def scale_by_m3(
   ns_steps: int = 5,
   slow_every: A = 100,
   *,
-  accumulate: str = "ema",
-  second_moment: str | None = "ortho",
-  chunk_reduce: str = "mean",
-  slow_read: str = "next",
+  accumulate: Literal["ema", "sum"] = "ema",
+  second_moment: Literal["ortho", "grad"] | None = "ortho",
+  chunk_reduce: Literal["mean", "sum"] = "mean",
+  slow_read: Literal["next", "same"] = "next",
   bias_correction: bool = True,
   nesterov: bool = False,
   coeffs: str | coefficients.Table = "jordan",
@@ -264,10 +264,10 @@ def m3(
   fallback_eps: A = 1e-8,
   fallback_weight_decay: A = 0.0,
   require_matrix: bool = False,
-  accumulate: str = "ema",
-  second_moment: str | None = "ortho",
-  chunk_reduce: str = "mean",
-  slow_read: str = "next",
+  accumulate: Literal["ema", "sum"] = "ema",
+  second_moment: Literal["ortho", "grad"] | None = "ortho",
+  chunk_reduce: Literal["mean", "sum"] = "mean",
+  slow_read: Literal["next", "same"] = "next",
   bias_correction: bool = True,
   nesterov: bool = False,
   coeffs: str | coefficients.Table = "jordan",
@@ -327,6 +327,50 @@ def m3(
       fallback_b1, fallback_b2, fallback_eps, fallback_weight_decay,
     )  # fmt: skip
   return _dims.partition(matrices, fallback, dims, require_matrix)
+
+
+def muon(
+  learning_rate: base.ScalarOrSchedule,
+  b1: A = 0.95,
+  ns_steps: int = 5,
+  weight_decay: A = 0.0,
+  mask: Tree | None = None,
+  *,
+  consistent_rms: A | None = 0.2,
+  fallback: base.GradientTransformation | None = None,
+  fallback_learning_rate: base.ScalarOrSchedule | None = None,
+  fallback_b1: A = 0.9,
+  fallback_b2: A = 0.95,
+  fallback_eps: A = 1e-8,
+  fallback_weight_decay: A = 0.0,
+  require_matrix: bool = False,
+  nesterov: bool = False,
+  coeffs: str | coefficients.Table = "jordan",
+  ns_eps: A = 1e-12,
+  ns_dtype: jax.typing.DTypeLike | None = None,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  dims: _dims.DimsLike = None,
+  ns_sharding: orthogonalize.NSSharding | None = None,
+) -> base.GradientTransformationExtraArgs:
+  """Muon: M3 without its slow memory and second moment.
+
+  Args:
+    learning_rate: a number or a schedule.
+    b1, ns_steps, weight_decay, mask, consistent_rms, fallback,
+      fallback_learning_rate, fallback_b1, fallback_b2, fallback_eps,
+      fallback_weight_decay, require_matrix, nesterov, coeffs, ns_eps, ns_dtype,
+      mu_dtype, dims, ns_sharding: see `m3`.
+  """
+  return m3(
+    learning_rate, b1, alpha=None, second_moment=None, ns_steps=ns_steps,
+    weight_decay=weight_decay, mask=mask, consistent_rms=consistent_rms,
+    fallback=fallback, fallback_learning_rate=fallback_learning_rate,
+    fallback_b1=fallback_b1, fallback_b2=fallback_b2,
+    fallback_eps=fallback_eps, fallback_weight_decay=fallback_weight_decay,
+    require_matrix=require_matrix, nesterov=nesterov, coeffs=coeffs,
+    ns_eps=ns_eps, ns_dtype=ns_dtype, mu_dtype=mu_dtype, dims=dims,
+    ns_sharding=ns_sharding,
+  )  # fmt: skip
 
 
 def m3_paper(

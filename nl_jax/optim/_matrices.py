@@ -127,7 +127,9 @@ def _choose(
     if spec is not None:
       c, r = stack.sizes(x.shape, spec)
       count = x.size // max(c * r, 1)
-      text = f"matrix {c} x {r}" if count == 1 else f"{count} matrices {c} x {r}"
+      text = (
+        f"matrix {c} x {r}" if count == 1 else f"{count} matrices {c} x {r}"
+      )
       if min(c, r) < min_dim:
         spec, why = None, f"a side of {min(c, r)} is below {min_dim}"
     elif not why:
@@ -177,14 +179,18 @@ def _spec(
 
 
 def path_name(path: Sequence[Any]) -> str:
-  """'/'-joined names of a path; boxes around an array have none.
+  """'/'-joined names of a path."""
+  return jax.tree_util.keystr(bare(path), simple=True, separator="/")
 
-  flax.nnx hands `Variable`s to `init` and bare arrays to `update`: both are to
-  have one name.
+
+def bare(path: Sequence[Any]) -> tuple[Any, ...]:
+  """A path without the box around an array.
+
+  flax.nnx hands `Variable`s to `init` and arrays to `update`: both are to have
+  one name.
   """
-  if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-    path = path[:-1]
-  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+  boxed = path and path[-1] == jax.tree_util.GetAttrKey("value")
+  return tuple(path[:-1] if boxed else path)
 
 
 def _rank(spec: Dims) -> int:

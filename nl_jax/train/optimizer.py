@@ -241,7 +241,7 @@ def matrices(params: Any) -> Any:
     params,
     exclude=(*optim.DEFAULT_EXCLUDE, *_NO_MATRIX),
     min_dim=_MIN_SIDE,
-    by_shape=False,  # Our names tell all, and stacks of heads look like filters.
+    by_shape=False,  # Our names tell all; stacks of heads look like filters.
   )
 
   def one(path: tuple, leaf: jax.Array, spec: Any) -> Any:
