@@ -210,7 +210,10 @@ def scale_by_deep_momentum(
     vector_rule: for leaves that are no matrices: "identity" is the gradient,
       "trace" momentum with alpha and eta, "mlp" one sample of all entries.
     eta: rate of the write of linear memories and of "trace".
-    ns_steps, coeffs, ns_dtype, ns_sharding: of output="orthogonalize".
+    ns_steps: Newton-Schulz iterations of output="orthogonalize".
+    coeffs: its coefficients, a name or a table (`orthogonalize`).
+    ns_dtype: of its iterations; None is at least float32.
+    ns_sharding: where it runs on a mesh.
     dims: the matrices; None is (-2, -1) for rank >= 2.
 
   Returns:

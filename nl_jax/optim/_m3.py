@@ -80,7 +80,9 @@ def scale_by_m3(
   """Orthogonalised momentum at two time scales; see the module docstring.
 
   Args:
-    b1, b2, b3: decays of the fast momentum, second moment, slow momentum.
+    b1: decay of the fast momentum.
+    b2: decay of the second moment.
+    b3: decay of the slow momentum.
     alpha: weight of the slow memory; None leaves it out (Muon).
     eps: in the denominators.
     ns_steps: Newton-Schulz iterations.
@@ -91,10 +93,16 @@ def scale_by_m3(
     slow_read: "next" uses o2 from the step after (Algorithm 1), or "same".
     bias_correction: of m1 and nu, with accumulate="ema".
     nesterov: NS(b1 m1 / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)).
-    coeffs, ns_eps, ns_dtype, ns_sharding: see `orthogonalize_tree`.
+    coeffs: of Newton-Schulz, a name or a table (`orthogonalize`).
+    ns_eps: added to the norms that it divides by.
+    ns_dtype: of its iterations; None is at least float32.
+    ns_sharding: where it runs on a mesh.
     cache_slow: keep o2; otherwise it is computed anew in every step.
     stagger: groups of equal shapes refresh at different steps.
-    mu_dtype, nu_dtype, slow_dtype, o2_dtype: of m1; nu; m2 and slow_sum; o2.
+    mu_dtype: of m1; None as the parameters.
+    nu_dtype: of nu; None is at least float32.
+    slow_dtype: of m2 and slow_sum; None is at least float32.
+    o2_dtype: of o2; None as m1.
     dims: the matrices; None is (-2, -1) for rank >= 2. Leaves under None take
       the same rule without NS.
 
@@ -294,6 +302,11 @@ def m3(
       sqrt(max(1, r / c)).
     fallback: a complete optimizer for the other leaves; None is AdamW with the
       `fallback_*` arguments and, by default, the same learning rate.
+    fallback_learning_rate: AdamW's, for what is no matrix; None is the same.
+    fallback_b1: its decay of the first moment.
+    fallback_b2: its decay of the second moment.
+    fallback_eps: added to the root of its second moment.
+    fallback_weight_decay: its weight decay.
     require_matrix: raise if no leaf is a matrix.
     dims: the matrices; None selects them by `matrix_dims_from_paths`.
     b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate, second_moment,
