@@ -33,11 +33,13 @@ DEFAULT_EXCLUDE = (
   # Heads, by whatever stands before: mlm_head, value_head. Not multi_head.
   r"(^|/)((?!multi)\w+_)?head(/|$)",
   r"(^|/)(classifier|predictions|readout|score|to_logits)(/|$)",
-  # An output that is in no block is a head: /output/kernel of attention is not.
-  r"^(?!.*(layer|block|att|mlp|ffn|feed|\d/))(\w+/)*(output|out|fc)" + _KERNEL,
   # Filters whose layers are named by their place.
   r"(^|/)(stem|patch\w*|downsample|upsample|dwise|depthwise|pointwise)"
   + _KERNEL,
+)
+# An output that is in no block is a head: that of an attention is none.
+_OUTPUT = (
+  r"^(?!.*(layer|block|att|mlp|ffn|feed|\d/))(\w+/)*(output|out|fc)" + _KERNEL
 )
 # The first rule that is found in the path and fits the rank; all other axes
 # (layer stack, expert, head, level) are batch.
@@ -72,10 +74,11 @@ def matrix_dims_from_paths(
     exclude: regular expressions; a path in which one is found gets None.
     rules: pairs (regular expression, spec or None), first match wins.
     min_dim: least short side of a matrix.
-    by_shape: leave out filters (rank 4 or more, a square window with an odd
-      side of at most 11 on the first two or the last two axes, or any square
-      before at most 4 colours) and tables (4096 or more rows, 30 times as long
-      as wide) whatever their names.
+    by_shape: leave out, whatever `exclude` says: heads (rank 2, named output,
+      out or fc, and in no layer, block, attention or MLP); filters (rank 4 or
+      more, a square window with an odd side of at most 11 on the first two or
+      the last two axes, or any square before at most 4 colours); tables (4096
+      or more rows, 30 times as long as wide).
 
   Returns:
     Tree like `params` of `MuonDimensionNumbers` or None.
@@ -152,6 +155,8 @@ def _no_matrix(
       return f"its name has {found[0].strip('/_') or found[0]!r}"
   if not by_shape:
     return ""
+  if len(shape) == 2 and re.search(_OUTPUT, name, re.IGNORECASE):
+    return "an output that is in no block"
   if len(shape) > 3 and _is_filter(shape):
     return f"a filter by its shape {shape}"
   short, long = sorted(shape[-2:])
