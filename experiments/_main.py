@@ -30,7 +30,7 @@ _EXTRAS = {"datasets": "hf"}  # Of setup.py, where it is not `train`.
 _ROOT = pathlib.Path(__file__).parents[1]
 _AGAIN = 0.05  # Seconds.
 # What a room raises for a user's mistake, and what the system refuses.
-_MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
+MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 
 def run(main: Callable[[], int]) -> None:
@@ -54,7 +54,7 @@ def _guarded(main: Callable[[], int]) -> int:
       if _DEBUG.value:
         raise
       return _stopped(f"error: {_missing_module(error)}", FAILED)
-    except _MISTAKES as error:
+    except MISTAKES as error:
       if _DEBUG.value:
         raise
       return _stopped(f"error: {error}{_origin(error)}", FAILED)
