@@ -75,6 +75,7 @@ def main() -> int:
     print(_describe.config_text(config))
     print(_describe.parameter_table(net))
     print(_describe.card_text(config, net, optimizer))
+    print(optimizer.chosen(jax.eval_shape(net.init, jax.random.key(0))))
     if walks := _describe.walk_text(config, net):
       print(walks)
     print(_describe.flops_text(config, net), flush=True)

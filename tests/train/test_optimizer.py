@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import pytest
 from nl_jax import card, sharding
 from nl_jax.memory import self_modifying
 from nl_jax.models import cms, lm
-from nl_jax.train import optimizer
+from nl_jax.train import optimizer, rules
 from nl_jax.train import state as state_lib
 from tests.laws import models
 from tests.train import stub
@@ -218,9 +219,9 @@ def test_schedule_warms_up_and_falls_to_a_tenth():
     ({"weight_decay": float("nan")}, "optim.weight_decay"),
     ({"min_ratio": 2.0}, "from 0 to 1"),
     ({"steps": 0}, "train.steps"),
-    ({"options": {"alpha": 0.9}}, "no option alpha; it has none but b1"),
-    ({"name": "m3", "options": {"mask": 1}}, "no option mask; it has b1,"),
-    ({"name": "muon", "options": {"alpha": 1}}, "no option alpha"),
+    ({"options": {"alpha": 0.9}}, "adamw has no field alpha; it has b1, b2"),
+    ({"name": "m3", "options": {"mask": 1}}, "m3 has no field mask; it has b1"),
+    ({"name": "muon", "options": {"alpha": 1}}, "no field alpha"),
   ],
 )
 def test_bad_arguments(change, text):
@@ -251,7 +252,7 @@ def params():
   return jax.jit(MODEL.init)(jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", optimizer.RULES)
+@pytest.mark.parametrize("name", rules.RULES)
 def test_every_rule_updates_every_parameter(name, params):
   tx = make(MODEL, name=name, clip_norm=1.0).tx
   seen = run(tx, params, steps=2)
@@ -276,9 +277,14 @@ def test_matrices_and_others_of_muon(params):
   assert mixer["memory"]["gate"]["b_eta"] and mixer["memory"]["gate"]["w_eta"]
   assert not mixer["w_q"] and not mixer["memory"]["memory"]["w_in"]
   assert not same["blocks"]["cms"]["high"]["w_up"]
+  said = make(MODEL, name="muon").chosen(params)
+  assert re.match(r"optimizer: muon for [\d,]+ parameters in matrices \(", said)
+  assert "adamw for blocks/cms" in said and "embed" in said
+  assert "w_q" not in said and "w_up" not in said
+  assert make(MODEL).chosen(params) == "optimizer: adamw for all parameters"
 
 
-@pytest.mark.parametrize("name", optimizer.RULES)
+@pytest.mark.parametrize("name", rules.RULES)
 def test_slots_of_every_rule_are_sharded(name):
   mesh = sharding.mesh(fsdp=4, tensor=2)
   tx = make(MODEL, name=name).tx
