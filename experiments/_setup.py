@@ -16,7 +16,7 @@ from nl_jax import data, fields, sharding
 from nl_jax.data import sources
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
-from nl_jax.train import checkpoint, files, optimizer
+from nl_jax.train import checkpoint, files, optimizer, rules
 from nl_jax.train import config as configs
 from nl_jax.train import settings as settings_lib
 
@@ -70,13 +70,15 @@ def of_run(
 def resolve(config: ConfigDict) -> ConfigDict:
   """A config that is checked, with what depends on the machine filled in.
 
-  Configs from files of before get the fields that they do not list; what the
-  machine decides is the dtype of activations.
+  Configs from files of before get the fields that they do not list; groups of
+  rules that are not chosen go, where they say nothing; what the machine decides
+  is the dtype of activations.
 
   Raises:
     ValueError: as `from_plain`.
   """
   values = configs.upgraded(config.to_dict())
+  values["optim"] = rules.chosen(values["optim"])
   known = configs.flat(configs.table_of(values))
   config = ConfigDict(from_plain(_split(values, known)).to_dict())
   if config.train.dtype == "auto":
@@ -262,10 +264,17 @@ def tokens_per_step(config: ConfigDict) -> int:
 def make_optimizer(
   config: ConfigDict, net: lm.LanguageModel
 ) -> optimizer.Optimizer:
-  """The optimizer of the group `optim`."""
+  """The optimizer of the group `optim`.
+
+  Raises:
+    ValueError: a value that does not fit, or that the rule does not read.
+  """
+  group = rules.chosen(config.optim.to_dict())
+  options = group.pop(group["name"])
   return optimizer.make(
     net,
-    **config.optim.to_dict(),
+    **group,
+    options=options,
     steps=config.train.steps,
     tokens_per_step=tokens_per_step(config),
   )

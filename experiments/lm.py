@@ -92,6 +92,7 @@ def main() -> int:
     print(_describe.card_text(config, net, optimizer))
     for group in optimizer.groups:
       print(f"group {group}")
+    print(optimizer.chosen(jax.eval_shape(net.init, jax.random.key(0))))
     if walks := _describe.walk_text(config, net):
       print(walks)
     print(_describe.flops_text(config, net), flush=True)

@@ -1,5 +1,9 @@
 """The outer optimizer: decay by path, periods, schedule, options."""
 
+import dataclasses
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,8 +13,9 @@ import pytest
 from nl_jax import card, sharding
 from nl_jax.memory import self_modifying
 from nl_jax.models import cms, lm
-from nl_jax.train import optimizer, schedules
+from nl_jax.train import optimizer, rules, schedules
 from nl_jax.train import state as state_lib
+from tests.laws import models
 from tests.train import stub
 
 TOKENS = stub.TOKENS
@@ -125,6 +130,9 @@ def test_decay_is_decided_by_path():
         "w_q": (2, 8, 8),
         "conv_q": (2, 4, 8),
         "norm": {"scale": (2, 4)},
+        "dt_bias": (2, 2),
+        "mu_r": (2, 8),
+        "token_rate": (2, 4),
         "memory": {
           "k": {"w_in": (2, 2, 4, 4)},
           "memory": {"w": (2, 2, 4, 4)},
@@ -154,6 +162,29 @@ def test_decay_is_decided_by_path():
     "blocks/mixer/memory/gate/w_eta",
     "blocks/cms/high/w_up",
   }
+
+
+@pytest.mark.parametrize(
+  ("name", "vector"),
+  [("rwkv7", "mu_r"), ("ttt_linear", "token_rate"),
+   ("gated_deltanet", "dt_bias")],
+)  # fmt: skip
+def test_a_stack_of_vectors_is_no_matrix(name, vector):
+  # As many layers as a matrix has rows: its name alone does not give it away.
+  net = dataclasses.replace(models.MODELS[name](), layers=2 * 16)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  decays = optimizer.decay_mask(params)
+  specs = optimizer.matrices(params)
+  assert vector in params["blocks"]["mixer"]
+  for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]):
+    if x.ndim < 3:
+      at = lambda tree, path=path: functools.reduce(
+        lambda node, key: node[key.key], path, tree["blocks"]
+      )
+      assert not at(decays), path
+      assert at(specs) is None, path
+  assert decays["blocks"]["mixer"]["w_k"]
+  assert specs["blocks"]["mixer"]["w_k"] is not None
 
 
 def test_decay_moves_matrices_alone():
@@ -333,9 +364,9 @@ def test_schedule_warms_up_and_falls_to_a_tenth():
     ({"weight_decay": float("nan")}, "optim.weight_decay"),
     ({"min_ratio": 2.0}, "from 0 to 1"),
     ({"steps": 0}, "train.steps"),
-    ({"options": {"alpha": 0.9}}, "no option alpha; it has none but b1"),
-    ({"name": "m3", "options": {"mask": 1}}, "no option mask; it has b1,"),
-    ({"name": "muon", "options": {"alpha": 1}}, "no option alpha"),
+    ({"options": {"alpha": 0.9}}, "adamw has no field alpha; it has b1, b2"),
+    ({"name": "m3", "options": {"mask": 1}}, "m3 has no field mask; it has b1"),
+    ({"name": "muon", "options": {"alpha": 1}}, "no field alpha"),
   ],
 )
 def test_bad_arguments(change, text):
@@ -366,7 +397,7 @@ def params():
   return jax.jit(MODEL.init)(jax.random.key(0))
 
 
-@pytest.mark.parametrize("name", optimizer.RULES)
+@pytest.mark.parametrize("name", rules.RULES)
 def test_every_rule_updates_every_parameter(name, params):
   tx = make(MODEL, name=name, clip_norm=1.0).tx
   seen = run(tx, params, steps=2)
@@ -391,9 +422,14 @@ def test_matrices_and_others_of_muon(params):
   assert mixer["memory"]["gate"]["b_eta"] and mixer["memory"]["gate"]["w_eta"]
   assert not mixer["w_q"] and not mixer["memory"]["memory"]["w_in"]
   assert not same["blocks"]["cms"]["high"]["w_up"]
+  said = make(MODEL, name="muon").chosen(params)
+  assert re.match(r"optimizer: muon for [\d,]+ parameters in matrices \(", said)
+  assert "adamw for blocks/cms" in said and "embed" in said
+  assert "w_q" not in said and "w_up" not in said
+  assert make(MODEL).chosen(params) == "optimizer: adamw for all parameters"
 
 
-@pytest.mark.parametrize("name", optimizer.RULES)
+@pytest.mark.parametrize("name", rules.RULES)
 def test_slots_of_every_rule_are_sharded(name):
   mesh = sharding.mesh(fsdp=4, tensor=2)
   tx = make(MODEL, name=name).tx
