@@ -23,8 +23,8 @@ Field = fields.Field
 _ARCHS = tuple(lm.MIXERS)
 _SHAPE = ("arch", "width", "layers", "heads", "head_dim", "vocab_size",
           "tied", "norm_epsilon")  # fmt: skip
-_DATA = ("source", "path", "text_key", "tokenizer", "sequence_length",
-         "batch_size", "rows", "reset", "seed")  # fmt: skip
+_DATA = ("source", "path", "text_key", "bad_documents", "tokenizer",
+         "sequence_length", "batch_size", "rows", "reset", "seed")  # fmt: skip
 _OPTIM = ("name", "learning_rate", "warmup_steps", "weight_decay", "clip_norm",
           "min_ratio", "schedule", "cooldown_steps", "groups", "reduce",
           "nested_meta", "nested_rate")  # fmt: skip
