@@ -3,4 +3,5 @@
 from nl_jax.kernels.splash_attention.api import (
   splash_attention as splash_attention,
 )
+from nl_jax.kernels.splash_attention.api import share as share
 from nl_jax.kernels.splash_attention.api import supports as supports

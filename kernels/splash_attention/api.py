@@ -127,6 +127,24 @@ def splash_attention(
   return shard(*arrays)
 
 
+def share(tokens: int, window: int = 0) -> float:
+  """The part of the blocks of queries and keys that the mask does not leave.
+
+  Args:
+    tokens: T of a row, as `supports` has it.
+    window: as `splash_attention`.
+  """
+  block = _block(tokens)
+  count = tokens // block
+  reach = -(-(window - 1) // block) if window else count
+  kept = sum(min(i, reach) + 1 for i in range(count))
+  return kept / count**2
+
+
+def _block(tokens: int) -> int:
+  return next((b for b in _BLOCKS if tokens % b == 0), tokens)
+
+
 def _kernel(heads: int, tokens: int, window: int, interpret: bool):
   """The kernel of one row, [H,T,K] and [G,T,K]."""
   shape = (tokens, tokens)
@@ -134,7 +152,7 @@ def _kernel(heads: int, tokens: int, window: int, interpret: bool):
     mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
   else:
     mask = splash.CausalMask(shape)
-  block = next(b for b in _BLOCKS if tokens % b == 0)
+  block = _block(tokens)
   names = (
     "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
     "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
