@@ -12,8 +12,11 @@ from typing import NamedTuple
 
 _FILE = re.compile(r"\d+-(?P<name>.+)-\d\d-final_bundles\.txt$")
 _BUNDLE = re.compile(r"\s*(?:0x)?[0-9a-f]+\s*([A-Z]{2})?\s*:\s*([> ]*)\{(.*)")
-_TURNS = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit test")
-_SKIP = re.compile(r"sbr\.rel \(%\w+\) target = \$region(\d+)")
+_COMPARE = r"%(\w+) = scmp\.{}\.s32\.totalorder %(\w+), (\d+)"
+_TURNS = re.compile(r"scmp\.\w+\.s32\.totalorder %\w+, (\d+) /\* loop exit")
+_FROM, _UNTIL = (re.compile(_COMPARE.format(op)) for op in ("ge", "lt"))
+_NOT_BOTH = re.compile(r"%(\w+) = pnand %(\w+), %(\w+)")
+_SKIP = re.compile(r"sbr\.rel \(%(\w+)\) target = \$region(\d+)")
 _BEGIN = re.compile(r"Start(?:/End empty)? region (\d+)\b")
 
 
@@ -43,7 +46,7 @@ class _Bundle(NamedTuple):
     empty: no instruction is in it.
     ends: it tests whether a loop ends.
     turns: of that loop; None where it is not a number.
-    skips: the region that a condition may go on with, or None.
+    skips: (predicate, region) of a condition on which that region comes next.
     regions: that begin here.
   """
 
@@ -52,12 +55,34 @@ class _Bundle(NamedTuple):
   empty: bool
   ends: bool
   turns: int | None
-  skips: str | None
+  skips: tuple[str, str] | None
   regions: tuple[str, ...]
 
 
+class _Part(NamedTuple):
+  """Bundles that a condition may leave out.
+
+  Attributes:
+    begin, end: their indices.
+    turns: of the loop around, in which they run: those of a pipeline that is
+      neither being filled nor emptied. None: not known.
+  """
+
+  begin: int
+  end: int
+  turns: int | None
+
+
+def arguments(folder: pathlib.Path) -> str:
+  """LIBTPU_INIT_ARGS that let the compiler write schedules into a folder."""
+  return (
+    f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=.*final_bundles"
+  )
+
+
 def read(folder: pathlib.Path) -> dict[str, Schedule]:
-  """Schedules of a program by the names of its operations; files stay."""
+  """Schedules of a program by the names of its operations."""
   return {
     match["name"]: schedule(path.read_text())
     for path in sorted(folder.iterdir())
@@ -72,17 +97,28 @@ def schedule(text: str) -> Schedule:
     text: a line a bundle, as the compiler writes it.
   """
   bundles = [made for line in text.splitlines() if (made := _bundle(line))]
-  maybe = [level > 1 for level in _conditions(bundles)]
-  turns, steps, unknown = [1] * len(bundles), [1] * len(bundles), 0
+  parts = _parts(bundles, _windows(text))
+  maybe = [False] * len(bundles)
+  for part in parts:
+    if part.turns is None:
+      maybe[part.begin : part.end] = [True] * (part.end - part.begin)
+  turns, steps, unknown = [1.0] * len(bundles), [1.0] * len(bundles), 0
   for begin, end in _loops(bundles):
     depth = bundles[begin].depth
     known = [b.turns for b in bundles[begin:end] if b.ends and b.depth == depth]
-    if len(known) != 1 or known[0] is None:
+    if len(known) != 1 or not known[0]:
       unknown += 1
       continue
+    share = [1.0] * (end - begin)
+    for part in parts:
+      if part.turns and bundles[part.begin].depth == depth:
+        inside = range(max(part.begin, begin), min(part.end, end))
+        for i in inside:
+          share[i - begin] = min(part.turns / known[0], 1.0)
     for i in range(begin, end):
-      turns[i] *= known[0]
-      steps[i] *= 1 if maybe[begin] else known[0]
+      turns[i] *= known[0] * share[i - begin]
+      if not maybe[begin]:
+        steps[i] *= known[0] * share[i - begin]
   always = sum(n for n, m in zip(steps, maybe) if not m)
   return Schedule(sum(turns), always, sum(steps) - always, unknown)
 
@@ -98,7 +134,7 @@ def _bundle(line: str) -> _Bundle | None:
     empty=match[3].startswith("}"),
     ends="loop exit test" in line,
     turns=int(test[1]) if test else None,
-    skips=skip[1] if skip else None,
+    skips=skip.groups() if skip else None,
     regions=tuple(_BEGIN.findall(line)),
   )
 
@@ -119,17 +155,35 @@ def _loops(bundles: list[_Bundle]) -> list[tuple[int, int]]:
   return found + [(begin, len(bundles)) for begin in open_loops]
 
 
-def _conditions(bundles: list[_Bundle]) -> list[int]:
-  """How many conditions may leave a bundle out.
+def _parts(bundles: list[_Bundle], windows: dict[str, int]) -> list[_Part]:
+  """What conditions may leave out.
 
-  The first of a kernel's is whether its pipeline is being filled or emptied.
+  Args:
+    bundles: of an operation.
+    windows: of predicates, see `_windows`.
   """
   first = {}
   for i, bundle in enumerate(bundles):
     for region in bundle.regions:
       first.setdefault(region, i)
-  level = [0] * len(bundles)
+  found = []
   for i, bundle in enumerate(bundles):
-    for j in range(i + 1, first.get(bundle.skips, 0)):
-      level[j] += 1
-  return level
+    if bundle.skips is None:
+      continue
+    predicate, region = bundle.skips
+    end = first.get(region, 0)
+    if end > i + 1:
+      found.append(_Part(i + 1, end, windows.get(predicate)))
+  return found
+
+
+def _windows(text: str) -> dict[str, int]:
+  """Turns in which predicates of the form not (a <= turn < b) are false."""
+  low = {name: (x, int(n)) for name, x, n in _FROM.findall(text)}
+  high = {name: (x, int(n)) for name, x, n in _UNTIL.findall(text)}
+  found = {}
+  for name, *both in _NOT_BOTH.findall(text):
+    for one, other in (both, both[::-1]):
+      if one in low and other in high and low[one][0] == high[other][0]:
+        found[name] = high[other][1] - low[one][1]
+  return found

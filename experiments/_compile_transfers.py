@@ -84,7 +84,9 @@ def _phase(ins: _compile_text.Instruction) -> str:
   return "forward" if "jvp(" in name[1] or "while/" in name[1] else "rest"
 
 
-def _group(ins: _compile_text.Instruction, mesh: dict[str, int]) -> tuple[str, int]:
+def _group(
+  ins: _compile_text.Instruction, mesh: dict[str, int]
+) -> tuple[str, int]:
   """The axes that a transfer goes over, and the devices of a group."""
   ids = _first_group(ins.text, math.prod(mesh.values()))
   if len(ids) < 2:

@@ -41,8 +41,7 @@ def main(request: dict[str, Any]) -> None:
   """
   with tempfile.TemporaryDirectory() as name:
     _compile_programs.environment(pathlib.Path(name))
-    folder = pathlib.Path(name) / "schedules"
-    folder.mkdir()
+    folder = pathlib.Path(name) / _compile_programs.SCHEDULES
     os.environ["LIBTPU_INIT_ARGS"] = _kernels_dump.arguments(folder)
     devices = _compile_programs.devices(request["topology"])
     mesh = sharding.mesh(devices=devices[:1])

@@ -4,9 +4,8 @@
 
 The real train step and decode step go through the TPU's own compiler. Printed
 are the bytes that each chip needs, the transfers between chips, the products,
-and a roofline with the time that it implies: an estimate. No TPU has run it:
-the compiler's cycles know neither waits for memory nor transfers, and what
-overlaps with what is not known.
+a roofline with the time that it implies, and the time by the schedules of all
+operations and kernels, by part of the model: estimates. No TPU has run it.
 """
 
 import json
@@ -42,6 +41,13 @@ CAVEATS = (
   "Products of one row, which the compiler writes as sums, and those inside "
   "kernels are not among the GFLOP; the estimate has those of the formula at "
   "least.",
+  "By bundles: kernels take their bundles times the steps of their grids (of "
+  "attention the blocks that the mask leaves), other operations their "
+  "bundles, loops by their turns, and 180 cycles, or their products at the "
+  "peak or their bytes at the rate of main memory if those take longer; "
+  "transfers that are not hidden come on top, stalls do not.",
+  "The compiler's cycles leave out kernels and transfers and overcharge what "
+  "is small or on the chip.",
   "Transfers go along one axis of the torus at the maker's rate, without "
   "latency.",
   "Temporaries leave out what the compiler keeps on the chip.",
@@ -152,8 +158,9 @@ def table(reports: list[dict[str, Any]]) -> str:
   """Markdown: a line a program; sizes and operations of a device."""
   lines = [
     "| slice | mesh | step | weights + optimizer | temporaries | total of "
-    "memory | GFLOP | transfers | estimated seconds | compiled in |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "memory | GFLOP | transfers | roofline, seconds | by bundles, seconds | "
+    "compiler's cycles, seconds | compiled in |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
   ]
   for report in reports:
     if "error" in report:
@@ -173,10 +180,11 @@ def _line(row: dict[str, Any]) -> str:
   if "refused" in row:
     return (
       f"{_size(held)} | - | does not fit {capacity}: {row['advice']} "
-      "| - | - | - | -"
+      "| - | - | - | - | - | -"
     )
   fits = "" if row["fits"] else f" **does not fit: {row['advice']}**"
   least, most = row["estimate"]["least"], row["estimate"]["most"]
+  cycles = row["estimate"]["cycles"]
   return " | ".join(
     [
       _size(held),
@@ -185,6 +193,8 @@ def _line(row: dict[str, Any]) -> str:
       f"{row['flops'] / 1e9:,.1f}",
       _size(sum(c["wire"] for c in row["collectives"])),
       f"{least:.3g} to {most:.3g}",
+      f"{row['schedule']['seconds']:.3g}" if row["schedule"] else "-",
+      f"{cycles:.3g}" if cycles else "-",
       f"{row['compile_seconds']:.0f} s",
     ]
   )
@@ -211,6 +221,8 @@ def transfers(row: dict[str, Any]) -> str:
       f"\nwalk {walk['name']}, chunks of {walk['chunk']}: {walk['ran']}{why}"
     )
   estimate = row["estimate"]
+  if made := row["schedule"]:
+    lines.append(schedule(made))
   parts = [f"{k} {estimate[k]:.3g} s" for k in ("products", "memory", "links")]
   if estimate["cycles"] is not None:
     parts.append(f"the compiler's cycles {estimate['cycles']:.3g} s")
@@ -225,6 +237,22 @@ def transfers(row: dict[str, Any]) -> str:
       f"twice: MFU of {busy / estimate['most']:.2f} to "
       f"{busy / estimate['least']:.2f} at the estimated seconds"
     )
+  return "\n".join(lines)
+
+
+def schedule(made: dict[str, Any]) -> str:
+  """Markdown: the time by bundles, and of which part of the model it is."""
+  kinds = [f"{k} {made[k]:.3g} s" for k in ("kernels", "operations", "links")]
+  text = (
+    f"\nby bundles {made['seconds']:.3g} s: {', '.join(kinds)}; "
+    f"{made['launches']:,} launches"
+  )
+  if made["unknown"]:
+    text += f", {made['unknown']:,} of them without a schedule"
+  lines = [text + "\n", "| part | ms | share |", "|---|---|---|"]
+  for name, seconds in made["parts"].items():
+    share = seconds / made["seconds"]
+    lines.append(f"| {name} | {1e3 * seconds:.1f} | {share:.0%} |")
   return "\n".join(lines)
 
 
