@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 _BLOCKS = (512, 256, 128)  # Tokens; the largest that divides T.
 _DTYPES = ("float32", "bfloat16")
 _WHOLE = P()
+# Of outputs and normalisers, for policies of `jax.checkpoint`.
+NAME = "attention"
 
 
 def supports(
@@ -162,5 +164,6 @@ def _kernel(heads: int, tokens: int, window: int, interpret: bool):
     block_sizes=splash.splash_attention_kernel.BlockSizes(
       **dict.fromkeys(names, block)
     ),
+    residual_checkpoint_name=NAME,
     interpret=interpret,
   )

@@ -93,6 +93,10 @@ def _chunk(how: How, word: jax.Array, ids: Any, i: Any) -> Callable[..., Any]:
   return run
 
 
+# Of outputs, last states and saved states, for policies of `jax.checkpoint`.
+NAMES = ("walk_y", "walk_end", "walk_states")
+
+
 def _loop(n: int, step: Callable[[Any], None]) -> None:
   if n == 1:
     step(0)
@@ -392,9 +396,7 @@ def _walk_fwd(
   (ys, *end), saved = _saving(how, slow, xs, state, words, ids)
   # Named, so that a layer's remat policy may keep them: the walk then runs
   # forward once and not twice.
-  ys = checkpoint_name(ys, "walk_y")
-  end = checkpoint_name(end, "walk_end")
-  saved = checkpoint_name(saved, "walk_states")
+  ys, end, saved = map(checkpoint_name, (ys, end, saved), NAMES)
   return (ys, *end), (slow, xs, saved, words, ids)
 
 

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, sharding, types
+from nl_jax.kernels import splash_attention, walk
 from nl_jax.models import (
   attention,
   cms,
@@ -61,6 +62,11 @@ MIXERS = {
   "ttt_mlp": ttt,
 }
 _DTYPES = ("float32", "bfloat16")
+# What a layer keeps that is run again in the backward pass: what its kernels
+# made, which then run once.
+_KEEPS = jax.checkpoint_policies.save_only_these_names(
+  *walk.NAMES, splash_attention.NAME
+)
 _REMAT = ("layer", "none")
 
 
@@ -129,8 +135,8 @@ class LanguageModel:
       without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
-    remat: "layer" recomputes each layer in the backward pass, "none" keeps
-      what it needs.
+    remat: "layer" recomputes each layer in the backward pass, but for what
+      its kernels made; "none" keeps what it needs.
     tied: the output weights are those of the embedding.
     norm_epsilon: of the norms of blocks, levels and output.
   """
@@ -340,10 +346,11 @@ class LanguageModel:
 
     if self.remat == "layer":
       # A scan already keeps XLA from merging the recomputation.
-      body = jax.checkpoint(body, prevent_cse=False)
+      body = jax.checkpoint(body, prevent_cse=False, policy=_KEEPS)
     stream = self.module.enter(x_BxTxD) if self.whole else x_BxTxD
     scanned = (self._laid(blocks), carried)
-    stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
+    with walk.kept(self.units):
+      stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
     x_BxTxD = self.module.leave(stream) if self.whole else stream
     return x_BxTxD, states, metrics
 
