@@ -20,7 +20,7 @@ from experiments import (
   _describe,
   _setup,
 )
-from nl_jax import sharding
+from nl_jax import sharding, stream
 from nl_jax.kernels import walk
 from nl_jax.models import flops as flops_lib
 from nl_jax.train import state as state_lib
@@ -244,9 +244,10 @@ def _train(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
 
 
 def _decode(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
-  """The same of one more token for each row of a batch."""
+  """The same of one more token for each row, with weights as `stream` has."""
   net = _setup.model(config)
-  params = jax.eval_shape(net.init, jax.random.key(0))
+  made = lambda key: stream.for_decoding(net, net.init(key))
+  params = jax.eval_shape(made, jax.random.key(0))
   rows, length = config.data.batch_size, config.data.sequence_length
   start = lambda params: net.init_state(params, rows, length)
   state = jax.eval_shape(start, params)
@@ -254,7 +255,7 @@ def _decode(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree, shardings,
   )  # fmt: skip
-  params = place(params, sharding.param_shardings(params, mesh))
+  params = place(params, sharding.decode_shardings(params, mesh))
   state = place(state, sharding.sequence_shardings(state, mesh))
   by_row = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
   tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=by_row)

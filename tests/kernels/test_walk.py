@@ -351,6 +351,19 @@ def test_a_remat_policy_spares_the_second_walk(names, times):
   assert text.count("name=walk_bwd") == 1
 
 
+def test_a_stack_keeps_as_many_states_as_fit():
+  """Of 24 layers of HOPE at 1.3B, 8 heads and 64 chunks a device: 7.5 GiB."""
+  w = jnp.broadcast_to(jnp.float32(0), (1, 8, 128, 1280))
+  state = walk.State({"w": w}, None)
+  assert api._save(64, state) == 1
+  with walk.kept(24):
+    assert api._save(64, state) == 2
+    assert api._save(2048, state) == 16
+    # The next divisor of an odd number of chunks.
+    assert api._save(63, state) == 3
+  assert api._save(64, state) == 1
+
+
 @pytest.mark.parametrize(
   ("change", "reason"),
   [
