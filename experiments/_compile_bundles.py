@@ -111,7 +111,8 @@ def schedule(text: str) -> Schedule:
       continue
     share = [1.0] * (end - begin)
     for part in parts:
-      if part.turns and bundles[part.begin].depth == depth:
+      # The condition's own place: the bundle after it may be empty.
+      if part.turns and bundles[part.begin - 1].depth == depth:
         inside = range(max(part.begin, begin), min(part.end, end))
         for i in inside:
           share[i - begin] = min(part.turns / known[0], 1.0)

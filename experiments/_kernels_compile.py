@@ -21,6 +21,7 @@ import jax
 from experiments import (
   _compile_hlo,
   _compile_programs,
+  _compile_text,
   _kernels_dump,
   _kernels_walks,
 )
@@ -125,7 +126,7 @@ def _kernel(
 ) -> dict[str, Any]:
   """A kernel's row; `which` ends its name."""
   name = body.call.name + which
-  computations, entry = _compile_hlo.parse(text)
+  computations, entry = _compile_text.parse(text)
   (call,) = (
     ins.name for ins in computations[entry].body.values()
     if "tpu_custom_call" in ins.text and name in ins.name
@@ -156,7 +157,7 @@ def _xla(
 
 
 def _launches(
-  loop: list[tuple[_compile_hlo.Instruction, int]],
+  loop: list[tuple[_compile_text.Instruction, int]],
   schedules: dict[str, _kernels_dump.Schedule],
   program: _kernels_walks.Program,
 ) -> dict[str, float]:
