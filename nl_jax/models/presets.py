@@ -199,12 +199,13 @@ SHAPES = {
     "1b3": Shape(32, 64, (1536,) * 3, 128, 16),
   },
   # K = 128, C = 64 here too: the walk has half the bundles of K = 64, C = 16
-  # (docs/kernels.md), and a state twice as large.
+  # (docs/kernels.md), and a state twice as large. F at 1b3 is that of hope,
+  # whole tiles of 128.
   "hope_linear": {
     "smoke": Shape(4, 16, (40,) * 3, 0, 8),
     "tiny": Shape(4, 32, (82,) * 3, 0, 16),
     "340m": Shape(8, 128, (768,) * 3, 0, 64),
     "760m": Shape(12, 128, (1216,) * 3, 0, 64),
-    "1b3": Shape(16, 128, (1600,) * 3, 0, 64),
+    "1b3": Shape(16, 128, (1536,) * 3, 0, 64),
   },
 }
