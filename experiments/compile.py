@@ -1,6 +1,7 @@
 """Compiles the steps of a config for a TPU slice, on a machine without one.
 
     python -m experiments.compile --config=hope_1b3 --topology=v5e:16x16
+    python -m experiments.compile --plot=a.json,b.json --output=steps.png
 
 The real train step and decode step go through the TPU's own compiler. Printed
 are the bytes that each chip needs, the transfers between chips, the products,
@@ -20,7 +21,7 @@ from absl import flags, logging
 
 from experiments import _compile_chips, _flags, _main
 
-_flags.define_config()
+_flags.define_config(required=False)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Chip and sides of the slice: v5e:16x16."
 )
@@ -32,6 +33,9 @@ _PROGRAMS = flags.DEFINE_list(
   "programs", ["train", "decode"], "Of train, decode."
 )
 _OUTPUT = flags.DEFINE_string("output", "", "Also write the report as JSON.")
+_PLOT = flags.DEFINE_list(
+  "plot", [], "Reports of --output; draws their steps over the length of rows."
+)
 CAVEATS = (
   "Estimates read from the compiler; no TPU has run this.",
   "Products, bytes and cycles count loops by their trips; all branches of a "
@@ -56,6 +60,8 @@ CAVEATS = (
 
 def main() -> int:
   """Runs the command; returns its exit status."""
+  if _PLOT.value:
+    return _plot()
   _check_flags()
   from experiments import _compile_programs
 
@@ -77,7 +83,27 @@ def main() -> int:
   return _main.PARTLY_FAILED if failed else _main.DONE
 
 
+def _plot() -> int:
+  """Draws reports; --output is the picture."""
+  from experiments import _compile_plot
+
+  if not _OUTPUT.value or os.path.exists(_OUTPUT.value):
+    raise ValueError(
+      "--plot draws into a new file: give --output=<name>.png, got "
+      f"{_OUTPUT.value!r}"
+    )
+  points = _compile_plot.read(_PLOT.value)
+  _compile_plot.draw(points, "Estimated train steps", _OUTPUT.value)
+  _main.say(f"wrote {_OUTPUT.value}")
+  return _main.DONE
+
+
 def _check_flags() -> None:
+  if flags.FLAGS.config is None:
+    raise ValueError(
+      "--config is required, or --plot with reports. Known: "
+      + ", ".join(_flags.config_names())
+    )
   if _ALL.value == bool(_TOPOLOGY.value):
     raise ValueError(
       "give one of --topology=<chip>:<sides>, as v5e:16x16, and --all"

@@ -1,5 +1,7 @@
 """Estimates by bundles: schedules as the compiler writes them, and parts."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ from experiments import (
   _compile_chips,
   _compile_estimate,
   _compile_hlo,
+  _compile_plot,
   compile,
 )
 from nl_jax.kernels import splash_attention
@@ -124,3 +127,25 @@ def test_without_a_clock_there_is_no_time():
   counts = _compile_hlo.count(PROGRAM, {})
   chip = _compile_chips.CHIPS["v4"]
   assert _compile_estimate.estimate(counts, chip, 1, tokens=4096) is None
+
+
+def test_reports_are_drawn_over_the_length_of_rows(tmp_path):
+  def report(config: str, length: int, seconds: float) -> str:
+    train = dict(program="train", schedule=dict(seconds=seconds))
+    made = dict(batch=[2**19 // length, length], programs=[train])
+    path = tmp_path / f"{config}{length}.json"
+    path.write_text(json.dumps(dict(about=dict(config=config), reports=[made])))
+    return str(path)
+
+  paths = [report(c, n, s) for c, n, s in (
+    ("transformer_1b3", 4096, 0.2), ("transformer_1b3", 32768, 0.3),
+    ("hope_1b3", 4096, 0.3),
+  )]  # fmt: skip
+  points = _compile_plot.read(paths)
+  assert points["transformer_1b3"] == {4096: 0.2, 32768: 0.3}
+  picture = tmp_path / "steps.png"
+  _compile_plot.draw(points, "steps", picture)
+  assert picture.read_bytes().startswith(b"\x89PNG")
+  (tmp_path / "other.json").write_text("{}")
+  with pytest.raises(ValueError, match="other.json is no report of a train"):
+    _compile_plot.read([str(tmp_path / "other.json")])
