@@ -274,6 +274,7 @@ def conv_state(
   )
 
 
+@jax.named_scope("conv")
 def conv_apply(
   w_4xE: types.Array,
   x_BxTxE: types.Array,
@@ -350,7 +351,8 @@ def short_convs(
       None if windows is None else windows[name],
       segment_ids,
     )
-    z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
+    with jax.named_scope("conv"):
+      z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
   return z, after
 
 
