@@ -89,6 +89,7 @@ def _prepare() -> int:
   if not _OUT.value:
     raise ValueError("--out is required: the folder of the prepared corpus")
   begin, settings = time.monotonic(), _settings()
+  _main.say(f"looking through --path={settings.path} ...")
   made = _make(settings)
   _report(made.manifest)
   if made.made < made.shards:
@@ -184,10 +185,14 @@ def _settings() -> Any:
 
 def _kind() -> str:
   """Of the files: the one given, or the one that --path says."""
-  if _SOURCE.value or "://" in _PATH.value:
-    return _SOURCE.value or "text"
-  from nl_jax import data
+  if _SOURCE.value:
+    return _SOURCE.value
+  from nl_jax import data, files
   from nl_jax.data import partition
+
+  # Where nothing is, or in a store, it is told where it is looked for.
+  if "://" in _PATH.value or not files.expand(_PATH.value).exists():
+    return "text"
 
   found = data.infer(_PATH.value)
   if found not in partition.KINDS:
@@ -237,9 +242,10 @@ def _train_tokenizer() -> int:
     kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value
   )
   size = sum(p.size for pieces in partition.plan(settings) for p in pieces)
-  pieces = tokenizer_training.train(
-    partition.training_texts(settings), size, out, _VOCAB.value
-  )
+  with _main.busy(f"learning {_VOCAB.value:,} pieces from {size:,} bytes"):
+    pieces = tokenizer_training.train(
+      partition.training_texts(settings), size, out, _VOCAB.value
+    )
   print(f"{out}: {pieces:,} pieces")
   print(
     "next: python -m experiments.prepare --config=<name> "
