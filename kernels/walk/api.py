@@ -249,7 +249,7 @@ def plan(
   chip, capacity = vmem.chip()
   entry = _tile(chip, name, C, state)
   limit = int(0.8 * capacity)
-  save = save or entry.get("save") or _save(N, state)
+  save = save or entry.get("save") or _save(N, state, policy)
 
   def how(G: int) -> blocks.How:
     pack = max(p for p in (1, 2, 4, 8, 16) if p * C <= 128 and G % p == 0)
@@ -272,10 +272,11 @@ def plan(
   return how(asked), need(asked)
 
 
-def _save(chunks: int, state: contract.State) -> int:
+def _save(chunks: int, state: contract.State, policy: products.Policy) -> int:
   """Chunks between two saved states, see `KEPT_BYTES`."""
-  size = sum(math.prod(x.shape) for x in jax.tree.leaves(state))
-  total = _kept[-1] * chunks * size * 4
+  size = lambda x: jnp.dtype(pallas.saved_dtype(policy, x)).itemsize
+  one = sum(math.prod(x.shape) * size(x) for x in jax.tree.leaves(state))
+  total = _kept[-1] * chunks * one
   may = [g for g in range(1, _MOST_KEPT + 1) if chunks % g == 0]
   return next((g for g in may if total / g <= KEPT_BYTES), may[-1])
 

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 
-from nl_jax.kernels.walk import blocks, contract
+from nl_jax.kernels.walk import blocks, contract, products
 from nl_jax.kernels.walk.blocks import How
 
 _f32 = jnp.float32
@@ -142,7 +142,7 @@ def _backward_kernel(ins: dict, outs: dict, *starts: Any, how: How) -> None:
   dstate, dslow = outs["state"], outs["slow"]
   load = lambda refs, i: _map(lambda ref: blocks.load(ref, i, how), refs)
   slow = lambda: _map(lambda ref: ref[...], ins["slow"])
-  saved = lambda: _map(lambda ref: ref[0, 0], ins["saved"])
+  saved = lambda: _map(lambda ref: ref[0, 0].astype(_f32), ins["saved"])
   start = lambda i: _map(lambda ref: ref[i], starts[0]) if starts else saved()
   chunk = lambda i: _chunk(how, ins["words"][0, i], ins["ids"], i)
 
@@ -306,6 +306,34 @@ def _call(
   )(ins)
 
 
+def _saved(how: How, state: contract.State, groups: int) -> contract.State:
+  """Shapes of saved states [B,N/g,H,a,b].
+
+  A layer that keeps them writes and reads them twice more, as a scan over
+  layers stacks them. Half as long, they are as exact as what is read of them:
+  in one pass.
+  """
+
+  def one(x: jax.Array) -> jax.ShapeDtypeStruct:
+    B, H, a, b = x.shape
+    return jax.ShapeDtypeStruct(
+      (B, groups, H, a, b), saved_dtype(how.tile.policy, x)
+    )
+
+  return _map(one, state)
+
+
+def saved_dtype(policy: products.Policy, x: Any) -> jnp.dtype:
+  """Of a leaf [..., a, b] of the state in main memory.
+
+  Args:
+    policy: of the walk's products.
+    x: the leaf, or its shape.
+  """
+  tiles = x.shape[-2] % 16 == 0 and x.shape[-1] % 128 == 0
+  return jnp.bfloat16 if policy.rounded and tiles else _f32
+
+
 def _forward(
   how: How,
   slow: Any,
@@ -328,7 +356,7 @@ def _forward(
     state=_like(state),
     edges=_like(state.w),
     sums=_like(made.sums, B, H, drop=1),
-    saved=_like(state, B, N // how.save, H, drop=2) if save else None,
+    saved=_saved(how, state, N // how.save) if save else None,
   )
   outs = _call(_forward_kernel, how, ins, outs, [], back=False)
   ys = _map(blocks.unlay, outs["ys"])
