@@ -74,8 +74,8 @@ def estimate(
   launches = unknown = 0
   for op in counts.operations:
     launches += op.times
-    if op.kind == "transfer":
-      continue
+    if op.kind == "transfer" and not op.flops:
+      continue  # Counted by its bytes, below.
     unknown += op.times * (op.schedule is None)
     least = max(
       op.flops * per_chip / chip.flops, op.hbm_bytes * per_chip / chip.hbm_rate

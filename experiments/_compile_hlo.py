@@ -36,7 +36,7 @@ class Operation(NamedTuple):
   Attributes:
     name: in the program.
     scope: where the model's code stands that it comes from; "" if unknown.
-    kind: "kernel", "transfer", "copy" or "other".
+    kind: "kernel", "transfer" (products beside it or not), "copy" or "other".
     times: launches in a run of the program.
     cycles: the compiler's estimate; 0 where it gives none.
     schedule: of its bundles; None where the compiler wrote none.
@@ -112,7 +112,8 @@ def count(
     if step.fused:
       if not step.beside:
         last = operations[-1]
-        operations[-1] = last._replace(flops=last.flops + flops)
+        kind = "transfer" if transfer and last.kind != "kernel" else last.kind
+        operations[-1] = last._replace(flops=last.flops + flops, kind=kind)
       continue
     if ins.op == "custom-call" and _compile_text.called(ins):
       continue  # Counted inside.
