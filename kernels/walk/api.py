@@ -18,7 +18,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nl_jax.kernels.walk import blocks, contract, pallas, products, vmem, xla
+from nl_jax.kernels.walk import (
+  blocks,
+  contract,
+  pallas,
+  products,
+  sequence,
+  vmem,
+  xla,
+)
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_interpret")
 _TILES = pathlib.Path(__file__).with_name("tiles.json")
@@ -152,17 +160,26 @@ def walk(
     )  # fmt: skip
     for calls in _calls:
       calls.append(call)
+  mesh = jax.sharding.get_abstract_mesh()
+  pieces = sequence.shards(mesh, spec)
+  split = pieces > 1 and anchor is None and not places.real.shape[1] % pieces
   if implementation == "xla":
-    return xla.walk(
-      body, slow, xs, places,
-      state=state, anchor=anchor, heads=H, group=group, tile=tile,
-      name=name,
-    )  # fmt: skip
+    run = functools.partial(
+      _xla, body, heads=H, group=group, tile=tile, name=name
+    )
+    if not split:
+      return run(slow, xs, places, state, anchor)
+    return sequence.walk(
+      run, slow, xs, places, state, mesh=mesh, spec=spec, manual=False
+    )
   interpret = implementation == "pallas_interpret"
   run = functools.partial(
     _fused, body, tile.policy, name, heads, save, interpret
   )
-  mesh = jax.sharding.get_abstract_mesh()
+  if split:
+    return sequence.walk(
+      run, slow, xs, places, state, mesh=mesh, spec=spec, manual=True
+    )
   if spec is None or mesh.empty or mesh.size == 1:
     return run(slow, xs, places, state)
   rows, _, across = (*spec, None, None)[:3]
@@ -175,6 +192,19 @@ def walk(
     check_vma=False,
   )
   return shard(slow, xs, places, state)
+
+
+def _xla(
+  body: contract.Body,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  state: contract.State,
+  anchor: Any = None,
+  **how: Any,
+) -> tuple[Any, contract.State, Any, jax.Array | None]:
+  """`xla.walk`, arrays in the order of the kernels."""
+  return xla.walk(body, slow, xs, places, state=state, anchor=anchor, **how)
 
 
 def _fused(
@@ -343,8 +373,11 @@ def supports(
         )
   if any(x.dtype.itemsize == 8 for x in jax.tree.leaves(xs)):
     return "kernels take float32 and bfloat16 inputs; 'xla' takes float64"
-  if parts[1] > 1:
-    return "the tokens of a row cannot be split over devices"
+  if (count := places.real.shape[1]) % parts[1]:
+    return (
+      f"{count} chunks of a row do not divide over {parts[1]} devices of the "
+      "mesh"
+    )
   for what, size, part in (
     ("rows", places.real.shape[0], parts[0]), ("heads", H, parts[2]),
   ):  # fmt: skip
