@@ -59,9 +59,9 @@ def _model(name: str) -> Any:
 
   net = _setup.model(_setup.resolve(_flags.load_config(f"{name}_tiny")))
   heads = {}
-  if net.mixer is attention:
+  if net.module is attention:
     heads = dict(heads=1, head_dim=net.width)
-  depth = 2 if net.whole else getattr(net.mixer, "LAYERS", 1)
+  depth = 2 if net.whole else getattr(net.module, "LAYERS", 1)
   return dataclasses.replace(net, layers=depth, **heads)
 
 
@@ -70,15 +70,15 @@ def _layer(net: Any) -> Any:
   import jax
 
   blocks = net.init(jax.random.key(0))["blocks"]
-  blocks = net.mixer.laid(blocks) if net.whole else blocks
+  blocks = net.module.laid(blocks) if net.whole else blocks
   return jax.tree.map(lambda x: x[0], blocks)
 
 
 def _mix(net: Any, params: Any, x: Any, state: Any) -> tuple[Any, Any]:
   """The residual stream behind a mixer, and its state."""
-  x = net.mixer.enter(x) if net.whole else x
+  x = net.module.enter(x) if net.whole else x
   y, state, _ = net.mix(params, x, state, None)
-  return net.mixer.leave(y) if net.whole else y, state
+  return net.module.leave(y) if net.whole else y, state
 
 
 def _draws(net: Any, tokens: int) -> Any:
@@ -129,7 +129,7 @@ def _decoding(net: Any, tokens: int) -> Callable[[], Any]:
   read, decode = _reader(net)
   params, x = _layer(net), _draws(net, tokens + _DECODED)
   length = tokens + _DECODED
-  state = net.mixer.init_state(params["mixer"], 1, length, model=net)
+  state = net.module.init_state(params["mixer"], 1, length, model=net)
   for begin in range(0, tokens, _PIECE):
     state, _ = read(params, state, x[:, begin : begin + _PIECE])
   rest = jnp.swapaxes(x[:, tokens:], 0, 1)[:, None]

@@ -125,7 +125,7 @@ def advice(
     memory: bytes of a device, by name.
     accumulate: micro-batches of a step.
     remat: what the backward pass recomputes.
-    knobs: fields of `model.memory` that this model has.
+    knobs: fields of `model.mixer` that this model has.
   """
   held = memory["parameters"] + memory["optimizer"]
   # The compiler tells no temporaries of what it refuses.

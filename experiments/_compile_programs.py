@@ -201,7 +201,7 @@ def _fits(
   config: _setup.ConfigDict, memory: dict[str, float], capacity: float
 ) -> dict[str, Any]:
   fits = memory.get("total", float("inf")) <= capacity
-  knobs = tuple(config.model.get("memory", None) or ())
+  knobs = tuple(config.model.get("mixer", None) or ())
   train = config.train
   advice = _compile_chips.advice(memory, train.accumulate, train.remat, knobs)
   return dict(fits=fits, capacity=capacity, advice="" if fits else advice)

@@ -63,7 +63,7 @@ def group(config: Mapping[str, Any]) -> Group:
     "vocab_size": size(config, "vocab_size"),
     "tied": bool(config.get("tie_word_embeddings", False)),
     "norm_epsilon": _number(config, "rms_norm_eps", 1e-6),
-    "memory": {
+    "mixer": {
       "kv_heads": size(config, "num_key_value_heads", heads),
       "bias": kind == "qwen2" or bool(config.get("attention_bias")),
       "qk_norm": kind == "qwen3",
@@ -175,7 +175,7 @@ def _rope(config: Mapping[str, Any]) -> Group:
 
 def misfit(net: lm.LanguageModel) -> str:
   """Why a model has no form in the Hugging Face format; "" if it has one."""
-  if net.mixer is not attention:
+  if net.module is not attention:
     return f"model.arch={net.arch!r} is none of {', '.join(_CLASSES)}"
   if len(net.cms.levels) > 1 and net.cms.variant != "independent":
     return f"{len(net.cms.levels)} {net.cms.variant} levels are no single MLP"

@@ -1,7 +1,7 @@
 """Every walk on the device at hand: kernels against the XLA form.
 
 A layer of each config at its smallest size, packed documents and padding:
-outputs, states and all gradients with `memory.walk` as the kernels and as
+outputs, states and all gradients with `model.mixer.walk` as the kernels and as
 "xla". Float32 first; where there is a TPU, bfloat16 as well.
 """
 
@@ -103,14 +103,14 @@ def check(name: str, dtype: str, implementation: str) -> Line:
 
 
 def _by(net: lm.LanguageModel, implementation: str) -> lm.LanguageModel:
-  memory = dataclasses.replace(net.memory, walk=implementation)
-  return dataclasses.replace(net, memory=memory)
+  memory = dataclasses.replace(net.mixer, walk=implementation)
+  return dataclasses.replace(net, mixer=memory)
 
 
 def _both_ways(net: lm.LanguageModel) -> tuple[Any, Any]:
   """((outputs, state), gradients) of a layer."""
   blocks = net.init(jax.random.key(0))["blocks"]
-  blocks = net.mixer.laid(blocks) if net.whole else blocks
+  blocks = net.module.laid(blocks) if net.whole else blocks
   layer = jax.tree.map(lambda x: x[0], blocks)
   fixed = {k: v for k, v in layer["mixer"].items() if k == "first"}
   learned = {k: v for k, v in layer["mixer"].items() if k not in fixed}
@@ -119,9 +119,9 @@ def _both_ways(net: lm.LanguageModel) -> tuple[Any, Any]:
 
   def loss(learned: Any, x: Any) -> tuple[jax.Array, Any]:
     params = layer | {"mixer": learned | fixed}
-    inside = net.mixer.enter(x) if net.whole else x
+    inside = net.module.enter(x) if net.whole else x
     y, state, _ = net.mix(params, inside, None, ids)
-    y = net.mixer.leave(y) if net.whole else y
+    y = net.module.leave(y) if net.whole else y
     # What stands in padding is nobody's.
     outs = (jnp.where(ids[..., None] != 0, y, 0), state)
     return sum(map(_number, jax.tree.leaves(outs))), outs
@@ -133,7 +133,7 @@ def _both_ways(net: lm.LanguageModel) -> tuple[Any, Any]:
 
 def _documents(net: lm.LanguageModel) -> jax.Array:
   """int32 [2,T]: a text that ends within a chunk; two, and padding."""
-  unit = net.alignment if net.alignment > 1 else net.memory.chunk
+  unit = net.alignment if net.alignment > 1 else net.mixer.chunk
   edge = unit if net.alignment > 1 else unit + 3
   ids = np.ones((2, 2 * unit + unit // 2), np.int32)
   ids[1, edge:] = 2

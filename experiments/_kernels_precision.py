@@ -94,7 +94,7 @@ def _hope(arch: str, policy: str) -> Any:
     objective="dot", dgd_coef="raw", residual=False, residual_clip=0.0
   )
   config = self_modifying.Config(
-    arch=arch, chunk_memory=_CHUNK, chunk_gen=_CHUNK,
+    memory=arch, chunk_memory=_CHUNK, chunk_gen=_CHUNK,
     **(matrix if arch == "linear" else {}),
   )  # fmt: skip
   params = self_modifying.init(jax.random.key(2), config, *_SHAPE[2:])

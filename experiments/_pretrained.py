@@ -143,10 +143,10 @@ def _parts(ours: str, x: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 def _net(group: Group) -> lm.LanguageModel:
   """The model of a group `model`."""
-  memory = lm.options(group["arch"], group["memory"])
+  mixer = lm.options(group["arch"], group["mixer"])
   levels = cms.CMSConfig(**group["cms"])
   return lm.LanguageModel(
-    **group | {"cms": levels, "memory": memory}, sequence_length=1
+    **group | {"cms": levels, "mixer": mixer}, sequence_length=1
   )
 
 

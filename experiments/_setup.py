@@ -58,13 +58,13 @@ def model(
     ValueError: shapes or switches that do not fit.
   """
   values = config.model.to_dict()
-  memory = lm.options(values["arch"], values.pop("memory", None))
+  mixer = lm.options(values["arch"], values.pop("mixer", None))
   names = {field.name for field in dataclasses.fields(incontext.Options)}
   learning = {k: v for k, v in values["cms"].items() if k in names}
   chain = {k: v for k, v in values["cms"].items() if k not in names}
   base = lm.LanguageModel(
     **values | {"cms": cms.CMSConfig(**chain)},
-    memory=memory,
+    mixer=mixer,
     sequence_length=config.data.sequence_length,
     dtype=config.train.dtype,
     remat=config.train.remat,

@@ -33,8 +33,8 @@ class Arm(NamedTuple):
 
 # What makes parity learnable at all (model.md 2.8): writes that turn a sign,
 # and memories that keep.
-_SIGNS = {"model.memory.eta_max": 2.0, "model.memory.alpha_bias": 6.0}
-_NEGATIVE = {"model.memory.allow_neg_eigval": True}
+_SIGNS = {"model.mixer.eta_max": 2.0, "model.mixer.alpha_bias": 6.0}
+_NEGATIVE = {"model.mixer.allow_neg_eigval": True}
 _COMPARED = (
   Arm("Transformer++", "transformer_tiny"),
   Arm("Gated DeltaNet", "gated_deltanet_tiny"),

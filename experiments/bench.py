@@ -69,7 +69,7 @@ def memories() -> list[dict]:
 
   titans = self_modifying.Config()
   linear = self_modifying.Config(
-    arch="linear", objective="dot", dgd_coef="raw", residual=False,
+    memory="linear", objective="dot", dgd_coef="raw", residual=False,
     residual_clip=0.0, adaptive=(),
   )  # fmt: skip
   rows = []

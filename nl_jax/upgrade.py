@@ -56,7 +56,7 @@ def memory(leaves: Leaves, model: Any, params: types.Params) -> Leaves:
 def _starts(model: Any, params: types.Params) -> dict[str, types.Params]:
   """The learned starts by the place of a memory, leaves [layers,H,a,b]."""
   made = {}
-  own = getattr(model.mixer, "starts", None)
+  own = getattr(model.module, "starts", None)
   if own:
     mixers = params["blocks"]["mixer"]
     made = jax.vmap(lambda p: own(p, model))(mixers)
@@ -71,7 +71,7 @@ def _side_by_side(
   x_LxBxHxRxaxb: jax.Array, layer: str, model: Any
 ) -> jax.Array:
   """One layer of all generators, from its stack by role."""
-  config = model.memory
+  config = model.mixer
   by_role = {
     role: {layer: x_LxBxHxRxaxb[:, :, :, i]}
     for i, role in enumerate(config.generator_roles)

@@ -143,6 +143,10 @@ def refused(what, otherwise, found=2, reads="format 1"):
   return pytest.raises(formats.FormatError, match=sentence)
 
 
+# A later format of runs and memory files, and what is read today.
+LATER = 3, "formats 1 to 2"
+
+
 def test_an_unknown_memory_is_refused(tmp_path):
   from safetensors import flax as safetensors
 
@@ -150,13 +154,12 @@ def test_an_unknown_memory_is_refused(tmp_path):
   manifest = stream.read_manifest(source) | {"format": 3}
   leaves = safetensors.load(source.read_bytes())
   path.write_bytes(safetensors.save(leaves, {"nl_jax": json.dumps(manifest)}))
-  reads = 3, "formats 1 to 2"
-  with refused("memory", "read the text again", *reads):
+  with refused("memory", "read the text again", *LATER):
     stream.read_manifest(path)
   before = path.read_bytes()
   net = MODELS["transformer"]()
   params = net.init(jax.random.key(0))
-  with refused("memory", "read the text again", *reads):
+  with refused("memory", "read the text again", *LATER):
     stream.save_memory(path, net, params, net.init_state(params, 1))
   assert path.read_bytes() == before
 
@@ -176,21 +179,21 @@ def test_unknown_prepared_rows_are_refused(tmp_path, name):
 
 def test_an_unknown_run_is_refused(run):
   files.write_json(
-    run / "config.json", files.read_json(run / "config.json") | {"format": 2}
+    run / "config.json", files.read_json(run / "config.json") | {"format": 3}
   )
   before = (run / "config.json").read_bytes()
   for read in (
     lambda: checkpoint.read_config(str(run)),
     lambda: files.claim(run, {}, "", allow_config_change=True),
   ):
-    with refused("run", "train again in another --workdir"):
+    with refused("run", "train again in another --workdir", *LATER):
       read()
   assert (run / "config.json").read_bytes() == before
 
 
 def test_an_unknown_checkpoint_is_refused_and_not_moved_aside(run):
   path = run / "checkpoints" / str(make.KEPT) / "meta" / "metadata"
-  meta = seal.open_(json.loads(path.read_text("utf-8"))) | {"format": 2}
+  meta = seal.open_(json.loads(path.read_text("utf-8"))) | {"format": 3}
   path.write_text(json.dumps(seal.close(meta)))
   net = _setup.model(config_of(run))
   for read in (
@@ -198,7 +201,7 @@ def test_an_unknown_checkpoint_is_refused_and_not_moved_aside(run):
     lambda: checkpoint.load_params(str(run), net),
     lambda: checkpoint.check_origin(str(run), {}, params_only=True),
   ):
-    with refused("checkpoint", "train again in another --workdir"):
+    with refused("checkpoint", "train again in another --workdir", *LATER):
       read()
   assert path.exists() and not (run / "damaged").exists()
 
@@ -214,4 +217,4 @@ def test_what_is_written_says_its_format(tmp_path):
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
       state,
     )
-    assert saver.restore(like).meta["format"] == 1
+    assert saver.restore(like).meta["format"] == files.FORMAT

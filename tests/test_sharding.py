@@ -28,7 +28,7 @@ def model(arch: str = "hope", **change) -> lm.LanguageModel:
     vocab_size=64,
     sequence_length=T,
     cms=CMS,
-    memory=MEMORY if arch == "hope" else None,
+    mixer=MEMORY if arch == "hope" else None,
   )
   return lm.LanguageModel(**(shape | change))
 
@@ -36,14 +36,14 @@ def model(arch: str = "hope", **change) -> lm.LanguageModel:
 MODELS = {
   "hope": model(),
   "hope_linear": model(
-    memory=self_modifying.Config(
-      arch="linear",
+    mixer=self_modifying.Config(
+      memory="linear",
       momentum="ema",
       value_source="plain",
       generators=self_modifying.Generators(value_source="plain"),
     )
   ),
-  "hope_channel": model(memory=self_modifying.Config(gate_shape="channel")),
+  "hope_channel": model(mixer=self_modifying.Config(gate_shape="channel")),
   "hope_attention": model("hope_attention"),
   "independent": model(
     "hope_attention",
@@ -56,7 +56,7 @@ MODELS = {
     cms=cms.CMSConfig(("a", "b", "c"), (4, 4, 4), (0, 0, 0)),
   ),
   "incontext": incontext.InContextModel(
-    model("hope_attention", memory=attention.Options(window=8)),
+    model("hope_attention", mixer=attention.Options(window=8)),
     incontext.Options(chunks=(4,), rates=(0.3,), rule="momentum"),
   ),
 }
@@ -299,7 +299,7 @@ def smoke(name: str, **memory) -> lm.LanguageModel:
   with config.unlocked():
     config.data.sequence_length = 2 * T
     config.model.layers = 2
-    config.model.memory.update(memory)
+    config.model.mixer.update(memory)
   return _setup.model(config)
 
 

@@ -42,7 +42,7 @@ def _model(arch: str, shape: presets.Shape, cms: ConfigDict) -> ConfigDict:
       arch=arch,
       heads=shape.heads,
       head_dim=shape.head_dim,
-      memory=memory,
+      mixer=memory,
       cms=cms,
     )
   )

@@ -117,7 +117,7 @@ def language_model(
 
   Args:
     size: a key of SCALES.
-    model: arch, heads, head_dim, cms and, for hope, memory.
+    model: arch, heads, head_dim, cms and the switches of the mixer.
     learning_rate: peak; None: the scale's.
   """
   scale, shape = SCALES[size], presets.SCALES[size]
@@ -133,7 +133,7 @@ def language_model(
       vocab_size=shape.vocab_size,  # Entries, at least the tokenizer's.
     )
   )
-  group.update({key: model[key] for key in ("memory", "cms") if key in model})
+  group.update({key: model[key] for key in ("mixer", "cms") if key in model})
   return ConfigDict(
     dict(
       model=group,
@@ -179,7 +179,7 @@ def baseline(
     arch: a key of models.lm.MIXERS.
     size: a key of SCALES.
     shape: heads, head width, feed-forward width.
-    memory: the group `model.memory`, of archs that have one.
+    memory: the group `model.mixer`, of archs that have one.
     learning_rate: peak at the paper's scales; None: the scale's own.
   """
   model = ConfigDict(
@@ -191,7 +191,7 @@ def baseline(
     )
   )
   if memory is not None:
-    model.memory = memory
+    model.mixer = memory
   rate = None if size in ("smoke", "tiny") else learning_rate
   return language_model(size, model, learning_rate=rate)
 

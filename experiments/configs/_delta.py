@@ -24,7 +24,7 @@ def comba(size: str, arg: str) -> ConfigDict:
   """Comba at a scale."""
   config = _delta("comba", size, arg, output_gate=True)
   # Start of D_h in the reads q - D_h p; its authors: 1, or 0.02 when small.
-  config.model.memory.correction = 1.0
+  config.model.mixer.correction = 1.0
   return config
 
 

@@ -44,7 +44,7 @@ def linear(size: str, arg: str) -> ConfigDict:
   shape = presets.SHAPES["hope_linear"][size]
   memory = _memory(shape)
   memory.update(
-    arch="linear",  # A matrix K x K.
+    memory="linear",  # A matrix K x K.
     residual=False,  # M_memory: read is q W (model.md 9).
     objective="dot",  # With the raw erase: the delta rule (model.md 9).
     dgd_coef="raw",  # Eq. 88: eta itself.
@@ -58,15 +58,15 @@ def _hope(size: str, shape: presets.Shape, memory: ConfigDict) -> ConfigDict:
   cms = _common.cms(_LEVELS, shape.widths, periods)
   model = dict(arch="hope", heads=shape.heads, head_dim=shape.head_dim)
   return _common.language_model(
-    size, ConfigDict(dict(model, memory=memory, cms=cms))
+    size, ConfigDict(dict(model, mixer=memory, cms=cms))
   )
 
 
 def _memory(shape: presets.Shape) -> ConfigDict:
-  """The group `model.memory`: `memory.self_modifying.Config`, for MLPs."""
+  """The group `model.mixer`: `memory.self_modifying.Config`, for MLPs."""
   return ConfigDict(
     dict(
-      arch="mlp",  # Or linear, mlp_ln, glu; of all memories (eq. 89).
+      memory="mlp",  # Or linear, mlp_ln, glu; of all memories (eq. 89).
       hidden=shape.hidden,  # M, hidden units of an MLP memory; 0: head_dim.
       residual=True,  # M_memory adds its input (eq. 89).
       objective="l2",  # Inner loss (eq. 93); or dot (eq. 92), huber, lp.

@@ -24,7 +24,7 @@ def hope_attention(size: str, arg: str) -> ConfigDict:
   """HOPE-Attention with a sliding window; 0: attention to all tokens."""
   config = _attention.hope_attention(size, arg)
   size = _common.size_of(size, arg)
-  config.model.memory = ConfigDict(
+  config.model.mixer = ConfigDict(
     dict(
       window=_WINDOW.get(size, 1024),  # Tokens that each sees; 0: all.
     )

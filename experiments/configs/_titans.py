@@ -36,7 +36,7 @@ def memora(size: str, arg: str) -> ConfigDict:
   size = _common.size_of(size, arg)
   shape = presets.SHAPES["memora"][size]
   memory = _memory(shape)
-  memory.arch = "mlp_ln"  # What Miras has.
+  memory.memory = "mlp_ln"  # What Miras has.
   memory.momentum = "off"  # Memora has none.
   memory.eta_max = 0.01  # At 0.1 gradients reach 1e4 at 256 tokens; ours.
   del memory.beta_bias, memory.omega, memory.inner_muon
@@ -77,10 +77,10 @@ def _hybrid(arch: str, size: str, arg: str) -> ConfigDict:
 
 
 def _memory(shape: presets.Shape) -> ConfigDict:
-  """The group `model.memory`: `models.titans.Options`."""
+  """The group `model.mixer`: `models.titans.Options`."""
   return ConfigDict(
     dict(
-      arch="mlp",  # Or linear, mlp_ln, glu.
+      memory="mlp",  # Or linear, mlp_ln, glu.
       hidden=shape.hidden,  # M, hidden units of an MLP memory; 0: head_dim.
       residual=True,  # The memory adds its input.
       objective="l2",  # Inner loss; or dot, huber, huber_norm, lp.

@@ -1,10 +1,10 @@
 """HOPE with matrix memories at the scale 340m of Table 1.
 
 Unstated in the paper: matrix memories are ours, the cheap form.
-Parameters: 336.8M in total, of these 7.864M initial states of
+Parameters: 344.6M in total, of these 15.7M initial states of
 memories.
 Tokens: 15B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16; CMS 2^20, 2^22, 2^24 tokens.
+Chunks and periods: memories 64; CMS 2^20, 2^22, 2^24 tokens.
 Command: python -m experiments.lm --config=hope_linear_340m
 Hardware: a TPU slice; not run.
 Expected: no row in the paper; ours: not run.

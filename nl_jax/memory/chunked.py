@@ -350,19 +350,19 @@ def update(
   """
   if rule.has_momentum != (gates.log_beta is not None):
     raise ValueError(
-      f"memory.momentum={rule.momentum!r} and "
+      f"model.mixer.momentum={rule.momentum!r} and "
       f"{'no ' if gates.log_beta is None else ''}gates.log_beta do not fit"
     )
   if (rule.omega > 1) != (gates.gamma is not None):
     raise ValueError(
-      f"memory.omega={rule.omega} and "
+      f"model.mixer.omega={rule.omega} and "
       f"{'no ' if gates.gamma is None else ''}gates.gamma do not fit"
     )
   named = None if run is None else run.implementation
   if rule.loops and named not in (None, "reference"):
     raise ValueError(
-      f"memory.inner_muon={rule.inner_muon!r} has no chunk form and cannot run "
-      f"as {named!r}: use 'reference'"
+      f"model.mixer.inner_muon={rule.inner_muon!r} has no chunk form and "
+      f"cannot run as {named!r}: use 'reference'"
     )
   B, T, H = q.shape[:3]
   wide = jax.tree.leaves(state.w)[0].dtype

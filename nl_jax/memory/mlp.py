@@ -62,7 +62,8 @@ def forward(arch: str, residual: bool = True) -> rules.Forward:
   """The architecture as a function of its layers, z [..., K] -> [..., V]."""
   if arch not in ARCHITECTURES:
     raise ValueError(
-      f"memory.arch must be one of {', '.join(ARCHITECTURES)}; got {arch!r}"
+      "model.mixer.memory must be one of "
+      f"{', '.join(ARCHITECTURES)}; got {arch!r}"
     )
   inner = ARCHITECTURES[arch]
   return (lambda apply, z: z + inner(apply, z)) if residual else inner

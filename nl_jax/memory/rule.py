@@ -81,13 +81,13 @@ class Rule:
     for name, allowed in _CHOICES.items():
       if getattr(self, name) not in allowed:
         raise ValueError(
-          f"memory.{name} must be one of {', '.join(allowed)}; got "
+          f"model.mixer.{name} must be one of {', '.join(allowed)}; got "
           f"{getattr(self, name)!r}"
         )
     for name in ("chunk", "remat_group", "omega"):
       if getattr(self, name) < 1:
         raise ValueError(
-          f"memory.{name} must be at least 1, got {getattr(self, name)}"
+          f"model.mixer.{name} must be at least 1, got {getattr(self, name)}"
         )
     if self.inner_muon != "off":
       self._check_muon()
@@ -95,13 +95,13 @@ class Rule:
   def _check_muon(self) -> None:
     if not self.has_momentum:
       raise ValueError(
-        f"memory.inner_muon={self.inner_muon!r} makes momentum orthogonal: set "
-        "memory.momentum to 'ema' or 'sum', got 'off'"
+        f"model.mixer.inner_muon={self.inner_muon!r} makes momentum "
+        "orthogonal: set model.mixer.momentum to 'ema' or 'sum', got 'off'"
       )
     if self.dgd_scope != "none":
       raise ValueError(
-        f"memory.inner_muon={self.inner_muon!r} erases nothing: set memory."
-        f"dgd_scope to 'none', got {self.dgd_scope!r}"
+        f"model.mixer.inner_muon={self.inner_muon!r} erases nothing: "
+        f"set model.mixer.dgd_scope to 'none', got {self.dgd_scope!r}"
       )
 
   @property

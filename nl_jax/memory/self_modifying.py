@@ -39,7 +39,7 @@ _NORMS = ("none", "l2", "target")
 def _choose(name: str, value: str, allowed: tuple[str, ...]) -> None:
   if value not in allowed:
     raise ValueError(
-      f"memory.{name} must be one of {', '.join(allowed)}; got {value!r}"
+      f"model.mixer.{name} must be one of {', '.join(allowed)}; got {value!r}"
     )
 
 
@@ -64,7 +64,7 @@ class Generators:
     _choose("generators.value_norm", self.value_norm, _NORMS)
     if not 0 <= self.rate <= 1:
       raise ValueError(
-        f"memory.generators.rate must be in [0, 1], got {self.rate}"
+        f"model.mixer.generators.rate must be in [0, 1], got {self.rate}"
       )
 
 
@@ -73,7 +73,7 @@ class Config:
   """Every switch of self-modifying Titans (model.md 3.3; defaults of 9).
 
   Attributes:
-    arch: "linear", "mlp", "mlp_ln" or "glu", of all memories.
+    memory: "linear", "mlp", "mlp_ln" or "glu", of all memories.
     hidden: M of the MLP forms; 0 = the key width.
     residual: M_memory adds its input.
     objective, dgd_scope, dgd_coef, momentum, retention_target, erase_of,
@@ -96,7 +96,7 @@ class Config:
     generators: see `Generators`.
   """
 
-  arch: str = "mlp"
+  memory: str = "mlp"
   hidden: int = 0
   residual: bool = True
   objective: str = "l2"
@@ -128,7 +128,7 @@ class Config:
   generators: Generators = Generators()
 
   def __post_init__(self):
-    _choose("arch", self.arch, ("linear", *mlp.ARCHITECTURES))
+    _choose("memory", self.memory, ("linear", *mlp.ARCHITECTURES))
     _choose("value_source", self.value_source, _SOURCES)
     _choose("value_norm", self.value_norm, _NORMS)
     _choose("gate_source", self.gate_source, ("memory", "static"))
@@ -139,27 +139,27 @@ class Config:
     self._rule(self.chunk_memory, self.read)
     self._rule(self.chunk_gen, "chunk_start")
     for part, name in ((self, ""), (self.generators, "generators.")):
-      if self.arch == "linear" and part.value_source == "self":
+      if self.memory == "linear" and part.value_source == "self":
         if not part.residual and self.retention_target == "zero":
           raise ValueError(
-            f"memory.{name}value_source='self' of a matrix memory without "
+            f"model.mixer.{name}value_source='self' of a matrix memory without "
             "residual that decays to zero learns nothing: set "
-            f"memory.{name}residual=True or value_source='plain'"
+            f"model.mixer.{name}residual=True or value_source='plain'"
           )
     static = {"eta", "alpha"} & set(self.adaptive)
     if self.gate_source == "static" and static:
       raise ValueError(
-        "memory.gate_source='static' leaves the generators of "
+        "model.mixer.gate_source='static' leaves the generators of "
         f"{', '.join(sorted(static))} without use: take them out of "
-        "memory.adaptive"
+        "model.mixer.adaptive"
       )
     if self.eta_max <= 0:
-      raise ValueError(f"memory.eta_max must be > 0, got {self.eta_max}")
+      raise ValueError(f"model.mixer.eta_max must be > 0, got {self.eta_max}")
     if self.momentum != "off" and self.objective == "dot":
       if self.dgd_coef != "prox" and self.dgd_scope != "none":
         raise ValueError(
-          "memory.momentum with objective='dot' and the raw erase amplifies "
-          "what it erases: use dgd_coef='prox' or objective='l2'"
+          "model.mixer.momentum with objective='dot' and the raw erase "
+          "amplifies what it erases: use dgd_coef='prox' or objective='l2'"
         )
 
   def _rule(self, chunk: int, read: str) -> rules.Rule:
@@ -202,15 +202,15 @@ class Config:
   @property
   def architecture(self) -> mlp.Architecture:
     """The parts of each memory, without residual."""
-    if self.arch == "linear":
+    if self.memory == "linear":
       return roles.MATRIX
-    return mlp.ARCHITECTURES[self.arch]
+    return mlp.ARCHITECTURES[self.memory]
 
   def forward(self, residual: bool) -> rules.Forward:
     """The architecture of one memory."""
-    if self.arch == "linear":
+    if self.memory == "linear":
       return linear.forward_residual if residual else linear.forward
-    return mlp.forward(self.arch, residual)
+    return mlp.forward(self.memory, residual)
 
 
 class State(NamedTuple):
@@ -248,14 +248,14 @@ def init(
   keys = jax.random.split(key, len(roles))
   params = {}
   for role, k in zip(roles, keys):
-    if config.arch == "linear":
+    if config.memory == "linear":
       params[role] = linear.init(k, heads, key_dim, key_dim)
       continue
     # Generators are read at z, of norm about sqrt(K); M_memory at unit q, k.
     in_std = 1.0 if role == "memory" else key_dim**-0.5
     params[role] = mlp.init(
       k, heads, key_dim, config.hidden or key_dim,
-      arch=config.arch, in_std=in_std,
+      arch=config.memory, in_std=in_std,
     )  # fmt: skip
   gate = {}
   if config.gate_source == "memory":
@@ -458,7 +458,7 @@ def update(
   """
   if (static_gates is None) != (config.gate_source == "memory"):
     raise ValueError(
-      f"memory.gate_source={config.gate_source!r} and static_gates="
+      f"model.mixer.gate_source={config.gate_source!r} and static_gates="
       f"{'None' if static_gates is None else 'given'} do not fit"
     )
   by_token = run is not None and run.implementation == "reference"
@@ -501,7 +501,7 @@ def update(
     q, k, v, gates,
     rule=config.memory_rule,
     target=lambda block, v: _memory_target(config, block, v),
-    name=f"smt_{config.arch}_memory", **grid,
+    name=f"smt_{config.memory}_memory", **grid,
   )  # fmt: skip
   return y, State(generators, memory), Metrics(first, second)
 
@@ -531,7 +531,7 @@ def _one_walk(
   out, after, sums = chunked.walk(
     functools.partial(_body, config, False), together, slow, xs,
     chunk=config.chunk_memory, group=config.remat_group,
-    name=f"smt_{config.arch}", **grid,
+    name=f"smt_{config.memory}", **grid,
   )  # fmt: skip
   split = {
     name: after._replace(
@@ -563,7 +563,7 @@ def _first_pass(
   out, after, sums = chunked.walk(
     functools.partial(_body, config, by_token), own, alone, xs,
     chunk=config.chunk_gen, group=config.remat_group,
-    name=f"smt_{config.arch}_generators", **grid,
+    name=f"smt_{config.memory}_generators", **grid,
   )  # fmt: skip
   heads = xs[0]["q"].shape[:3]
   out = jax.tree.map(lambda x: x.reshape(*heads, -1), out)

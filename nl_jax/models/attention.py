@@ -59,16 +59,16 @@ class Options:
       value = getattr(self, field)
       if type(value) is not bool:
         raise ValueError(
-          f"model.memory.{field} must be True or False, got {value!r}"
+          f"model.mixer.{field} must be True or False, got {value!r}"
         )
     if type(self.window) is not int or self.window < 0 or self.window == 1:
       raise ValueError(
-        "model.memory.window must be an integer >= 2, or 0 for no window, got "
+        "model.mixer.window must be an integer >= 2, or 0 for no window, got "
         f"{self.window!r}"
       )
     if not self.rope_theta > 1:
       raise ValueError(
-        f"model.memory.rope_theta must be above 1, got {self.rope_theta}"
+        f"model.mixer.rope_theta must be above 1, got {self.rope_theta}"
       )
 
 
@@ -81,14 +81,14 @@ def check(model: "lm.LanguageModel") -> None:
   layers.check_even(model)
   if type(kv_heads) is not int or kv_heads < 0 or model.heads % kv_heads:
     raise ValueError(
-      "model.memory.kv_heads must be an integer that divides model.heads="
+      "model.mixer.kv_heads must be an integer that divides model.heads="
       f"{model.heads}, or 0 for as many, got {kv_heads!r}"
     )
 
 
 def options(model: "lm.LanguageModel") -> Options:
-  """The switches of a model; without the group `model.memory`, all off."""
-  return Options() if model.memory is None else model.memory
+  """The switches of a model; without the group `model.mixer`, all off."""
+  return Options() if model.mixer is None else model.mixer
 
 
 def _kv_heads(model: "lm.LanguageModel") -> int:

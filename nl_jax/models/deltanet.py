@@ -70,7 +70,7 @@ class Options:
     layers.check_walk(self.walk)
     if self.value_dim < 0:
       raise ValueError(
-        f"memory.value_dim must be 0 (the key width) or more, got "
+        f"model.mixer.value_dim must be 0 (the key width) or more, got "
         f"{self.value_dim}"
       )
     self.rule  # noqa: B018  Checks chunk and remat_group.
@@ -109,7 +109,7 @@ def _corrected(model: "lm.LanguageModel") -> bool:
 
 
 def _value_dim(model: "lm.LanguageModel") -> int:
-  return model.memory.value_dim or model.head_dim
+  return model.mixer.value_dim or model.head_dim
 
 
 def _widths(model: "lm.LanguageModel") -> dict[str, int]:
@@ -122,10 +122,10 @@ def check(model: "lm.LanguageModel") -> None:
   """DeltaNet's heads fill the width; those of the others may be any number."""
   if not _gated(model):
     layers.check_heads(model)
-  if model.memory.correction and not _corrected(model):
+  if model.mixer.correction and not _corrected(model):
     raise ValueError(
-      f"model.arch={model.arch!r} corrects no query, got model.memory."
-      f"correction={model.memory.correction}: set it to 0, or use "
+      f"model.arch={model.arch!r} corrects no query, got model.mixer."
+      f"correction={model.mixer.correction}: set it to 0, or use "
       "model.arch='comba'"
     )
 
@@ -146,14 +146,14 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
     params[f"w_{name}"] = layers.normal(next(keys), (model.width, inner))
     params[f"conv_{name}"] = layers.conv_init(next(keys), inner)
   params["w_beta"] = layers.normal(next(keys), heads)
-  if model.memory.output_gate:
+  if model.mixer.output_gate:
     params["w_g"] = layers.normal(next(keys), (model.width, widths["v"]))
   if _gated(model):
     params["w_a"] = layers.normal(next(keys), heads)
     params |= _decay_init(next(keys), model.heads)
   if _corrected(model):
     params["erase"] = jnp.ones((model.heads,))
-    params["correction"] = jnp.full((model.heads,), model.memory.correction)
+    params["correction"] = jnp.full((model.heads,), model.mixer.correction)
   std = layers.residual_std(model.layers)
   params["w_o"] = layers.normal(next(keys), (widths["v"], model.width), std)
   params["norm"] = {"scale": jnp.ones((_value_dim(model),))}
@@ -217,19 +217,19 @@ def apply(
     k_BxTxHxK,
     v_BxTxHxV,
     _gates(params, x_BxTxD, model),
-    rule=model.memory.rule,
+    rule=model.mixer.rule,
     segment_ids=segment_ids,
     at_edge=fresh,
     chunk_free=True,
     run=layers.run(
-      model.memory.walk,
-      rate=2.0 if model.memory.allow_neg_eigval else 1.0,
+      model.mixer.walk,
+      rate=2.0 if model.mixer.allow_neg_eigval else 1.0,
       dtype=x_BxTxD.dtype,
     ),
   )
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
   y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)
-  if model.memory.output_gate:
+  if model.mixer.output_gate:
     y_BxTxHV *= gate(layers.dense(x_BxTxD, params["w_g"]))
   out = layers.dense(y_BxTxHV, params["w_o"])
   return out, DeltaState(convs, fast), {"memory": metrics}
@@ -272,7 +272,7 @@ def _gates(
   wide = layers.at_least_float32(x_BxTxD.dtype)
   logit = lambda name: layers.dense(x_BxTxD, params[name]).astype(wide)
   beta = jax.nn.sigmoid(logit("w_beta"))
-  if model.memory.allow_neg_eigval:
+  if model.mixer.allow_neg_eigval:
     beta = 2.0 * beta
   if not _gated(model):
     return memory.Gates(beta, jnp.zeros_like(beta))
@@ -297,7 +297,7 @@ def init_state(
   }
   start = _start(model, jnp.result_type(params["w_q"], jnp.float32))
   return DeltaState(
-    convs, memory.chunked.start(start, batch_size, model.memory.rule)
+    convs, memory.chunked.start(start, batch_size, model.mixer.rule)
   )
 
 
@@ -314,7 +314,7 @@ def parameter_count(model: "lm.LanguageModel") -> int:
   """
   D, H, widths = model.width, model.heads, _widths(model)
   count = (D + layers.CONV_WIDTH) * sum(widths.values()) + D * H
-  count += D * widths["v"] * (1 + model.memory.output_gate) + _value_dim(model)
+  count += D * widths["v"] * (1 + model.mixer.output_gate) + _value_dim(model)
   return count + (D * H + 2 * H) * _gated(model) + 2 * H * _corrected(model)
 
 

@@ -35,7 +35,7 @@ class Options(titans.Options):
     for name, value in (("objective", "dot"), ("momentum", "off")):
       if getattr(self, name) != value:
         raise ValueError(
-          f"memory.{name} of model.arch='dla' must be {value!r}, got "
+          f"model.mixer.{name} of model.arch='dla' must be {value!r}, got "
           f"{getattr(self, name)!r}: use model.arch='titans_lmm'"
         )
 

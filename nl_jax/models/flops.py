@@ -225,14 +225,14 @@ def _attention(model: lm.LanguageModel, tokens: int) -> Flops:
 def _retnet(model: lm.LanguageModel, tokens: int) -> Flops:
   del tokens
   K = model.head_dim
-  one = chunked({"w": (K, 2 * K)}, model.memory.rule)
+  one = chunked({"w": (K, 2 * K)}, model.mixer.rule)
   return Flops(projections=16.0 * model.width**2, memories=model.heads * one)
 
 
 def _delta(model: lm.LanguageModel, tokens: int) -> Flops:
   """DeltaNet, Gated DeltaNet and Comba."""
   del tokens
-  H, K, options = model.heads, model.head_dim, model.memory
+  H, K, options = model.heads, model.head_dim, model.mixer
   V = options.value_dim or K
   gates = 1 + (model.arch != "deltanet")
   columns = H * (2 * K + V * (2 + options.output_gate) + gates)
@@ -248,7 +248,7 @@ def _rwkv(model: lm.LanguageModel, tokens: int) -> Flops:
   Keys against keys four times, one solve, and two writes for each read.
   """
   del tokens
-  options, D, K = model.memory, model.width, model.head_dim
+  options, D, K = model.mixer, model.width, model.head_dim
   ranks = options.decay_rank + options.rate_rank + options.gate_rank
   ranks += options.value_rank * (1 - 1 / model.layers)  # Not in the first.
   one = 8.0 * K * K + 15.0 * K * options.chunk
@@ -261,7 +261,7 @@ def _rwkv(model: lm.LanguageModel, tokens: int) -> Flops:
 
 def _samba(model: lm.LanguageModel, tokens: int) -> Flops:
   """Mamba, its feed-forward part, and attention to a window."""
-  D, N = model.width, model.memory.state_dim
+  D, N = model.width, model.mixer.state_dim
   inner, R = mamba.EXPAND * D, mamba.rank(D)
   # A memory of N numbers a channel: u v is written, and read.
   even = Flops(
@@ -271,7 +271,7 @@ def _samba(model: lm.LanguageModel, tokens: int) -> Flops:
   )
   odd = Flops(
     projections=8.0 * D * D,
-    attention=_scores(model, min(model.memory.window, tokens)),
+    attention=_scores(model, min(model.mixer.window, tokens)),
   )
   return _add(even, odd)
 
@@ -282,17 +282,17 @@ def _ttt(model: lm.LanguageModel, tokens: int) -> Flops:
   D, H, K = model.width, model.heads, model.head_dim
   shapes = {"w": (K + 1, K)}
   if model.arch == "ttt_mlp":
-    M = model.memory.hidden or 4 * K
+    M = model.mixer.hidden or 4 * K
     shapes = {"w_in": (K + 1, M), "w_out": (M + 1, K)}
   return Flops(
     projections=8.0 * D * D + 2.0 * D * H,
-    memories=H * chunked(shapes, model.memory.rule, normed=True),
+    memories=H * chunked(shapes, model.mixer.rule, normed=True),
   )
 
 
 def _titans(model: lm.LanguageModel, tokens: int) -> Flops:
   del tokens
-  options, D, H = model.memory, model.width, model.heads
+  options, D, H = model.mixer, model.width, model.heads
   gates = len(options.gates) + (options.omega > 1)
   return Flops(
     projections=10.0 * D * D + 2.0 * D * H * gates,
@@ -303,7 +303,7 @@ def _titans(model: lm.LanguageModel, tokens: int) -> Flops:
 def _memora(model: lm.LanguageModel, tokens: int) -> Flops:
   """The layer of Titans, but for gates of a channel through `rank`."""
   del tokens
-  D, rank = model.width, model.memory.rank
+  D, rank = model.width, model.mixer.rank
   return Flops(
     projections=10.0 * D * D + 8.0 * D * rank,
     memories=model.heads * _of_titans(model),
@@ -311,18 +311,18 @@ def _memora(model: lm.LanguageModel, tokens: int) -> Flops:
 
 
 def _of_titans(model: lm.LanguageModel) -> float:
-  options: titans.Options = model.memory
+  options: titans.Options = model.mixer
   return chunked(
-    layers_of(options.arch, model.head_dim, options.hidden),
+    layers_of(options.memory, model.head_dim, options.hidden),
     options,
-    normed=options.arch == "mlp_ln",
+    normed=options.memory == "mlp_ln",
     loop=options.loops,
   )
 
 
 def _beside(model: lm.LanguageModel, tokens: int) -> Flops:
   """Titans with attention to a window and to the persistent tokens."""
-  options, D = model.memory, model.width
+  options, D = model.mixer, model.width
   keys = min(options.window, tokens) + options.persistent
   own = Flops(
     projections=8.0 * D * D + 4.0 * D * D * options.persistent / tokens,
@@ -333,9 +333,9 @@ def _beside(model: lm.LanguageModel, tokens: int) -> Flops:
 
 def _context(model: lm.LanguageModel, tokens: int) -> Flops:
   """Titans whose attention also sees what each token recalls."""
-  options, D = model.memory, model.width
+  options, D = model.mixer, model.width
   keys = 2 * min(options.segment, tokens) + options.persistent
-  recall = _product(layers_of(options.arch, model.head_dim, options.hidden))
+  recall = _product(layers_of(options.memory, model.head_dim, options.hidden))
   own = Flops(
     # W_q of the recall, keys and values of tokens and of what they recall.
     projections=14.0 * D * D + 4.0 * D * D * options.persistent / tokens,
@@ -348,11 +348,11 @@ def _context(model: lm.LanguageModel, tokens: int) -> Flops:
 def _hope(model: lm.LanguageModel, tokens: int) -> Flops:
   """Self-modifying Titans: the generators, then M_memory."""
   del tokens
-  config: self_modifying.Config = model.memory
+  config: self_modifying.Config = model.mixer
   D, H, K = model.width, model.heads, model.head_dim
-  shapes = layers_of(config.arch, K, config.hidden)
+  shapes = layers_of(config.memory, K, config.hidden)
   how = dict(
-    normed=config.arch == "mlp_ln", loop=config.gate_shape == "channel"
+    normed=config.memory == "mlp_ln", loop=config.gate_shape == "channel"
   )
   own = lambda part: (part.value_source == "self") * _product(shapes)
   made = chunked(shapes, config.generator_rule, **how) + own(config.generators)

@@ -30,7 +30,7 @@ Options = self_modifying.Config
 def check(model: "lm.LanguageModel") -> None:
   """Raises ValueError for heads that do not fill the width, or no such walk."""
   layers.check_heads(model)
-  layers.check_walk(model.memory.walk)
+  layers.check_walk(model.mixer.walk)
 
 
 class HopeState(NamedTuple):
@@ -47,7 +47,7 @@ class HopeState(NamedTuple):
 
 def _projected(model: "lm.LanguageModel") -> tuple[str, ...]:
   """The inputs that have a projection and a convolution of their own."""
-  return ("q",) if model.memory.gen_input == "slice" else ("q", "k", "v")
+  return ("q",) if model.mixer.gen_input == "slice" else ("q", "k", "v")
 
 
 def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
@@ -59,7 +59,7 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
     `gate_source="static"`, static_gate {w_eta, w_alpha (D,H), b_eta, b_alpha
     (H,)}.
   """
-  config, inner = model.memory, model.heads * model.head_dim
+  config, inner = model.mixer, model.heads * model.head_dim
   keys = iter(jax.random.split(key, 12))
   kernel = lambda: layers.normal(next(keys), (model.width, inner))
   params = {f"w_{name}": kernel() for name in _projected(model)}
@@ -106,7 +106,7 @@ def apply(
     y_BxTxD, the state after the call, and sums over real tokens for the
     levels "generators" and "memory", leaves [B,H].
   """
-  config = model.memory
+  config = model.mixer
   fresh = state is None
   if fresh:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
@@ -174,7 +174,7 @@ def init_state(
   window = layers.conv_state(batch_size, inner, dtype)
   return HopeState(
     {name: window for name in _projected(model)},
-    self_modifying.start(params["memory"], batch_size, model.memory),
+    self_modifying.start(params["memory"], batch_size, model.mixer),
   )
 
 
@@ -183,28 +183,28 @@ def starts(
 ) -> dict[str, types.Params]:
   """As `titans.starts`."""
   made = {"memory/memory": params["memory"]["memory"]}
-  if model.memory.generator_roles:
-    laid = self_modifying.lay(params["memory"], model.memory)
+  if model.mixer.generator_roles:
+    laid = self_modifying.lay(params["memory"], model.mixer)
     made["memory/generators"] = laid
   return made
 
 
 def alignment(model: "lm.LanguageModel") -> int:
   """Both chunk lengths divide it: documents begin at chunk edges."""
-  return math.lcm(model.memory.chunk_memory, model.memory.chunk_gen)
+  return math.lcm(model.mixer.chunk_memory, model.mixer.chunk_gen)
 
 
 def _memory_size(model: "lm.LanguageModel") -> int:
   """Parameters of one memory of one head."""
-  config, K = model.memory, model.head_dim
-  if config.arch == "linear":
+  config, K = model.mixer, model.head_dim
+  if config.memory == "linear":
     return K * K
-  return (3 if config.arch == "glu" else 2) * K * (config.hidden or K)
+  return (3 if config.memory == "glu" else 2) * K * (config.hidden or K)
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
   """5 D² + 12 D + R H 2KM + 2 H (K+1) + K (+ H with momentum), one layer."""
-  config, H, K = model.memory, model.heads, model.head_dim
+  config, H, K = model.mixer, model.heads, model.head_dim
   inner, D = H * K, model.width
   projected = len(_projected(model))
   count = (projected + 2) * D * inner + projected * layers.CONV_WIDTH * inner
@@ -219,7 +219,7 @@ def parameter_count(model: "lm.LanguageModel") -> int:
 
 
 def _rule(model: "lm.LanguageModel") -> str:
-  config = model.memory
+  config = model.mixer
   name = "GD" if config.dgd_scope == "none" else f"DGD ({config.dgd_coef})"
   extra = f" + {config.momentum} momentum" if config.momentum != "off" else ""
   return name + extra + (", retention" if config.alpha_bias else "")
@@ -227,7 +227,7 @@ def _rule(model: "lm.LanguageModel") -> str:
 
 def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The generators (the "projections" of Fig. 3) and M_memory."""
-  config = model.memory
+  config = model.mixer
   params = jax.eval_shape(lambda key: init(key, model), jax.random.key(0))
   state = jax.eval_shape(lambda p: init_state(p, 1, 0, model=model), params)
   size = lambda tree: (

@@ -187,11 +187,11 @@ class InContextModel:
     These run under `vmap` and are differentiated twice; a kernel has one
     derivative.
     """
-    options = self.base.memory
+    options = self.base.mixer
     if getattr(options, "walk", "xla") == "xla":
       return self.base
     return dataclasses.replace(
-      self.base, memory=dataclasses.replace(options, walk="xla")
+      self.base, mixer=dataclasses.replace(options, walk="xla")
     )
 
   @property

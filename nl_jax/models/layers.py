@@ -52,7 +52,7 @@ def check_walk(walk: str) -> None:
   """Raises ValueError for a way to run a walk that there is not."""
   if walk not in WALKS:
     raise ValueError(
-      f"model.memory.walk must be one of {', '.join(WALKS)}; got {walk!r}"
+      f"model.mixer.walk must be one of {', '.join(WALKS)}; got {walk!r}"
     )
 
 
@@ -404,10 +404,10 @@ def size_of_state(model: "lm.LanguageModel", length: int = 0) -> int:
     length: slots of an unbounded cache.
   """
   params = jax.eval_shape(
-    lambda key: model.mixer.init(key, model), jax.random.key(0)
+    lambda key: model.module.init(key, model), jax.random.key(0)
   )
   state = jax.eval_shape(
-    lambda p: model.mixer.init_state(p, 1, length, model=model), params
+    lambda p: model.module.init_state(p, 1, length, model=model), params
   )
   sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
   return model.layers * sum(sizes)

@@ -77,7 +77,7 @@ class LMState(NamedTuple):
 
 
 def options(arch: str, values: Mapping[str, Any] | None) -> Any:
-  """The switches of an arch, from the config group `model.memory`.
+  """The switches of an arch, from the config group `model.mixer`.
 
   Args:
     arch: a key of `MIXERS`.
@@ -91,7 +91,7 @@ def options(arch: str, values: Mapping[str, Any] | None) -> Any:
   made = MIXERS[arch].Options
   if values is None or made is None:
     return values
-  return _filled(made, values, f"model.arch={arch!r} has no model.memory.")
+  return _filled(made, values, f"model.arch={arch!r} has no model.mixer.")
 
 
 def _filled(made: type, values: Mapping[str, Any], missing: str) -> Any:
@@ -125,7 +125,7 @@ class LanguageModel:
     vocab_size: rows of the embedding.
     sequence_length: slots of an unbounded attention cache by default.
     cms: the feed-forward part; one level for the plain block.
-    memory: switches of the mixer, its module's `Options`; None for archs
+    mixer: switches of the mixer, its module's `Options`; None for archs
       without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
@@ -143,7 +143,7 @@ class LanguageModel:
   vocab_size: int
   sequence_length: int
   cms: cms.CMSConfig
-  memory: Any = None
+  mixer: Any = None
   dtype: str = "float32"
   remat: str = "layer"
   tied: bool = True
@@ -170,45 +170,45 @@ class LanguageModel:
         "model.arch='transformer' has one feed-forward level, got cms.levels="
         f"{self.cms.levels}: use model.arch='hope_attention'"
       )
-    self._check_memory()
-    self.mixer.check(self)
+    self._check_mixer()
+    self.module.check(self)
 
-  def _check_memory(self) -> None:
-    wanted = self.mixer.Options
-    if wanted is attention.Options and self.memory is None:
+  def _check_mixer(self) -> None:
+    wanted = self.module.Options
+    if wanted is attention.Options and self.mixer is None:
       return  # All off: the attention of Transformer++.
-    if type(self.memory) is not (wanted or type(None)):
+    if type(self.mixer) is not (wanted or type(None)):
       having = [name for name, mixer in MIXERS.items() if mixer.Options]
       raise ValueError(
-        f"model.memory belongs to model.arch={', '.join(having)}, each with "
+        f"model.mixer belongs to model.arch={', '.join(having)}, each with "
         f"switches of its own, got arch={self.arch!r} with "
-        f"memory={self.memory!r}"
+        f"mixer={self.mixer!r}"
       )
 
   @property
-  def mixer(self) -> Any:
+  def module(self) -> Any:
     """The module of the mixer's functions."""
     return MIXERS[self.arch]
 
   @property
   def units(self) -> int:
     """Length of the stack: layers, or groups of them where a mixer is one."""
-    return self.layers // getattr(self.mixer, "LAYERS", 1)
+    return self.layers // getattr(self.module, "LAYERS", 1)
 
   @property
   def whole(self) -> bool:
     """Whether the mixer is all of a layer, its feed-forward part included."""
-    return getattr(self.mixer, "WHOLE", False)
+    return getattr(self.module, "WHOLE", False)
 
   @property
   def grows(self) -> bool:
     """Whether the state has an unbounded cache, of `length` slots."""
-    return self.mixer is attention and not attention.options(self).window
+    return self.module is attention and not attention.options(self).window
 
   @property
   def alignment(self) -> int:
     """Documents of a packed row must begin at multiples of this."""
-    return self.mixer.alignment(self)
+    return self.module.alignment(self)
 
   def init(self, key: types.Array) -> types.Params:
     """Parameters {embed, blocks: {mixer_norm, mixer, cms}, final_norm}.
@@ -221,7 +221,7 @@ class LanguageModel:
     blocks = jax.vmap(self._init_block)(keys)
     params = {
       "embed": layers.normal(embed_key, (self.vocab_size, self.width)),
-      "blocks": self.mixer.finish(blocks, self) if self.whole else blocks,
+      "blocks": self.module.finish(blocks, self) if self.whole else blocks,
       "final_norm": {"scale": jnp.ones((self.width,))},
     }
     if not self.tied:
@@ -234,7 +234,7 @@ class LanguageModel:
     mixer_key, cms_key = jax.random.split(key)
     block = {
       "mixer_norm": {"scale": jnp.ones((self.width,))},
-      "mixer": self.mixer.init(mixer_key, self),
+      "mixer": self.module.init(mixer_key, self),
     }
     if not self.whole:
       block["cms"] = cms.init(cms_key, self.cms, self.width, self.layers)
@@ -242,7 +242,7 @@ class LanguageModel:
 
   def _laid(self, blocks: types.Params) -> types.Params:
     """The blocks with leaves [L,...] all."""
-    return self.mixer.laid(blocks) if self.whole else blocks
+    return self.module.laid(blocks) if self.whole else blocks
 
   def init_state(
     self, params: types.Params, batch_size: int, length: int | None = None
@@ -255,7 +255,7 @@ class LanguageModel:
       length: slots of an unbounded cache; `sequence_length` by default.
     """
     slots = self.sequence_length if length is None else length
-    start = lambda p: self.mixer.init_state(p, batch_size, slots, model=self)
+    start = lambda p: self.module.init_state(p, batch_size, slots, model=self)
     stacked = jax.vmap(start)(self._laid(params["blocks"])["mixer"])
     return LMState(stacked, jnp.zeros((batch_size,), jnp.int32))
 
@@ -341,10 +341,10 @@ class LanguageModel:
     if self.remat == "layer":
       # A scan already keeps XLA from merging the recomputation.
       body = jax.checkpoint(body, prevent_cse=False)
-    stream = self.mixer.enter(x_BxTxD) if self.whole else x_BxTxD
+    stream = self.module.enter(x_BxTxD) if self.whole else x_BxTxD
     scanned = (self._laid(blocks), carried)
     stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
-    x_BxTxD = self.mixer.leave(stream) if self.whole else stream
+    x_BxTxD = self.module.leave(stream) if self.whole else stream
     return x_BxTxD, states, metrics
 
   def block(
@@ -376,24 +376,24 @@ class LanguageModel:
     segment_ids: types.Array | None,
   ) -> tuple[types.Array, Any, dict[str, Any]]:
     """x + Mixer(RMSNorm(x)), or what the mixer's module has as `residual`."""
-    if hasattr(self.mixer, "residual"):
-      return self.mixer.residual(
+    if hasattr(self.module, "residual"):
+      return self.module.residual(
         params, x_BxTxD, state, segment_ids, model=self
       )
     scale = params["mixer_norm"]["scale"]
     normed = layers.rms_norm(x_BxTxD, scale, self.norm_epsilon)
-    y_BxTxD, state, metrics = self.mixer.apply(
+    y_BxTxD, state, metrics = self.module.apply(
       params["mixer"], normed, state, segment_ids, model=self
     )
     return x_BxTxD + y_BxTxD, state, metrics
 
   def parameter_count(self) -> int:
     """Vocab·D (untied: twice) + L (mixer + D + feed-forward) + D (§7.2)."""
-    mixer = self.mixer.parameter_count(self)
+    mixer = self.module.parameter_count(self)
     block = mixer + self.width
     outside = self.width * (self.vocab_size * (1 if self.tied else 2) + 1)
     if self.whole:
-      return outside + self.units * block - self.mixer.absent(self)
+      return outside + self.units * block - self.module.absent(self)
     block += cms.parameter_count(self.cms, self.width)
     return outside + self.units * block
 
@@ -405,7 +405,7 @@ class LanguageModel:
     The labels are level names in a tree like the parameters': "cms/<level>"
     for a CMS of several levels, else "slow".
     """
-    mixer_rows = self.mixer.rows(self)
+    mixer_rows = self.module.rows(self)
     cms_rows = self._cms_rows()
     slow = self.parameter_count()
     slow -= sum(row.parameters for row in (*mixer_rows, *cms_rows))

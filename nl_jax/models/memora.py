@@ -22,7 +22,7 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 _FIXED = {
-  "arch": "mlp_ln",
+  "memory": "mlp_ln",
   "dgd_scope": "none",
   "momentum": "off",
   "retention_target": "zero",
@@ -41,7 +41,7 @@ class Options(titans.Options):
       the rest of it runs at once; off: at every token, one after the other.
   """
 
-  arch: str = "mlp_ln"
+  memory: str = "mlp_ln"
   momentum: str = "off"
   rank: int = 32
   lag: bool = False
@@ -51,20 +51,22 @@ class Options(titans.Options):
     for name, value in _FIXED.items():
       if getattr(self, name) != value:
         raise ValueError(
-          f"memory.{name} of model.arch='memora' must be {value!r}, got "
+          f"model.mixer.{name} of model.arch='memora' must be {value!r}, got "
           f"{getattr(self, name)!r}: use model.arch='titans_lmm'"
         )
     if type(self.rank) is not int or self.rank < 1:
       raise ValueError(
-        f"memory.rank must be an integer >= 1, got {self.rank!r}"
+        f"model.mixer.rank must be an integer >= 1, got {self.rank!r}"
       )
     if self.walk not in ("auto", "xla"):
       raise ValueError(
-        "memory.walk of model.arch='memora' must be 'auto' or 'xla', for no "
-        f"kernel keeps weights on a simplex; got {self.walk!r}"
+        "model.mixer.walk of model.arch='memora' must be 'auto' or 'xla', for "
+        f"no kernel keeps weights on a simplex; got {self.walk!r}"
       )
     if type(self.lag) is not bool:
-      raise ValueError(f"memory.lag must be True or False, got {self.lag!r}")
+      raise ValueError(
+        f"model.mixer.lag must be True or False, got {self.lag!r}"
+      )
 
   # Deviation from Miras, which does not say in what the rest of a chunk is
   # linear: the logarithms are, because weights would leave the simplex; and
@@ -87,7 +89,7 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
     w_eta_up, w_alpha_up (rank,HK), b_eta, b_alpha (HK,)} and memory, of which
     the softmax over the inputs is the learned start.
   """
-  options, inner = model.memory, model.heads * model.head_dim
+  options, inner = model.mixer, model.heads * model.head_dim
   params = titans.init(key, model)
   # Logarithms of generic size: with small ones all units would be alike.
   size = lambda w: w / jnp.std(w)
@@ -124,7 +126,7 @@ def apply(
     model=model,
     at_edge=fresh,
     rates=gates(params["gate"], x_BxTxD, model),
-    update=functools.partial(memory.simplex.update, lag=model.memory.lag),
+    update=functools.partial(memory.simplex.update, lag=model.mixer.lag),
   )
 
 
@@ -149,7 +151,7 @@ def gates(
     z = layers.dense(z, gate[f"w_{name}_up"]).astype(wide)
     z = z + gate[f"b_{name}"].astype(wide)[None, None]
     logit[name] = z.reshape(*z.shape[:2], model.heads, model.head_dim)
-  eta = model.memory.eta_max * jax.nn.sigmoid(logit["eta"])
+  eta = model.mixer.eta_max * jax.nn.sigmoid(logit["eta"])
   return memory.Gates(eta, jax.nn.log_sigmoid(logit["alpha"]))
 
 
@@ -178,7 +180,7 @@ def parameter_count(model: "lm.LanguageModel") -> int:
   """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K of one layer."""
   D = model.width
   shared = titans.parameter_count(model) - 2 * model.heads * (D + 1)
-  return shared + 2 * (2 * D * model.memory.rank + D)
+  return shared + 2 * (2 * D * model.mixer.rank + D)
 
 
 def rows(model: "lm.LanguageModel") -> list[card.Row]:

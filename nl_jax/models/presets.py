@@ -194,11 +194,13 @@ SHAPES = {
     "760m": Shape(24, 64, (1152,) * 3, 128, 16),
     "1b3": Shape(32, 64, (1536,) * 3, 128, 16),
   },
+  # K = 128, C = 64 here too: the walk has half the bundles of K = 64, C = 16
+  # (docs/kernels.md), and a state twice as large.
   "hope_linear": {
     "smoke": Shape(4, 16, (40,) * 3, 0, 8),
     "tiny": Shape(4, 32, (82,) * 3, 0, 16),
-    "340m": Shape(16, 64, (768,) * 3, 0, 16),
-    "760m": Shape(24, 64, (1216,) * 3, 0, 16),
-    "1b3": Shape(32, 64, (1600,) * 3, 0, 16),
+    "340m": Shape(8, 128, (768,) * 3, 0, 64),
+    "760m": Shape(12, 128, (1216,) * 3, 0, 64),
+    "1b3": Shape(16, 128, (1600,) * 3, 0, 64),
   },
 }

@@ -148,11 +148,11 @@ def apply(
     k_BxTxHxK,
     heads("v"),
     memory.Gates(jnp.ones_like(decay_BxTxH), decay_BxTxH),
-    rule=model.memory.rule,
+    rule=model.mixer.rule,
     segment_ids=segment_ids,
     at_edge=fresh,
     chunk_free=True,
-    run=layers.run(model.memory.walk),
+    run=layers.run(model.mixer.walk),
   )
   y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
   y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(batch, tokens, -1)
@@ -194,7 +194,7 @@ def init_state(
   del length
   start = _start(model, jnp.result_type(params["w_q"], jnp.float32))
   return RetNetState(
-    memory.chunked.start(start, batch_size, model.memory.rule),
+    memory.chunked.start(start, batch_size, model.mixer.rule),
     jnp.zeros((batch_size,), jnp.int32),
   )
 

@@ -72,12 +72,12 @@ class Options:
       value = getattr(self, name)
       if type(value) is not int or value < 1:
         raise ValueError(
-          f"memory.{name} must be an integer >= 1, got {value!r}"
+          f"model.mixer.{name} must be an integer >= 1, got {value!r}"
         )
     if self.chunk > _MAX_CHUNK:
       raise ValueError(
-        f"memory.chunk of model.arch='rwkv7' must be at most {_MAX_CHUNK}, "
-        f"beyond which decays leave float32; got {self.chunk}"
+        f"model.mixer.chunk of model.arch='rwkv7' must be at most "
+        f"{_MAX_CHUNK}, beyond which decays leave float32; got {self.chunk}"
       )
     layers.check_walk(self.walk)
 
@@ -143,7 +143,7 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
     {scale, bias (D,)}, and cms {level: {norm {scale (D,)}, mu (D,), w_up
     (D,F), w_down (F,D)}}. What depends on the layer is set by `finish`.
   """
-  D, options = model.width, model.memory
+  D, options = model.width, model.mixer
   keys = iter(jax.random.split(key, 8))
   uniform = lambda shape, scale: jax.random.uniform(
     next(keys), shape, jnp.float32, -scale * D**-0.5, scale * D**-0.5
@@ -346,10 +346,10 @@ def _remember(
     k_in = k
   # As they are: a walk reads half as much, and knows the model's precision.
   narrow = lambda x: x.reshape(k.shape)
-  run = layers.run(model.memory.walk)
+  run = layers.run(model.mixer.walk)
   y_BxTxHxK, S = ops.general_delta_rule(
     narrow(z["r"]), k_in, narrow(z["v"]), w, (kappa, write), S, begins,
-    chunk=model.memory.chunk, remat_group=model.memory.remat_group,
+    chunk=model.mixer.chunk, remat_group=model.mixer.remat_group,
     implementation=run.implementation, spec=run.spec,
   )  # fmt: skip
   y_BxTxD = _group_norm(y_BxTxHxK, params["norm"])
@@ -402,13 +402,13 @@ def parameter_count(model: "lm.LanguageModel") -> int:
   R is the sum of the four ranks; see `absent`.
   """
   D, F = model.width, model.cms.widths[0]
-  mixer = 4 * D * D + 2 * D * _rank_total(model.memory) + 14 * D
+  mixer = 4 * D * D + 2 * D * _rank_total(model.mixer) + 14 * D
   return mixer + 2 * D * F + 2 * D
 
 
 def absent(model: "lm.LanguageModel") -> int:
   """2 D R_v + D: the first layer has no LoRA of values."""
-  return model.width * (2 * model.memory.value_rank + 1)
+  return model.width * (2 * model.mixer.value_rank + 1)
 
 
 def rows(model: "lm.LanguageModel") -> list[card.Row]:

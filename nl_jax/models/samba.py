@@ -50,7 +50,7 @@ class Options:
       value = getattr(self, name)
       if type(value) is not int or value < least:
         raise ValueError(
-          f"model.memory.{name} must be an integer >= {least}, got {value!r}"
+          f"model.mixer.{name} must be an integer >= {least}, got {value!r}"
         )
 
 
@@ -84,9 +84,9 @@ def check(model: "lm.LanguageModel") -> None:
 def _attention(model: "lm.LanguageModel") -> "lm.LanguageModel":
   """The model of the same shape all of whose layers are the odd ones."""
   window = attention.Options(
-    window=model.memory.window, implementation=model.memory.implementation
+    window=model.mixer.window, implementation=model.mixer.implementation
   )
-  return dataclasses.replace(model, arch="transformer", memory=window)
+  return dataclasses.replace(model, arch="transformer", mixer=window)
 
 
 def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
@@ -99,7 +99,7 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   mamba_key, cms_key, attention_key = jax.random.split(key, 3)
   D, depth = model.width, model.layers
   return {
-    "mamba": mamba.init(mamba_key, D, depth, model.memory.state_dim),
+    "mamba": mamba.init(mamba_key, D, depth, model.mixer.state_dim),
     "cms": cms.init(cms_key, model.cms, D, depth),
     "attention_norm": {"scale": jnp.ones((D,))},
     "attention": attention.init(attention_key, _attention(model)),
@@ -131,7 +131,7 @@ def residual(
   normed = layers.rms_norm(x_BxTxD, params["mixer_norm"]["scale"], epsilon)
   y_BxTxD, even = mamba.apply(
     mixer["mamba"], normed, even, segment_ids,
-    chunk=model.memory.chunk, walk=model.memory.walk,
+    chunk=model.mixer.chunk, walk=model.mixer.walk,
   )  # fmt: skip
   x_BxTxD = cms.apply(mixer["cms"], x_BxTxD + y_BxTxD, model.cms, epsilon)
   normed = layers.rms_norm(x_BxTxD, mixer["attention_norm"]["scale"], epsilon)
@@ -166,7 +166,7 @@ def alignment(model: "lm.LanguageModel") -> int:
 
 def parameter_count(model: "lm.LanguageModel") -> int:
   """About 6.4 D² + 4 D² + 3 D F of a pair, without its last SwiGLU."""
-  count = mamba.parameter_count(model.width, model.memory.state_dim)
+  count = mamba.parameter_count(model.width, model.mixer.state_dim)
   count += cms.parameter_count(model.cms, model.width) + model.width
   return count + attention.parameter_count(_attention(model))
 
@@ -187,5 +187,5 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
       transfer="parametric",
       state_bytes=size - window.state_bytes,
     ),
-    dataclasses.replace(window, name=f"attention to {model.memory.window}"),
+    dataclasses.replace(window, name=f"attention to {model.mixer.window}"),
   ]

@@ -47,7 +47,7 @@ def check_implementation(implementation: str) -> None:
   """Raises ValueError for one that there is not."""
   if implementation not in IMPLEMENTATIONS:
     raise ValueError(
-      "model.memory.implementation of attention must be one of "
+      "model.mixer.implementation of attention must be one of "
       f"{', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
     )
 
@@ -78,7 +78,7 @@ def fused(
   )
   if reason is not None and implementation != "auto":
     raise ValueError(
-      f"model.memory.implementation={implementation!r}: splash attention "
+      f"model.mixer.implementation={implementation!r}: splash attention "
       f"cannot run here: {reason}; or set it to 'auto'"
     )
   return reason is None

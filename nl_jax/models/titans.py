@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, memory, types
-from nl_jax.memory import linear, mlp
+from nl_jax.memory import linear, mlp, rule
 from nl_jax.models import layers
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Options(memory.Rule):
   """The switches of the long-term memory: its rule, and these.
 
   Attributes:
-    arch: "linear", "mlp", "mlp_ln" or "glu".
+    memory: "linear", "mlp", "mlp_ln" or "glu".
     hidden: M of the MLP forms; 0 = the key width.
     residual: the memory adds its input.
     value_norm: "none", or "l2": values of unit norm.
@@ -50,7 +50,7 @@ class Options(memory.Rule):
   retention_target: str = "zero"
   erase_of: str = "whole"
   residual_clip: float = 1.0
-  arch: str = "mlp"
+  memory: str = "mlp"
   hidden: int = 0
   residual: bool = True
   value_norm: str = "none"
@@ -63,24 +63,24 @@ class Options(memory.Rule):
   def __post_init__(self):
     super().__post_init__()
     for name, allowed in (
-      ("arch", ("linear", *mlp.ARCHITECTURES)),
+      ("memory", ("linear", *mlp.ARCHITECTURES)),
       ("value_norm", ("none", "l2")),
     ):
       if getattr(self, name) not in allowed:
         raise ValueError(
-          f"memory.{name} must be one of {', '.join(allowed)}; got "
+          f"model.mixer.{name} must be one of {', '.join(allowed)}; got "
           f"{getattr(self, name)!r}"
         )
     if self.eta_max <= 0:
-      raise ValueError(f"memory.eta_max must be > 0, got {self.eta_max}")
+      raise ValueError(f"model.mixer.eta_max must be > 0, got {self.eta_max}")
     layers.check_walk(self.walk)
 
   @property
-  def forward(self) -> memory.rule.Forward:
+  def forward(self) -> rule.Forward:
     """The architecture of the memory."""
-    if self.arch == "linear":
+    if self.memory == "linear":
       return linear.forward_residual if self.residual else linear.forward
-    return mlp.forward(self.arch, self.residual)
+    return mlp.forward(self.memory, self.residual)
 
   @property
   def gates(self) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
 
 def gate_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   """Heads of the gates, straight from the layer's input."""
-  options, gate = model.memory, {}
+  options, gate = model.mixer, {}
   for name, one in zip(options.gates, jax.random.split(key, 3)):
     gate[f"w_{name}"] = layers.normal(one, (model.width, model.heads))
     bias = getattr(options, f"{name}_bias")
@@ -143,11 +143,11 @@ def gate_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
 
 def memory_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   """The learned start of the memory; its keys and queries have unit norm."""
-  options, heads, head_dim = model.memory, model.heads, model.head_dim
-  if options.arch == "linear":
+  options, heads, head_dim = model.mixer, model.heads, model.head_dim
+  if options.memory == "linear":
     return linear.init(key, heads, head_dim, head_dim)
   hidden = options.hidden or head_dim
-  return mlp.init(key, heads, head_dim, hidden, arch=options.arch)
+  return mlp.init(key, heads, head_dim, hidden, arch=options.memory)
 
 
 def apply(
@@ -210,7 +210,7 @@ def advance(
     rates: in place of the gates that params have.
     update: in place of `memory.chunked.update`, called as it is.
   """
-  options = model.memory
+  options = model.mixer
   z, convs = layers.short_convs(
     params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
@@ -227,7 +227,7 @@ def advance(
     at_edge=at_edge,
     aligned=at_edge,
     run=layers.run(options.walk, by_token=options.loops),
-    name=f"titans_{options.arch}",
+    name=f"titans_{options.memory}",
   )
   y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
   y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)
@@ -273,7 +273,7 @@ def init_state(
   window = layers.conv_state(batch_size, inner, dtype)
   return TitansState(
     dict.fromkeys(PROJECTED, window),
-    memory.chunked.start(params["memory"], batch_size, model.memory),
+    memory.chunked.start(params["memory"], batch_size, model.mixer),
   )
 
 
@@ -287,21 +287,21 @@ def starts(
 
 def alignment(model: "lm.LanguageModel") -> int:
   """The chunk: documents begin at its edges."""
-  return model.memory.chunk
+  return model.mixer.chunk
 
 
 def memory_size(model: "lm.LanguageModel") -> int:
   """Parameters of the memories of one layer's heads."""
-  options, K = model.memory, model.head_dim
-  if options.arch == "linear":
+  options, K = model.mixer, model.head_dim
+  if options.memory == "linear":
     return model.heads * K * K
-  count = 3 if options.arch == "glu" else 2
+  count = 3 if options.memory == "glu" else 2
   return model.heads * count * K * (options.hidden or K)
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
   """5 D² + 12 D + 3 H (D+1) + 2 H K M + K of one layer; a window: + D H."""
-  D, options = model.width, model.memory
+  D, options = model.width, model.mixer
   count = 5 * D * D + len(PROJECTED) * layers.CONV_WIDTH * D + model.head_dim
   count += len(options.gates) * model.heads * (D + 1)
   count += D * model.heads * (options.omega > 1)
@@ -323,7 +323,7 @@ def rule_name(options: Options) -> str:
 
 def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The memory; its start is learned."""
-  options = model.memory
+  options = model.mixer
   return [
     card.Row(
       name="Titans memory",

@@ -49,10 +49,10 @@ class Options(titans.Options):
 
 
 def check_count(name: str, value: int, least: int) -> None:
-  """Raises ValueError unless `model.memory.<name>` is an integer >= least."""
+  """Raises ValueError unless `model.mixer.<name>` is an integer >= least."""
   if type(value) is not int or value < least:
     raise ValueError(
-      f"model.memory.{name} must be an integer >= {least}, got {value!r}"
+      f"model.mixer.{name} must be an integer >= {least}, got {value!r}"
     )
 
 
@@ -60,7 +60,7 @@ def check_gate(name: str) -> None:
   """Raises ValueError for a `mag_gate` that is not known."""
   if name not in GATES:
     raise ValueError(
-      f"model.memory.mag_gate must be one of {', '.join(GATES)}; got {name!r}"
+      f"model.mixer.mag_gate must be one of {', '.join(GATES)}; got {name!r}"
     )
 
 
@@ -123,8 +123,8 @@ def init(
   params = {"attention": attention, "lmm": titans.init(lmm_key, model)}
   for name in norms:
     params[f"{name}_norm"] = {"scale": jnp.ones((D,))}
-  if model.memory.persistent:
-    shape = (model.memory.persistent, D)
+  if model.mixer.persistent:
+    shape = (model.mixer.persistent, D)
     params["persistent"] = layers.normal(persistent_key, shape)
   return params
 
@@ -156,7 +156,7 @@ def persistent(
     dtype: of activations.
     model: shapes and switches.
   """
-  count = model.memory.persistent
+  count = model.mixer.persistent
   if not count:
     return None
   P_1xNxD = params["persistent"][None].astype(dtype)
@@ -273,7 +273,7 @@ def empty_window(
   batch_size: int, model: "lm.LanguageModel", dtype: jnp.dtype
 ) -> WindowState:
   """The window at the start of a sequence."""
-  slots = (batch_size, model.memory.window - 1)
+  slots = (batch_size, model.mixer.window - 1)
   cache = jnp.zeros((*slots, model.heads, model.head_dim), dtype)
   clock = jnp.zeros((batch_size,), jnp.int32)
   return WindowState(cache, cache, jnp.zeros(slots, jnp.int32), clock, clock)
@@ -318,7 +318,7 @@ def alignment(model: "lm.LanguageModel") -> int:
 def parameter_count(model: "lm.LanguageModel", norms: int) -> int:
   """4 D² + (N + norms) D, and the memory's, of one layer."""
   D = model.width
-  own = 4 * D * D + (model.memory.persistent + norms) * D
+  own = 4 * D * D + (model.mixer.persistent + norms) * D
   return own + titans.parameter_count(model)
 
 
@@ -350,5 +350,5 @@ def window_rows(model: "lm.LanguageModel") -> list[card.Row]:
   """`rows` of a layer with a window."""
   state = jax.eval_shape(lambda: empty_window(1, model, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
-  name = f"attention to {model.memory.window}"
+  name = f"attention to {model.mixer.window}"
   return rows(model, name, size * model.layers)

@@ -54,7 +54,7 @@ class Options(titans_hybrid.Options):
     titans_hybrid.check_count("segment", self.segment, 2)
     if self.segment % self.chunk:
       raise ValueError(
-        "model.memory.segment must be a multiple of model.memory.chunk="
+        "model.mixer.segment must be a multiple of model.mixer.chunk="
         f"{self.chunk}, got {self.segment}"
       )
 
@@ -127,7 +127,7 @@ def apply(
 ) -> tuple[types.Array, MACState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   batch, tokens, _ = x_BxTxD.shape
-  fresh, options = state is None, model.memory
+  fresh, options = state is None, model.mixer
   if fresh:
     state = init_state(params, batch, 0, model=model)
   walk, lmm = state.segment, params["lmm"]
@@ -235,7 +235,7 @@ def _segment(
   if size > 1:
     ahead = jnp.arange(size, dtype=jnp.int32)[None] - order
     seen_B = jnp.max(jnp.where(real, jnp.maximum(ahead, 0), 0), axis=1)
-  h = model.memory.forward(block.at_anchor, recall)
+  h = model.mixer.forward(block.at_anchor, recall)
   h = layers.rms_norm(h, params["lmm"]["norm"]["scale"]).astype(q.dtype)
   h, q, k, v = (jnp.swapaxes(x, 1, 2) for x in (h, q, k, v))
   cache, mask = _extend(params, model, seen_B, ids, s.cache, k, v, h)
@@ -247,7 +247,7 @@ def _segment(
       [cache.recall_values_BxSxHxK, cache.values_BxSxHxK], axis=1
     ),
     jnp.concatenate([mask, mask], axis=2),
-    -model.memory.segment,
+    -model.mixer.segment,
     model,
   )
   y_BxcxD = titans_hybrid.project_out(params, y, real)
@@ -258,7 +258,7 @@ def _segment(
   slots = cache.slot_document_BxS
   slots = jnp.where(slots == s.document_B[:, None], slots, 0)
   s = s._replace(cache=cache._replace(slot_document_BxS=slots))
-  gate = titans_hybrid.GATES[model.memory.mag_gate]
+  gate = titans_hybrid.GATES[model.mixer.mag_gate]
   gate_BxcxD = gate(titans_hybrid.normed(params, "lmm", m_BxcxD, model))
   return (y_BxcxD * gate_BxcxD)[:, None], w, s, metrics
 
@@ -285,7 +285,7 @@ def _extend(
   Returns:
     The cache and a mask bool [B,c,S].
   """
-  S = model.memory.segment
+  S = model.mixer.segment
   batch, size = ids.shape
   slot = jnp.arange(S, dtype=jnp.int32)[None]
   # A segment's tokens lie at their places, a single one where `seen_B` says.
@@ -328,7 +328,7 @@ def _learn(
     m_BxcxD, the memory, what else is carried (the cache as it was), metrics.
   """
   s, real = block.carried, ids != 0
-  place = seen_B % model.memory.chunk
+  place = seen_B % model.mixer.chunk
   # At the start of a document the walk has reset w and nothing else.
   first = jnp.argmax(real, axis=1)[:, None]
   first = jnp.take_along_axis(ids, first, axis=1)[:, 0]
@@ -394,14 +394,14 @@ def starts(
 def _empty_cache(
   model: "lm.LanguageModel", batch_size: int, dtype: jnp.dtype
 ) -> Cache:
-  slots = (batch_size, model.memory.segment)
+  slots = (batch_size, model.mixer.segment)
   empty = jnp.zeros((*slots, model.heads, model.head_dim), dtype)
   return Cache(empty, empty, empty, empty, jnp.zeros(slots, jnp.int32))
 
 
 def alignment(model: "lm.LanguageModel") -> int:
   """The segment: documents begin at its edges."""
-  return model.memory.segment
+  return model.mixer.segment
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
@@ -413,5 +413,5 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The memory, and attention in a segment."""
   cache = jax.eval_shape(lambda: _empty_cache(model, 1, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
-  name = f"attention in segments of {model.memory.segment}"
+  name = f"attention in segments of {model.mixer.segment}"
   return titans_hybrid.rows(model, name, size * model.layers)

@@ -66,7 +66,7 @@ def apply(
   m_BxTxD, far, metrics = titans.apply(
     params["lmm"], x_BxTxD, far, segment_ids, model=model
   )
-  gate = titans_hybrid.GATES[model.memory.mag_gate]
+  gate = titans_hybrid.GATES[model.mixer.mag_gate]
   m_BxTxD = gate(titans_hybrid.normed(params, "lmm", m_BxTxD, model))
   y_BxTxD = titans_hybrid.normed(params, "attention", y_BxTxD, model)
   return y_BxTxD * m_BxTxD, titans_hybrid.HybridState(near, far), metrics

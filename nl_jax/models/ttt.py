@@ -56,7 +56,7 @@ class Options:
     layers.check_walk(self.walk)
     self.rule  # noqa: B018  Checks chunk and remat_group.
     if self.base_lr <= 0:
-      raise ValueError(f"memory.base_lr must be > 0, got {self.base_lr}")
+      raise ValueError(f"model.mixer.base_lr must be > 0, got {self.base_lr}")
 
   @property
   def rule(self) -> memory.Rule:
@@ -90,17 +90,17 @@ def _deep(model: "lm.LanguageModel") -> bool:
 def _shapes(model: "lm.LanguageModel") -> dict[str, tuple[int, int]]:
   """(in, out) of the memory's layers, without biases, by suffix."""
   K = model.head_dim
-  M = model.memory.hidden or 4 * K
+  M = model.mixer.hidden or 4 * K
   return {"_in": (K, M), "_out": (M, K)} if _deep(model) else {"": (K, K)}
 
 
 def check(model: "lm.LanguageModel") -> None:
   """Raises ValueError for heads that do not fit, or hidden units of none."""
   layers.check_heads(model, even=True)
-  if model.memory.hidden and not _deep(model):
+  if model.mixer.hidden and not _deep(model):
     raise ValueError(
-      "model.arch='ttt_linear' has no hidden units, got model.memory.hidden="
-      f"{model.memory.hidden}: set it to 0, or use model.arch='ttt_mlp'"
+      "model.arch='ttt_linear' has no hidden units, got model.mixer.hidden="
+      f"{model.mixer.hidden}: set it to 0, or use model.arch='ttt_mlp'"
     )
 
 
@@ -114,7 +114,7 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
     bias (HK,)}; with `pre_conv` pre_norm {scale (D,)}, conv_pre (4,D) and
     b_pre (D,).
   """
-  options, D = model.memory, model.width
+  options, D = model.mixer, model.width
   keys = iter(jax.random.split(key, 12))
   params = {f"w_{n}": layers.normal(next(keys), (D, D)) for n in ("qk", "v")}
   params["w_g"] = layers.normal(next(keys), (D, D))
@@ -191,7 +191,7 @@ def residual(
     state, segment_ids, model: as `apply`.
   """
   mixer, convs = params["mixer"], {}
-  if model.memory.pre_conv:
+  if model.mixer.pre_conv:
     y_BxTxD, convs["pre"] = layers.conv_apply(
       mixer["conv_pre"],
       layers.rms_norm(x_BxTxD, mixer["pre_norm"]["scale"], model.norm_epsilon),
@@ -235,7 +235,7 @@ def apply(
     y_BxTxD, the state after the call, and sums over real tokens for the level
     "memory", leaves [B,H].
   """
-  options, fresh = model.memory, state is None
+  options, fresh = model.mixer, state is None
   window = None if fresh else state.convs["qk"]
   if fresh:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
@@ -287,7 +287,7 @@ def _gates(
   wide = layers.at_least_float32(x_BxTxD.dtype)
   logit = layers.dense(x_BxTxD, params["w_lr"]).astype(wide)
   gate = jax.nn.sigmoid(logit + params["b_lr"].astype(wide)[None, None])
-  eta = model.memory.base_lr * gate / model.head_dim
+  eta = model.mixer.base_lr * gate / model.head_dim
   return memory.Gates(eta, jnp.zeros_like(eta))
 
 
@@ -309,10 +309,10 @@ def init_state(
   del length
   dtype = layers.activation_dtype(model.dtype, params)
   window = layers.conv_state(batch_size, model.width, dtype)
-  names = ("qk", "pre") if model.memory.pre_conv else ("qk",)
+  names = ("qk", "pre") if model.mixer.pre_conv else ("qk",)
   return TTTState(
     dict.fromkeys(names, window),
-    memory.chunked.start(_start(params), batch_size, model.memory.rule),
+    memory.chunked.start(_start(params), batch_size, model.mixer.rule),
   )
 
 
@@ -326,7 +326,7 @@ def starts(
 
 def alignment(model: "lm.LanguageModel") -> int:
   """The mini-batch: documents begin at its edges."""
-  return model.memory.chunk
+  return model.mixer.chunk
 
 
 def _memory_size(model: "lm.LanguageModel") -> int:
@@ -339,7 +339,7 @@ def parameter_count(model: "lm.LanguageModel") -> int:
 
   Memories: H (K² + K), or H (8 K² + 5 K) at M = 4 K.
   """
-  D, options = model.width, model.memory
+  D, options = model.width, model.mixer
   count = 4 * D * D + 2 * (layers.CONV_WIDTH + 1) * D + 4 * D
   count += options.chunk + model.heads * (D + 1) + _memory_size(model)
   return count + (layers.CONV_WIDTH + 2) * D * options.pre_conv
@@ -347,7 +347,7 @@ def parameter_count(model: "lm.LanguageModel") -> int:
 
 def rows(model: "lm.LanguageModel") -> list[card.Row]:
   """The memory; its start is learned."""
-  options = model.memory
+  options = model.mixer
   return [
     card.Row(
       name="TTT-MLP" if _deep(model) else "TTT-Linear",

@@ -11,7 +11,7 @@ from typing import Any
 from nl_jax import formats
 from nl_jax.train import environment
 
-FORMAT = 1  # Of config.json and of a checkpoint's meta; both say it.
+FORMAT = 2  # Of config.json and of a checkpoint's meta; both say it.
 CONFIG = "config.json"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
@@ -22,7 +22,7 @@ FREE = (
   "checkpoint",
   "eval",
   "mesh",
-  "model.memory.walk",
+  "model.mixer.walk",
   "train.eval_every",
   "train.log_every",
   "train.max_skipped",
@@ -129,7 +129,22 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
       "it away"
     )
   check_format(path, "a run", about)
-  return about
+  return about | {"config": upgraded(about["config"])}
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+  """A config of any format as this version writes it.
+
+  In format 1 the group `model.mixer` was `model.memory`, and the kind of a
+  memory its field `arch`.
+  """
+  model = config.get("model", {})
+  if "memory" not in model:
+    return dict(config)
+  named = {"arch": "memory"}
+  mixer = {named.get(k, k): v for k, v in (model["memory"] or {}).items()}
+  rest = {k: v for k, v in model.items() if k != "memory"}
+  return {**config, "model": {**rest, "mixer": mixer}}
 
 
 def claim(

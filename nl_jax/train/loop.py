@@ -475,5 +475,5 @@ def _memory_told() -> Iterator[None]:
     raise OutOfMemoryError(
       f"the devices have too little memory ({first}); in this order: raise "
       "train.accumulate or lower data.batch_size, set train.remat=layer, "
-      "raise mesh.fsdp, lower the chunk or raise remat_group of model.memory"
+      "raise mesh.fsdp, lower the chunk or raise remat_group of model.mixer"
     ) from error

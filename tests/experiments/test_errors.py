@@ -39,7 +39,7 @@ def make_files(folder: pathlib.Path) -> None:
   (folder / "strange" / "metrics.jsonl").write_text("")
   (folder / "later").mkdir()
   (folder / "later" / "config.json").write_text(
-    '{"format": 2, "config": {}, "fingerprint": ""}'
+    '{"format": 3, "config": {}, "fingerprint": ""}'
   )
 
 

@@ -85,10 +85,10 @@ def test_no_more_chunks_than_levels():
 @pytest.mark.parametrize("kind", ["none", "linear"])
 def test_the_frozen_logits_know_the_scaling_of_rope(kind):
   group, params = hub.convert("llama")
-  assert group["memory"]["rope_scaling"]["kind"] == "llama3"
-  scaling = group["memory"]["rope_scaling"] | {"kind": kind}
-  other = group["memory"] | {"rope_scaling": scaling}
-  got = hub.logits(group, params, hub.tokens_of("llama"), memory=other)
+  assert group["mixer"]["rope_scaling"]["kind"] == "llama3"
+  scaling = group["mixer"]["rope_scaling"] | {"kind": kind}
+  other = group["mixer"] | {"rope_scaling": scaling}
+  got = hub.logits(group, params, hub.tokens_of("llama"), mixer=other)
   assert np.max(np.abs(got - hub.GOLDEN["llama/logits"])) > 1e-2
 
 
@@ -120,7 +120,7 @@ def test_older_and_newer_fields_say_the_same():
   # The first Llama's config says neither.
   for key in ("rope_theta", "rope_scaling"):
     del older[key]
-  switches = _hf_config.group(older)["memory"]
+  switches = _hf_config.group(older)["mixer"]
   assert switches["rope_theta"] == 10000
   assert switches["rope_scaling"] == {"kind": "none"}
 
@@ -131,12 +131,12 @@ def test_defaults_of_a_short_config():
     "num_hidden_layers", "vocab_size",
   )}  # fmt: skip
   group = _hf_config.group(short)
-  assert group["head_dim"] == 8 and group["memory"]["kv_heads"] == 4
+  assert group["head_dim"] == 8 and group["mixer"]["kv_heads"] == 4
   assert group["norm_epsilon"] == 1e-6 and group["tied"] is False
   trained = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
              "high_freq_factor": 4}  # fmt: skip
   said = {"rope_scaling": trained, "max_position_embeddings": 64}
-  scaling = _hf_config.group(short | said)["memory"]["rope_scaling"]
+  scaling = _hf_config.group(short | said)["mixer"]["rope_scaling"]
   assert scaling["trained_length"] == 64
 
 
@@ -195,13 +195,13 @@ def test_levels_that_are_no_mlp(change, words):
 
 def test_models_of_no_family():
   group = _hf_config.group(hub.CONFIGS["qwen2"])
-  both = group["memory"] | {"qk_norm": True}
+  both = group["mixer"] | {"qk_norm": True}
   assert "biases and norms" in _hf_config.misfit(
-    hub.model_of(group, memory=both)
+    hub.model_of(group, mixer=both)
   )
   assert "divide" in _hf_config.misfit(hub.model_of(group, width=30))
   assert not _hf_config.misfit(hub.model_of(group))
-  plain = hub.model_of(group, arch="transformer", memory=None)
+  plain = hub.model_of(group, arch="transformer", mixer=None)
   assert not _hf_config.misfit(plain)
   assert _hf_config.of(plain)["model_type"] == "llama"
   assert _hf_config.of(plain)["num_key_value_heads"] == 4
@@ -234,7 +234,7 @@ CONFIG_MISTAKES = {
                "1, got None", {"hidden_size": None}),
   "text": ("vocab_size of config.json must be a whole number",
            {"vocab_size": "67"}),
-  "heads": ("model.memory.kv_heads must be an integer that divides",
+  "heads": ("model.mixer.kv_heads must be an integer that divides",
             {"num_key_value_heads": 3}),
   "shape": ("model.layers.0.mlp.down_proj.weight is [32, 50], expected "
             "[32, 51]", {"intermediate_size": 51}),

@@ -87,7 +87,7 @@ def test_one_run_with_memories(tmp_path):
   for text in ("1.2500", "Loss over tokens", "Inner loss of the memories",
                "Norm of a write", "Learning rate of the memories",
                "self-modifying Titans", "jax", "1.2.3", "0123456789ab",
-               "model.memory.chunk_gen", "512", "alert('x')"):  # fmt: skip
+               "model.mixer.chunk_gen", "512", "alert('x')"):  # fmt: skip
     assert text in page.text, text
   assert "script" not in page.tags
   assert not page.fetched and not page.unnamed

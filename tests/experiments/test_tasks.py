@@ -213,11 +213,11 @@ def test_rows_of_mqar_are_as_many_as_asked_for():
 def test_a_config_is_fitted_to_the_task():
   config = _flags.load_config("hope_linear_tiny")
   with config.unlocked():
-    config.model.memory.eta_max = 2.0
+    config.model.mixer.eta_max = 2.0
   arm = arms.chosen("hope_linear_tiny", config)
-  assert arm.title == "hope_linear_tiny memory.eta_max=2.0"
+  assert arm.title == "hope_linear_tiny mixer.eta_max=2.0"
   net = arms.model(arm, 7, 100, 640)
-  assert net.vocab_size == 7 and net.memory.eta_max == 2.0
+  assert net.vocab_size == 7 and net.mixer.eta_max == 2.0
   # Updated at the same steps: every one, each 4th, each 16th.
   assert net.cms.periods == (640, 2560, 10240)
   for preset in problems.PRESETS:

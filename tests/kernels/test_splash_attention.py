@@ -57,7 +57,7 @@ def test_a_layer_is_the_same_either_way(window):
   """Packed documents, padding before, between and after them; on a mesh."""
   model = MODELS["hope_attention"]()
   options = attention.Options(window=window, kv_heads=2)
-  model = dataclasses.replace(model, memory=options)
+  model = dataclasses.replace(model, mixer=options)
   params = attention.init(jax.random.key(0), model)
   ids = np.ones((4, T), np.int32)
   ids[0, :50], ids[0, 50:60], ids[1, :9], ids[1, 99:], ids[2, 64:] = (
@@ -71,7 +71,7 @@ def test_a_layer_is_the_same_either_way(window):
 
   def run(implementation):
     memory = dataclasses.replace(options, implementation=implementation)
-    made = dataclasses.replace(model, memory=memory)
+    made = dataclasses.replace(model, mixer=memory)
     f = lambda p, x: attention.apply(p, x, None, ids, model=made)[:2]
     return jax.jit(f)(params, x)
 

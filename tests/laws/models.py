@@ -24,7 +24,7 @@ from nl_jax.models import (
 
 _LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
-  arch="linear", objective="dot", dgd_coef="raw", residual=False,
+  memory="linear", objective="dot", dgd_coef="raw", residual=False,
   residual_clip=0.0,
 )  # fmt: skip
 
@@ -43,7 +43,7 @@ def _model(name, levels=_LEVELS, **memory):
 def _shaped(name, options, levels=_PLAIN, head_dim=16, **more):
   return lm.LanguageModel(
     name, width=64, layers=2, heads=4, head_dim=head_dim, vocab_size=320,
-    sequence_length=64, cms=levels, memory=options, **more,
+    sequence_length=64, cms=levels, mixer=options, **more,
   )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ MODELS = {
     adaptive_q=True,
   ),
   "hope_static": lambda: _model(
-    "hope", gate_source="static", adaptive=("k", "v"), arch="glu"
+    "hope", gate_source="static", adaptive=("k", "v"), memory="glu"
   ),
   "deltanet": lambda: _shaped(
     "deltanet", deltanet.Options(chunk=8, allow_neg_eigval=True)

@@ -136,7 +136,7 @@ def l2(x):
 def target(config, part, W, v):
   v = l2(v) if part.value_norm == "l2" else v
   if part.value_source == "self":
-    v = forward(config.arch, part.residual, W, v)
+    v = forward(config.memory, part.residual, W, v)
   return l2(v) if part.value_norm == "target" else v
 
 
@@ -157,7 +157,7 @@ def self_modifying(config, params, zq, zk, zv):
       z = z[role] if role in ("q", "v") else z["k"]
       if role not in roles:
         return z
-      return forward(config.arch, gen.residual, clocks[role].anchor, z)
+      return forward(config.memory, gen.residual, clocks[role].anchor, z)
 
     k, v, q = l2(made("k")), made("v"), l2(made("q"))
     logit = {
@@ -171,18 +171,18 @@ def self_modifying(config, params, zq, zk, zv):
     for role in roles:
       clock = clocks[role]
       clock.W, clock.S = write(
-        config.arch, gen.residual, config.generator_rule, clock.anchor,
+        config.memory, gen.residual, config.generator_rule, clock.anchor,
         clock.W, clock.S, clock.start, k,
         target(config, gen, clock.anchor, v), gen.rate * eta, alpha, beta,
       )  # fmt: skip
     before = main.W
     main.W, main.S = write(
-      config.arch, config.residual, config.memory_rule, main.anchor, main.W,
+      config.memory, config.residual, config.memory_rule, main.anchor, main.W,
       main.S, main.start, k, target(config, config, main.anchor, v),
       eta, alpha, beta,
     )  # fmt: skip
     seen = {"after": main.W, "before": before, "chunk_start": main.anchor}
-    reads.append(forward(config.arch, config.residual, seen[config.read], q))
+    reads.append(forward(config.memory, config.residual, seen[config.read], q))
     for clock in (*clocks.values(), main):
       clock.tick()
   return jnp.stack(reads)

@@ -174,8 +174,8 @@ def test_without_a_rate_it_only_decays():
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(momentum="off"), "set memory.momentum to 'ema' or 'sum', got 'off'"),
-  (dict(dgd_scope="per_layer"), "set memory.dgd_scope to 'none'"),
+  (dict(momentum="off"), "set model.mixer.momentum to 'ema' or 'sum'"),
+  (dict(dgd_scope="per_layer"), "set model.mixer.dgd_scope to 'none'"),
   (dict(inner_muon="chunks"), "inner_muon must be one of off, chunk, token"),
 ])  # fmt: skip
 def test_switches_that_do_not_fit_are_refused(change, message):
@@ -187,7 +187,7 @@ def test_rows_without_it_say_so():
   for arch in ("memora", "dla"):
     with pytest.raises(ValueError, match="inner_muon='chunk' makes momentum"):
       lm.options(arch, dict(inner_muon="chunk"))
-  with pytest.raises(ValueError, match="has no model.memory.inner_muon"):
+  with pytest.raises(ValueError, match="has no model.mixer.inner_muon"):
     lm.options("hope", dict(inner_muon="chunk"))
   assert "by Muon" in titans.rule_name(titans.Options(inner_muon="chunk"))
 

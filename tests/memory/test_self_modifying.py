@@ -15,7 +15,7 @@ from tests.memory.test_memories import close
 
 B, T, H, K = 2, 13, 2, 4
 DELTA = dict(
-  arch="linear", objective="dot", dgd_coef="raw", residual=False,
+  memory="linear", objective="dot", dgd_coef="raw", residual=False,
   residual_clip=0.0,
 )  # fmt: skip
 FREE = dict(residual_clip=0.0)  # The oracle has no clip.
@@ -35,7 +35,7 @@ CONFIGS = {
     chunk_memory=4, chunk_gen=4, adaptive_q=True, adaptive=("v", "eta"),
     read="chunk_start", residual_clip=1.0,
   ),
-  "glu": sm.Config(arch="glu", chunk_memory=4, chunk_gen=4, **FREE),
+  "glu": sm.Config(memory="glu", chunk_memory=4, chunk_gen=4, **FREE),
 }  # fmt: skip
 
 
@@ -233,13 +233,13 @@ def test_state_stays_bounded(arch, stream):
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(arch="cubic"), "memory.arch must be one of"),
-  (dict(adaptive=("k", "w")), "memory.adaptive must be one of"),
-  (dict(gate_source="static"), "take them out of memory.adaptive"),
+  (dict(memory="cubic"), "model.mixer.memory must be one of"),
+  (dict(adaptive=("k", "w")), "model.mixer.adaptive must be one of"),
+  (dict(gate_source="static"), "take them out of model.mixer.adaptive"),
   (dict(momentum="sum", **DELTA), "amplifies what it erases"),
   (dict(eta_max=0.0), "eta_max must be > 0"),
-  (dict(read="soon"), "memory.read must be one of"),
-  (dict(arch="linear", residual=False, value_source="self",
+  (dict(read="soon"), "model.mixer.read must be one of"),
+  (dict(memory="linear", residual=False, value_source="self",
         retention_target="zero"), "learns nothing"),
 ])  # fmt: skip
 def test_configs_that_cannot_work_are_refused(change, message):

@@ -19,7 +19,7 @@ def small(arch="comba", **options):
   return lm.LanguageModel(
     arch, width=12, layers=1, heads=2, head_dim=6, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=deltanet.Options(**{"chunk": 4} | options),
+    mixer=deltanet.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 
 
@@ -158,4 +158,4 @@ def test_every_parameter_has_a_place_on_the_mesh():
 @pytest.mark.parametrize("arch", ["deltanet", "gated_deltanet"])
 def test_a_correction_is_combas_alone(arch):
   with pytest.raises(ValueError, match="or use model.arch='comba'"):
-    dataclasses.replace(small(arch), memory=deltanet.Options(correction=1.0))
+    dataclasses.replace(small(arch), mixer=deltanet.Options(correction=1.0))

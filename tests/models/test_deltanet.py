@@ -21,7 +21,7 @@ def small(arch, width=12, heads=2, head_dim=6, **options):
   return lm.LanguageModel(
     arch, width=width, layers=1, heads=heads, head_dim=head_dim,
     vocab_size=16, sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=deltanet.Options(**{"chunk": 4} | options),
+    mixer=deltanet.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def token_loop(model, params, x_TxD):
     for h in range(H):
       q, k, v = norm(conv["q"][h]), norm(conv["k"][h]), conv["v"][h]
       beta = sigmoid(x @ p["w_beta"][:, h])
-      beta *= 2 if model.memory.allow_neg_eigval else 1
+      beta *= 2 if model.mixer.allow_neg_eigval else 1
       if gated:
         step = np.log1p(np.exp(x @ p["w_a"][:, h] + p["dt_bias"][h]))
         S[h] = np.exp(-np.exp(p["A_log"][h]) * step) * S[h]
@@ -78,7 +78,7 @@ def token_loop(model, params, x_TxD):
       y = q @ S[h] / np.sqrt(K)
       heads.append(y / np.sqrt((y * y).mean() + 1e-6) * p["norm"]["scale"])
     y = np.concatenate(heads)
-    if model.memory.output_gate:
+    if model.mixer.output_gate:
       y = y * silu(x @ p["w_g"])
     out[t] = y @ p["w_o"]
   return out
@@ -223,7 +223,7 @@ def test_sizes_are_the_formulas_and_the_table(name):
       assert mixer == 4 * D * D + D * H + 12 * D + K
     else:
       assert abs(mixer / (6 * D * D) - 1) < 0.01
-      assert 4 * H * K == 3 * D and net.memory.value_dim == 2 * K
+      assert 4 * H * K == 3 * D and net.mixer.value_dim == 2 * K
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -239,8 +239,8 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(name):
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(value_dim=-1), "memory.value_dim must be 0"),
-  (dict(chunk=0), "memory.chunk must be at least 1"),
+  (dict(value_dim=-1), "model.mixer.value_dim must be 0"),
+  (dict(chunk=0), "model.mixer.chunk must be at least 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
@@ -248,13 +248,13 @@ def test_switches_that_cannot_be_are_refused(change, message):
 
 
 def test_what_a_model_does_not_have_is_named():
-  with pytest.raises(ValueError, match="has no model.memory.momentum; it has"):
+  with pytest.raises(ValueError, match="has no model.mixer.momentum; it has"):
     lm.options("deltanet", {"momentum": "ema"})
   with pytest.raises(ValueError, match="Did you mean 'output_gate'"):
     lm.options("gated_deltanet", {"output_gat": True})
   with pytest.raises(ValueError, match="Did you mean 'deltanet'"):
     lm.options("deltanets", {})
-  with pytest.raises(ValueError, match="model.memory belongs to model.arch="):
-    dataclasses.replace(MODELS["deltanet"](), memory=None)
+  with pytest.raises(ValueError, match="model.mixer belongs to model.arch="):
+    dataclasses.replace(MODELS["deltanet"](), mixer=None)
   with pytest.raises(ValueError, match="heads \\* model.head_dim"):
     dataclasses.replace(MODELS["deltanet"](), heads=3)

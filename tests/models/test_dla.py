@@ -28,7 +28,7 @@ def test_a_layer_is_its_token_loop(chunk):
 def test_with_a_matrix_it_is_gated_linear_attention():
   """S <- alpha S + eta k^T v, read by q: a sum over pairs with decays."""
   options = dla.Options(
-    chunk=4, arch="linear", residual=False, residual_clip=0.0,
+    chunk=4, memory="linear", residual=False, residual_clip=0.0,
     retention_target="zero",
   )  # fmt: skip
   with jax.enable_x64(True):
@@ -73,7 +73,7 @@ def test_sizes_are_the_formula(size, total):
   """5 D² + 12 D + 2 H (D+1) + 2 H K M + K a mixer, in millions."""
   net = _setup.model(_setup.resolve(_flags.load_config(f"dla_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
-  D, H, K, M = net.width, net.heads, net.head_dim, net.memory.hidden
+  D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   expected = 5 * D * D + 12 * D + 2 * H * (D + 1) + 2 * H * K * M + K
   assert dla.parameter_count(net) == expected
 
@@ -89,4 +89,4 @@ def test_the_card_says_what_it_is():
 ])  # fmt: skip
 def test_what_would_be_titans_is_refused(change):
   with pytest.raises(ValueError, match="use model.arch='titans_lmm'"):
-    dataclasses.replace(MODELS["dla"]().memory, **change)
+    dataclasses.replace(MODELS["dla"]().mixer, **change)

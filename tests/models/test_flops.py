@@ -122,7 +122,7 @@ def inverse(C):
 
 def of_mixer(net, tokens):
   """What one unit of the stack makes beyond the formula."""
-  options, H, K = net.memory, net.heads, net.head_dim
+  options, H, K = net.mixer, net.heads, net.head_dim
   past = lambda window: 4 * H * K * (window - 1)  # Spans of two windows.
   match net.arch:
     case "transformer" | "hope_attention":
@@ -161,8 +161,8 @@ def of_hope(options, K):
   """Roles stand side by side: one system of all layers fed with the key."""
   roles = len(options.generator_roles)
   made, own = options.generator_rule, options.memory_rule
-  shapes = flops.layers_of(options.arch, K, options.hidden)
-  normed = options.arch == "mlp_ln"
+  shapes = flops.layers_of(options.memory, K, options.hidden)
+  normed = options.memory == "mlp_ln"
   more = roles * beyond(shapes, made, normed) + beyond(shapes, own, normed)
   fed = [name for name in shapes if name in memory.rule.INPUT_LAYERS]
   others = max(roles - 1, 0)
@@ -184,7 +184,7 @@ def in_context(net, tokens):
   Mixers behind a fast level run in micro-chunks. These are calls of their own,
   which lay their tokens on the memories' grid: a chunk more.
   """
-  base, chunk, options = net.base, net.options.chunks[0], net.base.memory
+  base, chunk, options = net.base, net.options.chunks[0], net.base.mixer
   own, behind = of_mixer(base, tokens), net.fast_layers - 1
   closed = (tokens - 1) // chunk * chunk / tokens
   if base.arch == "hope_attention":
@@ -206,9 +206,9 @@ def in_context(net, tokens):
 
 def simpler(base):
   """Half of what a gradient through a head spares, against two for each."""
-  K, M, C = base.head_dim, base.memory.hidden, base.memory.chunk_memory
+  K, M, C = base.head_dim, base.mixer.hidden, base.mixer.chunk_memory
   # That of an inverse is two products; w_in of the generators shares one.
-  inverses = len(base.memory.generator_roles) + 1 + 2
+  inverses = len(base.mixer.generator_roles) + 1 + 2
   more = inverses * (inverse(C) - 2 * C * C)
   # Learned starts are constant to the inner loss.
   return more + 2 * K * M

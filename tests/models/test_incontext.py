@@ -17,7 +17,7 @@ SEQUENCE = 40
 def model(base=None, levels=LEVELS, **options) -> incontext.InContextModel:
   base = base or lm.LanguageModel(
     "hope_attention", width=16, layers=3, heads=2, head_dim=8, vocab_size=32,
-    sequence_length=SEQUENCE, cms=levels, memory=attention.Options(window=12),
+    sequence_length=SEQUENCE, cms=levels, mixer=attention.Options(window=12),
   )  # fmt: skip
   standard = dict(chunks=(4, 12), rates=(0.4, 0.3), fast_layers=2)
   return incontext.InContextModel(

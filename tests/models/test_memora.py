@@ -20,7 +20,7 @@ unit = lambda x: x / jnp.sqrt((x * x).sum(-1, keepdims=True) + 1e-6)
 
 def token_loop(model, p, x_TxD):
   """Weights themselves, W = softmax(alpha log W - eta grad), by autodiff."""
-  options, H, K = model.memory, model.heads, model.head_dim
+  options, H, K = model.mixer, model.heads, model.head_dim
   z = {}
   for n in "qkv":
     y = np.pad(np.asarray(x_TxD @ p[f"w_{n}"]), [(3, 0), (0, 0)])
@@ -95,8 +95,8 @@ def test_sizes_are_the_formula(size, total):
   """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K a mixer, in millions."""
   net = _setup.model(_setup.resolve(_flags.load_config(f"memora_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
-  D, H, K, M = net.width, net.heads, net.head_dim, net.memory.hidden
-  expected = 5 * D * D + 14 * D + 4 * D * net.memory.rank + 2 * H * K * M + K
+  D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
+  expected = 5 * D * D + 14 * D + 4 * D * net.mixer.rank + 2 * H * K * M + K
   assert memora.parameter_count(net) == expected
 
 
@@ -109,16 +109,16 @@ def test_every_parameter_has_a_place_on_the_mesh():
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(momentum="ema"), "memory.momentum of model.arch='memora' must be"),
-  (dict(arch="mlp"), "must be 'mlp_ln', got 'mlp'"),
+  (dict(momentum="ema"), "model.mixer.momentum of model.arch='memora' must be"),
+  (dict(memory="mlp"), "must be 'mlp_ln', got 'mlp'"),
   (dict(omega=2), "use model.arch='titans_lmm'"),
-  (dict(rank=0), "memory.rank must be an integer >= 1"),
-  (dict(walk="pallas_tpu"), "memory.walk of model.arch='memora' must be"),
-  (dict(lag=1), "memory.lag must be True or False, got 1"),
+  (dict(rank=0), "model.mixer.rank must be an integer >= 1"),
+  (dict(walk="pallas_tpu"), "model.mixer.walk of model.arch='memora' must be"),
+  (dict(lag=1), "model.mixer.lag must be True or False, got 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
-    dataclasses.replace(MODELS["memora"]().memory, **change)
+    dataclasses.replace(MODELS["memora"]().mixer, **change)
 
 
 def test_a_text_with_lags_is_its_parts():

@@ -185,8 +185,8 @@ def test_labels_name_the_levels():
   (dict(arch="hopes"), "Did you mean 'hope'"),
   (dict(layers=0), "layers must be an integer"),
   (dict(dtype="float16"), "train.dtype must be one of"),
-  (dict(memory=None), "model.memory belongs to"),
-  (dict(arch="transformer", memory=None), "one feed-forward level"),
+  (dict(mixer=None), "model.mixer belongs to"),
+  (dict(arch="transformer", mixer=None), "one feed-forward level"),
 ])  # fmt: skip
 def test_models_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ def small(chunk=4):
   return lm.LanguageModel(
     "retnet", width=12, layers=1, heads=3, head_dim=4, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=retnet.Options(chunk=chunk),
+    mixer=retnet.Options(chunk=chunk),
   )  # fmt: skip
 
 
@@ -242,9 +242,9 @@ def test_the_state_has_one_size_and_the_card_says_it():
 
 
 def test_what_cannot_be_is_refused():
-  with pytest.raises(ValueError, match="memory.chunk must be at least 1"):
+  with pytest.raises(ValueError, match="model.mixer.chunk must be at least 1"):
     retnet.Options(chunk=0)
   with pytest.raises(ValueError, match="head_dim must be even"):
     dataclasses.replace(small(), heads=4, head_dim=3)
-  with pytest.raises(ValueError, match="has no model.memory.momentum; it has"):
+  with pytest.raises(ValueError, match="has no model.mixer.momentum; it has"):
     lm.options("retnet", {"momentum": "ema"})

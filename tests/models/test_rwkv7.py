@@ -21,7 +21,7 @@ def small(**change):
   return lm.LanguageModel(**dict(
     arch="rwkv7", width=12, layers=3, heads=2, head_dim=6, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=rwkv7.Options(chunk=4, **RANKS),
+    mixer=rwkv7.Options(chunk=4, **RANKS),
   ) | change)  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def test_the_walk_is_the_one_that_is_named(monkeypatch):
 
   monkeypatch.setattr(ops, "general_delta_rule", rule)
   for name in ("auto", "pallas_interpret"):
-    model = small(memory=rwkv7.Options(walk=name, **RANKS))
+    model = small(mixer=rwkv7.Options(walk=name, **RANKS))
     params = jax.eval_shape(model.init, jax.random.key(0))
     ids = jax.ShapeDtypeStruct((1, 4), jnp.int32)
     jax.eval_shape(model.apply, params, ids)
@@ -234,11 +234,15 @@ def test_models_that_cannot_be_are_refused(change, message):
 def test_switches_that_cannot_be_are_refused():
   with pytest.raises(ValueError, match="must be at most 64, beyond which"):
     rwkv7.Options(chunk=128)
-  with pytest.raises(ValueError, match="memory.gate_rank must be an integer"):
+  with pytest.raises(
+    ValueError, match="model.mixer.gate_rank must be an integer"
+  ):
     rwkv7.Options(gate_rank=0)
-  with pytest.raises(ValueError, match="memory.walk must be one of auto, xla"):
+  with pytest.raises(
+    ValueError, match="model.mixer.walk must be one of auto, xla"
+  ):
     rwkv7.Options(walk="reference")
-  with pytest.raises(ValueError, match="has no model.memory.value_dim"):
+  with pytest.raises(ValueError, match="has no model.mixer.value_dim"):
     lm.options("rwkv7", dict(value_dim=4))
 
 

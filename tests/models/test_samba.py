@@ -19,7 +19,7 @@ def small(depth=4, **options):
   return lm.LanguageModel(
     "samba", width=8, layers=depth, heads=2, head_dim=4, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(12,)),
-    memory=samba.Options(**{"window": 4, "chunk": 4} | options),
+    mixer=samba.Options(**{"window": 4, "chunk": 4} | options),
   )  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def layer_loop(model, params, tokens):
   norm = lambda x, scale: layers.rms_norm(x, scale)
   window = lm.LanguageModel(
     "transformer", model.width, 1, model.heads, model.head_dim, 16, 16,
-    model.cms, attention.Options(window=model.memory.window),
+    model.cms, attention.Options(window=model.mixer.window),
   )  # fmt: skip
   for i in range(model.layers):
     pair = jax.tree.map(lambda p, j=i // 2: p[j], params["blocks"])
@@ -126,7 +126,7 @@ def test_sizes_are_the_formula_and_the_table(size, total):
   config = _setup.resolve(_flags.load_config(f"samba_{size}"))
   net = _setup.model(config)
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
-  assert net.units == 12 and net.memory.window == 2048
+  assert net.units == 12 and net.mixer.window == 2048
   D, F, R = net.width, net.cms.widths[0], net.width // 16
   pair = 6 * D * D + 2 * D * (2 * R + 3 * 16 + 7) + 4 * D * D + 6 * D * F
   blocks = 12 * (pair + 4 * D)
@@ -176,7 +176,7 @@ def test_decay_is_for_matrices():
   (dict(layers=3), "model.layers must be even for model.arch='samba'"),
   (dict(heads=3), "heads \\* model.head_dim"),
   (dict(cms=cms.CMSConfig(("a", "b"), (8, 8), (1, 2))), "one feed-forward"),
-  (dict(memory=None), "model.memory belongs to model.arch="),
+  (dict(mixer=None), "model.mixer belongs to model.arch="),
 ])  # fmt: skip
 def test_shapes_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
@@ -187,10 +187,10 @@ def test_shapes_that_cannot_be_are_refused(change, message):
   ("window", 1), ("state_dim", 0), ("chunk", 0), ("chunk", 2.5),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(name, value):
-  with pytest.raises(ValueError, match=f"model.memory.{name} must be an"):
+  with pytest.raises(ValueError, match=f"model.mixer.{name} must be an"):
     samba.Options(**{name: value})
 
 
 def test_the_walk_is_one_that_there_is():
-  with pytest.raises(ValueError, match="model.memory.walk must be one of auto"):
+  with pytest.raises(ValueError, match="model.mixer.walk must be one of auto"):
     samba.Options(walk="reference")

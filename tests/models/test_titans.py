@@ -20,7 +20,7 @@ def small(arch="titans_lmm", options=None, heads=2, head_dim=4):
   return lm.LanguageModel(
     arch, width=8, layers=1, heads=heads, head_dim=head_dim, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=options or titans.Options(chunk=4, hidden=6),
+    mixer=options or titans.Options(chunk=4, hidden=6),
   )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def mix(module, model, params, x):
 
 def token_loop(model, params, x_TxD):
   """A layer, its memory token by token with gradients by autodiff."""
-  options, H, p = model.memory, model.heads, params
+  options, H, p = model.mixer, model.heads, params
   heads = (len(x_TxD), H, -1)
   z = {}
   for n in "qkv":
@@ -66,7 +66,7 @@ def token_loop(model, params, x_TxD):
   for h in range(H):
     start = jax.tree.map(lambda w: w[h], p["memory"])  # noqa: B023
     y, _ = oracle.memory(
-      options.arch, options.residual, options, start, unit(z["q"])[:, h],
+      options.memory, options.residual, options, start, unit(z["q"])[:, h],
       unit(z["k"])[:, h], z["v"][:, h], options.eta_max * gate("eta")[:, h],
       gate("alpha")[:, h], gate("beta")[:, h] if options.has_momentum else None,
       gamma=gamma[:, h] if options.omega > 1 else None,
@@ -79,7 +79,7 @@ def token_loop(model, params, x_TxD):
 
 @pytest.mark.parametrize("options", [
   titans.Options(chunk=4, hidden=6, residual_clip=0.0),
-  titans.Options(chunk=1, arch="linear", residual_clip=0.0, momentum="off"),
+  titans.Options(chunk=1, memory="linear", residual_clip=0.0, momentum="off"),
   titans.Options(chunk=4, hidden=6, residual_clip=0.0, omega=6),
 ])  # fmt: skip
 def test_a_layer_is_its_token_loop(options):
@@ -114,7 +114,7 @@ def test_hope_without_generators_is_titans():
 def test_a_linear_memory_with_decayed_erase_is_gated_deltanet():
   """model.md 8.1, law 10: rho = alpha beta, dot, no momentum."""
   options = titans.Options(
-    chunk=4, arch="linear", residual=False, objective="dot", momentum="off",
+    chunk=4, memory="linear", residual=False, objective="dot", momentum="off",
     dgd_scope="per_layer", dgd_coef="decayed", residual_clip=0.0, eta_max=1.0,
   )  # fmt: skip
   model = small(options=options)
@@ -238,22 +238,22 @@ def test_sizes_are_the_formula_and_the_table():
     config = _setup.resolve(_flags.load_config(f"titans_lmm_{size}"))
     net = _setup.model(config)
     assert abs(net.parameter_count() / 1e6 - total) < 0.06
-    D, H, K, M = net.width, net.heads, net.head_dim, net.memory.hidden
+    D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
     assert M == 2 * K
     expected = 5 * D * D + 12 * D + 3 * H * (D + 1) + 2 * H * K * M + K
     assert titans.parameter_count(net) == expected
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(arch="deep"), "memory.arch must be one of"),
-  (dict(momentum="nesterov"), "memory.momentum must be one of"),
-  (dict(value_norm="target"), "memory.value_norm must be one of none, l2"),
-  (dict(eta_max=0.0), "memory.eta_max must be > 0"),
-  (dict(omega=0), "memory.omega must be at least 1"),
+  (dict(memory="deep"), "model.mixer.memory must be one of"),
+  (dict(momentum="nesterov"), "model.mixer.momentum must be one of"),
+  (dict(value_norm="target"), "model.mixer.value_norm must be one of none, l2"),
+  (dict(eta_max=0.0), "model.mixer.eta_max must be > 0"),
+  (dict(omega=0), "model.mixer.omega must be at least 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
-    dataclasses.replace(MODELS["titans_lmm"]().memory, **change)
+    dataclasses.replace(MODELS["titans_lmm"]().mixer, **change)
 
 
 def test_a_window_is_counted_and_carried():
@@ -278,5 +278,5 @@ def test_a_window_has_a_place_on_the_mesh():
 
 
 def test_a_switch_of_another_row_is_named():
-  with pytest.raises(ValueError, match="no model.memory.generators; it has"):
+  with pytest.raises(ValueError, match="no model.mixer.generators; it has"):
     lm.options("titans_lmm", {"generators": {}})

@@ -42,20 +42,20 @@ def small(arch, depth=1, **change):
   return lm.LanguageModel(
     arch, width=8, layers=depth, heads=2, head_dim=4, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=MODULES[arch].Options(**options | reach | change),
+    mixer=MODULES[arch].Options(**options | reach | change),
   )  # fmt: skip
 
 
 def generic(model):
   """Float64 parameters of one layer, none of them at a special value."""
-  return test_titans.generic(model.mixer.init(jax.random.key(0), model))
+  return test_titans.generic(model.module.init(jax.random.key(0), model))
 
 
 @functools.cache
 def mixer(model):
   """The compiled layer: outputs and state, from a state or the start."""
   return jax.jit(
-    lambda p, x, state=None, ids=None: model.mixer.apply(
+    lambda p, x, state=None, ids=None: model.module.apply(
       p, x, state, ids, model=model
     )[:2]
   )
@@ -95,7 +95,7 @@ class LongTerm:
     self.model, self.p = model, p
     H = model.heads
     heads = [jax.tree.map(lambda w, h=h: w[h], p["memory"]) for h in range(H)]
-    self.clocks = [oracle.Clock(w, model.memory.chunk) for w in heads]
+    self.clocks = [oracle.Clock(w, model.mixer.chunk) for w in heads]
     self.restart()
 
   def restart(self):
@@ -119,7 +119,7 @@ class LongTerm:
 
   def step(self, x):
     """Learns a token, and reads at it."""
-    H, options, gate = self.model.heads, self.model.memory, self.p["gate"]
+    H, options, gate = self.model.heads, self.model.mixer, self.p["gate"]
     z = {n: conv(x).reshape(H, -1) for n, conv in self.convs.items()}
     eta, alpha, beta = (
       sigmoid(x @ gate[f"w_{n}"] + gate[f"b_{n}"])
@@ -171,7 +171,7 @@ def loop(model, params, x_TxD, ids):
   p = jax.tree.map(np.asarray, params)
   far = LongTerm(model, p["lmm"])
   inner = {n: p.get(f"{n}_norm", {}).get("scale") for n in ("attention", "lmm")}
-  gate = GATES[getattr(model.memory, "mag_gate", "linear")]
+  gate = GATES[getattr(model.mixer, "mag_gate", "linear")]
   out, past, recalled, document, start = [], [], [], 0, None
   for t, x in enumerate(np.asarray(x_TxD)):
     if ids[t] not in (0, document):
@@ -230,7 +230,7 @@ def test_documents_anywhere_are_a_token_loop(arch):
   with jax.enable_x64(True):
     params, x = generic(model), draw(1, 18, model.width)
     expected = loop(model, params, x[0], ids)
-    start = model.mixer.init_state(params, 1, 0, model=model)
+    start = model.module.init_state(params, 1, 0, model=model)
     y, end = mixer(model)(params, x, start, ids[None])
     check_rows(y[0], expected)
     state, parts = start, []
@@ -249,7 +249,7 @@ def test_a_row_that_ended_keeps_its_gradient_point(arch):
   ids = (np.arange(16) < 6).astype(np.int32)[None]
   with jax.enable_x64(True):
     params, x = generic(model), draw(1, 16, model.width)
-    start = model.mixer.init_state(params, 1, 0, model=model)
+    start = model.module.init_state(params, 1, 0, model=model)
     _, fresh = mixer(model)(params, x, None, ids)
     _, later = mixer(model)(params, x, start, ids)
     _, after = mixer(model)(params, x, later, 0 * ids)
@@ -262,7 +262,7 @@ def test_without_persistent_tokens_the_window_is_attention():
   """Limit: `attention` with a window, packed and from call to call."""
   model = small("titans_mag", persistent=0)
   other = dataclasses.replace(
-    model, arch="transformer", memory=attention.Options(window=W)
+    model, arch="transformer", mixer=attention.Options(window=W)
   )
   near = jax.jit(lambda *args: titans_hybrid.window(*args, model=model))
   plain = jax.jit(
@@ -319,7 +319,7 @@ def test_nothing_leaks_from_later_tokens_of_a_segment():
   model = small("titans_mac")
   with jax.enable_x64(True):
     params, x = generic(model), draw(1, 11, model.width)
-    out = lambda x: model.mixer.apply(params, x, None, None, model=model)[0]
+    out = lambda x: model.module.apply(params, x, None, None, model=model)[0]
     jacobian = jax.jit(jax.jacobian(lambda x: out(x)[0].sum(-1)))(x)[:, 0]
   size = np.abs(jacobian).sum(-1)
   assert (size[np.triu_indices(11, 1)] == 0).all()
@@ -357,8 +357,8 @@ def test_sizes_are_the_formula_and_the_table(arch, size, total):
   """model.md 7.2, in millions, with P and the norms of the branches."""
   net = _setup.model(_setup.resolve(_flags.load_config(f"{arch}_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.1
-  D, H, K, M = net.width, net.heads, net.head_dim, net.memory.hidden
-  assert M == 4 * K and net.memory.persistent == 4
+  D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
+  assert M == 4 * K and net.mixer.persistent == 4
   norms = 1 if arch == "titans_mal" else 2
   mixer = 9 * D * D + 12 * D + 3 * H * (D + 1) + 2 * H * K * M + K
   mixer += (4 + norms) * D
@@ -410,13 +410,13 @@ def test_decay_is_for_matrices():
 
 
 @pytest.mark.parametrize("arch,change,message", [
-  ("titans_mag", dict(window=1), "model.memory.window must be an integer >= 2"),
-  ("titans_mal", dict(window=2.5), "model.memory.window must be an integer"),
-  ("titans_mag", dict(persistent=-1), "model.memory.persistent must be an"),
+  ("titans_mag", dict(window=1), "model.mixer.window must be an integer >= 2"),
+  ("titans_mal", dict(window=2.5), "model.mixer.window must be an integer"),
+  ("titans_mag", dict(persistent=-1), "model.mixer.persistent must be an"),
   ("titans_mag", dict(mag_gate="tanh"), "mag_gate must be one of sigmoid"),
-  ("titans_mac", dict(segment=10), "multiple of model.memory.chunk=4, got 10"),
-  ("titans_mac", dict(segment=0), "model.memory.segment must be an integer"),
-  ("titans_mac", dict(eta_max=0.0), "memory.eta_max must be > 0"),
+  ("titans_mac", dict(segment=10), "multiple of model.mixer.chunk=4, got 10"),
+  ("titans_mac", dict(segment=0), "model.mixer.segment must be an integer"),
+  ("titans_mac", dict(eta_max=0.0), "model.mixer.eta_max must be > 0"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(arch, change, message):
   with pytest.raises(ValueError, match=message):
@@ -428,14 +428,14 @@ def test_switches_that_cannot_be_are_refused(arch, change, message):
   ("titans_mag", "segment"), ("titans_lmm", "persistent"),
 ])  # fmt: skip
 def test_a_switch_of_another_row_is_named(arch, name):
-  with pytest.raises(ValueError, match=f"no model.memory.{name}; it has"):
+  with pytest.raises(ValueError, match=f"no model.mixer.{name}; it has"):
     lm.options(arch, {name: 4})
 
 
 @pytest.mark.parametrize("change,message", [
   (dict(heads=3), "heads \\* model.head_dim"),
   (dict(heads=8, head_dim=1), "must be even for RoPE"),
-  (dict(memory=titans.Options(chunk=4)), "model.memory belongs to"),
+  (dict(mixer=titans.Options(chunk=4)), "model.mixer belongs to"),
 ])  # fmt: skip
 def test_shapes_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

@@ -19,7 +19,7 @@ def small(arch, **options):
   return lm.LanguageModel(
     arch, width=8, layers=1, heads=2, head_dim=4, vocab_size=16,
     sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
-    memory=ttt.Options(**{"chunk": 4} | options),
+    mixer=ttt.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def short_conv(x_TxE, taps, bias):
 def token_loop(model, params, x_TxD):
   """A layer from model.md 6: inner gradients by `jax.grad`, one by one."""
   p = jax.tree.map(np.asarray, params)
-  C, H, K = model.memory.chunk, model.heads, model.head_dim
+  C, H, K = model.mixer.chunk, model.heads, model.head_dim
   fast, affine, T = p["memory"], p["memory_norm"], len(x_TxD)
   z = x_TxD @ p["w_qk"]
   split = lambda x: x.reshape(T, H, K)
@@ -83,7 +83,7 @@ def token_loop(model, params, x_TxD):
       if t % C == 0:
         start, total = W, jax.tree.map(np.zeros_like, W)
       logit = x_TxD[t] @ p["w_lr"][:, h] + p["b_lr"][h]
-      eta = model.memory.base_lr / (1 + np.exp(-logit)) / K
+      eta = model.mixer.base_lr / (1 + np.exp(-logit)) / K
       g = inner(start, k[t, h], v[t, h] - k[t, h])
       total = jax.tree.map(lambda a, b: a + eta * b, total, g)  # noqa: B023
       rate = max(0.0, p["token_rate"][t % C] + 1 / (t % C + 1))
@@ -203,13 +203,13 @@ def test_the_first_convolution_is_a_switch():
 
 
 def test_switches_that_cannot_be_are_refused():
-  with pytest.raises(ValueError, match="memory.base_lr must be > 0"):
+  with pytest.raises(ValueError, match="model.mixer.base_lr must be > 0"):
     ttt.Options(base_lr=0.0)
-  with pytest.raises(ValueError, match="memory.chunk must be at least 1"):
+  with pytest.raises(ValueError, match="model.mixer.chunk must be at least 1"):
     ttt.Options(chunk=0)
   with pytest.raises(ValueError, match="has no hidden units"):
     small("ttt_linear", hidden=8)
   with pytest.raises(ValueError, match="must be even for RoPE"):
     dataclasses.replace(small("ttt_mlp"), heads=8, head_dim=1)
-  with pytest.raises(ValueError, match="no model.memory.momentum; it has"):
+  with pytest.raises(ValueError, match="no model.mixer.momentum; it has"):
     lm.options("ttt_mlp", {"momentum": "ema"})
