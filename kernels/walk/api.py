@@ -161,7 +161,7 @@ def walk(
     for calls in _calls:
       calls.append(call)
   mesh = jax.sharding.get_abstract_mesh()
-  pieces = sequence.shards(mesh, spec)
+  pieces = sequence.parts(mesh, spec)[1]
   split = pieces > 1 and anchor is None and not places.real.shape[1] % pieces
   if implementation == "xla":
     run = functools.partial(
@@ -188,6 +188,7 @@ def walk(
     run,
     in_specs=(P(across), P(rows, None, across), P(rows), own),
     out_specs=(P(rows, None, across), own, own, own),
+    axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
     # A kernel does not say over which axes its outputs vary.
     check_vma=False,
   )
@@ -334,7 +335,7 @@ def supports(
   C = places.real.shape[-1]
   H = heads_of(slow, state)
   mesh = jax.sharding.get_abstract_mesh()
-  parts = _parts(mesh, spec)
+  parts = sequence.parts(mesh, spec)
   if implementation == "pallas_tpu":
     if (platform := _platform()) != "tpu":
       return (
@@ -388,15 +389,6 @@ def supports(
   if heads is not None and heads not in may:
     return _no_group(heads, own, may)
   return None
-
-
-def _parts(
-  mesh: jax.sharding.AbstractMesh, spec: P | None
-) -> tuple[int, int, int]:
-  """Devices over which rows, tokens and heads are split."""
-  spec = (*(spec or ()), None, None, None)[:3]
-  axes = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
-  return tuple(math.prod(mesh.shape.get(n, 1) for n in a) for a in axes)
 
 
 def _platform() -> str:

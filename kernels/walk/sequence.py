@@ -33,24 +33,22 @@ from nl_jax.kernels.walk import contract
 Run = Callable[..., tuple[Any, contract.State, Any, jax.Array | None]]
 
 
-def shards(mesh: AbstractMesh, spec: P | None) -> int:
-  """Devices over which the tokens of a row are split.
+def parts(mesh: AbstractMesh, spec: P | None) -> list[int]:
+  """Devices over which rows, tokens and heads are split here.
 
   Args:
     mesh: the mesh that is set, or an empty one.
     spec: mesh axes of [B, T, H*d].
   """
-  return _size(mesh, _axes(spec)[1])
+  whole = lambda name: name in mesh.manual_axes or name not in mesh.shape
+  sizes = lambda axes: (1 if whole(name) else mesh.shape[name] for name in axes)
+  return [math.prod(sizes(axes)) for axes in _axes(spec)]
 
 
 def _axes(spec: P | None) -> list[tuple[str, ...]]:
   """Mesh axes of rows, tokens and heads."""
   spec = (*(spec or ()), None, None, None)[:3]
   return [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
-
-
-def _size(mesh: AbstractMesh, axes: tuple[str, ...]) -> int:
-  return math.prod(mesh.shape.get(name, 1) for name in axes)
 
 
 class _Ring(NamedTuple):
@@ -77,9 +75,7 @@ class _Ring(NamedTuple):
     """To the next device (by=1) or the one before (-1); the first gets 0."""
     pairs = [(i, i + by) for i in range(self.size)]
     pairs = [(i, j) for i, j in pairs if 0 <= j < self.size]
-    return jax.tree.map(
-      lambda x: jax.lax.ppermute(x, self.axis, pairs), tree
-    )
+    return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
 
 
 def walk(
@@ -104,7 +100,7 @@ def walk(
       those of all, which XLA splits.
   """
   rows, (axis,), heads = _axes(spec)
-  size, groups = mesh.shape[axis], _size(mesh, rows)
+  groups, size, _ = parts(mesh, spec)
   if jax.tree.leaves(xs)[0].shape[0] % groups:
     groups = 1
   ring = _Ring(run, axis, size)
@@ -294,13 +290,13 @@ def _rows(
       done = jax.lax.cond(
         works, pull, lambda *_: _zeros(own.real), *_row((kept, ys), m), end
       )
-      before = done[len(done) - len(end):]
+      before = done[len(done) - len(end) :]
       total = jax.tree.map(jnp.add, total, done[:count])
       out = _put(out, m, works, done[count:])
       return (ring.send(before, -1), total, out), None
 
     rest = own.real[count:]
-    held = _zeros(rest[len(rest) - len(ends):]), _zeros(own.real[:count])
+    held = _zeros(rest[len(rest) - len(ends) :]), _zeros(own.real[:count])
     (_, total, out), _ = jax.lax.scan(
       step, (*held, _zeros(rest, steps)), turns, reverse=True
     )

@@ -2,12 +2,10 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
-from nl_jax.kernels import walk
 from tests.kernels import test_walk as walks
 
 SPEC = P(("replica", "fsdp"), "sequence", "tensor")
@@ -27,9 +25,7 @@ def test_a_pipeline_is_the_walk_of_one_device(kind, sizes, B):
     args = walks.call(kind, B=B, N=8, H=2, K=4, dtype=jnp.float64)
     alone = walks.both_ways(args, implementation="xla")
     count = sizes.pop("devices", 8)
-    mesh = sharding.mesh(
-      **dict(fsdp=1) | sizes, devices=jax.devices()[:count]
-    )
+    mesh = sharding.mesh(**dict(fsdp=1) | sizes, devices=jax.devices()[:count])
     with jax.set_mesh(mesh):
       split = walks.both_ways(args, implementation="xla", spec=SPEC)
     *outs, sums = split.pop("outs")
