@@ -72,6 +72,8 @@ def main() -> int:
     print(_describe.card_text(config, net, optimizer))
     if walks := _describe.walk_text(config, net):
       print(walks)
+    if split := _describe.sequence_text(config, net):
+      print(split)
     print(_describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return _main.DONE

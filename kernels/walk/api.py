@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from nl_jax.kernels.walk import (
+  affine,
   blocks,
   contract,
   pallas,
@@ -91,6 +92,7 @@ def walk(
   spec: P | None = None,
   name: str = "walk",
   chunk_free: bool = False,
+  columns: affine.Columns | None = None,
 ) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """Runs `body` over N chunks of C tokens.
 
@@ -121,6 +123,9 @@ def walk(
     name: of the kernels.
     chunk_free: the chunk is no part of the function, and documents may begin
       inside one in a kernel as well.
+    columns: of a walk that is affine in its state, see `affine`: where the
+      tokens of a row are split over devices, these then do not wait for each
+      other. None: they do, see `sequence`.
 
   Returns:
     (ys leaves [B,N*C,h*d] with the heads h that the body returned, state, the
@@ -163,23 +168,26 @@ def walk(
   mesh = jax.sharding.get_abstract_mesh()
   pieces = sequence.parts(mesh, spec)[1]
   split = pieces > 1 and anchor is None and not places.real.shape[1] % pieces
-  if implementation == "xla":
-    run = functools.partial(
-      _xla, body, heads=H, group=group, tile=tile, name=name
-    )
-    if not split:
-      return run(slow, xs, places, state, anchor)
-    return sequence.walk(
-      run, slow, xs, places, state, mesh=mesh, spec=spec, manual=False
-    )
   interpret = implementation == "pallas_interpret"
-  run = functools.partial(
-    _fused, body, tile.policy, name, heads, save, interpret
-  )
-  if split:
-    return sequence.walk(
-      run, slow, xs, places, state, mesh=mesh, spec=spec, manual=True
+
+  def of(body: contract.Body, name: str) -> sequence.Run:
+    if implementation == "xla":
+      return functools.partial(
+        _xla, body, heads=H, group=group, tile=tile, name=name
+      )
+    return functools.partial(
+      _fused, body, tile.policy, name, heads, save, interpret
     )
+
+  run = of(body, name)
+  if split:
+    how = dict(mesh=mesh, spec=spec, manual=implementation != "xla")
+    if columns is None:
+      return sequence.walk(run, slow, xs, places, state, **how)
+    narrow = of(columns.body, f"{name}_columns")
+    return affine.walk(run, narrow, columns, slow, xs, places, state, **how)
+  if implementation == "xla":
+    return run(slow, xs, places, state, anchor)
   if spec is None or mesh.empty or mesh.size == 1:
     return run(slow, xs, places, state)
   rows, _, across = (*spec, None, None)[:3]

@@ -41,12 +41,12 @@ def parts(mesh: AbstractMesh, spec: P | None) -> list[int]:
     spec: mesh axes of [B, T, H*d].
   """
   whole = lambda name: name in mesh.manual_axes or name not in mesh.shape
-  sizes = lambda axes: (1 if whole(name) else mesh.shape[name] for name in axes)
-  return [math.prod(sizes(axes)) for axes in _axes(spec)]
+  size = lambda name: 1 if whole(name) else mesh.shape[name]
+  return [math.prod(map(size, over)) for over in axes(spec)]
 
 
-def _axes(spec: P | None) -> list[tuple[str, ...]]:
-  """Mesh axes of rows, tokens and heads."""
+def axes(spec: P | None) -> list[tuple[str, ...]]:
+  """Mesh axes of rows, tokens and heads, by that of [B, T, H*d]."""
   spec = (*(spec or ()), None, None, None)[:3]
   return [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
 
@@ -72,7 +72,7 @@ class _Ring(NamedTuple):
     return jnp.clip(m, 0, rows - 1), (m >= 0) & (m < rows)
 
   def send(self, tree: Any, by: int) -> Any:
-    """To the next device (by=1) or the one before (-1); the first gets 0."""
+    """To the next device (by=1) or the one before (-1); the end gets 0."""
     pairs = [(i, i + by) for i in range(self.size)]
     pairs = [(i, j) for i, j in pairs if 0 <= j < self.size]
     return jax.tree.map(lambda x: jax.lax.ppermute(x, self.axis, pairs), tree)
@@ -99,7 +99,7 @@ def walk(
     manual: whether `run` sees the rows and heads of one device (a kernel), or
       those of all, which XLA splits.
   """
-  rows, (axis,), heads = _axes(spec)
+  rows, (axis,), heads = axes(spec)
   groups, size, _ = parts(mesh, spec)
   if jax.tree.leaves(xs)[0].shape[0] % groups:
     groups = 1

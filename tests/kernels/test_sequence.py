@@ -6,7 +6,21 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
+from nl_jax.kernels import walk
 from tests.kernels import test_walk as walks
+from tests.kernels import walk_bodies as bodies
+
+
+def alone(*of):
+  """The columns' chunk function has no outputs."""
+  return bodies.linear(*of)[0], (), None
+
+
+def widen(slow, xs, heads, count):
+  behind = lambda w: jnp.pad(w, [(0, 0), (0, 0), (0, count)])
+  xs = xs | {"v": walk.wider(xs["v"], heads, count)}
+  return slow | {"w": behind(slow["w"])}, xs
+
 
 SPEC = P(("replica", "fsdp"), "sequence", "tensor")
 
@@ -32,3 +46,14 @@ def test_a_pipeline_is_the_walk_of_one_device(kind, sizes, B):
     *expected, counted = alone.pop("outs")
     walks.close((outs, split), (expected, alone), 1e-10)
     walks.close(sums, counted, 1e-6)  # Metrics are float32.
+
+
+@pytest.mark.parametrize("columns", [None, walk.Columns(alone, widen)])
+def test_kernels_walk_the_pieces(columns):
+  """Interpreted, over rows, tokens and heads at once."""
+  args = walks.call("linear", B=4, N=4, H=4)
+  how = dict(implementation="pallas_interpret")
+  alone = walks.both_ways(args, **how)
+  with jax.set_mesh(sharding.mesh(fsdp=2, sequence=2, tensor=2)):
+    split = walks.both_ways(args, spec=SPEC, columns=columns, **how)
+  walks.close(split, alone, 1e-5)

@@ -7,7 +7,6 @@ one device to the next and padding behind them.
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
