@@ -119,13 +119,21 @@ def sequence_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:
   left = max(jax.device_count() // fixed, 1)
   sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
   _setup.check_sequence(config, shards)
+  tokens = config.data.sequence_length
+  waiting = [
+    call.name
+    for call in _setup.walks(config, net)
+    if not call.affine and math.prod(call.places.real.shape[1:]) == tokens
+  ]
+  if not waiting:
+    return f"mesh.sequence={shards}: no device waits for another in a walk"
   parts = sizes["replica"] * sizes["fsdp"] * config.train.accumulate
   rows = max(config.data.batch_size // parts, 1)
   steps = rows + shards - 1
   return (
-    f"mesh.sequence={shards}: {rows} rows a device go through each walk in "
-    f"{steps} steps, of which a device waits {shards - 1} "
-    f"({(shards - 1) / steps:.0%})"
+    f"mesh.sequence={shards}: {rows} rows a device go through the walk "
+    f"{' and '.join(dict.fromkeys(waiting))} in {steps} steps, of which a "
+    f"device waits {shards - 1} ({(shards - 1) / steps:.0%})"
   )
 
 

@@ -326,6 +326,15 @@ def _reaching(x: jax.Array, reach: int, axis: str, shards: int) -> jax.Array:
   return jnp.pad(x, [(0, 0), (missing, 0), *rest]) if missing else x
 
 
+def whole_rows(x_BxT: jax.Array) -> jax.Array:
+  """[B, T, ...] with all tokens of a row where some of them were."""
+  if length_shards(x_BxT.shape[1]) == 1:
+    return x_BxT
+  free = (P.UNCONSTRAINED,) * (x_BxT.ndim - 2)
+  where = P(P.UNCONSTRAINED, None, *free)
+  return jax.lax.with_sharding_constraint(x_BxT, where)
+
+
 def length_shards(tokens: int) -> int:
   """Shards of the tokens of a row; 1 without a mesh or where they do not fit.
 

@@ -47,24 +47,14 @@ def wider(x: jax.Array, heads: int, count: int) -> jax.Array:
   return x.reshape(*lead, -1)
 
 
-class Summary(NamedTuple):
-  """What a piece does to fast weights, leaves' K rows one below the other.
-
-  Attributes:
-    A: [B, H, L K, L K], for the L leaves of a state.
-    N: [B, H, L K, V].
-  """
-
-  A: jax.Array
-  N: jax.Array
-
-  def after(self, state: contract.State) -> contract.State:
-    """The fast weights behind the piece."""
-    leaves, tree = jax.tree.flatten(state)
-    rows = jnp.matmul(
-      self.A, jnp.concatenate(leaves, axis=-2), precision="highest"
-    )
-    return tree.unflatten(jnp.split(rows + self.N, len(leaves), axis=-2))
+def _after(piece: jax.Array, state: contract.State) -> contract.State:
+  """The fast weights behind a piece, see `summary`."""
+  leaves, tree = jax.tree.flatten(state)
+  V = leaves[0].shape[-1]
+  before = jnp.concatenate(leaves, axis=-2)
+  rows = jnp.matmul(piece[..., V:], before, precision="highest")
+  rows = rows + piece[..., :V]
+  return tree.unflatten(jnp.split(rows, len(leaves), axis=-2))
 
 
 def summary(
@@ -74,7 +64,7 @@ def summary(
   xs: Any,
   places: contract.Places,
   state: contract.State,
-) -> Summary:
+) -> jax.Array:
   """What a piece does, from one walk of wider matrices.
 
   Args:
@@ -82,6 +72,10 @@ def summary(
     columns: see its type.
     slow, xs, places: of the piece.
     state: of the shapes of the fast weights; no number of it is read.
+
+  Returns:
+    N and A side by side, [B, H, L K, V + L K], for the L leaves of the state
+    one below the other.
   """
   leaves, tree = jax.tree.flatten(state)
   (batch, heads, K, V), dtype = leaves[0].shape, leaves[0].dtype
@@ -90,10 +84,8 @@ def summary(
   unit = jnp.broadcast_to(unit, (batch, heads, *unit.shape[2:]))
   begin = tree.unflatten(jnp.split(unit, len(leaves), axis=-2))
   slow, xs = columns.widen(slow, xs, heads, count)
-  end = jnp.concatenate(
-    jax.tree.leaves(narrow(slow, xs, places, begin)[1]), axis=-2
-  )
-  return Summary(end[..., V:], end[..., :V])
+  after = narrow(slow, xs, places, begin)[1]
+  return jnp.concatenate(jax.tree.leaves(after), axis=-2)
 
 
 def walk(
@@ -121,8 +113,8 @@ def walk(
 
   def piece(rank, slow, xs, places, state):
     own = summary(narrow, columns, slow, xs, places, state)
-    pieces = jax.tree.map(lambda x: jax.lax.all_gather(x, axis), own)
-    step = lambda before, piece: (piece.after(before), before)
+    pieces = jax.lax.all_gather(own, axis)
+    step = lambda before, piece: (_after(piece, before), before)
     _, begins = jax.lax.scan(step, state, pieces)
     before = jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, rank[0], keepdims=False), begins

@@ -44,6 +44,7 @@ class Call(NamedTuple):
     group, policy, chunk_free: see `walk`; what the policy was in the end.
     asked, implementation: what was named, and what ran it.
     reason: why no kernel of a TPU takes the call, or None.
+    affine: devices that split tokens do not wait for each other, see `walk`.
   """
 
   name: str
@@ -58,6 +59,7 @@ class Call(NamedTuple):
   asked: str | None
   implementation: str
   reason: str | None
+  affine: bool
 
 
 @contextlib.contextmanager
@@ -162,6 +164,7 @@ def walk(
       name, body, *shapes, group, tile.policy, chunk_free, asked,
       implementation,
       why("pallas_tpu"),
+      columns is not None,
     )  # fmt: skip
     for calls in _calls:
       calls.append(call)

@@ -105,13 +105,15 @@ def walk(
     groups = 1
   ring = _Ring(run, axis, size)
   by_step = lambda x: jnp.swapaxes(x.reshape(groups, -1, *x.shape[1:]), 0, 1)
-  names = set(mesh.axis_names) if manual else {axis}
-  rows, heads = (rows or None, heads or None) if manual else (None, None)
-  tokens, held = P(None, rows, axis, heads), P(None, rows, heads)
-  at_end = P(axis, *held)
+  names, held, across = {axis}, P(), P()
+  tokens = P(None, None, axis)
+  if manual:
+    names, across = set(mesh.axis_names), P(heads)
+    held, tokens = P(None, rows, heads), P(None, rows, axis, heads)
+  places_at, at_end = P(*tokens[:3]), P(axis, *held)
   shard = jax.shard_map(
     functools.partial(_pipeline, ring),
-    in_specs=(P(axis), P(heads), tokens, P(None, rows, axis), held),
+    in_specs=(P(axis), across, tokens, places_at, held),
     out_specs=(tokens, at_end, at_end),
     axis_names=names,
     # A kernel does not say over which axes its outputs vary.
