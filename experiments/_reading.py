@@ -145,7 +145,8 @@ def read(
     for _ in range(0, start, _BLOCK):
       digest.update(file.read(min(_BLOCK, start - file.tell())))
     while not asked.reason and (block := _piece(file)):
-      ids = tokenizer.encode(documents.decode(block, text, file.tell()))
+      offset = file.tell() - len(block)
+      ids = tokenizer.encode(documents.decode(block, text, offset))
       digest.update(block)
       done.bytes += len(block)
       if len(ids):
@@ -233,6 +234,8 @@ class _Bar:
       disable=self._plain,
     )
     self._task = self._bar.add_task("", total=size, completed=start)
+    if self._plain:
+      print(f"reading from byte {start:,} of {size:,}", file=sys.stderr)
 
   def __enter__(self) -> Any:
     self._bar.start()

@@ -32,13 +32,13 @@ def main() -> int:
   if not text.is_file():
     raise FileNotFoundError(f"no file --text={_TEXT.value}")
   logging.set_verbosity(logging.WARNING)
+  _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import stream
   from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  config, net = _setup.of_run(_WORKDIR.value)
   if net.grows:
     raise ValueError(
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "

@@ -134,14 +134,14 @@ def test_ctrl_c_stops_all_processes(corpus, tmp_path):
   out, err = process.communicate(timeout=60)
   assert process.returncode == 130, err
   assert "stopped by Ctrl-C" in err and "Traceback" not in err
+  assert "--source=jsonl" not in err and " shards, 2 workers" in err
 
 
 def test_three_commands_from_files_to_training(corpus, tmp_path):
   one = corpus / "0.jsonl"
   model, out = tmp_path / "words.model", tmp_path / "out"
   first = finish(start(
-    f"--train_tokenizer={model}", "--vocab_size=400", "--source=jsonl",
-    f"--path={one}",
+    f"--train_tokenizer={model}", "--vocab_size=400", f"--path={one}",
   ))  # fmt: skip
   assert "400 pieces" in first and "--tokenizer=" in first
   words = tokenizers.load(str(model))
@@ -201,15 +201,17 @@ def test_a_missing_library_names_what_to_install(name, extra):
   (("--path=x", "--out=y", "--sequence_length=8"), "nothing at --path='x'"),
   (("--path=x", "--out=y", "--sequence_length=8", "--source=csv"),
    "Known: text, jsonl, parquet"),
-  (("--path=x", "--out=y", "--sequence_length=8", "--alignment=3"),
-   "must be a multiple"),
-  (("--path=x", "--out=y", "--sequence_length=8", "--tokenizer=words"),
-   "no --tokenizer 'words'"),
+  (("--path=setup.py", "--out=y", "--sequence_length=8"),
+   "--path='setup.py' says no --source; set --source to one of"),
+  (("--path=setup.py", "--source=text", "--out=y", "--sequence_length=8",
+    "--alignment=3"), "must be a multiple"),
+  (("--path=setup.py", "--source=text", "--out=y", "--sequence_length=8",
+    "--tokenizer=words"), "no --tokenizer 'words'"),
   (("--path=setup.py", "--train_tokenizer=README.md"), "README.md exists"),
-  (("--path=setup.py", "--train_tokenizer=no.model", "--vocab_size=9"),
-   "must be at least 300"),
-  (("--path=setup.py", "--train_tokenizer=no.model", "--vocab_size=30000"),
-   "can be trained on this text"),
+  (("--path=setup.py", "--source=text", "--train_tokenizer=no.model",
+    "--vocab_size=9"), "must be at least 300"),
+  (("--path=setup.py", "--source=text", "--train_tokenizer=no.model",
+    "--vocab_size=30000"), "pieces at most; give --vocab_size="),
 ])  # fmt: skip
 def test_mistakes_are_one_sentence(args, sentence):
   process = start(*args)
