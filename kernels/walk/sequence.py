@@ -278,7 +278,7 @@ def _rows(
 
   def back(saved: Any, cotangents: Any) -> Any:
     rank, kept, fixed, stepped = saved
-    ys, ends = cotangents[0], _apart_like(cotangents[1])
+    ys, ends = cotangents[0], _with_gradient(cotangents[1])
     own = _apart((fixed, _row(stepped, 0)))
     count = len(_apart(fixed).real)
 
@@ -312,8 +312,8 @@ def _rows(
   return through(rank, fixed, stepped, places)
 
 
-def _apart_like(cotangents: Any) -> list[jax.Array]:
-  """Those of real leaves; others have none."""
+def _with_gradient(cotangents: Any) -> list[jax.Array]:
+  """The cotangents of real leaves; others have none."""
   leaves = jax.tree.leaves(cotangents)
   return [x for x in leaves if x.dtype != jax.dtypes.float0]
 

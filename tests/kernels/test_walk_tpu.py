@@ -28,12 +28,13 @@ from nl_jax import sharding
 from nl_jax.kernels import walk
 from tests.kernels import walk_bodies
 
-kind, dtype = json.loads(sys.argv[1])
+kind, dtype, sequence = json.loads(sys.argv[1])
 B, N, C, H, K, M = 4, 32, 16, 8, 64, 128
 devices = topologies.get_topology_desc(
   platform="tpu", topology_name="v5e:2x2").devices
-mesh = sharding.mesh(fsdp=2, tensor=2, devices=devices)
-spec = P("fsdp", None, "tensor")
+mesh = sharding.mesh(
+  fsdp=2 // sequence, sequence=sequence, tensor=2, devices=devices)
+spec = P("fsdp", "sequence", "tensor")
 
 def put(spec, dtype, **shapes):
   place = NamedSharding(mesh, spec)
@@ -81,13 +82,33 @@ print(json.dumps(dict(
 )
 def test_v5e_walks_by_the_kernels(kind, dtype):
   """One each way, chosen by itself; no loop, no copy of what is read."""
+  assert compiled(kind, dtype, 1) == dict(
+    kernels=["walk_bwd", "walk_fwd"],
+    collectives=["all-reduce"],  # The gradient of slow parameters.
+    loops=0,
+    moved=[],
+  )
+
+
+def test_v5e_walks_pieces_of_rows_by_the_kernels():
+  """A loop over rows each way, with the kernel in it and what it sends."""
+  made = compiled("linear", "bfloat16", 2)
+  assert made["kernels"] == ["walk_bwd", "walk_fwd"]
+  assert made["loops"] == 2
+  sent = set(made["collectives"])
+  assert "collective-permute" in sent
+  assert sent <= {"collective-permute", "all-reduce"}
+
+
+def compiled(kind, dtype, sequence):
+  """What is in the program of a gradient, over so many devices a row."""
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
   done = subprocess.run(
-    [sys.executable, "-c", _SCRIPT, json.dumps([kind, dtype])],
+    [sys.executable, "-c", _SCRIPT, json.dumps([kind, dtype, sequence])],
     capture_output=True,
     text=True,
     timeout=240,
@@ -95,9 +116,4 @@ def test_v5e_walks_by_the_kernels(kind, dtype):
     cwd=pathlib.Path(__file__).parents[2],
   )
   assert done.returncode == 0, done.stderr[-2000:]
-  assert json.loads(done.stdout.strip().splitlines()[-1]) == dict(
-    kernels=["walk_bwd", "walk_fwd"],
-    collectives=["all-reduce"],  # The gradient of slow parameters.
-    loops=0,
-    moved=[],
-  )
+  return json.loads(done.stdout.strip().splitlines()[-1])
