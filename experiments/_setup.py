@@ -9,12 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from nl_jax import data, fields, sharding
 from nl_jax.data import sources
 from nl_jax.eval import evaluate
+from nl_jax.kernels import walk as kernels
 from nl_jax.models import cms, incontext, lm
 from nl_jax.train import checkpoint, files, optimizer, rules
 from nl_jax.train import config as configs
@@ -328,7 +330,53 @@ def mesh(
     config.data.sequence_length,
     config.train.accumulate,
   )
+  check_sequence(config, made.shape["sequence"])
   return made
+
+
+def walks(
+  config: ConfigDict, net: lm.LanguageModel | incontext.InContextModel
+) -> list[kernels.Call]:
+  """The walks over chunks of a layer in a training step, traced by shapes."""
+  shape = config.data.batch_size, config.data.sequence_length
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+  run = lambda params, tokens: net.apply(params, tokens, segment_ids=tokens)
+  with kernels.recorded() as calls:
+    jax.eval_shape(run, jax.eval_shape(net.init, jax.random.key(0)), tokens)
+  return calls
+
+
+def check_sequence(config: ConfigDict, shards: int) -> None:
+  """Raises ValueError unless rows of tokens can be split over devices.
+
+  Args:
+    config: resolved.
+    shards: devices that a row is to be split over.
+  """
+  if shards == 1:
+    return
+  net, tokens = model(config), config.data.sequence_length
+  if isinstance(net, incontext.InContextModel):
+    raise ValueError(
+      f"mesh.sequence={shards} splits the tokens of a row, but the levels of "
+      "this model learn in context, from all tokens in order: set "
+      "mesh.sequence=1 and use mesh.fsdp or mesh.tensor"
+    )
+  for call in walks(config, net):
+    count, chunk = call.places.real.shape[1:]
+    # A walk inside a chunk of another is not split.
+    if count * chunk < tokens or tokens % (shards * chunk) == 0:
+      continue
+    part = shards * chunk
+    sizes = [max(tokens // part, 1) * part, (tokens // part + 1) * part]
+    fits = " or ".join(map(str, dict.fromkeys(sizes)))
+    divisors = [n for n in range(1, shards) if tokens % (n * chunk) == 0]
+    raise ValueError(
+      f"mesh.sequence={shards} must give each device whole chunks of {chunk} "
+      f"tokens (walk {call.name}), got data.sequence_length={tokens}; nearest: "
+      f"data.sequence_length={fits}, or mesh.sequence="
+      f"{', '.join(map(str, divisors)) or 1}"
+    )
 
 
 def settings(config: ConfigDict) -> settings_lib.Settings:

@@ -95,6 +95,8 @@ def main() -> int:
     print(optimizer.chosen(jax.eval_shape(net.init, jax.random.key(0))))
     if walks := _describe.walk_text(config, net):
       print(walks)
+    if split := _describe.sequence_text(config, net):
+      print(split)
     print(_describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return _main.DONE

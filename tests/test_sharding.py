@@ -325,9 +325,30 @@ def test_loops_over_chunks_have_no_collective(name):
   assert not [c for c in counts.collectives if "nested" in c.place]
 
 
-def gradient_of_stack(m: lm.LanguageModel, length: int) -> _compile_hlo.Counts:
+@pytest.mark.parametrize(
+  ("name", "sends"),
+  # Permutes of the pipeline; summaries are gathered before any loop.
+  [("hope_linear", {"collective-permute"}), ("gated_deltanet", set())],
+)
+def test_loops_over_tokens_of_a_row_send_fast_weights_alone(name, sends):
+  counts = gradient_of_stack(
+    smoke(name), 128, sharding.mesh(fsdp=2, sequence=4)
+  )
+  inside = [c for c in counts.collectives if "nested" in c.place]
+  assert {c.kind for c in inside} == sends
+  assert all(c.axes == "sequence" for c in inside)
+  # Over the steps of the rows, not over their chunks.
+  assert all(c.place.endswith("in 2 nested loops") for c in inside)
+  # Convolutions send three tokens, no row.
+  around = [c for c in counts.collectives if c.axes == "sequence"]
+  assert sum(c.wire for c in around) < 2**19, around
+
+
+def gradient_of_stack(
+  m: lm.LanguageModel, length: int, mesh: jax.sharding.Mesh | None = None
+) -> _compile_hlo.Counts:
   """What the layers and their gradients send between eight devices."""
-  mesh = sharding.mesh(2, 2, 1, 2)
+  mesh = mesh or sharding.mesh(2, 2, 1, 2)
   blocks = jax.eval_shape(m.init, jax.random.key(0))["blocks"]
   shardings = sharding.param_shardings({"blocks": blocks}, mesh)["blocks"]
   blocks = jax.tree.map(

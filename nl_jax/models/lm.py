@@ -289,6 +289,8 @@ class LanguageModel:
     del learn
     if segment_ids is not None:
       segment_ids = jnp.asarray(segment_ids, jnp.int32)
+      # Documents are counted along whole rows, before any layer.
+      segment_ids = sharding.whole_rows(segment_ids)
     dtype = layers.activation_dtype(self.dtype, params)
     x_BxTxD = params["embed"].astype(dtype)[tokens_BxT]
     carried = None if state is None else state.layers
