@@ -114,6 +114,7 @@ def load(
   path: str = "",
   text_key: str = "text",
   bad_documents: str = "refuse",
+  separator: str = "",
   tokenizer: str = "bytes",
   sequence_length: int,
   batch_size: int,
@@ -132,6 +133,7 @@ def load(
       "jsonl:web.jsonl=0.7,text:books=0.3".
     text_key: field or column with the text.
     bad_documents: "refuse" what cannot be used, or "skip" it and say so.
+    separator: between the documents of a file of "text"; "": each is one.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
     sequence_length: tokens in a row, a multiple of alignment.
     batch_size: rows of a batch over all processes.
@@ -159,7 +161,11 @@ def load(
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
-  how = _How(ids, sequence_length, alignment, seed, text_key, bad_documents)
+  how = _How(
+    ids, sequence_length, alignment, seed, text_key, bad_documents, separator
+  )
+  if separator and "text" not in [name for name, *_ in named]:
+    raise sources.no_separator(separator, source)
   parts = [_part(*part, how) for part in named]
   rows, counts = _joined(parts)
   if not counts["validation"].rows:
@@ -205,6 +211,7 @@ class _How(NamedTuple):
   seed: int
   text_key: str
   bad_documents: str
+  separator: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -271,7 +278,10 @@ def infer(path: str) -> str:
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
-  source = sources.load(name, path, how.seed, how.text_key, how.bad_documents)
+  separator = how.separator if name == "text" else ""
+  source = sources.load(
+    name, path, how.seed, how.text_key, how.bad_documents, separator
+  )
   rows, counts = {}, {}
   for split in sources.SPLITS:
     rows[split], counts[split] = _pack(source.documents(split), how)

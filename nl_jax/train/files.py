@@ -29,7 +29,8 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
-_NEW_OF_DATA = {"bad_documents": "refuse"}  # Since runs were first kept.
+# Fields that came after the first runs, as those were.
+_NEW_OF_DATA = {"bad_documents": "refuse", "separator": ""}
 
 
 class StorageError(OSError):
