@@ -192,7 +192,7 @@ def test_on_a_mesh_it_says_the_same(model):
 @pytest.mark.parametrize("name", ["hope_linear", "gated_deltanet", "rwkv7"])
 def test_weights_for_decoding_change_no_number(name):
   """Matrices are read in the type of the activations by all models."""
-  net = dataclasses.replace(MODELS[name](), layers=1, dtype="bfloat16")
+  net = dataclasses.replace(MODELS[name](), dtype="bfloat16")
   params = net.init(jax.random.key(0))
   short = stream.for_decoding(net, params)
   assert short["embed"].dtype == jnp.bfloat16

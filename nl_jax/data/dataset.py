@@ -117,6 +117,7 @@ def load(
   path: str = "",
   text_key: str = "text",
   bad_documents: Annotated[str, fields.OneOf("refuse", "skip")] = "refuse",
+  separator: str = "",
   tokenizer: str = "bytes",
   sequence_length: Annotated[int, fields.Whole(1)],
   batch_size: Annotated[int, fields.Whole(1)],
@@ -139,7 +140,10 @@ def load(
     path: file or folder of the source; of "mixture" its parts with their
       weights: "jsonl:web.jsonl=0.7,text:books=0.3".
     text_key: field or column with the text, where there are many.
-    bad_documents: "refuse" what cannot be used, or "skip" it and say so.
+    bad_documents: of documents that cannot be used: "refuse" the first with its
+      place, or "skip" all, and say how many and where the first three are.
+    separator: between the documents of a file of "text", as "<|endoftext|>",
+      with the line breaks around it; "": a file is one.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
     sequence_length: tokens of a row, a multiple of the model's alignment.
     batch_size: rows of a step, over all processes.
@@ -181,8 +185,17 @@ def load(
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
   apart = (rows, reset) != ("stream", "never")
   how = _How(
-    ids, sequence_length, alignment, apart, seed, text_key, bad_documents
+    ids,
+    sequence_length,
+    alignment,
+    apart,
+    seed,
+    text_key,
+    bad_documents,
+    separator,
   )
+  if separator and "text" not in [name for name, *_ in named]:
+    raise sources.no_separator(separator, source)
   parts = [_part(*part, how) for part in named]
   tables, counts = _joined(parts)
   if not counts["validation"].rows:
@@ -244,6 +257,7 @@ class _How(NamedTuple):
   seed: int
   text_key: str
   bad_documents: str
+  separator: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -310,7 +324,10 @@ def infer(path: str) -> str:
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
-  source = sources.load(name, path, how.seed, how.text_key, how.bad_documents)
+  separator = how.separator if name == "text" else ""
+  source = sources.load(
+    name, path, how.seed, how.text_key, how.bad_documents, separator
+  )
   rows, counts = {}, {}
   for split in sources.SPLITS:
     together = split == "train" and not how.apart

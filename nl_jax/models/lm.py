@@ -62,15 +62,15 @@ MIXERS = {
   "ttt_linear": ttt,
   "ttt_mlp": ttt,
 }
-# Where a config has the fields of `LanguageModel` that are not in `model`.
-_GROUPS = {"sequence_length": "data", "dtype": "train", "remat": "train"}
-_Size = Annotated[int, Whole(1)]
-_EPSILONS = Number(1e-30, 1.0)
 # What a layer keeps that is run again in the backward pass: what its kernels
 # made, which then run once.
 _KEEPS = jax.checkpoint_policies.save_only_these_names(
   *walk.NAMES, splash_attention.NAME
 )
+# Where a config has the fields of `LanguageModel` that are not in `model`.
+_GROUPS = {"sequence_length": "data", "dtype": "train", "remat": "train"}
+_Size = Annotated[int, Whole(1)]
+_EPSILONS = Number(1e-30, 1.0)
 
 
 class LMState(NamedTuple):

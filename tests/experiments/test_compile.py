@@ -399,10 +399,15 @@ def test_tiny_steps_compile_for_a_slice(tmp_path):
   for row in (train, decode):
     assert row["fits"] and row["memory"]["total"] < row["capacity"] == 2**34
     assert row["flops"] > 0 and not row["unknown"]
-    assert {"fsdp", "tensor"} <= {c["axes"] for c in row["collectives"]}
+    assert "tensor" in {c["axes"] for c in row["collectives"]}
     estimate = row["estimate"]
     assert 0 < estimate["least"] <= estimate["most"]
     assert row["schedule"]["kernels"] == 0 < row["schedule"]["operations"]
     assert "CMS" in row["schedule"]["parts"]
+  gathers = lambda row: sum(
+    c["wire"] for c in row["collectives"] if "fsdp" in c["axes"]
+  )
+  # Weights are whole over `fsdp` where a token is read at a time.
+  assert gathers(train) > 100 * gathers(decode)
   assert train["memory"]["optimizer"] > 1.9 * train["memory"]["parameters"]
   assert train["flops"] > 3 * decode["flops"]
