@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax import files as whole
 from nl_jax import sharding
 from nl_jax.train import files
 from nl_jax.train import step as step_lib
@@ -49,8 +50,9 @@ def write(
   path = workdir / f"nan_step_{step}.json"
   process = jax.process_index()
   suffix = f"_{process}" if process else ""
-  with files.writing(workdir / f"nan_step_{step}{suffix}.npz"):
-    np.savez(workdir / f"nan_step_{step}{suffix}.npz", **rows)
+  rows_path = workdir / f"nan_step_{step}{suffix}.npz"
+  with files.writing(rows_path), whole.replacing(rows_path) as file:
+    np.savez(file, **rows)
   if not process:
     files.write_json(path, report)
   return path

@@ -39,8 +39,11 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
-# Fields of `optim` that came later, and what was done before.
-_ADDED = {"schedule": "cosine", "cooldown_steps": 0, "groups": []}
+# Fields that came later, by group, and what was done before there were any.
+_ADDED = {
+  "data": {"bad_documents": "refuse"},
+  "optim": {"schedule": "cosine", "cooldown_steps": 0, "groups": []},
+}
 
 StorageError = whole.StorageError
 _ADVICE = (
@@ -156,11 +159,12 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config of any format as this version writes it.
 
   In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`; fields that came later have the values that say what
-  was done before there were any.
+  memory its field `arch`. Fields that came later have the value that stands for
+  what was before.
   """
-  if "optim" in config:
-    config = {**config, "optim": {**_ADDED, **config["optim"]}}
+  for group, added in _ADDED.items():
+    if isinstance(config.get(group), Mapping):
+      config = {**config, group: added | config[group]}
   model = config.get("model", {})
   if "memory" not in model:
     return dict(config)
@@ -305,8 +309,8 @@ def mark_saved(workdir: pathlib.Path) -> None:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  """As JSON gives it back."""
-  return json.loads(json.dumps(config))
+  """As it is read back."""
+  return upgraded(json.loads(json.dumps(config)))
 
 
 def _check_same(
