@@ -9,6 +9,7 @@ from typing import Any
 
 from nl_jax import files as whole
 from nl_jax import formats
+from nl_jax.train import config as configs
 from nl_jax.train import environment, kept
 
 FORMAT = 2  # Of config.json and of a checkpoint's meta; both say it.
@@ -39,11 +40,6 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
-# Fields that came later, by group, and what was done before there were any.
-_ADDED = {
-  "data": {"bad_documents": "refuse"},
-  "optim": {"schedule": "cosine", "cooldown_steps": 0, "groups": []},
-}
 
 StorageError = whole.StorageError
 _ADVICE = (
@@ -134,7 +130,7 @@ def read_config_file(path: pathlib.Path) -> dict[str, Any]:
   for key, shape in _TRACES.items():
     if not _is_trace(about, key, shape):
       raise _no_config(path)
-  return about | {"config": upgraded(config)}
+  return about | {"config": configs.upgraded(config)}
 
 
 def _is_trace(
@@ -153,27 +149,6 @@ def _no_config(path: pathlib.Path) -> ValueError:
     f"{path} is not the {CONFIG} of a run; give another --workdir or move it "
     "away"
   )
-
-
-def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A config of any format as this version writes it.
-
-  In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`. Fields that came later have the value that stands for
-  what was before.
-  """
-  for group, added in _ADDED.items():
-    if isinstance(config.get(group), Mapping):
-      config = {**config, group: added | config[group]}
-  model = config.get("model", {})
-  if "memory" not in model:
-    return dict(config)
-  named = {"arch": "memory"}
-  mixer = model["memory"] or {}
-  if isinstance(mixer, Mapping):
-    mixer = {named.get(k, k): v for k, v in mixer.items()}
-  rest = {k: v for k, v in model.items() if k != "memory"}
-  return {**config, "model": {**rest, "mixer": mixer}}
 
 
 def check(
@@ -309,8 +284,8 @@ def mark_saved(workdir: pathlib.Path) -> None:
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
-  """As it is read back."""
-  return upgraded(json.loads(json.dumps(config)))
+  """As JSON gives it back."""
+  return json.loads(json.dumps(config))
 
 
 def _check_same(

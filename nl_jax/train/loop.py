@@ -249,7 +249,7 @@ class _Run:
     steps = self.settings.steps
     tokens_per_step = self.about["batch_size"] * self.about["sequence_length"]
     self.rates = progress.Rates(steps, tokens_per_step, flops)
-    traced = profile.parse(self.settings.profile_steps)
+    traced = settings_lib.parse_steps(self.settings.profile_steps)
     with (
       metrics_lib.Writer(
         self.folder,
