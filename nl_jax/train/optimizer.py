@@ -89,10 +89,10 @@ def make(
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
     min_ratio: the last learning rate over the peak.
-    schedule: a name of `schedules`.
-    cooldown_steps: at the end, of schedules that have a cooldown.
-    groups: texts of `groups`: parameters with a rate or decay of their own, or
-      frozen.
+    schedule: of the learning rate, after the warm-up.
+    cooldown_steps: at the end, of wsd and inverse_root.
+    groups: texts of parameters that are frozen, or have a rate or decay of
+      their own: pattern:frozen, or pattern:rate=0.1,decay=0 (optimizers.md).
     reduce: of the gradients that a slow level gathers: "mean", or "sum"
       (literal eq. 71).
     nested_meta: with the CMS variant "nested", how a level's initial state
