@@ -48,7 +48,8 @@ def test_every_row_once_an_epoch_in_a_new_order():
 
 
 @pytest.mark.parametrize("mix", [
-  pipeline.Mix((9,)), pipeline.Mix((4, 5), (1.0, 3.0)), pipeline.Mix((4, 5), (1e-9, 1e9)),
+  pipeline.Mix((9,)), pipeline.Mix((4, 5), (1.0, 3.0)),
+  pipeline.Mix((4, 5), (1e-9, 1e9)),
 ])  # fmt: skip
 def test_batches_of_one_row_are_those_of_many(mix):
   one = _draw(pipeline.batches(_rows(9), batch_size=1, seed=0, mix=mix), 12)
