@@ -23,8 +23,8 @@ Field = fields.Field
 _ARCHS = tuple(lm.MIXERS)
 _SHAPE = ("arch", "width", "layers", "heads", "head_dim", "vocab_size",
           "tied", "norm_epsilon")  # fmt: skip
-_DATA = ("source", "path", "text_key", "tokenizer", "sequence_length",
-         "batch_size", "seed")  # fmt: skip
+# Of `data.load`, what no config says.
+_NOT_DATA = ("alignment", "vocab_size", "process_index", "process_count")
 _OPTIM = ("name", "learning_rate", "warmup_steps", "weight_decay", "clip_norm",
           "min_ratio", "reduce", "nested_meta", "nested_rate")  # fmt: skip
 _TRAIN = ("steps", "log_every", "eval_every", "accumulate", "dtype", "remat",
@@ -60,7 +60,7 @@ def table(
   made["model.cms"] = levels | (
     fields.of(incontext.Options) if in_context else {}
   )
-  made["data"] = _chosen(fields.of(data.load), _DATA)
+  made["data"] = _without(fields.of(data.load), _NOT_DATA)
   made["optim"] = _chosen(fields.of(optimizer.make), _OPTIM)
   made |= {f"optim.{name}": rules.options(name) for name in names}
   loop = fields.of(settings.Settings)
@@ -189,6 +189,12 @@ def _chosen(
   known: Mapping[str, Field], names: Iterable[str]
 ) -> dict[str, Field]:
   return {name: known[name] for name in names}
+
+
+def _without(
+  known: Mapping[str, Field], names: Iterable[str]
+) -> dict[str, Field]:
+  return {name: x for name, x in known.items() if name not in names}
 
 
 def _nested(path: str, known: dict[str, Field]) -> dict[str, dict[str, Field]]:

@@ -287,7 +287,7 @@ def test_modes_and_levels():
   with pytest.raises(ValueError, match="split cannot have 1 levels"):
     _pretrained.convert(*args, "split")
   with pytest.raises(
-    ValueError, match="cms.widths\\[0\\] must be a whole number"
+    ValueError, match="cms.widths\\[50\\] must be a whole number"
   ):
     many = tuple(f"level_{i}" for i in range(51))
     _pretrained.convert(*args, "split", many)

@@ -243,7 +243,7 @@ MODEL = lm.LanguageModel(
   vocab_size=64,
   sequence_length=16,
   cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
-  memory=self_modifying.Config(),
+  mixer=self_modifying.Config(),
 )
 
 
