@@ -255,6 +255,7 @@ def conv_state(
   )
 
 
+@jax.named_scope("conv")
 def conv_apply(
   w_4xE: types.Array,
   x_BxTxE: types.Array,
@@ -331,7 +332,8 @@ def short_convs(
       None if windows is None else windows[name],
       segment_ids,
     )
-    z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
+    with jax.named_scope("conv"):
+      z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
   return z, after
 
 

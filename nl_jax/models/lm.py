@@ -24,6 +24,7 @@ import jax.numpy as jnp
 
 from nl_jax import card, fields, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
+from nl_jax.kernels import splash_attention, walk
 from nl_jax.models import (
   attention,
   cms,
@@ -61,6 +62,11 @@ MIXERS = {
   "ttt_linear": ttt,
   "ttt_mlp": ttt,
 }
+# What a layer keeps that is run again in the backward pass: what its kernels
+# made, which then run once.
+_KEEPS = jax.checkpoint_policies.save_only_these_names(
+  *walk.NAMES, splash_attention.NAME
+)
 # Where a config has the fields of `LanguageModel` that are not in `model`.
 _GROUPS = {"sequence_length": "data", "dtype": "train", "remat": "train"}
 _Size = Annotated[int, Whole(1)]
@@ -132,8 +138,8 @@ class LanguageModel:
       without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
-    remat: "layer" recomputes each layer in the backward pass, "none" keeps
-      what it needs beyond the chunks.
+    remat: "layer" recomputes each layer in the backward pass but for what its
+      kernels made, "none" keeps what it needs beyond the chunks.
     tied: the output weights are those of the embedding.
     norm_epsilon: of the norms of blocks, levels and output.
   """
@@ -332,10 +338,11 @@ class LanguageModel:
 
     if self.remat == "layer":
       # A scan already keeps XLA from merging the recomputation.
-      body = jax.checkpoint(body, prevent_cse=False)
+      body = jax.checkpoint(body, prevent_cse=False, policy=_KEEPS)
     stream = self.module.enter(x_BxTxD) if self.whole else x_BxTxD
     scanned = (self._laid(blocks), carried)
-    stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
+    with walk.kept(self.units):
+      stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
     x_BxTxD = self.module.leave(stream) if self.whole else stream
     return x_BxTxD, states, metrics
 

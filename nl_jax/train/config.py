@@ -11,13 +11,10 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ml_collections import config_dict
-
 from nl_jax import data, fields, sharding
 from nl_jax.models import cms, incontext, lm
 from nl_jax.train import optimizer, rules, settings
 
-ConfigDict = config_dict.ConfigDict
 Field = fields.Field
 
 _ARCHS = tuple(lm.MIXERS)
