@@ -39,7 +39,7 @@ def memora(size: str, arg: str) -> ConfigDict:
   memory.memory = "mlp_ln"  # What Miras has.
   memory.momentum = "off"  # Memora has none.
   memory.eta_max = 0.01  # At 0.1 gradients reach 1e4 at 256 tokens; ours.
-  del memory.beta_bias, memory.omega, memory.inner_muon
+  del memory.beta_bias, memory.omega, memory.inner_muon, memory.span
   # Rank of the gates' projections (Miras: 32 to 64).
   memory.rank = 32 if size in ("smoke", "tiny") else 64
   memory.lag = False  # Sums to one at chunk starts alone: a chunk at once.
@@ -68,6 +68,7 @@ def _hybrid(arch: str, size: str, arg: str) -> ConfigDict:
   memory = _memory(shape)
   memory.persistent = 4  # Learned tokens that all attend to; ours, unstated.
   if arch == "titans_mac":
+    del memory.span
     memory.segment = shape.window  # Tokens that attend to each other; ours.
   else:
     memory.window = shape.window  # Tokens that each attends to; ours.
@@ -99,6 +100,7 @@ def _memory(shape: presets.Shape) -> ConfigDict:
       omega=1,  # Tokens whose gradients each token writes (Atlas).
       inner_muon="off",  # Momentum made orthogonal: chunk, token (Atlas).
       value_norm="none",  # Of values; or l2.
+      span=0,  # Tokens of local memories beside a global one (TNT); 0: off.
       eta_max=0.1,  # Largest inner learning rate per token.
       eta_bias=0.0,  # eta = eta_max sigmoid(. + eta_bias).
       alpha_bias=4.0,  # Retention alpha = sigmoid(. + alpha_bias).

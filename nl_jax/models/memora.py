@@ -27,6 +27,7 @@ _FIXED = {
   "momentum": "off",
   "retention_target": "zero",
   "omega": 1,
+  "span": 0,
 }
 _GATES = ("eta", "alpha")
 

@@ -11,6 +11,7 @@ from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -37,6 +38,8 @@ class Options(memory.Rule):
     hidden: M of the MLP forms; 0 = the key width.
     residual: the memory adds its input.
     value_norm: "none", or "l2": values of unit norm.
+    span: S, tokens after which the memory begins anew, beside a global one with
+      chunks of S (TNT, see `memory.spans`); 0: one memory of all tokens.
     eta_max, eta_bias, alpha_bias, beta_bias: eta = eta_max sigmoid(. +
       eta_bias), alpha = sigmoid(. + alpha_bias), beta likewise.
     walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
@@ -54,6 +57,7 @@ class Options(memory.Rule):
   hidden: int = 0
   residual: bool = True
   value_norm: str = "none"
+  span: int = 0
   eta_max: float = 0.1
   eta_bias: float = 0.0
   alpha_bias: float = 4.0
@@ -71,6 +75,17 @@ class Options(memory.Rule):
           f"model.mixer.{name} must be one of {', '.join(allowed)}; got "
           f"{getattr(self, name)!r}"
         )
+    if type(self.span) is not int or self.span < 0 or self.span % self.chunk:
+      raise ValueError(
+        f"model.mixer.span must be 0 or a multiple of model.mixer.chunk="
+        f"{self.chunk}, got {self.span!r}"
+      )
+    if self.span and (self.omega > 1 or self.inner_muon != "off"):
+      raise ValueError(
+        "model.mixer.span begins memories anew, which windows and inner Muon "
+        f"do not: set omega=1 and inner_muon='off', or span=0; got span="
+        f"{self.span}"
+      )
     if self.eta_max <= 0:
       raise ValueError(f"model.mixer.eta_max must be > 0, got {self.eta_max}")
     layers.check_walk(self.walk)
@@ -81,6 +96,11 @@ class Options(memory.Rule):
     if self.memory == "linear":
       return linear.forward_residual if self.residual else linear.forward
     return mlp.forward(self.memory, self.residual)
+
+  @property
+  def memories(self) -> int:
+    """Memories of a head: one, or a local and a global one."""
+    return 2 if self.span else 1
 
   @property
   def gates(self) -> tuple[str, ...]:
@@ -97,7 +117,7 @@ class TitansState(NamedTuple):
   """
 
   convs: dict[str, layers.ConvState]
-  memory: memory.MemoryState
+  memory: memory.MemoryState | memory.spans.State
 
 
 check = layers.check_heads
@@ -123,7 +143,11 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   params["w_o"] = layers.normal(next(keys), (inner, model.width), std)
   params["norm"] = {"scale": jnp.ones((model.head_dim,))}
   params["gate"] = gate_init(next(keys), model)
-  params["memory"] = memory_init(next(keys), model)
+  own = next(keys)
+  params["memory"] = memory_init(own, model)
+  if model.mixer.span:
+    wide = memory_init(jax.random.fold_in(own, 0), model)
+    params["memory"] = {"local": params["memory"], "wide": wide}
   return params
 
 
@@ -191,7 +215,7 @@ def advance(
   params: types.Params,
   x_BxTxD: types.Array,
   convs: dict[str, layers.ConvState] | None,
-  fast: memory.MemoryState,
+  fast: memory.MemoryState | memory.spans.State,
   segment_ids: types.Array | None,
   *,
   model: "lm.LanguageModel",
@@ -211,10 +235,14 @@ def advance(
     update: in place of `memory.chunked.update`, called as it is.
   """
   options = model.mixer
+  if update is None:
+    update = memory.chunked.update
+    if options.span:
+      update = functools.partial(memory.spans.update, span=options.span)
   z, convs = layers.short_convs(
     params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
-  y_BxTxHxK, fast, metrics = (update or memory.chunked.update)(
+  y_BxTxHxK, fast, metrics = update(
     options.forward,
     params["memory"],
     fast,
@@ -271,32 +299,38 @@ def init_state(
   dtype = layers.activation_dtype(model.dtype, params)
   inner = model.heads * model.head_dim
   window = layers.conv_state(batch_size, inner, dtype)
-  return TitansState(
-    dict.fromkeys(PROJECTED, window),
-    memory.chunked.start(params["memory"], batch_size, model.mixer),
-  )
+  options, starts = model.mixer, params["memory"]
+  if options.span:
+    fast = memory.spans.start(
+      starts, batch_size, model.head_dim, options, options.span
+    )
+  else:
+    fast = memory.chunked.start(starts, batch_size, options)
+  return TitansState(dict.fromkeys(PROJECTED, window), fast)
 
 
 def starts(
   params: types.Params, model: "lm.LanguageModel"
 ) -> dict[str, types.Params]:
   """What each memory of one layer learns from, by its place in the state."""
-  del model
+  if model.mixer.span:
+    return {f"memory/{name}": own for name, own in params["memory"].items()}
   return {"memory": params["memory"]}
 
 
 def alignment(model: "lm.LanguageModel") -> int:
-  """The chunk: documents begin at its edges."""
-  return model.mixer.chunk
+  """The chunk, or the span: documents begin at its edges."""
+  return model.mixer.span or model.mixer.chunk
 
 
 def memory_size(model: "lm.LanguageModel") -> int:
   """Parameters of the memories of one layer's heads."""
   options, K = model.mixer, model.head_dim
+  heads = model.heads * options.memories
   if options.memory == "linear":
-    return model.heads * K * K
+    return heads * K * K
   count = 3 if options.memory == "glu" else 2
-  return model.heads * count * K * (options.hidden or K)
+  return heads * count * K * (options.hidden or K)
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
@@ -318,6 +352,8 @@ def rule_name(options: Options) -> str:
     name += f" of {options.omega} tokens"
   if options.inner_muon != "off":
     name += f" by Muon at each {options.inner_muon}"
+  if options.span:
+    name += f", local to {options.span} tokens and global"
   return name + ", retention"
 
 

@@ -52,6 +52,11 @@ class Options(titans_hybrid.Options):
     super().__post_init__()
     titans_hybrid.check_gate(self.mag_gate)
     titans_hybrid.check_count("segment", self.segment, 2)
+    if self.span:
+      raise ValueError(
+        "model.mixer.span of model.arch='titans_mac' must be 0, since its "
+        f"memory goes from segment to segment, got {self.span}"
+      )
     if self.segment % self.chunk:
       raise ValueError(
         "model.mixer.segment must be a multiple of model.mixer.chunk="
