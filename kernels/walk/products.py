@@ -39,6 +39,9 @@ class Policy:
     solve: the inverse applied, and its derivative.
     read: what the caller sees.
     rounded: layer inputs are rounded to bfloat16 once, for all products.
+    steady: the rates of rounded keys are changed so that each erases as much
+      as before. With rates beyond 1 a token turns what lies along its key
+      around, and what rounding adds to the key's length would add up.
   """
 
   name: str
@@ -49,12 +52,13 @@ class Policy:
   solve: str
   read: str
   rounded: bool
+  steady: bool = False
 
 
 F32 = Policy("f32", *["full"] * 6, rounded=False)
 LEAN = Policy("lean", "x1", "x2", "x1", "newton1", "x3", "x1", rounded=True)
 # Rates beyond 1: the inverse is worse conditioned.
-LEAN2 = dataclasses.replace(LEAN, name="lean2", inverse="newton2")
+LEAN2 = dataclasses.replace(LEAN, name="lean2", inverse="newton2", steady=True)
 POLICIES = {policy.name: policy for policy in (F32, LEAN, LEAN2)}
 
 
@@ -108,26 +112,30 @@ def _stacked(
   return rows(xs), rows(ys)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _fused_product(
-  x: jax.Array, y: jax.Array, form: str, how: str
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _split_product(
+  x: jax.Array, y: jax.Array, form: str, how: str, by_head: bool
 ) -> jax.Array:
-  return _by_head(x, y, form, how)
+  """A product whose derivatives are products of the same precision.
+
+  Of themselves, those of a product of bfloat16 would be bfloat16.
+  """
+  return (_by_head if by_head else _product)(x, y, form, how)
 
 
-def _fused_fwd(x: jax.Array, y: jax.Array, form: str, how: str):
-  return _by_head(x, y, form, how), (x, y)
+def _split_fwd(x: jax.Array, y: jax.Array, form: str, how: str, by_head: bool):
+  return _split_product(x, y, form, how, by_head), (x, y)
 
 
-def _fused_bwd(form: str, how: str, kept, g: jax.Array):
+def _split_bwd(form: str, how: str, by_head: bool, kept, g: jax.Array):
   of = {"x": kept[0], "y": kept[1], "g": g}
   return tuple(
-    _by_head(of[names[0]], of[names[1]], other, how)
+    _split_product(of[names[0]], of[names[1]], other, how, by_head)
     for other, names in _DERIVATIVES[form]
   )
 
 
-_fused_product.defvjp(_fused_fwd, _fused_bwd)
+_split_product.defvjp(_split_fwd, _split_bwd)
 
 
 @jax.custom_jvp
@@ -173,14 +181,30 @@ class Tile:
     x = jnp.broadcast_to(x, (*lead, *x.shape[-2:]))
     y = jnp.broadcast_to(y, (*lead, *y.shape[-2:]))
     if not self.fused:
-      return _product(x, y, form, how)
+      if how == "full":  # In forward mode too.
+        return _product(x, y, form, how)
+      return _split_product(x, y, form, how, False)
     flat = lambda z: z.reshape(-1, *z.shape[-2:])
-    out = _fused_product(flat(x), flat(y), form, how)
+    out = _split_product(flat(x), flat(y), form, how, True)
     return out.reshape(*lead, *out.shape[-2:])
 
   def rounded(self, x: jax.Array) -> jax.Array:
     """Layer inputs as the policy takes them; gradients pass."""
     return _rounded(x) if self.policy.rounded else x
+
+  def keys(self, k: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys as the policy takes them, and rates that go with them.
+
+    Args:
+      k: [..., C, K]; rate: [..., C, 1], at which each token erases and writes.
+    """
+    u = self.rounded(k)
+    if not self.policy.steady:
+      return u, rate
+    size = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    before, after = size(k), size(u)
+    same = jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 1.0)
+    return u, rate * jax.lax.stop_gradient(same)
 
   def row(self, column: jax.Array) -> jax.Array:
     """[..., P, 1] to [..., 1, P]."""
@@ -209,10 +233,12 @@ class Tile:
     alone, so it is backward stable (kernels.md 1.5); `block` is a power of
     two.
     """
-    if not self.fused:
+    if self.fused:
+      flat = L.reshape(-1, *L.shape[-2:])
+      return _split_inverse(flat, self, block).reshape(L.shape)
+    if self.policy.solve == "full":  # In forward mode too.
       return _inverse(L, self, block)
-    flat = L.reshape(-1, *L.shape[-2:])
-    return _fused_inverse(flat, self, block).reshape(L.shape)
+    return _split_inverse(L, self, block)
 
 
 EXACT = Tile()
@@ -254,18 +280,18 @@ def _inverse_jvp(tile: Tile, block: int, primals, tangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _fused_inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
+def _split_inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
   return _invert(L, tile, block)
 
 
-def _fused_inverse_fwd(L: jax.Array, tile: Tile, block: int):
-  X = _invert(L, tile, block)
+def _split_inverse_fwd(L: jax.Array, tile: Tile, block: int):
+  X = _split_inverse(L, tile, block)
   return X, X
 
 
-def _fused_inverse_bwd(tile: Tile, block: int, X: jax.Array, g: jax.Array):
+def _split_inverse_bwd(tile: Tile, block: int, X: jax.Array, g: jax.Array):
   how = tile.policy.solve
   return (-tile._mm(tile._mm(X, g, "tn", how), X, "nt", how),)
 
 
-_fused_inverse.defvjp(_fused_inverse_fwd, _fused_inverse_bwd)
+_split_inverse.defvjp(_split_inverse_fwd, _split_inverse_bwd)

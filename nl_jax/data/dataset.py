@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 
-from nl_jax import files
+from nl_jax import fields, files
 from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
@@ -113,10 +113,11 @@ def load(
   source: str,
   path: str = "",
   text_key: str = "text",
+  bad_documents: Annotated[str, fields.OneOf("refuse", "skip")] = "refuse",
   tokenizer: str = "bytes",
-  sequence_length: int,
-  batch_size: int,
-  seed: int = 0,
+  sequence_length: Annotated[int, fields.Whole(1)],
+  batch_size: Annotated[int, fields.Whole(1)],
+  seed: Annotated[int, fields.SEED] = 0,
   alignment: int = 1,
   vocab_size: int | None = None,
   process_index: int = 0,
@@ -125,15 +126,19 @@ def load(
   """Loads, tokenises and packs a source; the config group `data`.
 
   Args:
-    source: one of `NAMES`: a source (`sources.load`), "prepared" (a folder of
-      experiments.prepare) or "mixture"; "": what the path says (`infer`).
-    path: of the source; of "mixture" its parts with their weights:
-      "jsonl:web.jsonl=0.7,text:books=0.3".
-    text_key: field or column with the text.
+    source: "embedded", "synthetic", "text", "jsonl", "parquet",
+      "array_record", "hugging_face" (see `sources.load`), "prepared" (a folder
+      of experiments.prepare) or "mixture"; "", or left out where a path is
+      given: what the path says (`infer`).
+    path: file or folder of the source; of "mixture" its parts with their
+      weights: "jsonl:web.jsonl=0.7,text:books=0.3".
+    text_key: field or column with the text, where there are many.
+    bad_documents: of documents that cannot be used: "refuse" the first with its
+      place, or "skip" all, and say how many and where the first three are.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
-    sequence_length: tokens in a row, a multiple of alignment.
-    batch_size: rows of a batch over all processes.
-    seed: of the order, and of the documents of "synthetic".
+    sequence_length: tokens of a row, a multiple of the model's alignment.
+    batch_size: rows of a step, over all processes.
+    seed: of the order of the rows, and of the documents of "synthetic".
     alignment: documents start at its multiples: `model.alignment`.
     vocab_size: of the model, checked against the tokenizer's when given.
     process_index: this process.
@@ -146,9 +151,12 @@ def load(
   # Grain takes seconds to import: only when batches are wanted.
   from nl_jax.data import pipeline
 
+  numbers = dict(
+    sequence_length=sequence_length, batch_size=batch_size, seed=seed
+  )
+  fields.check("data", load, numbers)
   packing.check_lengths(sequence_length, alignment)
   pipeline.check_batch(batch_size, process_index, process_count)
-  pipeline.check_seed(seed)
   source = source or infer(path)
   if source not in NAMES:
     raise errors.unknown_name("data.source", source, NAMES)
@@ -157,7 +165,7 @@ def load(
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
-  how = _How(ids, sequence_length, alignment, seed, text_key)
+  how = _How(ids, sequence_length, alignment, seed, text_key, bad_documents)
   parts = [_part(*part, how) for part in named]
   rows, counts = _joined(parts)
   if not counts["validation"].rows:
@@ -202,6 +210,7 @@ class _How(NamedTuple):
   alignment: int
   seed: int
   text_key: str
+  bad_documents: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -268,7 +277,7 @@ def infer(path: str) -> str:
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
-  source = sources.load(name, path, how.seed, how.text_key)
+  source = sources.load(name, path, how.seed, how.text_key, how.bad_documents)
   rows, counts = {}, {}
   for split in sources.SPLITS:
     rows[split], counts[split] = _pack(source.documents(split), how)
@@ -315,7 +324,15 @@ def _mixed(path: str, parts: list[_Part]) -> sources.Source:
     tuple(body for part in parts for body in part.source.documents(split))
     for split in sources.SPLITS
   ]
-  return sources.Source("mixture", path, fingerprint, *bodies)
+  places = [place for part in parts for place in part.source.bad_places]
+  return sources.Source(
+    "mixture",
+    path,
+    fingerprint,
+    *bodies,
+    bad=sum(part.source.bad for part in parts),
+    bad_places=tuple(places),
+  )
 
 
 def _pack(documents: tuple[str, ...], how: _How) -> tuple[packing.Rows, Counts]:

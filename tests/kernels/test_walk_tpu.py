@@ -1,21 +1,10 @@
 """Walks compiled ahead of time for a TPU topology, forward and backward."""
 
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-pytestmark = [
-  pytest.mark.tpu_aot,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: no ahead-of-time TPU compiler",
-  ),
-]
+from tests.kernels import ahead
+
+pytestmark = ahead.MARKS
 
 _SCRIPT = r"""
 import json, re, sys
@@ -82,7 +71,8 @@ print(json.dumps(dict(
 )
 def test_v5e_walks_by_the_kernels(kind, dtype):
   """One each way, chosen by itself; no loop, no copy of what is read."""
-  assert compiled(kind, dtype, 1) == dict(
+  got = ahead.run(_SCRIPT, kind, dtype, 1)
+  assert got == dict(
     kernels=["walk_bwd", "walk_fwd"],
     collectives=["all-reduce"],  # The gradient of slow parameters.
     loops=0,
@@ -92,28 +82,9 @@ def test_v5e_walks_by_the_kernels(kind, dtype):
 
 def test_v5e_walks_pieces_of_rows_by_the_kernels():
   """A loop over rows each way, with the kernel in it and what it sends."""
-  made = compiled("linear", "bfloat16", 2)
-  assert made["kernels"] == ["walk_bwd", "walk_fwd"]
-  assert made["loops"] == 2
-  sent = set(made["collectives"])
+  got = ahead.run(_SCRIPT, "linear", "bfloat16", 2)
+  assert got["kernels"] == ["walk_bwd", "walk_fwd"]
+  assert got["loops"] == 2
+  sent = set(got["collectives"])
   assert "collective-permute" in sent
   assert sent <= {"collective-permute", "all-reduce"}
-
-
-def compiled(kind, dtype, sequence):
-  """What is in the program of a gradient, over so many devices a row."""
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", _SCRIPT, json.dumps([kind, dtype, sequence])],
-    capture_output=True,
-    text=True,
-    timeout=240,
-    env=env,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  return json.loads(done.stdout.strip().splitlines()[-1])

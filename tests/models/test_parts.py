@@ -183,7 +183,7 @@ def test_labels_name_the_levels():
 @pytest.mark.parametrize("change,message", [
   (dict(heads=3), "heads \\* model.head_dim must be model.width"),
   (dict(arch="hopes"), "Did you mean 'hope'"),
-  (dict(layers=0), "layers must be an integer"),
+  (dict(layers=0), "layers must be a whole number"),
   (dict(dtype="float16"), "train.dtype must be one of"),
   (dict(mixer=None), "model.mixer belongs to"),
   (dict(arch="transformer", mixer=None), "one feed-forward level"),

@@ -248,8 +248,8 @@ def test_sizes_are_the_formula_and_the_table():
   (dict(memory="deep"), "model.mixer.memory must be one of"),
   (dict(momentum="nesterov"), "model.mixer.momentum must be one of"),
   (dict(value_norm="target"), "model.mixer.value_norm must be one of none, l2"),
-  (dict(eta_max=0.0), "model.mixer.eta_max must be > 0"),
-  (dict(omega=0), "model.mixer.omega must be at least 1"),
+  (dict(eta_max=0.0), "model.mixer.eta_max must be a number above 0"),
+  (dict(omega=0), "model.mixer.omega must be a whole number from 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

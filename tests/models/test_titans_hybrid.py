@@ -410,13 +410,13 @@ def test_decay_is_for_matrices():
 
 
 @pytest.mark.parametrize("arch,change,message", [
-  ("titans_mag", dict(window=1), "model.mixer.window must be an integer >= 2"),
-  ("titans_mal", dict(window=2.5), "model.mixer.window must be an integer"),
-  ("titans_mag", dict(persistent=-1), "model.mixer.persistent must be an"),
+  ("titans_mag", dict(window=1), "mixer.window must be a whole number from 2"),
+  ("titans_mal", dict(window=2.5), "model.mixer.window must be a whole number"),
+  ("titans_mag", dict(persistent=-1), "model.mixer.persistent must be a whole"),
   ("titans_mag", dict(mag_gate="tanh"), "mag_gate must be one of sigmoid"),
   ("titans_mac", dict(segment=10), "multiple of model.mixer.chunk=4, got 10"),
-  ("titans_mac", dict(segment=0), "model.mixer.segment must be an integer"),
-  ("titans_mac", dict(eta_max=0.0), "model.mixer.eta_max must be > 0"),
+  ("titans_mac", dict(segment=0), "model.mixer.segment must be a whole"),
+  ("titans_mac", dict(eta_max=0.0), "mixer.eta_max must be a number above 0"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(arch, change, message):
   with pytest.raises(ValueError, match=message):
