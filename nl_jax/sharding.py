@@ -122,7 +122,8 @@ STATES = (
   (_LAYERS + r"mamba/h_BxIxN", ("heads", "mem_in")),
   (_LAYERS + r"S_BxHxKxK", ("heads", "mem_in", "mem_out")),
   (
-    _LAYERS + r"memory/(generators|memory)/(anchor|w|s|carried)/\w+",
+    _LAYERS + r"(lmm/)?memory/(generators|memory|local|wide|keys)/"
+    r"(anchor|w|s|carried)/\w+",
     ("heads", "mem_in", "mem_out"),
   ),
   (_FAR + r"(anchor|w|s|carried)/\w+", ("heads", "mem_in", "mem_out")),
@@ -130,7 +131,7 @@ STATES = (
     _LAYERS + r"segment/carried/(anchor|s|carried)/\w+",
     ("heads", "mem_in", "mem_out"),
   ),
-  (_FAR + r"(\w+/)?(phase|segment)", ()),
+  (_FAR + r"(\w+/)?(phase|segment|place)", ()),
   (
     _CACHE + r"(recall_)?(keys|values)_BxSxHxK",
     ("length", "heads", "head_dim"),

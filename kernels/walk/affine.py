@@ -108,8 +108,11 @@ def walk(
     narrow: `run` with the chunk function of `columns`.
     columns: see its type.
   """
-  rows, (axis,), heads = sequence.axes(spec)
-  rows, heads = (rows or None, heads or None) if manual else (None, None)
+  rows, (axis,), heads = sequence.axes(mesh, spec)
+  if places.real.shape[0] % sequence.parts(mesh, spec)[0]:
+    rows = ()
+  every = set(mesh.axis_names) - set(mesh.manual_axes)
+  names, heads = (every, heads) if manual else ({axis, *rows}, ())
 
   def piece(rank, slow, xs, places, state):
     own = summary(narrow, columns, slow, xs, places, state)
@@ -119,27 +122,18 @@ def walk(
     before = jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, rank[0], keepdims=False), begins
     )
-    ys, after, edges, sums = run(slow, xs, places, before)
-    made = (after, edges, sums, places.real.any(axis=(1, 2)))
-    return ys, jax.tree.map(lambda x: x[None], made)
+    ys, *after = run(slow, xs, places, before)
+    return ys, jax.tree.map(lambda x: x[None], tuple(after))
 
   tokens, held = P(rows, axis, heads), P(rows, heads)
   at_end = P(axis, *held)
   shard = jax.shard_map(
     piece,
     in_specs=(P(axis), P(heads), tokens, P(rows, axis), held),
-    out_specs=(tokens, (*(at_end,) * 3, P(axis, rows))),
-    axis_names=set(mesh.axis_names) if manual else {axis},
+    out_specs=(tokens, at_end),
+    axis_names=names,
     # A kernel does not say over which axes its outputs vary.
     check_vma=False,
   )
-  count = mesh.shape[axis]
-  ys, (after, edges, sums, seen) = shard(
-    jnp.arange(count), slow, xs, places, state
-  )
-  # The edge is that of the last piece with tokens.
-  last = (count - 1 - jnp.argmax(seen[::-1], axis=0)).reshape(1, -1, 1, 1, 1)
-  edges = jax.tree.map(lambda x: jnp.take_along_axis(x, last, axis=0)[0], edges)
-  if sums is not None:
-    sums = jax.lax.stop_gradient(sums.sum(axis=0))
-  return ys, jax.tree.map(lambda x: x[-1], after), edges, sums
+  ys, after = shard(jnp.arange(mesh.shape[axis]), slow, xs, places, state)
+  return ys, *sequence.at_ends(after, places)

@@ -230,7 +230,7 @@ def walk(
     return run(slow, xs, places, state, anchor)
   if spec is None or mesh.empty or mesh.size == 1:
     return run(slow, xs, places, state)
-  rows, _, across = (*spec, None, None)[:3]
+  rows, _, across = sequence.axes(mesh, spec)
   own = P(rows, across)
   shard = jax.shard_map(
     run,

@@ -40,15 +40,18 @@ def parts(mesh: AbstractMesh, spec: P | None) -> list[int]:
     mesh: the mesh that is set, or an empty one.
     spec: mesh axes of [B, T, H*d].
   """
-  whole = lambda name: name in mesh.manual_axes or name not in mesh.shape
-  size = lambda name: 1 if whole(name) else mesh.shape[name]
-  return [math.prod(map(size, over)) for over in axes(spec)]
+  return [math.prod(mesh.shape[n] for n in over) for over in axes(mesh, spec)]
 
 
-def axes(spec: P | None) -> list[tuple[str, ...]]:
-  """Mesh axes of rows, tokens and heads, by that of [B, T, H*d]."""
+def axes(mesh: AbstractMesh, spec: P | None) -> list[tuple[str, ...]]:
+  """Mesh axes of rows, tokens and heads that are still to be split.
+
+  Args: as `parts`.
+  """
   spec = (*(spec or ()), None, None, None)[:3]
-  return [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
+  named = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
+  left = set(mesh.axis_names) - set(mesh.manual_axes)
+  return [tuple(name for name in over if name in left) for over in named]
 
 
 class _Ring(NamedTuple):
@@ -96,37 +99,59 @@ def walk(
     slow, xs, places, state: see `api.walk`; N divides over the devices.
     mesh: the mesh that is set.
     spec: mesh axes of [B, T, H*d]; one of them splits the tokens.
-    manual: whether `run` sees the rows and heads of one device (a kernel), or
-      those of all, which XLA splits.
+    manual: `run` sees the heads of one device (a kernel), not those of all,
+      which XLA splits.
   """
-  rows, (axis,), heads = axes(spec)
+  rows, (axis,), heads = axes(mesh, spec)
   groups, size, _ = parts(mesh, spec)
   if jax.tree.leaves(xs)[0].shape[0] % groups:
-    groups = 1
+    rows, groups = (), 1
+  every = set(mesh.axis_names) - set(mesh.manual_axes)
+  names, heads = (every, heads) if manual else ({axis, *rows}, ())
   ring = _Ring(run, axis, size)
+  # A device's rows are its steps.
   by_step = lambda x: jnp.swapaxes(x.reshape(groups, -1, *x.shape[1:]), 0, 1)
-  names, held, across = {axis}, P(), P()
-  tokens = P(None, None, axis)
-  if manual:
-    names, across = set(mesh.axis_names), P(heads)
-    held, tokens = P(None, rows, heads), P(None, rows, axis, heads)
+  tokens, held = P(None, rows, axis), P(None, rows)
+  if heads:
+    tokens, held = P(*tokens, heads), P(*held, heads)
   places_at, at_end = P(*tokens[:3]), P(axis, *held)
   shard = jax.shard_map(
     functools.partial(_pipeline, ring),
-    in_specs=(P(axis), across, tokens, places_at, held),
-    out_specs=(tokens, at_end, at_end),
+    in_specs=(P(axis), P(heads) if heads else P(), tokens, places_at, held),
+    out_specs=(tokens, at_end),
     axis_names=names,
     # A kernel does not say over which axes its outputs vary.
     check_vma=False,
   )
-  ys, after, sums = shard(
+  ys, after = shard(
     jnp.arange(size), slow, *jax.tree.map(by_step, (xs, places, state))
   )
   whole = lambda x: jnp.swapaxes(x, 0, 1).reshape(-1, *x.shape[2:])
-  state, edges = jax.tree.map(lambda x: whole(x[-1]), after)
+  after = jax.tree.map(jax.vmap(whole), after)
+  return jax.tree.map(whole, ys), *at_ends(after, places)
+
+
+def at_ends(after: Any, places: contract.Places) -> tuple[Any, Any, Any]:
+  """(state, edges, sums) of whole rows from those of n pieces.
+
+  Args:
+    after: the same of each piece, leaves [n, B, ...].
+    places: of the rows.
+  """
+  state, edges, sums = after
+  count, batch = jax.tree.leaves(state)[0].shape[:2]
+  # The last chunk edge is in the last piece with tokens.
+  real = places.real.reshape(batch, count, -1).any(axis=2)
+  last = count - 1 - jnp.argmax(real[:, ::-1], axis=1)
+
+  def of_last(x: jax.Array) -> jax.Array:
+    which = last.reshape(1, batch, *(1,) * (x.ndim - 2))
+    return jnp.take_along_axis(x, which, axis=0)[0]
+
   if sums is not None:
-    sums = jax.lax.stop_gradient(whole(sums.sum(axis=0)))
-  return jax.tree.map(whole, ys), state, edges, sums
+    sums = jax.lax.stop_gradient(sums.sum(axis=0))
+  state = jax.tree.map(lambda x: x[-1], state)
+  return state, jax.tree.map(of_last, edges), sums
 
 
 class _Leaves(NamedTuple):
@@ -186,30 +211,19 @@ def _pipeline(
   xs: Any,
   places: contract.Places,
   state: contract.State,
-) -> tuple[Any, Any, Any]:
+) -> tuple[Any, Any]:
   """What one device does; leaves have an axis of M steps before rows.
 
   Returns:
-    ys, and with an axis of 1 before: (state, edges) behind this device's piece
+    ys, and with an axis of 1 before: state and edges behind this device's piece
     of each row, and the sums over it.
   """
-
-  def piece(slow, x, place, before):
-    """A walk over a piece, that hands on where the last chunk edge was."""
-    ys, after, edges, sums = ring.run(slow, x, place, before[0])
-    seen = place.real.any(axis=(1, 2))  # Else the edge is further back.
-    pick = lambda x, y: jnp.where(seen.reshape(-1, *(1,) * (x.ndim - 1)), x, y)
-    return ys, (after, jax.tree.map(pick, edges, before[1])), sums
-
-  first = (state, state.w)
   # What a chunk function reads besides its arguments has a gradient too.
   piece, besides = jax.closure_convert(
-    piece, slow, *_row((xs, places, first), 0)
+    ring.run, slow, *_row((xs, places, state), 0)
   )
-  ys, after, sums = _rows(
-    ring, piece, rank[0], (slow, besides), (xs, first), places
-  )
-  return ys, *jax.tree.map(lambda x: x[None], (after, sums))
+  ys, *after = _rows(ring, piece, rank[0], (slow, besides), (xs, state), places)
+  return ys, jax.tree.map(lambda x: x[None], tuple(after))
 
 
 def _rows(
@@ -219,12 +233,12 @@ def _rows(
   fixed: Any,
   stepped: Any,
   places: contract.Places,
-) -> tuple[Any, Any, Any]:
-  """(ys, what is handed on, sums) of all rows, leaves [M, ...].
+) -> tuple[Any, Any, Any, Any]:
+  """(ys, state, edges, sums) of all rows, leaves [M, ...].
 
   Args:
     ring: see its type.
-    piece: (slow, x, place, before, *besides) -> (ys, after, sums).
+    piece: `ring.run`, and it takes `besides`.
     rank: of this device.
     fixed: (slow, besides), for all rows.
     stepped: (xs, what the first device begins from), leaves [M, ...].
@@ -235,20 +249,19 @@ def _rows(
   made: dict[str, Any] = {}  # Structures that tracing finds.
 
   def walk_one(keep: bool, fixed: Any, x: Any, place: Any, before: Any) -> Any:
-    """A step's (ys, after, sums), and what its backward pass needs."""
+    """A step's walk, and what its backward pass needs."""
     own = _apart((fixed, x, before))
 
     def run(real: list[jax.Array]) -> Any:
       (slow, besides), x, before = own.join(real)
-      ys, after, sums = piece(slow, x, place, before, *besides)
-      return (ys, _apart(after).real), (after, sums)
+      out = piece(slow, x, place, before, *besides)
+      return tuple(_apart(tree).real for tree in out[:3]), out
 
     if not keep:
-      (ys, _), (after, sums) = run(own.real)
-      return (ys, after, sums), []
-    (ys, _), pull, (after, sums) = jax.vjp(run, own.real, has_aux=True)
+      return run(own.real)[1], []
+    _, pull, out = jax.vjp(run, own.real, has_aux=True)
     kept, made["pull"] = jax.tree.flatten(pull)
-    return (ys, after, sums), kept
+    return out, kept
 
   def forward(keep: bool, rank, fixed, stepped, places) -> Any:
     do = functools.partial(walk_one, keep, fixed)
@@ -278,20 +291,21 @@ def _rows(
 
   def back(saved: Any, cotangents: Any) -> Any:
     rank, kept, fixed, stepped = saved
-    ys, ends = cotangents[0], _with_gradient(cotangents[1])
+    ys, ends, edges = map(_with_gradient, cotangents[:3])
     own = _apart((fixed, _row(stepped, 0)))
     count = len(_apart(fixed).real)
 
-    def pull(kept: Any, ys: Any, ends: Any) -> list[jax.Array]:
-      return made["pull"].unflatten(kept)((ys, ends))[0]
+    def pull(kept: Any, *after: Any) -> list[jax.Array]:
+      return made["pull"].unflatten(kept)(after)[0]
 
     def step(held: Any, turn: jax.Array) -> Any:
       arrived, total, out = held
       m, works = ring.turn(turn, rank, steps)
       end = jax.tree.map(jnp.add, arrived, _row(ends, m))
       done = jax.lax.cond(
-        works, pull, lambda *_: _zeros(own.real), *_row((kept, ys), m), end
-      )
+        works, pull, lambda *_: _zeros(own.real),
+        *_row((kept, ys), m), end, _row(edges, m),
+      )  # fmt: skip
       before = done[len(done) - len(end) :]
       total = jax.tree.map(jnp.add, total, done[:count])
       out = _put(out, m, works, done[count:])

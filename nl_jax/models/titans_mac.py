@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, memory, types
-from nl_jax.fields import Whole
+from nl_jax.fields import Only, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, titans, titans_hybrid
@@ -46,6 +46,8 @@ class Options(titans_hybrid.Options):
       "silu" or "linear" (as it is); ours, unstated.
   """
 
+  # The memory goes from segment to segment.
+  span: Annotated[int, Only(0, titans.LMM)] = 0
   segment: Annotated[int, Whole(2)] = 1024
   mag_gate: titans_hybrid.Gate = "sigmoid"
 

@@ -161,8 +161,8 @@ def test_streams_without_resets_have_no_padding():
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(rows="streams"), "data.rows must be one of packed, stream; got 'streams'"),
-  (dict(reset="always"), "data.reset must be one of document, never; got 'always'"),
+  (dict(rows="streams"), "must be one of packed, stream; got 'streams'"),
+  (dict(reset="always"), "must be one of document, never; got 'always'"),
 ])  # fmt: skip
 def test_unknown_names_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

@@ -26,6 +26,7 @@ SIZES = {
   "retnet": dict(sequence=8),
   "rwkv7": dict(sequence=8),
   "samba": dict(sequence=8),
+  "titans_span": dict(sequence=4, fsdp=2),
   "titans_omega": dict(sequence=4),
   "memora_lag": dict(sequence=8),
   "titans_mag": dict(sequence=8),
