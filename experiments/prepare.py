@@ -42,6 +42,10 @@ _TOKENIZER = flags.DEFINE_string(
 _TEXT_KEY = flags.DEFINE_string(
   "text_key", "text", "Field of jsonl, or column of parquet, with the text."
 )
+_BAD = flags.DEFINE_enum(
+  "bad_documents", "refuse", ["refuse", "skip"],
+  "What to do with documents that cannot be used.",
+)  # fmt: skip
 _LENGTH = flags.DEFINE_integer(
   "sequence_length", 0, "Tokens of a row; 0: of --config."
 )
@@ -142,6 +146,10 @@ def _report(manifest: dict[str, Any]) -> None:
       f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
       f"{counts['tokens']:,} tokens in {counts['rows']:,} rows"
     )
+  if bad := manifest.get("bad_documents"):
+    print(f"left out {bad['count']:,} bad documents")
+    for place in bad["places"]:
+      print(f"  {place}")
   print(f"manifest: {prepared.manifest_hash(manifest)}")
 
 
@@ -180,6 +188,7 @@ def _settings() -> Any:
     text_key=_TEXT_KEY.value,
     validation_percent=_PERCENT.value,
     shard_bytes=_SHARD.value * 2**20,
+    bad_documents=_BAD.value,
   )
 
 
@@ -239,8 +248,9 @@ def _train_tokenizer() -> int:
   if kind not in partition.KINDS:
     raise errors.unknown_name("data.source", kind, partition.KINDS)
   settings = partition.Settings(
-    kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value
-  )
+    kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value,
+    bad_documents=_BAD.value,
+  )  # fmt: skip
   size = sum(p.size for pieces in partition.plan(settings) for p in pieces)
   with _main.busy(f"learning {_VOCAB.value:,} pieces from {size:,} bytes"):
     pieces = tokenizer_training.train(
