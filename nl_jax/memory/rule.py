@@ -280,12 +280,15 @@ def rates(
   )
 
 
-def _layer_gates(gates: Gates, W: jax.Array) -> Gates:
-  """Gates of one layer; those of a channel lie along its K-wide axis."""
-  size = gates.eta.shape[-1]
-  if size == 1:
+def layer_gates(gates: Gates, name: str) -> Gates:
+  """Gates of one layer; those of a channel, [..., C, K], along its K channels.
+
+  These are the inputs of a layer that is fed with the key, [..., C, K, 1], and
+  the outputs of another, [..., C, 1, K].
+  """
+  if gates.eta.shape[-1] == 1:
     return gates
-  axis = -1 if W.shape[-2] == size else -2
+  axis = -1 if name in INPUT_LAYERS else -2
   wide = lambda x: jnp.expand_dims(x, axis)
   return gates._replace(eta=wide(gates.eta), log_alpha=wide(gates.log_alpha))
 
@@ -419,7 +422,7 @@ def write_and_read(
   layers, momenta, steps = {}, {}, 0.0
   for name, D in block.w.items():
     u, delta = own(all_u[name]), own(all_delta[name])
-    gate = _layer_gates(gates, D)
+    gate = layer_gates(gates, name)
     rate = rates(rule, gate, u, at.real, erases(rule, name))
     past = None
     if laid is not None:
