@@ -13,9 +13,12 @@ import re
 import sys
 import traceback
 from collections.abc import Iterable, Sequence
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_dict, config_flags
+
+from nl_jax import files
 
 _FOLDER = pathlib.Path(__file__).parent / "configs"
 _OVERRIDE = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
@@ -31,6 +34,7 @@ _FILE_ERRORS = (
   SyntaxError,
   TypeError,
 )
+_TEXTS = ("prompt",)  # Flags that may begin with "~" and are no path.
 _CHOICE = re.compile(r"--?config(=(?P<value>.*))?$")
 
 
@@ -41,13 +45,17 @@ def config_names() -> list[str]:
 
 
 def load_config(value: str) -> config_dict.ConfigDict:
-  """The locked config of a name, name:arg, path or path:arg.
+  """The locked config of a name, name:arg, path, path:arg, or config.json.
 
   Raises:
     ValueError: no such config, an arg that it does not know, or a config file
       that does not run (with the line at fault).
   """
+  if value.endswith(".json"):
+    return _of_run(pathlib.Path(value))
   name, colon, arg = value.partition(":")
+  if name.endswith(".json"):
+    raise ValueError(f"unknown config argument {arg!r}; {name} takes none")
   path = pathlib.Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
   if not name.endswith(".py") and name not in config_names():
     raise ValueError(
@@ -71,16 +79,25 @@ def chosen_name(flag_values: flags.FlagValues = flags.FLAGS) -> str:
   return pathlib.Path(name).stem + colon + arg
 
 
+def is_given(field: str, flag_values: flags.FlagValues = flags.FLAGS) -> bool:
+  """Whether a flag --config.<field> was given."""
+  return field in config_flags.get_override_values(flag_values["config"])
+
+
 def define_config(
   flag_values: flags.FlagValues = flags.FLAGS, *, required: bool = True
 ) -> None:
   """Defines --config and --list_configs; --config may be left out or not."""
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config: a name, name:arg (hope_tiny:smoke), or the path of a .py file.",
-    flag_values=flag_values,
-  )
+  try:
+    config_flags.DEFINE_config_file(
+      "config",
+      None,
+      "Config: a name, name:arg (hope_tiny:smoke), or the path of a .py file "
+      "or of a run's config.json.",
+      flag_values=flag_values,
+    )
+  except (flags.Error, ValueError) as error:  # It reads --flagfile by now.
+    _exit(error)
   flag_values["config"].parser = _ConfigByName("config")
   flag_values["config"].parser.required = required
   flags.DEFINE_boolean(
@@ -119,13 +136,43 @@ def parse(
         flag_values["config"].parser.required,
       )
     rest = flag_values(argv)
+    _expand_homes(flag_values)
   except (flags.Error, ValueError) as error:
-    sys.exit(f"FATAL Flags parsing error: {' '.join(str(error).split())}")
+    _exit(error)
   if len(rest) > 1:
     known = rest[1].partition(":")[0] in config_names()
     hint = f"; did you mean --config={rest[1]}?" if known else ""
     sys.exit(f"FATAL Flags parsing error: unexpected {rest[1]!r}{hint}")
   return rest
+
+
+def _exit(error: Exception) -> NoReturn:
+  """Ends the command with the sentence of a mistake in its flags."""
+  sentence = " ".join(str(error).split()).removeprefix("ERROR:: ")
+  sys.exit(f"FATAL Flags parsing error: {sentence}")
+
+
+def _expand_homes(flag_values: flags.FlagValues) -> None:
+  """Takes "~" for a home folder where a flag is a path.
+
+  A shell does so at the beginning of a word, and not behind --workdir=.
+
+  Raises:
+    ValueError: there is no such user.
+  """
+  for name in flag_values:
+    value = flag_values[name].value
+    if name in _TEXTS or name.startswith("config."):
+      continue
+    if isinstance(value, str):
+      flag_values[name].value = _expanded(value)
+    elif isinstance(value, list):
+      flag_values[name].value = [_expanded(x) for x in value]
+
+
+def _expanded(value: Any) -> Any:
+  is_home = isinstance(value, str) and value.startswith("~")
+  return str(files.expand(value)) if is_home else value
 
 
 class _ConfigByName(config_flags.config_flags.ConfigFileFlagParser):
@@ -187,6 +234,24 @@ def check_key(config: config_dict.ConfigDict, path: str) -> None:
     raise ValueError(
       f"config key {path!r} is a group; set one of its keys: {', '.join(node)}"
     )
+
+
+def _of_run(path: pathlib.Path) -> config_dict.ConfigDict:
+  """The config of a run, of its config.json: data, and no code."""
+  from nl_jax.train import files as run_files
+
+  if not path.is_file():
+    raise ValueError(f"no config file {str(path)!r}")
+  return config_dict.ConfigDict(
+    _with_tuples(run_files.read_config_file(path)["config"])
+  ).lock()
+
+
+def _with_tuples(value: Any) -> Any:
+  """JSON values with tuples in the place of lists, as configs have them."""
+  if isinstance(value, dict):
+    return {key: _with_tuples(x) for key, x in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -4,6 +4,7 @@ What is read says the same in the older and the newer fields of transformers;
 what is written are the older ones, which every version reads.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,11 +62,11 @@ def group(config: Mapping[str, Any]) -> Group:
     "heads": heads,
     "head_dim": size(config, "head_dim", width // heads),
     "vocab_size": size(config, "vocab_size"),
-    "tied": bool(config.get("tie_word_embeddings", False)),
+    "tied": _switch(config, "tie_word_embeddings"),
     "norm_epsilon": _number(config, "rms_norm_eps", 1e-6),
     "mixer": {
       "kv_heads": size(config, "num_key_value_heads", heads),
-      "bias": kind == "qwen2" or bool(config.get("attention_bias")),
+      "bias": kind == "qwen2" or _switch(config, "attention_bias"),
       "qk_norm": kind == "qwen3",
       **_rope(config),
     },
@@ -102,11 +103,21 @@ def _number(
   """A number of the config; without it the default, if there is one."""
   value = config.get(key)
   value = default if value is None else value
-  if type(value) not in (int, float):
+  if type(value) not in (int, float) or not math.isfinite(value):
     raise ValueError(
       f"{key} of config.json must be a number, got {config.get(key)!r}"
     )
   return float(value)
+
+
+def _switch(config: Mapping[str, Any], key: str) -> bool:
+  """True or false, which it is where the config does not say."""
+  value = config.get(key)
+  if value not in (None, True, False):
+    raise ValueError(
+      f"{key} of config.json must be true or false, got {value!r}"
+    )
+  return bool(value)
 
 
 def _check_plain(config: Mapping[str, Any]) -> None:
@@ -138,7 +149,7 @@ def _slides(config: Mapping[str, Any]) -> bool:
     return not full
   first = config.get("max_window_layers", 28)  # The default of transformers.
   return bool(
-    config.get("use_sliding_window")
+    _switch(config, "use_sliding_window")
     and config.get("sliding_window", 4096) is not None
     and (type(first) is not int or first < depth)
   )

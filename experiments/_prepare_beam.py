@@ -11,7 +11,6 @@ makes twice is the same twice. A mistake in the corpus is left as a sentence in
 
 import contextlib
 import json
-import os
 import pathlib
 import shlex
 import tempfile
@@ -25,6 +24,7 @@ from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.runners.portability import fn_api_runner
 
 from experiments import _prepare_pool, _prepare_remote
+from nl_jax import files
 from nl_jax.data import partition, preparation, prepared
 
 _JOBS = ".jobs.jsonl"  # Too many for the graph that is sent to a cluster.
@@ -138,9 +138,9 @@ def _claimed(
 
 def _files_of(tokenizer: str) -> dict[str, bytes]:
   """What a worker needs to load a tokenizer: name and content of its files."""
-  path = pathlib.Path(tokenizer).expanduser()
-  files = [path, path.with_name(_BESIDE)] if tokenizer != "bytes" else []
-  return {file.name: file.read_bytes() for file in files if file.is_file()}
+  path = files.expand(tokenizer)
+  both = [path, path.with_name(_BESIDE)] if tokenizer != "bytes" else []
+  return {file.name: file.read_bytes() for file in both if file.is_file()}
 
 
 def _run(
@@ -222,10 +222,9 @@ def _make_one(
   """Makes a shard in a folder and copies it, unless it is there."""
   note = preparation.note_path(here, job.number)
   note.parent.mkdir()
-  for stat in out.get(here, [_name(note, here)]):
-    os.utime(note, ns=(stat.st_mtime_ns, stat.st_mtime_ns))
-    with contextlib.suppress(json.JSONDecodeError):  # Then it does not hold.
-      shards = json.loads(note.read_text("utf-8"))["shards"]
+  if out.get(here, [_name(note, here)]):
+    with contextlib.suppress(ValueError):  # Then it does not hold.
+      shards = preparation.read_note(note)["shards"]
       out.get(here, [shard["file"] for shard in shards])
   if not preparation.run_job(job, lambda size: None):
     return False

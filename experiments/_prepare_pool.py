@@ -4,13 +4,13 @@ import concurrent.futures
 import contextlib
 import multiprocessing
 import os
-import pathlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from nl_jax import files
 from nl_jax.data import partition, preparation
 
 _READ = 0.2  # Seconds between two looks at what the workers have done.
@@ -48,7 +48,7 @@ def make(settings: partition.Settings, out: str, asked: int) -> Made:
     ValueError: settings that do not fit, or what a worker raised.
     ChildProcessError: a worker was killed.
   """
-  folder = pathlib.Path(out).expanduser()
+  folder = files.expand(out)
   tokenizer = preparation.check(settings)
   about = preparation.claim(settings, tokenizer)
   jobs = [

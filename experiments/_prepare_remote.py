@@ -22,11 +22,9 @@ class Stat(NamedTuple):
 
   Attributes:
     st_size: bytes.
-    st_mtime_ns: of the last change, since the epoch.
   """
 
   st_size: int
-  st_mtime_ns: int
 
 
 class Remote(pathlib.PurePosixPath):
@@ -55,7 +53,7 @@ class Remote(pathlib.PurePosixPath):
     found = _match(str(self))
     if not found:
       raise FileNotFoundError(f"no file {self}")
-    return _stat(found[0])
+    return Stat(found[0].size_in_bytes)
 
   def is_file(self) -> bool:
     """Whether there is a file of that address."""
@@ -73,7 +71,7 @@ class Remote(pathlib.PurePosixPath):
     """The files below, of all sub-folders."""
     for found in _match(f"{self}/**"):
       path = Remote(found.path)
-      path._known = _stat(found)
+      path._known = Stat(found.size_in_bytes)
       if path.match(pattern):
         yield path
 
@@ -112,22 +110,23 @@ class Folder:
         file.write((folder / name).read_bytes())
       filesystems.FileSystems.rename([hidden], [self.path(name)])
 
-  def get(self, folder: pathlib.Path, names: Iterable[str]) -> list[Stat]:
-    """Copies the files that are there into a local folder; returns theirs."""
+  def get(self, folder: pathlib.Path, names: Iterable[str]) -> list[str]:
+    """Copies the files that are there into a local folder; returns these."""
+    names = list(names)
     with concurrent.futures.ThreadPoolExecutor(_MANY) as pool:
       got = pool.map(functools.partial(self._get, folder), names)
-      return [stat for stat in got if stat]
+      return [name for name, is_there in zip(names, got) if is_there]
 
-  def _get(self, folder: pathlib.Path, name: str) -> Stat | None:
+  def _get(self, folder: pathlib.Path, name: str) -> bool:
     found = _match(self.path(name))
     if not found:
-      return None
+      return False
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     with filesystems.FileSystems.open(
       found[0].path, compression_type=_RAW
     ) as file:
       (folder / name).write_bytes(file.read())
-    return _stat(found[0])
+    return True
 
   def remove(self, pattern: str) -> None:
     """Removes files."""
@@ -145,9 +144,3 @@ def _match(pattern: str, limit: int | None = None) -> list[Any]:
 def _has_files(where: str) -> bool:
   """Asked for each piece of the input, and answered by a listing."""
   return bool(_match(f"{where}/**", 1))
-
-
-def _stat(found: Any) -> Stat:
-  return Stat(
-    found.size_in_bytes, int((found.last_updated_in_seconds or 0) * 1e9)
-  )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nl_jax import card
+from nl_jax import card, files
 
 _FIELDS = ("update_norm", "memory_norm", "inner_loss")
 
@@ -127,11 +127,11 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
       marks or [[]], lineoffsets=-place, linelengths=0.7, colors=colour
     )
   labels = [*shown.levels, *(f"{name} (in training only)" for name in still)]
-  lanes.set_yticks([-i for i in range(len(names))], labels)
+  lanes.set_yticks([-i for i in range(len(names))], map(charts.plain, labels))
   lanes.set_ylim(-len(names) + 0.4, 0.6)
   _title(lanes, "Chunks in which a level's weights changed")
   for place, (name, level) in enumerate(shown.levels.items()):
-    colour = charts.COLOURS[place]
+    colour, name = charts.COLOURS[place], charts.plain(name)
     norms.plot(shown.ends, level["memory_norm"], color=colour, label=name)
     norms.plot(
       shown.ends, level["update_norm"], "--", color=colour,
@@ -152,9 +152,8 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
   for axes in (norms, surprise):
     axes.legend(fontsize=8, frameon=False, ncols=3)
     axes.grid(True, alpha=0.2)
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=110, facecolor="white")
-  temporary.replace(path)
+  with files.replacing(path) as file:
+    figure.savefig(file, format="png", dpi=110, facecolor="white")
 
 
 def _title(axes: Any, text: str) -> None:

@@ -147,7 +147,8 @@ def read(
     for _ in range(0, start, _BLOCK):
       digest.update(file.read(min(_BLOCK, start - file.tell())))
     while not asked.reason and (block := _piece(file)):
-      ids = tokenizer.encode(documents.decode(block, text, file.tell()))
+      offset = file.tell() - len(block)
+      ids = tokenizer.encode(documents.decode(block, text, offset))
       digest.update(block)
       done.bytes += len(block)
       if len(ids):

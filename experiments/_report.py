@@ -5,6 +5,7 @@ import pathlib
 from experiments import _report_charts as charts
 from experiments import _report_page, _setup
 from experiments import _report_runs as runs_lib
+from nl_jax import files as whole
 from nl_jax.train import files
 
 PICTURE = "report.png"
@@ -30,10 +31,9 @@ def write(workdirs: list[str], out: pathlib.Path) -> list[pathlib.Path]:
   page = _report_page.page(runs, shown, [_card(run) for run in runs])
   files.make_workdir(out)
   files.replace(out / PAGE, page)
-  temporary = out / f".{PICTURE}.tmp"
-  with files.writing(out / PICTURE):
-    charts.png(shown, " · ".join(run.name for run in runs), temporary)
-    temporary.replace(out / PICTURE)
+  title = " · ".join(run.name for run in runs)
+  with files.writing(out / PICTURE), whole.replacing(out / PICTURE) as picture:
+    charts.png(shown, title, picture)
   return [out / PAGE, out / PICTURE]
 
 

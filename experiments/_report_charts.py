@@ -11,8 +11,23 @@ COLOURS = (
   "#3b7dd8", "#e07b39", "#2a9d68", "#c44e8b", "#8a6fd1", "#b8912b", "#4aa6b5",
 )  # fmt: skip
 _INK = "#7d858f"
+_LONGEST = 120  # Characters of a text that is drawn.
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "^", "s", "x")
+
+
+def plain(text: str) -> str:
+  """A text from outside, to be drawn as it is.
+
+  Matplotlib takes what stands between two "$" for mathematics, and leaves a
+  line out of the legend whose label begins with "_".
+  """
+  known = (c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+  text = "".join(known)
+  if len(text) > _LONGEST:
+    text = text[: _LONGEST // 2] + " … " + text[-_LONGEST // 2 :]
+  text = text.replace("$", r"\$")
+  return f" {text}" if text.startswith("_") else text
 
 
 class Curve(NamedTuple):
@@ -169,8 +184,10 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
       look = dict(linestyle=_STYLES[curve.style % 4], linewidth=1.4)
       if len(curve.xs) == 1:
         look = dict(linestyle="none", marker="s", markersize=4)
-    axes.plot(curve.xs, curve.ys, color=colour, label=curve.label, **look)
-  axes.set_title(panel.title, fontsize=10, color=ink, loc="left", pad=8)
+    axes.plot(
+      curve.xs, curve.ys, color=colour, label=plain(curve.label), **look
+    )
+  axes.set_title(plain(panel.title), fontsize=10, color=ink, loc="left", pad=8)
   axes.set_xlabel(panel.x, fontsize=8, color=ink)
   if panel.log:
     axes.set_yscale("log")
@@ -210,7 +227,7 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
   ink = "#333a42"
   for number, panel in enumerate(shown):
     draw(figure.add_subplot(rows, columns, number + 1), panel, ink)
-  figure.suptitle(title, fontsize=13, color=ink, x=0.01, ha="left")
+  figure.suptitle(plain(title), fontsize=13, color=ink, x=0.01, ha="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 
@@ -235,9 +252,10 @@ def dots(values: dict[str, list[float]], title: str, path: Any) -> None:
       f"{mean:.3f}", (max(found), place), (10, 0), va="center", fontsize=8,
       textcoords="offset points",
     )  # fmt: skip
-  axes.set_yticks(range(len(ordered)), [name for name, _ in ordered])
+  axes.set_yticks(range(len(ordered)), [plain(name) for name, _ in ordered])
   axes.margins(x=0.08)
-  axes.set_title(f"{title}: each seed, and the mean", fontsize=10, loc="left")
+  title = f"{plain(title)}: each seed, and the mean"
+  axes.set_title(title, fontsize=10, loc="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
 
 

@@ -203,4 +203,6 @@ def _cells(row: Iterable[Any]) -> Iterable[str]:
 
 
 def _text(value: Any) -> str:
-  return html.escape(str(value))
+  """Escaped; half a character, as in a broken file name, becomes "?"."""
+  text = str(value).encode("utf-8", "replace").decode("utf-8")
+  return html.escape(text)

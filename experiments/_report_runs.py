@@ -1,6 +1,5 @@
 """What a run left behind, read for its report."""
 
-import json
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -8,8 +7,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nl_jax.train import files, metrics
-
-_HEADER = ("step", "tokens", "wall_time")
 
 
 class Run(NamedTuple):
@@ -116,19 +113,15 @@ def read(workdir: str) -> Run:
 
 def _lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
   """The readable lines, and how many were not."""
-  lines, torn = [], 0
   if not path.is_file():
     return [], 0
-  for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
-    try:
-      line = json.loads(text)
-    except json.JSONDecodeError:
-      line = None
-    if isinstance(line, dict) and set(_HEADER) <= set(line):
-      lines.append(line)
-    else:
-      torn += 1
-  return lines, torn
+  found = metrics.lines(path)
+  whole = [
+    {k: x for k, x in line.items() if x is None or metrics.is_number(x)}
+    for line in found
+    if line
+  ]
+  return whole, len(found) - len(whole)
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,9 +13,10 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from nl_jax import data, sharding
+from nl_jax.data import sources
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
-from nl_jax.train import optimizer
+from nl_jax.train import checkpoint, files, optimizer
 from nl_jax.train import settings as settings_lib
 
 ConfigDict = config_dict.ConfigDict
@@ -38,12 +39,53 @@ def from_plain(values: dict[str, Any]) -> ConfigDict:
   return ConfigDict(values).lock()
 
 
+def of_run(
+  workdir: str,
+) -> tuple[ConfigDict, lm.LanguageModel | incontext.InContextModel]:
+  """The config of a run, and its model.
+
+  Raises:
+    ValueError: no run there, or one whose config this version does not read.
+  """
+  values = checkpoint.read_config(workdir)
+  try:
+    config = from_plain(values)
+    str(config.data.tokenizer)  # There is one, though no model asks for it.
+    return config, model(config)
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    reason = " ".join(str(error).split())
+    raise ValueError(
+      f"{workdir}/{files.CONFIG} is no config that this version of nl_jax "
+      f"reads: {reason}; use the version that made the run, or a copy of the "
+      "file as it was"
+    ) from error
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
   """Fills in what depends on the machine: the dtype of activations."""
   config = config_dict.ConfigDict(config.to_dict())
   if config.train.dtype == "auto":
     on_cpu = jax.default_backend() == "cpu"
     config.train.dtype = "float32" if on_cpu else "bfloat16"
+  return config.lock()
+
+
+def with_source(config: ConfigDict, is_given: bool) -> ConfigDict:
+  """The config with `data.source` as `data.path` says it, if nothing else does.
+
+  Args:
+    config: of a training run.
+    is_given: whether whoever starts the run gave the source.
+
+  Raises:
+    FileNotFoundError, ValueError: what `data.infer` raises.
+  """
+  takes_none = config.data.source in sources.WITHOUT_PATH
+  is_open = takes_none and not is_given and config.data.path
+  if config.data.source and not is_open:
+    return config
+  config = config_dict.ConfigDict(config.to_dict())
+  config.data.source = data.infer(config.data.path)
   return config.lock()
 
 

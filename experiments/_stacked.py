@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import pprint
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,24 +14,10 @@ from experiments.configs import _common
 from nl_jax.models import incontext
 from nl_jax.train import checkpoint, environment, files
 
-CONFIG = "config.py"
 _NO_DATA = "no data yet"  # In the place of the data's fingerprint.
 _LONGEST = 4096  # Tokens of a row, unless the model was made for fewer.
 _ROWS = 8  # Of a step.
 _SLOWER = 4  # Times, from level to level (Table 1's configs).
-_FILE = '''"""{title}; made by experiments.stack, yours to change."""
-
-from ml_collections import config_dict
-
-CONFIG = {config}
-
-
-def get_config(arg: str = "") -> config_dict.ConfigDict:
-  """The config; it takes no argument."""
-  if arg:
-    raise ValueError(f"unknown config argument {{arg!r}}; there is none")
-  return config_dict.ConfigDict(CONFIG)
-'''
 
 
 def learn_in_context(
@@ -100,7 +85,6 @@ def save(
   workdir: pathlib.Path,
   made: config_dict.ConfigDict,
   params: Any,
-  title: str,
 ) -> None:
   """Writes the workdir of a run that has made no step, without an optimizer.
 
@@ -111,14 +95,12 @@ def save(
     workdir: made if missing.
     made: of `config`.
     params: on the host.
-    title: for the file `CONFIG`.
 
   Raises:
     ValueError: the workdir holds another run.
     StorageError: it cannot be written.
   """
   plain = _setup.plain(_setup.resolve(made))
-  values = pprint.pformat(made.to_dict(), width=80)
   zero = np.zeros((), np.int32)
   about = {
     "config": plain,
@@ -131,7 +113,6 @@ def save(
   }
   with files.lock(workdir):
     files.claim(workdir, plain, _NO_DATA)
-    files.replace(workdir / CONFIG, _FILE.format(title=title, config=values))
     with checkpoint.Checkpoints(workdir) as saver:
       state = {"params": params, "step": zero, "skipped": zero}
       saver.save(0, state, {}, about)

@@ -146,7 +146,6 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
 
   from experiments import _report_charts as charts
   from experiments import _setup
-  from nl_jax.train import checkpoint
 
   lines = [
     "| config | parameters | state, bytes a sequence | nat per byte | "
@@ -158,8 +157,7 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
     found = [
       json.loads((run.folder / "results.json").read_text()) for run in group
     ]
-    config = checkpoint.read_config(str(group[0].folder))
-    net = _setup.model(_setup.from_plain(config))
+    _, net = _setup.of_run(str(group[0].folder))
     params = jax.eval_shape(net.init, jax.random.key(0))
     state = jax.eval_shape(lambda p, net=net: net.init_state(p, 1), params)
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -59,8 +59,7 @@ def measure(folder: pathlib.Path, length: int) -> dict[str, np.ndarray]:
   from nl_jax import stream
   from nl_jax.train import checkpoint
 
-  config = _setup.from_plain(checkpoint.read_config(str(folder)))
-  net = _setup.model(config)
+  _, net = _setup.of_run(str(folder))
   params, _ = checkpoint.load_params(str(folder), net)
   made = {}
   for name, tokens in readings(length).items():

@@ -83,11 +83,11 @@ def _trained(asked: Asked, step: int | None) -> Loaded:
   workdir = pathlib.Path(asked.workdir)
   if not workdir.is_dir():
     raise ValueError(f"no folder {workdir}: give the --workdir of a run")
-  config = _setup.from_plain(checkpoint.read_config(asked.workdir))
+  config, net = _setup.of_run(asked.workdir)
   # As training has it: a sweep over checkpoints compiles once.
   cache = str(workdir / "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", cache)
-  net, mesh = _setup.model(config), sharding.mesh()
+  mesh = sharding.mesh()
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(
     asked.workdir, net, step=step, mesh=mesh

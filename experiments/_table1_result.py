@@ -223,14 +223,14 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   if not path.is_file():
     raise FileNotFoundError(f"no result file {path}")
   try:
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = files.read_json(path)
   except ValueError:
     result = None
   if not isinstance(result, dict) or result.get("kind") != _KIND:
     raise ValueError(f"{path} is no result of `python -m experiments.table1`")
-  if result["schema"] != SCHEMA:
+  if result.get("schema") != SCHEMA:
     raise ValueError(
-      f"{path} has schema {result['schema']}, this version reads {SCHEMA}"
+      f"{path} has schema {result.get('schema')!r}, this version reads {SCHEMA}"
     )
   return result
 

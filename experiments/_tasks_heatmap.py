@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from nl_jax import files
+
 # Readable on every colour.
 _LABEL = dict(boxstyle="round,pad=0.2", facecolor="white", edgecolor="none")
 
@@ -25,8 +27,9 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
   figure = charts.new_figure((10.0, height))
   found, surprise = figure.subplots(1, 2)
   about = result["about"]["model"]
+  name = charts.plain(_name(about))
   figure.suptitle(
-    f"{result['task']}: {_name(about)} at step {about['step']}, trained at "
+    f"{result['task']}: {name} at step {about['step']}, trained at "
     f"{about['trained_length']} tokens; {result['about']['samples']} questions "
     "a cell",
     fontsize=10,
@@ -60,9 +63,8 @@ def draw(result: Mapping[str, Any], path: pathlib.Path) -> None:
     axes.set_xlabel("tokens of prompt and answer")
     axes.set_title(title, fontsize=10, loc="left")
   found.set_ylabel("depth of the needle")
-  temporary = path.with_name(f".{path.name}.tmp")
-  figure.savefig(temporary, format="png", dpi=90, facecolor="white")
-  temporary.replace(path)
+  with files.replacing(path) as file:
+    figure.savefig(file, format="png", dpi=90, facecolor="white")
 
 
 def _depth(cell: Mapping[str, Any]) -> float:

@@ -106,8 +106,7 @@ class Answer(NamedTuple):
 
 def load(workdir: pathlib.Path) -> Subject:
   """The newest checkpoint of a run."""
-  config = _setup.from_plain(checkpoint.read_config(str(workdir)))
-  net = _setup.model(config)
+  config, net = _setup.of_run(str(workdir))
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(str(workdir), net)
   _main.say(f"{config.model.arch} at step {step} of {workdir}")

@@ -7,7 +7,6 @@ decides its numbers, so that one of other sizes never stands in for it.
 import dataclasses
 import hashlib
 import json
-import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ from experiments import _main
 from experiments import _tasks_arms as arms
 from experiments import _tasks_problems as problems
 from experiments import _tasks_training as training
+from nl_jax import files
 from nl_jax.train import environment
 
 VERSION = 1  # Of generators and protocol; a change makes old trials others.
@@ -61,9 +61,7 @@ def known(task: str, size: problems.Sizes, folder: pathlib.Path) -> list[dict]:
 def save(path: pathlib.Path, content: Any) -> None:
   """Writes JSON, as a whole or not at all."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-  os.replace(part, path)
+  files.write(path, json.dumps(content, indent=1))
 
 
 def _trial(

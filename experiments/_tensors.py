@@ -7,7 +7,6 @@ so that a model takes no more memory than the arrays made of it.
 
 import dataclasses
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax import files as whole
 from nl_jax.train import files
 
 MODEL = "model.safetensors"
@@ -57,10 +57,7 @@ def read_object(path: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: it holds none.
   """
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:  # Of the text or of its encoding.
-    raise ValueError(f"{path} is no JSON ({error})") from error
+  value = whole.read_json(path)
   if not isinstance(value, dict):
     raise ValueError(f"{path} must hold a JSON object, got {value!r:.60}")
   return value
@@ -150,14 +147,9 @@ def write(
   Raises:
     StorageError: the system refuses.
   """
-  temporary = path.with_name(f".{path.name}.tmp")
-  with files.writing(path):
-    with temporary.open("wb") as file:
-      file.write(_header(tensors, dtype, metadata))
-      file.writelines(_contents(tensors.values(), dtype))
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+  with files.writing(path), whole.replacing(path) as file:
+    file.write(_header(tensors, dtype, metadata))
+    file.writelines(_contents(tensors.values(), dtype))
 
 
 def _header(

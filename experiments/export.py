@@ -56,8 +56,7 @@ def main() -> int:
   from nl_jax.models import incontext
   from nl_jax.train import checkpoint, files
 
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  config, net = _setup.of_run(_WORKDIR.value)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   params = jax.tree.map(np.asarray, params)
   base = net.base if isinstance(net, incontext.InContextModel) else net

@@ -10,6 +10,7 @@ report.png.
 import functools
 import os
 import pathlib
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,10 @@ def main() -> int:
   if not _DESCRIBE.value:
     _distributed.initialize(preemption=True)
   config = _setup.resolve(flags.FLAGS.config)
+  if not _DESCRIBE.value:
+    config = _setup.with_source(config, _flags.is_given("data.source"))
+    if config.data.source != flags.FLAGS.config.data.source:
+      _main.tell(f"data.source={config.data.source}, as data.path says")
   net = _setup.model(config)
   optimizer = _setup.make_optimizer(config, net)
   if _distributed.first():
@@ -214,7 +219,7 @@ def _finish(
 ) -> None:
   """A sample of text, the result, and where to look next."""
   from experiments import _text
-  from nl_jax import stream
+  from nl_jax import files, stream
 
   prompt = _text.opening(dataset)
   size = _text.encode(dataset.tokenizer, prompt).size
@@ -222,7 +227,7 @@ def _finish(
   text = prompt + "".join(
     _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
-  (workdir / _SAMPLE).write_text(text, encoding="utf-8")
+  files.write(workdir / _SAMPLE, text)
   logging.flush()
   print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)
@@ -231,12 +236,13 @@ def _finish(
   loss = metrics.get("eval/validation/nat_per_byte")
   if loss is not None:
     print(f"validation: {loss:.4f} nat per byte")
-  print(f"metrics:    {workdir}/metrics.jsonl, tensorboard --logdir {workdir}")
+  folder = shlex.quote(str(workdir))
+  print(f"metrics:    {workdir}/metrics.jsonl, tensorboard --logdir {folder}")
   print(f"results:    {workdir}/results.json")
   print(f"report:     {report}")
   print(
     "more text:  python -m experiments.sample "
-    f"--workdir={workdir} --prompt='def '"
+    f"--workdir={folder} --prompt='def '"
   )
 
 

@@ -13,7 +13,6 @@ folder.
 
 import itertools
 import json
-import os
 import pathlib
 import statistics
 import time
@@ -23,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from experiments import _main
+from nl_jax import files
 
 _SUITE = flags.DEFINE_enum("suite", "lm", ["lm", "topics", "toys"], "Which.")
 _FULL = flags.DEFINE_bool("full", False, "The full grid: many hours.")
@@ -40,11 +40,8 @@ def _trial_path(folder: pathlib.Path, trial: dict) -> pathlib.Path:
 
 
 def _save(path: pathlib.Path, content: Any) -> None:
-  # Renamed into place: a killed command leaves no half-written trial.
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(content), encoding="utf-8")
-  os.replace(part, path)
+  files.write(path, json.dumps(content))
 
 
 def _run_trial(

@@ -21,7 +21,6 @@ A corpus for a cluster: the same shards, bit for bit, by an Apache Beam pipeline
         --beam="--runner=DataflowRunner --project=... --region=..."
 """
 
-import pathlib
 import re
 import shlex
 import time
@@ -32,7 +31,9 @@ from absl import flags
 from experiments import _flags, _main
 
 _flags.define_config(required=False)
-_SOURCE = flags.DEFINE_string("source", "text", "text, jsonl or parquet.")
+_SOURCE = flags.DEFINE_string(
+  "source", "", "text, jsonl or parquet; default: as --path says."
+)
 _PATH = flags.DEFINE_string("path", "", "A file, or a folder with such files.")
 _OUT = flags.DEFINE_string("out", "", "Folder of the prepared corpus.")
 _TOKENIZER = flags.DEFINE_string(
@@ -170,7 +171,7 @@ def _settings() -> Any:
       "with --train_tokenizer"
     )
   return partition.Settings(
-    kind=_SOURCE.value,
+    kind=_kind(),
     path=_PATH.value,
     tokenizer=tokenizer or "bytes",
     sequence_length=length,
@@ -181,6 +182,23 @@ def _settings() -> Any:
   )
 
 
+def _kind() -> str:
+  """Of the files: the one given, or the one that --path says."""
+  if _SOURCE.value or "://" in _PATH.value:
+    return _SOURCE.value or "text"
+  from nl_jax import data
+  from nl_jax.data import partition
+
+  found = data.infer(_PATH.value)
+  if found not in partition.KINDS:
+    raise ValueError(
+      f"--path={_PATH.value} is of data.source={found}, and prepared are "
+      f"{', '.join(partition.KINDS)} only"
+    )
+  _main.say(f"--source={found}, as --path says")
+  return found
+
+
 def _require_path() -> None:
   if not _PATH.value:
     raise ValueError("--path is required: a file, or a folder with files")
@@ -189,7 +207,7 @@ def _require_path() -> None:
 def _next_command(settings: Any, vocab_size: int) -> str:
   """The command that trains on what was prepared."""
   config = flags.FLAGS.config
-  name = _flags.chosen_name() if config else "<name>"
+  name = shlex.quote(_flags.chosen_name()) if config else "<name>"
   parts = [
     f"next: python -m experiments.lm --config={name}",
     "--config.data.source=prepared",
@@ -206,11 +224,13 @@ def _next_command(settings: Any, vocab_size: int) -> str:
 
 
 def _train_tokenizer() -> int:
+  from nl_jax import files
   from nl_jax.data import errors, partition, tokenizer_training
 
-  out, kind = pathlib.Path(_TRAIN.value).expanduser(), _SOURCE.value
+  out = files.expand(_TRAIN.value)
   if out.exists():
     raise ValueError(f"{out} exists; give --train_tokenizer a new file")
+  kind = _kind()
   if kind not in partition.KINDS:
     raise errors.unknown_name("data.source", kind, partition.KINDS)
   settings = partition.Settings(

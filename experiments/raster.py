@@ -36,8 +36,7 @@ def main() -> int:
   from nl_jax.data import documents, tokenizers
   from nl_jax.train import checkpoint
 
-  config = _setup.from_plain(checkpoint.read_config(str(workdir)))
-  net = _setup.model(config)
+  config, net = _setup.of_run(str(workdir))
   if not _raster.chunks(net):
     raise ValueError(
       f"model.arch={config.model.arch!r} has no memory that changes while it "

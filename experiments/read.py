@@ -37,8 +37,7 @@ def main() -> int:
   from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
-  config = _setup.from_plain(checkpoint.read_config(_WORKDIR.value))
-  net = _setup.model(config)
+  config, net = _setup.of_run(_WORKDIR.value)
   if net.grows:
     raise ValueError(
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "

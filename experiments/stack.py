@@ -10,10 +10,11 @@ With --chunks=512,2048 the fast levels of the last quarter of the layers learn
 in context, every so many tokens; without, levels change in training only.
 
 The new workdir holds a checkpoint of step 0 for `sample`, `export` and
-`lm --init_from`, and config.py, the config to train it with.
+`lm --init_from`, and config.json, the config to train it with.
 """
 
 import pathlib
+import shlex
 from typing import Any
 
 from absl import flags, logging
@@ -67,8 +68,7 @@ def main() -> int:
   tokenizer = _tokenizer(folder, group["vocab_size"])
   config = _stacked.config(group, said, tokenizer)
   net = _setup.model(_setup.resolve(config))
-  title = f"{said['model_type']} of {folder.resolve().name}, {_MODE.value}"
-  _stacked.save(workdir, config, params, title)
+  _stacked.save(workdir, config, params)
   print(_summary(workdir, net, chunks))
   return _main.DONE
 
@@ -121,8 +121,6 @@ def _tokenizer(folder: pathlib.Path, vocab_size: int) -> str:
 
 def _summary(workdir: pathlib.Path, net: Any, chunks: tuple[int, ...]) -> str:
   """What there is now, and what one does with it."""
-  from experiments import _stacked
-
   levels = ", ".join(
     f"{name} ({width} units)"
     for name, width in zip(net.cms.levels, net.cms.widths)
@@ -132,16 +130,15 @@ def _summary(workdir: pathlib.Path, net: Any, chunks: tuple[int, ...]) -> str:
     f"{net.fast_layers} of the layers"
     for name, chunk in zip(net.cms.levels, chunks)
   ]
-  run = "python -m experiments."
+  run, folder = "python -m experiments.", shlex.quote(str(workdir))
   return "\n".join([
     f"{net.parameter_count():,} parameters, {net.layers} layers; levels of "
     f"each: {levels}",
     *learning,
-    f"write:  {run}sample --workdir={workdir} --prompt='Once'",
-    f"train:  {run}lm --config={workdir / _stacked.CONFIG} "
-    f"--init_from={workdir} --workdir={workdir}_trained "
-    "--config.data.path=<text>",
-    f"back:   {run}export --workdir={workdir} --out=<folder>",
+    f"write:  {run}sample --workdir={folder} --prompt='Once'",
+    f"train:  {run}lm --config={folder}/config.json --init_from={folder} "
+    f"--workdir={folder}_trained --config.data.path=<text>",
+    f"back:   {run}export --workdir={folder} --out=<folder>",
   ])  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nl_jax import formats, sharding, upgrade
+from nl_jax import files, formats, sharding, upgrade
 from nl_jax.models import lm
 
 FORMAT = 2  # Of a memory file.
@@ -301,12 +301,7 @@ def save_memory(
   if logits is not None:
     leaves[_LOGITS] = logits
   content = safetensors.save(leaves, {_KEY: json.dumps(manifest)})
-  temporary = path.with_name(f".{path.name}.tmp")
-  with temporary.open("wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  temporary.replace(path)
+  files.write(path, content)
   return manifest
 
 

@@ -122,7 +122,7 @@ def language_model(
   """
   scale, shape = SCALES[size], presets.SCALES[size]
   demonstration = size in ("smoke", "tiny")
-  source = {"smoke": "synthetic", "tiny": "embedded"}.get(size, "text")
+  source = {"smoke": "synthetic", "tiny": "embedded"}.get(size, "")
   group = ConfigDict(
     dict(
       arch=model.arch,  # Which mixer: a key of models.lm.MIXERS.
@@ -199,7 +199,7 @@ def baseline(
 def _data(scale: Scale, source: str, tokenizer: str) -> ConfigDict:
   return ConfigDict(
     dict(
-      source=source,  # embedded, text, jsonl, parquet, prepared, mixture, ...
+      source=source,  # text, jsonl, prepared, ...; empty: as path says.
       path="",  # File or folder of the source; of a mixture its parts.
       text_key="text",  # Field or column with the text, where there are many.
       # "bytes", or the path of a SentencePiece .model or a tokenizer.json.

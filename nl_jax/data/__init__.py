@@ -7,4 +7,5 @@ grain, and only when a data set is loaded).
 
 from nl_jax.data.dataset import Counts as Counts
 from nl_jax.data.dataset import Dataset as Dataset
+from nl_jax.data.dataset import infer as infer
 from nl_jax.data.dataset import load as load

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from nl_jax import files
 from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def load(
 
   Args:
     source: one of `NAMES`: a source (`sources.load`), "prepared" (a folder of
-      experiments.prepare) or "mixture".
+      experiments.prepare) or "mixture"; "": what the path says (`infer`).
     path: of the source; of "mixture" its parts with their weights:
       "jsonl:web.jsonl=0.7,text:books=0.3".
     text_key: field or column with the text.
@@ -149,6 +149,7 @@ def load(
   packing.check_lengths(sequence_length, alignment)
   pipeline.check_batch(batch_size, process_index, process_count)
   pipeline.check_seed(seed)
+  source = source or infer(path)
   if source not in NAMES:
     raise errors.unknown_name("data.source", source, NAMES)
   ids = tokenizers.load(tokenizer)
@@ -229,6 +230,41 @@ def parse_mixture(path: str) -> list[tuple[str, str, float]]:
   return parts
 
 
+def infer(path: str) -> str:
+  """The source that a path says: by its ending, or by what a folder holds.
+
+  Args:
+    path: file or folder, or the parts of a mixture.
+
+  Returns:
+    One of `NAMES`.
+
+  Raises:
+    FileNotFoundError: nothing there.
+    ValueError: it says nothing, or more than one thing.
+  """
+  if not path:
+    raise ValueError(
+      "data.source and data.path are empty; give the file or folder with text "
+      "as data.path, or data.source=embedded"
+    )
+  where = files.expand(path)
+  if not where.exists():
+    if path.partition(":")[0] in NAMES and "=" in path:
+      return "mixture"
+    raise FileNotFoundError(f"nothing at data.path={path!r}")
+  said = sources.said_by(where)
+  if (where / prepared.MANIFEST).is_file():
+    said = ["prepared"]
+  if len(said) == 1:
+    return said[0]
+  what = f"holds files of {', '.join(said)}" if said else "says no data.source"
+  raise ValueError(
+    f"data.path={path!r} {what}; set data.source to one of "
+    f"{', '.join(said or NAMES)}"
+  )
+
+
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
@@ -247,7 +283,7 @@ def _prepared(path: str, weight: float, how: _How) -> _Part:
     alignment=how.alignment,
     tokenizer_fingerprint=how.tokenizer.fingerprint,
   )
-  folder = pathlib.Path(path).expanduser()
+  folder = files.expand(path)
   tables = {s: prepared.Table(folder, s, manifest) for s in sources.SPLITS}
   counts = {s: Counts(**manifest["counts"][s]) for s in sources.SPLITS}
   fingerprint = prepared.manifest_hash(manifest)

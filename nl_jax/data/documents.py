@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
+from nl_jax import files as files_lib
+
 SUFFIXES = {
   "text": (".txt",),
   "jsonl": (".jsonl", ".jsonl.gz"),
@@ -79,15 +81,77 @@ def find(path: str | pathlib.PurePath, kind: str) -> Files:
       f"{shown} files"
     )
   if not where.is_dir():
+    require_file(where)
     return Files(kind, folder, (where,))
-  found = [p for p in where.rglob("*") if p.name.endswith(suffixes)]
-  found = sorted(p for p in found if p.is_file())
+  found = below(where, is_of(kind))
   if not found:
+    others = [k for k in SUFFIXES if below(where, is_of(k))]
+    advice = (
+      f"it has {' and '.join(SUFFIXES[k][0] for k in others)} files: set "
+      f"data.source={' or '.join(others)}"
+      if others
+      else f"give a folder with some, or one {kind} file of any name"
+    )
     raise ValueError(
-      f"no {shown} file in the folder data.path={path!r}; give a folder with "
-      f"some, or one {kind} file of any name"
+      f"no {shown} file in the folder data.path={path!r}; {advice}"
     )
   return Files(kind, folder, tuple(found))
+
+
+def is_of(kind: str) -> Callable[[str], bool]:
+  """Whether a file of a name is of a kind, as its ending says."""
+  return lambda name: name.lower().endswith(SUFFIXES[kind])
+
+
+def below(
+  folder: pathlib.PurePath, wanted: Callable[[str], bool]
+) -> list[pathlib.Path]:
+  """The files of a folder and its sub-folders, sorted.
+
+  Links are followed, to folders too; one that leads back to a folder that it
+  is in shows nothing new, and is passed by.
+
+  Args:
+    folder: of this machine, or a path object as of `find`.
+    wanted: whether a file of that name is.
+
+  Raises:
+    ValueError: a wanted file is a link that leads nowhere, or a pipe.
+    OSError: a folder that cannot be read.
+  """
+  # A store has no links.
+  here = isinstance(folder, pathlib.Path)
+  every = _walk(folder, ()) if here else folder.rglob("*")
+  found = sorted(path for path in every if wanted(path.name))
+  for path in found:
+    require_file(path)
+  return found
+
+
+def _walk(
+  folder: pathlib.Path, above: tuple[pathlib.Path, ...]
+) -> Iterator[pathlib.Path]:
+  real = folder.resolve()
+  if real in above:
+    return
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _walk(path, (*above, real))
+    else:
+      yield path
+
+
+def require_file(path: pathlib.Path) -> None:
+  """Raises ValueError for a link to nothing, a pipe, a device and the like."""
+  if not path.exists():
+    raise ValueError(
+      f"{path} is a symbolic link that leads nowhere; mend it or remove it"
+    )
+  if not path.is_file():
+    raise ValueError(
+      f"{path} is no plain file (a pipe, say), and files are read more than "
+      "once; write its content to a file"
+    )
 
 
 def root(path: str | pathlib.PurePath) -> pathlib.Path:
@@ -97,7 +161,7 @@ def root(path: str | pathlib.PurePath) -> pathlib.Path:
 
 
 def _location(path: str | pathlib.PurePath) -> pathlib.Path:
-  return pathlib.Path(path).expanduser() if isinstance(path, str) else path
+  return files_lib.expand(path) if isinstance(path, str) else path
 
 
 def read(
@@ -128,8 +192,13 @@ def read(
     yield from _parquet(path, name, text_key, start, stop)
 
 
-def decode(content: bytes, path: pathlib.Path, offset: int = 0) -> str:
+def decode(content: bytes, path: pathlib.Path | str, offset: int = 0) -> str:
   """UTF-8 bytes of a file as text.
+
+  Args:
+    content: the bytes.
+    path: of the file, or words for the place.
+    offset: of the first byte in it.
 
   Raises:
     ValueError: they are not UTF-8; the sentence names the byte.
@@ -190,9 +259,14 @@ def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
 def _field(path: pathlib.Path, offset: int, line: bytes, key: str) -> str:
   """The text of a line of jsonl."""
   where = lambda: f"{path}, line {_line_number(path, offset)}"
+  text = decode(line, path, offset)
   try:
-    value = json.loads(decode(line, path, offset))
-  except json.JSONDecodeError as error:
+    value = json.loads(text)
+  except RecursionError as error:
+    raise ValueError(
+      f"{where()}: JSON that is nested too deep to be read; leave it out"
+    ) from error
+  except ValueError as error:  # Python reads no number of 5,000 digits.
     raise ValueError(f"{where()}: no JSON ({error})") from error
   if not isinstance(value, dict) or key not in value:
     has = ", ".join(value) if isinstance(value, dict) else "no object"
@@ -220,8 +294,9 @@ def string(value: Any, key: str, where: Callable[[], str]) -> str:
       begins with where().
   """
   if not isinstance(value, str):
+    found = "null" if value is None else type(value).__name__
     raise ValueError(
-      f"{where()}: {key!r} is {type(value).__name__}, expected text; set "
+      f"{where()}: {key!r} is {found}, expected text; set "
       "data.text_key to the field with the text"
     )
   try:
@@ -247,14 +322,13 @@ def row_groups(path: pathlib.Path, key: str) -> list[tuple[int, int]]:
 
 
 def _open_parquet(path: pathlib.Path, key: str) -> Any:
-  import pyarrow
   from pyarrow import parquet
 
-  try:
-    is_here = isinstance(path, pathlib.Path)
-    file = parquet.ParquetFile(path if is_here else path.open("rb"))
-  except pyarrow.ArrowInvalid as error:
-    raise ValueError(f"{path} is no parquet file ({error})") from error
+  is_here = isinstance(path, pathlib.Path)
+  with _parquet_errors(f"{path} is no parquet file"):
+    file = parquet.ParquetFile(
+      path if is_here else path.open("rb"), page_checksum_verification=True
+    )
   if key not in file.schema_arrow.names:
     raise ValueError(
       f"{path} has no column {key!r} (it has: "
@@ -269,8 +343,44 @@ def _parquet(
   file = _open_parquet(path, key)
   groups = range(file.num_row_groups)[start:stop]
   row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-  for batch in file.iter_batches(_ROWS, list(groups), columns=[key]):
-    for value in batch.column(0).to_pylist():
-      where = lambda row=row: f"{path}, row {row}"
-      yield Document(f"{name}:{row}", string(value, key, where))
-      row += 1
+  for group in groups:
+    for values in _batches(file, group, key, f"{path}, row group {group}"):
+      for value in values:
+        where = lambda row=row: f"{path}, row {row}"
+        yield Document(f"{name}:{row}", string(value, key, where))
+        row += 1
+
+
+def _batches(
+  file: Any, group: int, key: str, where: str
+) -> Iterator[list[Any]]:
+  """The values of a row group, some at a time."""
+  batches = file.iter_batches(_ROWS, [group], columns=[key])
+  while True:
+    with _parquet_errors(f"{where} is damaged"):
+      batch = next(batches, None)
+      if batch is None:
+        return
+      values = batch.column(0).to_pylist()
+    yield values
+
+
+@contextlib.contextmanager
+def _parquet_errors(what: str) -> Iterator[None]:
+  """Raises ValueError for what is wrong with a file's bytes.
+
+  Args:
+    what: the beginning of the sentence.
+  """
+  import pyarrow
+
+  try:
+    yield
+  except FileNotFoundError:
+    raise
+  # Of a page, of its compression, of the text in it.
+  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+    reason = " ".join(str(error).split())
+    raise ValueError(
+      f"{what} ({reason}); get the file again or leave it out"
+    ) from error

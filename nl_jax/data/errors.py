@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 def unknown_name(key: str, given: str, known: Iterable[str]) -> ValueError:
@@ -32,3 +33,25 @@ def require_multiple(
       f"{key} must be a multiple of {divisor_key}, got {key}={value} and "
       f"{divisor_key}={divisor}; nearest: {nearest}"
     )
+
+
+def misfit(value: Any, shape: Any, where: str = "its top") -> str:
+  """The first place of a JSON value that is not as it must be; "" for none.
+
+  Args:
+    value: as it was read.
+    shape: a type; a dict of shapes by key, others may be there; or a list of
+      one shape, that of its entries. An int must be 0 or more.
+    where: the place of the value.
+  """
+  if isinstance(shape, type):
+    fits = type(value) is shape and (shape is not int or value >= 0)
+    return "" if fits else where
+  if type(value) is not type(shape):
+    return where
+  if isinstance(shape, list):
+    parts = [(f"{where}[{i}]", x, shape[0]) for i, x in enumerate(value)]
+  else:
+    parts = [(f"{where}.{k}", value.get(k), s) for k, s in shape.items()]
+  found = (misfit(x, s, place) for place, x, s in parts)
+  return next(filter(None, found), "").removeprefix("its top.")

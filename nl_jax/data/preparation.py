@@ -10,7 +10,6 @@ shard is made anew: where it is, it is true.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nl_jax import formats
+from nl_jax import files, formats
 from nl_jax.data import (
   documents,
   errors,
@@ -33,6 +32,12 @@ from nl_jax.data import tokenizers as tokenizers_lib
 
 PLAN = "plan.json"
 _NOTES = "notes"
+_NOTE = {
+  "documents_sha256": str,
+  "shards": [{**prepared.SHARD, "rows_sha256": str}],
+  "counts": dict.fromkeys(sources.SPLITS, prepared.COUNTS),
+  "opening": str,
+}
 _LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FLUSH_TOKENS = 2**18  # Documents are packed when they have so many.
@@ -84,7 +89,7 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
     OSError: the disk is full, or gone.
   """
   out = pathlib.Path(job.out)
-  if _holds(out, job):
+  if _holds(out, job, advance):
     advance(sum(piece.size for piece in job.pieces))
     return False
   (out / prepared.MANIFEST).unlink(missing_ok=True)
@@ -107,18 +112,16 @@ def _write(
   advance: Callable[[int], None],
 ) -> dict[str, Any]:
   """Writes the rows of a shard; returns its note."""
-  digest = hashlib.sha256()
+  digest = _Digest()
   for piece in job.pieces:
     told = read = 0
     for document, split in partition.read(piece, job.settings):
-      content = document.text.encode("utf-8")
-      read += len(content)
+      size = digest.update(document)
+      read += size
       if read - told > _TELL_BYTES and read <= piece.size:
         advance(read - told)
         told = read
-      digest.update(f"{document.name}\0{len(content)}\0".encode())
-      digest.update(content)
-      writers[split].add(document.text, len(content))
+      writers[split].add(document.text, size)
     advance(piece.size - told)
   return {
     "documents_sha256": digest.hexdigest(),
@@ -168,6 +171,7 @@ class _Writer:
     from array_record.python import array_record_module
 
     if self._writer is None and len(rows["inputs"]):
+      files.create(self._temporary).close()
       # One record a group: rows are read alone.
       self._writer = array_record_module.ArrayRecordWriter(
         str(self._temporary), "group_size:1"
@@ -181,7 +185,7 @@ class _Writer:
 
   @property
   def _temporary(self) -> pathlib.Path:
-    return self._path.with_name(f".{self._path.name}.tmp")
+    return files.beside(self._path)
 
   def close(self) -> list[dict[str, Any]]:
     """What the manifest says of the file; [] where there are no rows."""
@@ -229,21 +233,58 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     ) from error
 
 
-def _holds(out: pathlib.Path, job: Job) -> bool:
-  """Whether a shard is done, whole, and younger than its input."""
-  path = note_path(out, job.number)
+def _holds(out: pathlib.Path, job: Job, advance: Callable[[int], None]) -> bool:
+  """Whether a shard is done and whole, and its input says what it said.
+
+  Times say nothing: tar, rsync -a and cp -p bring older ones along.
+  """
   try:
-    note = json.loads(path.read_text(encoding="utf-8"))
+    note = read_note(note_path(out, job.number))
   except (FileNotFoundError, ValueError):
     return False
-  made, folder = path.stat().st_mtime_ns, documents.root(job.settings.path)
-  names = {piece.name for piece in job.pieces}
-  if any((folder / name).stat().st_mtime_ns > made for name in names):
-    return False
-  return all(
+  is_whole = all(
     _rows_hash(out / shard["file"]) == shard["rows_sha256"]
     for shard in note["shards"]
   )
+  if not is_whole:
+    return False
+  digest = _Digest()
+  for piece in job.pieces:
+    for document, _ in partition.read(piece, job.settings):
+      digest.update(document)
+      advance(0)  # Where the command is stopped, it raises.
+  return digest.hexdigest() == note["documents_sha256"]
+
+
+def read_note(path: pathlib.Path) -> dict[str, Any]:
+  """The note of a shard.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it is damaged.
+  """
+  note = files.read_json(path)
+  if wrong := errors.misfit(note, _NOTE):
+    raise ValueError(f"{path} is damaged at {wrong}")
+  return note
+
+
+class _Digest:
+  """SHA-256 over the names and contents of documents."""
+
+  def __init__(self):
+    self._digest = hashlib.sha256()
+
+  def update(self, document: documents.Document) -> int:
+    """Takes the next document; returns its UTF-8 bytes."""
+    content = document.text.encode("utf-8")
+    self._digest.update(f"{document.name}\0{len(content)}\0".encode())
+    self._digest.update(content)
+    return len(content)
+
+  def hexdigest(self) -> str:
+    """The hash of all."""
+    return self._digest.hexdigest()
 
 
 def _rows_hash(path: pathlib.Path) -> str:
@@ -327,11 +368,10 @@ def lock(out: pathlib.Path) -> Iterator[None]:
     ValueError: another process prepares there.
   """
   with contextlib.ExitStack() as stack:
-    with _writing(out / _LOCK):
-      file = stack.enter_context((out / _LOCK).open("w", encoding="utf-8"))
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      with _writing(out / _LOCK):
+        stack.enter_context(files.lock(out / _LOCK))
+    except files.HeldError as error:
       raise ValueError(
         f"another process is preparing {out}; wait for it or stop it"
       ) from error
@@ -340,11 +380,11 @@ def lock(out: pathlib.Path) -> Iterator[None]:
 
 def _read_plan(path: pathlib.Path) -> dict[str, Any]:
   try:
-    plan = json.loads(path.read_text(encoding="utf-8"))
+    plan = files.read_json(path)
   except ValueError as error:
-    raise ValueError(
-      f"{path} is damaged ({error}); give another --out"
-    ) from error
+    raise ValueError(f"{error}; give another --out") from error
+  if not isinstance(plan, dict):
+    raise ValueError(f"{path} is damaged; give another --out")
   formats.check(
     path, "a plan", plan.get("format"), prepared.FORMAT, prepared.PREPARE_AGAIN
   )
@@ -363,10 +403,7 @@ def finish(
   Raises:
     ValueError: a split has no rows.
   """
-  notes = [
-    json.loads(note_path(out, i).read_text(encoding="utf-8"))
-    for i in range(shards)
-  ]
+  notes = [read_note(note_path(out, i)) for i in range(shards)]
   counts = {
     split: {
       key: sum(note["counts"][split][key] for note in notes)
@@ -404,10 +441,5 @@ def note_path(out: pathlib.Path, number: int) -> pathlib.Path:
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
   """As a whole or not at all."""
-  temporary = path.with_name(f".{path.name}.tmp")
   with _writing(path):
-    with temporary.open("w", encoding="utf-8") as file:
-      file.write(json.dumps(value, indent=1) + "\n")
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+    files.write(path, json.dumps(value, indent=1) + "\n")

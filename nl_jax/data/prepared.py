@@ -14,12 +14,23 @@ from typing import Any
 
 import numpy as np
 
-from nl_jax import formats
-from nl_jax.data import packing
+from nl_jax import files, formats
+from nl_jax.data import errors, packing
 
 MANIFEST = "manifest.json"
 FORMAT = 1  # Of the manifest and its shards.
 PREPARE_AGAIN = "prepare the corpus again into another --out"
+SHARD = {"file": str, "split": str, "rows": int, "bytes": int}
+COUNTS = dict.fromkeys(("documents", "bytes", "tokens", "rows"), int)
+_SHAPE = {
+  "sequence_length": int,
+  "alignment": int,
+  "vocab_size": int,
+  "opening": str,
+  "tokenizer": {"name": str, "fingerprint": str},
+  "counts": {"train": COUNTS, "validation": COUNTS},
+  "shards": [SHARD],
+}
 
 
 class Layout:
@@ -160,7 +171,7 @@ def read_manifest(path: str) -> dict[str, Any]:
     FileNotFoundError: no folder there.
     ValueError: no prepared corpus, or an unfinished one, or of another format.
   """
-  folder = pathlib.Path(path).expanduser()
+  folder = files.expand(path)
   if not path or not folder.is_dir():
     raise FileNotFoundError(
       f"no folder data.path={path!r}; data.source=prepared needs the --out of "
@@ -172,14 +183,13 @@ def read_manifest(path: str) -> dict[str, Any]:
       f"{folder} has no {MANIFEST}: no prepared corpus, or one that is not "
       "finished; run experiments.prepare --out on it"
     )
-  try:
-    manifest = json.loads(file.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{file} is no JSON ({error})") from error
+  manifest = files.read_json(file)
   if not isinstance(manifest, dict):
     raise ValueError(f"{file} is no manifest; {PREPARE_AGAIN}")
   found = manifest.get("format")
   formats.check(file, "a manifest", found, FORMAT, PREPARE_AGAIN)
+  if wrong := errors.misfit(manifest, _SHAPE):
+    raise ValueError(f"{file} is damaged at {wrong}; {PREPARE_AGAIN}")
   return manifest
 
 

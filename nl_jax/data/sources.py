@@ -8,19 +8,21 @@ with this package), `synthetic` (generated), and `files`, `array_record` and
 large for that is prepared once (`prepared`).
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
 import io
 import pathlib
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
+from nl_jax import files as files_lib
 from nl_jax.data import documents as documents_lib
-from nl_jax.data import errors, prepared
+from nl_jax.data import errors, examples, prepared
 
 # Of the archive that experiments/_embedded.py made. Without what some
 # distributions ship apart (curses, dbm, distutils, ensurepip, lib2to3, sqlite3,
@@ -54,6 +56,9 @@ VALIDATION_PERCENT = 10
 MIN_DOCUMENTS_TO_SPLIT_BY_NAME = 10
 SYNTHETIC_DOCUMENTS = 1024  # About 0.5 MB.
 SYNTHETIC_LENGTH = 512  # Characters of the longest document.
+# Of what save_to_disk wrote.
+_FOLDER_MARKS = ("dataset_dict.json", "dataset_info.json")
+WITHOUT_PATH = ("embedded", "synthetic")
 SPLITS = ("train", "validation")
 NAMES = (
   "embedded",
@@ -122,7 +127,7 @@ def load(
   if name in documents_lib.SUFFIXES:
     return files(path, name, text_key)
   if name == "array_record":
-    return array_record(path)
+    return array_record(path, text_key)
   if name == "hugging_face":
     return hugging_face(path, text_key)
   if path:
@@ -131,6 +136,17 @@ def load(
       "empty, or set data.source=text"
     )
   return embedded() if name == "embedded" else synthetic(seed)
+
+
+def said_by(where: pathlib.Path) -> list[str]:
+  """The sources that the ending of a file, or the files of a folder, say."""
+  if where.is_dir() and any((where / name).is_file() for name in _FOLDER_MARKS):
+    return ["hugging_face"]
+  is_said = {kind: documents_lib.is_of(kind) for kind in documents_lib.SUFFIXES}
+  is_said["array_record"] = _is_record
+  if where.is_dir():
+    return [k for k, of in is_said.items() if documents_lib.below(where, of)]
+  return [kind for kind, of in is_said.items() if of(where.name)]
 
 
 def embedded(packages: Iterable[str] = EMBEDDED_PACKAGES) -> Source:
@@ -196,27 +212,36 @@ def files(path: str, kind: str, text_key: str = "text") -> Source:
     for file in found.paths
     for document in documents_lib.read(found, file, text_key)
   ]
-  if kind == "text" and pathlib.Path(path).expanduser().is_file():
+  if kind == "text" and files_lib.expand(path).is_file():
     named = [("", body) for _, body in named]  # Whatever the file is called.
   return _split(kind, path, named)
 
 
-def array_record(path: str) -> Source:
-  """ArrayRecord files of UTF-8 documents: one, or those of a folder.
+def array_record(path: str, text_key: str = "text") -> Source:
+  """ArrayRecord files: one, or those of a folder.
+
+  Args:
+    path: file or folder.
+    text_key: the feature with the text, where a record is a
+      `tf.train.Example`; any other record is UTF-8 text.
 
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: no such files, or no text in them.
+    ValueError: no such files, or no text in them, or unusable.
   """
   import grain
 
-  where = pathlib.Path(path).expanduser()
+  where = files_lib.expand(path)
   if not path or not where.exists():
     raise FileNotFoundError(
       f"nothing at data.path={path!r}; data.source=array_record needs an "
       "ArrayRecord file or a folder with .array_record files"
     )
-  found = [where] if where.is_file() else sorted(where.rglob("*.array_record*"))
+  if not where.is_dir():
+    documents_lib.require_file(where)
+    found = [where]
+  else:
+    found = documents_lib.below(where, _is_record)
   if not found:
     raise ValueError(f"no .array_record file in the folder data.path={path!r}")
   if (found[0].parent / prepared.MANIFEST).exists():
@@ -229,13 +254,38 @@ def array_record(path: str) -> Source:
     try:
       records = grain.sources.ArrayRecordDataSource([str(file)])
       contents = [records[i] for i in range(len(records))]
-    except (ValueError, RuntimeError) as error:
-      raise ValueError(f"{file} is no ArrayRecord file ({error})") from error
+    except (ValueError, RuntimeError, IndexError) as error:
+      raise ValueError(
+        f"{file} is no ArrayRecord file, or a damaged one ({error})"
+      ) from error
     named += [
-      (f"{file.name}:{i}", documents_lib.decode(content, file))
+      (f"{file.name}:{i}", _record(content, f"{file}, record {i}", text_key))
       for i, content in enumerate(contents)
     ]
   return _split("array_record", path, named)
+
+
+def _is_record(name: str) -> bool:
+  return ".array_record" in name.lower()
+
+
+def _record(content: bytes, where: str, key: str) -> str:
+  """The text of a record."""
+  features = examples.features(content)
+  if features is None:
+    return documents_lib.decode(content, where)
+  if key not in features:
+    raise ValueError(
+      f"{where} is a tf.train.Example without a feature {key!r} (it has: "
+      f"{', '.join(features)}); set data.text_key"
+    )
+  chosen = features[key]
+  if chosen.kind != "bytes" or len(chosen.values) != 1:
+    raise ValueError(
+      f"{where}: the feature {key!r} holds {len(chosen.values)} texts "
+      f"({chosen.kind}), expected one; set data.text_key"
+    )
+  return documents_lib.decode(chosen.values[0], f"{where}, {key!r}")
 
 
 def hugging_face(path: str, text_key: str = "text") -> Source:
@@ -249,7 +299,7 @@ def hugging_face(path: str, text_key: str = "text") -> Source:
     FileNotFoundError: nothing there.
     ValueError: no such folder, or no such column.
   """
-  where = pathlib.Path(path).expanduser()
+  where = files_lib.expand(path)
   if not path or not where.is_dir():
     raise FileNotFoundError(
       f"no folder data.path={path!r}; data.source=hugging_face needs a folder "
@@ -257,12 +307,8 @@ def hugging_face(path: str, text_key: str = "text") -> Source:
     )
   import datasets
 
-  try:
+  with _folder_errors(path, "is no folder of save_to_disk, or a damaged one"):
     loaded = datasets.load_from_disk(str(where))
-  except (FileNotFoundError, ValueError) as error:
-    raise ValueError(
-      f"data.path={path!r} is no folder of save_to_disk ({error})"
-    ) from error
   if not isinstance(loaded, datasets.DatasetDict):
     return _split("hugging_face", path, _column(loaded, path, text_key))
   held_out = [x for x in ("validation", "test") if x in loaded]
@@ -288,11 +334,31 @@ def _column(rows: Any, path: str, key: str) -> list[tuple[str, str]]:
       f"data.path={path!r} has no column {key!r} (it has: "
       f"{', '.join(rows.column_names)}); set data.text_key"
     )
-  where = lambda: f"data.path={path!r}"
+  with _folder_errors(path, f"is damaged in column {key!r}"):
+    # Of the offsets and the text, which nothing else looks at.
+    rows.data.column(key).validate(full=True)
+    bodies = list(rows[key])
+  place = lambda i: lambda: f"data.path={path!r}, row {i}"
   return [
-    (str(i), documents_lib.string(body, key, where))
-    for i, body in enumerate(rows[key])
+    (str(i), documents_lib.string(body, key, place(i)))
+    for i, body in enumerate(bodies)
   ]
+
+
+@contextlib.contextmanager
+def _folder_errors(path: str, what: str) -> Iterator[None]:
+  """What the library raises for a folder, as a ValueError that names it."""
+  import pyarrow
+
+  known = (pyarrow.ArrowException, OSError, ValueError, LookupError)
+  try:
+    yield
+  except (*known, AttributeError, TypeError, RecursionError) as error:
+    reason = " ".join(str(error).split())
+    raise ValueError(
+      f"data.path={path!r} {what} ({type(error).__name__}: {reason}); save it "
+      "again, or give another"
+    ) from error
 
 
 def synthetic(seed: int = 0, documents: int = SYNTHETIC_DOCUMENTS) -> Source:

@@ -6,18 +6,22 @@ never the id: many tokenizers use 0 for a real token.
 """
 
 import codecs
+import contextlib
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
 
+from nl_jax import files
 from nl_jax.data import errors
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _MAX_UTF8_BYTES = 4
+_MAX_IDS = 2**31 - 1  # They are int32, and so is their number.
+_PANIC = "PanicException"
 # Names of the end of a document where no tokenizer_config.json says it.
 _ENDS = (
   "</s>",
@@ -108,7 +112,7 @@ class SentencePiece:
   def __init__(self, path: str):
     import sentencepiece  # Not part of the base install.
 
-    file = pathlib.Path(path).expanduser()
+    file = files.expand(path)
     if not file.is_file():
       raise FileNotFoundError(
         f"no tokenizer file at data.tokenizer={path!r}; give the path of a "
@@ -180,15 +184,11 @@ class HuggingFace:
   def __init__(self, path: str):
     import tokenizers  # Not part of the base install.
 
-    file = pathlib.Path(path).expanduser()
+    file = files.expand(path)
     content = file.read_bytes()
     _check_json(path, content)
-    try:
+    with _library_errors(f"data.tokenizer={path!r} is a broken tokenizer.json"):
       self._tokenizer = tokenizers.Tokenizer.from_buffer(content)
-    except ValueError as error:
-      raise ValueError(
-        f"data.tokenizer={path!r} is a broken tokenizer.json ({error})"
-      ) from error
     padding = self._tokenizer.padding or {}
     # A file may ask for rows of one length: packing does that here.
     self._tokenizer.no_padding()
@@ -196,6 +196,11 @@ class HuggingFace:
     vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
     self.name = str(path)
     self.vocab_size = max(vocabulary.values()) + 1
+    if self.vocab_size > _MAX_IDS:
+      raise ValueError(
+        f"data.tokenizer={path!r} has the id {self.vocab_size - 1}; ids must "
+        f"be below {_MAX_IDS}"
+      )
     end = _end_token(file, vocabulary)
     if end is None:
       raise ValueError(
@@ -204,12 +209,18 @@ class HuggingFace:
       )
     self.end_id = vocabulary[end]
     self.pad_id = padding.get("pad_id", vocabulary.get("<pad>", 0))
+    if self.pad_id >= self.vocab_size:
+      raise ValueError(
+        f"data.tokenizer={path!r} pads with the id {self.pad_id}, which its "
+        f"vocabulary of {self.vocab_size} ids does not have"
+      )
     mark = content + b"\0" + end.encode("utf-8")
     self.fingerprint = hashlib.sha256(mark).hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
     """The int32 ids [tokens of text]."""
-    encoded = self._tokenizer.encode(text, add_special_tokens=False)
+    with _library_errors(f"data.tokenizer={self.name!r} cannot write a text"):
+      encoded = self._tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(encoded.ids, np.int32)
 
   def decode(self, ids: Iterable[int]) -> str:
@@ -241,7 +252,7 @@ def load(name_or_path: str) -> Tokenizer:
   """
   if name_or_path == Bytes.name:
     return Bytes()
-  is_file = pathlib.Path(name_or_path).expanduser().is_file()
+  is_file = files.expand(name_or_path).is_file()
   if name_or_path.endswith(".json") and is_file:
     return HuggingFace(name_or_path)
   if name_or_path.endswith((".model", ".json")) or is_file:
@@ -309,12 +320,33 @@ class _HuggingFaceStream:
     return text
 
 
+@contextlib.contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+  """What the library of tokenizers raises, as a ValueError.
+
+  That is an Exception of no type, mostly, and where its Rust panics something
+  that is no Exception at all and has no name to catch it by.
+
+  Args:
+    what: the beginning of the sentence.
+  """
+  try:
+    yield
+  except BaseException as error:
+    of_no_type = type(error) is Exception
+    if not of_no_type and type(error).__name__ != _PANIC:
+      if not isinstance(error, (ValueError, TypeError, OverflowError)):
+        raise
+    reason = " ".join(str(error).split())
+    raise ValueError(f"{what} ({reason})") from error
+
+
 def _check_json(path: str, content: bytes) -> None:
   """Finds the usual mistakes, in plainer words than the library's."""
   try:
     model = json.loads(content)["model"]
     known = isinstance(model["vocab"], (dict, list)) and model["vocab"]
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     known = False
   if not known:
     raise ValueError(
@@ -329,10 +361,10 @@ def _end_token(file: pathlib.Path, vocabulary: dict[str, int]) -> str | None:
   if beside.is_file():
     try:
       said = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
-    except (json.JSONDecodeError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
       raise ValueError(f"{beside} is no JSON object ({error})") from error
     said = said.get("content") if isinstance(said, dict) else said
-    if said in vocabulary:
+    if isinstance(said, str) and said in vocabulary:
       return said
   return next((end for end in _ENDS if end in vocabulary), None)
 

@@ -125,7 +125,7 @@ def _lines(text: str) -> list[tuple[int, str]]:
 def _parse(path: pathlib.Path, line: int, text: str) -> Mapping[str, Any]:
   try:
     doc = json.loads(text)
-  except json.JSONDecodeError as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f"{path}:{line}: no JSON ({error})") from None
   if not isinstance(doc, dict):
     raise ValueError(

@@ -1,9 +1,9 @@
 """Special ids of a tokenizer that only evaluation asks for."""
 
 import json
-import pathlib
 from typing import Any, NamedTuple
 
+from nl_jax import files
 from nl_jax.data import tokenizers
 
 
@@ -42,14 +42,14 @@ def _sentencepiece(path: str) -> tuple[int | None, int | None]:
   import sentencepiece  # Not part of the base install.
 
   pieces = sentencepiece.SentencePieceProcessor()
-  pieces.Load(str(pathlib.Path(path).expanduser()))
+  pieces.Load(str(files.expand(path)))
   found = pieces.bos_id(), pieces.unk_id()
   return tuple(None if i < 0 else i for i in found)
 
 
 def _hugging_face(path: str) -> tuple[int | None, int | None]:
   """As tokenizer_config.json beside the file names them."""
-  file = pathlib.Path(path).expanduser()
+  file = files.expand(path)
   beside = file.with_name("tokenizer_config.json")
   said = {}
   if beside.is_file():

@@ -10,11 +10,13 @@ import contextlib
 import json
 import logging as std_logging
 import pathlib
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
@@ -23,6 +25,7 @@ from nl_jax.train import files, reading, seal
 
 _ITEMS = ("state", "data", "meta")
 _DAMAGED = "damaged"
+_STEP = re.compile("0|[1-9][0-9]*")  # The name of a checkpoint.
 # What they raise where the disk is full or gone.
 _REFUSED = (ValueError, OSError, jax.errors.JaxRuntimeError)
 
@@ -239,11 +242,7 @@ class Checkpoints:
   def _read(self, step: int, like: Any) -> Restored:
     read = lambda: self._read_items(step, like)
     meta, state, data = reading.agreed(read)
-    if int(state["step"]) != step:
-      raise StepMismatchError(
-        f"the checkpoint of step {step} holds a state of step "
-        f"{int(state['step'])}"
-      )
+    _check_step(step, state)
     seal.check_sums(state, meta)
     if data != meta.get("data", data):
       raise seal.BrokenSealError("its place in the data is not what was saved")
@@ -313,6 +312,15 @@ def _check_leaves(
     )
 
 
+def _check_step(step: int, state: Mapping[str, Any]) -> None:
+  """Raises StepMismatchError for a step that was copied to another's name."""
+  found = int(state["step"])
+  if found != step:
+    raise StepMismatchError(
+      f"the checkpoint of step {step} holds a state of step {found}"
+    )
+
+
 def _first_line(error: Exception) -> str:
   text = str(error).strip().splitlines()
   return f"{type(error).__name__}: {text[0][:160] if text else ''}"
@@ -336,7 +344,11 @@ def _listed(workdir: pathlib.Path) -> list[int]:
   folder = workdir / files.CHECKPOINTS
   if not folder.is_dir():
     return []
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit())
+  return sorted(
+    int(path.name)
+    for path in folder.iterdir()
+    if _STEP.fullmatch(path.name) and path.is_dir()
+  )
 
 
 def read_config(workdir: str) -> dict[str, Any]:
@@ -494,14 +506,19 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
 def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   """Only the branch "params" of the state is read."""
   folder = folder / files.CHECKPOINTS
-  item = {"params": like}
+  here = jax.tree.leaves(like)[0].sharding
+  if isinstance(here, jax.sharding.NamedSharding):
+    here = sharding.replicated(here.mesh)
+  number = jax.ShapeDtypeStruct((), np.int32, sharding=here)
+  item = {"params": like, "step": number}
 
   def read() -> tuple[dict[str, Any], Any]:
     meta = _meta(folder, step)
     saved = {k: v for k, v in meta["leaves"].items() if k.startswith("params/")}
-    _check_leaves(step, saved, describe_leaves(item))
+    _check_leaves(step, saved, describe_leaves({"params": like}))
     return meta, reading.arrays(folder / str(step) / "state", item)
 
   meta, restored = reading.agreed(read)
+  _check_step(step, restored)
   seal.check_sums(restored, meta)
   return restored["params"]

@@ -1,13 +1,12 @@
 """Files that are whole or not there, and the folder of one run."""
 
 import contextlib
-import fcntl
 import json
-import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from nl_jax import files as whole
 from nl_jax import formats
 from nl_jax.train import environment
 
@@ -75,13 +74,8 @@ def replace(path: pathlib.Path, text: str) -> None:
   Raises:
     StorageError: the system refuses.
   """
-  temporary = path.with_name(f".{path.name}.tmp")
   with writing(path):
-    with temporary.open("w", encoding="utf-8") as file:
-      file.write(text)
-      file.flush()
-      os.fsync(file.fileno())
-    temporary.replace(path)
+    whole.write(path, text)
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -96,10 +90,10 @@ def read_json(path: pathlib.Path) -> Any:
     ValueError: it is none.
   """
   try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except json.JSONDecodeError as error:
+    return whole.read_json(path)
+  except ValueError as error:
     raise ValueError(
-      f"{path} is no JSON ({error}); move the workdir away and start again"
+      f"{error}; move the workdir away and start again"
     ) from error
 
 
@@ -121,15 +115,32 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
   Raises:
     ValueError: its config file is no run's, or of an unknown format.
   """
-  path = workdir / CONFIG
+  return read_config_file(workdir / CONFIG)
+
+
+def read_config_file(path: pathlib.Path) -> dict[str, Any]:
+  """What `read_about` gives, of a file that may have another name.
+
+  Raises:
+    ValueError: as there.
+  """
   about = read_json(path)
   if not isinstance(about, dict) or not {"config", "fingerprint"} <= {*about}:
-    raise ValueError(
-      f"{path} is not the {CONFIG} of a run; give another --workdir or move "
-      "it away"
-    )
+    raise _no_config(path)
   check_format(path, "a run", about)
-  return about | {"config": upgraded(about["config"])}
+  config = about["config"]
+  if not isinstance(config, dict) or not isinstance(about["fingerprint"], str):
+    raise _no_config(path)
+  if not isinstance(config.get("model", {}), dict):
+    raise _no_config(path)
+  return about | {"config": upgraded(config)}
+
+
+def _no_config(path: pathlib.Path) -> ValueError:
+  return ValueError(
+    f"{path} is not the {CONFIG} of a run; give another --workdir or move it "
+    "away"
+  )
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,7 +153,9 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   if "memory" not in model:
     return dict(config)
   named = {"arch": "memory"}
-  mixer = {named.get(k, k): v for k, v in (model["memory"] or {}).items()}
+  mixer = model["memory"] or {}
+  if isinstance(mixer, Mapping):
+    mixer = {named.get(k, k): v for k, v in mixer.items()}
   rest = {k: v for k, v in model.items() if k != "memory"}
   return {**config, "model": {**rest, "mixer": mixer}}
 
@@ -235,11 +248,10 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
   """
   make_workdir(workdir)
   with contextlib.ExitStack() as stack:
-    with writing(workdir / _LOCK):
-      file = stack.enter_context((workdir / _LOCK).open("w", encoding="utf-8"))
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+      with writing(workdir / _LOCK):
+        stack.enter_context(whole.lock(workdir / _LOCK))
+    except whole.HeldError as error:
       raise ValueError(
         f"another process is training in {workdir}; wait for it or stop it"
       ) from error

@@ -20,6 +20,7 @@ from nl_jax.train import files
 
 FILE = "metrics.jsonl"
 EVENTS = "events"
+HEADER = ("step", "tokens", "wall_time")
 
 
 class Writer:
@@ -114,8 +115,7 @@ class Writer:
     self._events.write_event(event)
 
   def _remember(self, line: Mapping[str, Any]) -> None:
-    header = ("step", "tokens", "wall_time")
-    self.last |= {k: v for k, v in line.items() if k not in header}
+    self.last |= {k: v for k, v in line.items() if k not in HEADER}
 
 
 def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
@@ -126,22 +126,30 @@ def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
   """
   if not path.exists():
     return []
-  kept = []
-  for text in path.read_text(encoding="utf-8").splitlines():
-    line = _parse(text)
-    if line is not None and line["step"] <= step:
-      kept.append(line)
+  kept = [line for line in lines(path) if line and line["step"] <= step]
   files.replace(path, "".join(json.dumps(line) + "\n" for line in kept))
   return kept
 
 
-def _parse(text: str) -> dict[str, Any] | None:
-  """A line, None where it was torn."""
+def lines(path: pathlib.Path) -> list[dict[str, Any] | None]:
+  """The lines of a run; None for one that is torn or damaged."""
+  return [_parse(text) for text in path.read_bytes().splitlines()]
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
   try:
     line = json.loads(text)
-  except json.JSONDecodeError:
+  except (ValueError, RecursionError):
     return None
-  return line if isinstance(line, dict) and "step" in line else None
+  is_whole = isinstance(line, dict) and all(
+    is_number(line.get(key)) for key in HEADER
+  )
+  return line if is_whole and type(line["step"]) is int else None
+
+
+def is_number(value: Any) -> bool:
+  """Whether a value is one that a line may have; -2**63 to 2**63 and no NaN."""
+  return type(value) in (int, float) and abs(value) < 2**63
 
 
 def _number(value: float) -> float | None:

@@ -27,6 +27,38 @@ def test_text_comes_back_whole(tmp_path):
     assert read == [d[1:] for d in loaded.source.documents(split)]
 
 
+@pytest.mark.parametrize("name,source", [
+  ("a.txt", "text"), ("a.TXT", "text"), ("a.jsonl.gz", "jsonl"),
+  ("a.parquet", "parquet"), ("a.array_record-00000-of-00001", "array_record"),
+  ("manifest.json", "prepared"), ("dataset_info.json", "hugging_face"),
+])  # fmt: skip
+def test_a_path_says_what_it_is(tmp_path, name, source):
+  folder = tmp_path / "corpus"
+  (folder / "deep").mkdir(parents=True)
+  marks = name in ("manifest.json", "dataset_info.json")
+  path = folder / name if marks else folder / "deep" / name
+  path.write_text("x")
+  assert data.infer(str(folder)) == source
+  if not marks:
+    assert data.infer(str(path)) == source
+
+
+def test_a_path_that_does_not_say_what_it_is(tmp_path):
+  assert data.infer("jsonl:a=0.7,text:b=0.3") == "mixture"
+  for name in ("a.txt", "b.jsonl", "c.md"):
+    (tmp_path / name).write_text("some words\n" * 99)
+  for path, words in (
+    ("", "data.source and data.path are empty"),
+    (str(tmp_path), "holds files of text, jsonl; set data.source to one of te"),
+    (str(tmp_path / "c.md"), "says no data.source; set data.source to one of"),
+  ):
+    with pytest.raises(ValueError, match=words):
+      data.infer(path)
+  with pytest.raises(FileNotFoundError, match="nothing at data.path='x.txt'"):
+    data.infer("x.txt")
+  assert _load(source="", path=str(tmp_path / "a.txt")).source.name == "text"
+
+
 def test_an_epoch_has_every_token_once_across_a_resume():
   one = _load(alignment=16)
   rows = one.rows["train"]

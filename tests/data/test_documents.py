@@ -2,13 +2,15 @@
 
 import gzip
 import json
+import os
+import pathlib
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from nl_jax.data import documents, sources
+from nl_jax.data import documents, examples, sources
 
 TEXTS = ["one\nline", "zwei", "", "日本", "four " * 9] * 4
 
@@ -77,6 +79,51 @@ def test_a_folder_is_searched_and_sorted(tmp_path):
   assert names == ["a.jsonl", "b/z.jsonl", "c.jsonl.gz"]
 
 
+def test_links_are_followed(tmp_path):
+  """To folders too, and a ring of them is walked once."""
+  (tmp_path / "far" / "b").mkdir(parents=True)
+  (tmp_path / "data").mkdir()
+  for name in ("data/a.jsonl", "far/b/z.jsonl", "far/y.jsonl"):
+    write_jsonl(tmp_path / name, [name])
+  (tmp_path / "data" / "link").symlink_to("../far", True)
+  (tmp_path / "far" / "ring").symlink_to("../far/b", True)
+  (tmp_path / "far" / "b" / "up").symlink_to("..", True)
+  (tmp_path / "data" / "self").symlink_to(".", True)
+  found = documents.find(str(tmp_path / "data"), "jsonl")
+  assert [found.name(path) for path in found.paths] == [
+    "a.jsonl", "link/b/z.jsonl", "link/ring/z.jsonl", "link/y.jsonl",
+  ]  # fmt: skip
+  (tmp_path / "data" / "notes.md").symlink_to("nowhere")
+  documents.find(str(tmp_path / "data"), "jsonl")
+  (tmp_path / "data" / "c.jsonl").symlink_to("nowhere")
+  with pytest.raises(ValueError, match="c.jsonl is a symbolic link that leads"):
+    documents.find(str(tmp_path / "data"), "jsonl")
+
+
+@pytest.mark.parametrize("kind", [*documents.SUFFIXES, "array_record"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path, kind, alone):
+  path = tmp_path / documents.SUFFIXES.get(kind, (".array_record",))[0]
+  os.mkfifo(path)
+  with pytest.raises(ValueError, match="no plain file .a pipe"):
+    sources.load(kind, str(path if alone else tmp_path))
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+  (tmp_path / "a").mkdir()
+  write_jsonl(tmp_path / "b.jsonl")
+  was = pathlib.Path.iterdir
+
+  def closed(self):
+    if self.name == "a":
+      raise PermissionError(13, "Permission denied", str(self))
+    return was(self)
+
+  monkeypatch.setattr(pathlib.Path, "iterdir", closed)
+  with pytest.raises(PermissionError, match="/a"):
+    documents.find(str(tmp_path), "jsonl")
+
+
 @pytest.mark.parametrize("line,words", [
   (b'{"text": "a"\n', "line 3: no JSON"),
   (b'["a"]\n', "line 3: no field 'text'"),
@@ -84,6 +131,9 @@ def test_a_folder_is_searched_and_sorted(tmp_path):
   (b'{"text": 5}\n', "'text' is int, expected text"),
   (b'{"text": "\xff"}\n', "not UTF-8: byte 0xff"),
   (b'{"text": "a\\ud83d"}\n', "line 3: 'text' has half a character"),
+  (b'{"text": null}\n', "line 3: 'text' is null, expected text"),
+  (b'{"text": "a", "id": ' + b"[" * 200_000, "line 3: JSON that is nested too"),
+  (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 3: no JSON .*4300 digi"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, words):
   path = tmp_path / "a.jsonl"
@@ -111,6 +161,12 @@ def test_bad_parquet_is_named(tmp_path):
   path.write_bytes(b"PAR1 no")
   with pytest.raises(ValueError, match="is no parquet file"):
     texts_of(path, "parquet")
+  whole = bytearray(write_parquet(path, TEXTS * 99, group=500).read_bytes())
+  text = whole.index(b"four four")  # In the dictionary of the column.
+  for place in (len(whole) - 8, text):
+    path.write_bytes(whole[:place] + b"\xff" * 8 + whole[place + 8 :])
+    with pytest.raises(ValueError, match="a.parquet.*get the file again"):
+      texts_of(path, "parquet")
   numbers = write_parquet(tmp_path / "n.parquet")
   with pytest.raises(ValueError, match="row 0: 'id' is int"):
     texts_of(numbers, "parquet", key="id")
@@ -141,15 +197,92 @@ def test_a_source_of_many_documents_is_split_by_their_names(
   assert again.fingerprint == source.fingerprint
 
 
-def test_array_records_of_documents(tmp_path):
+@pytest.mark.parametrize("bit", range(8))
+def test_a_flipped_bit_of_a_page_is_named(tmp_path, bit):
+  """Where pages have sums: others let through what decodes."""
+  path = tmp_path / "a.parquet"
+  table = pa.table({"text": TEXTS * 5})
+  parquet.write_table(
+    table, path, row_group_size=30, compression="none", use_dictionary=False,
+    write_page_checksum=True,
+  )  # fmt: skip
+  content = bytearray(path.read_bytes())
+  at = content.rindex(b"zwei")
+  content[at] ^= 1 << bit
+  path.write_bytes(content)
+  with pytest.raises(ValueError, match="a.parquet, row group 3 is damaged"):
+    texts_of(path, "parquet")
+
+
+def varint(value):
+  low, rest = value & 0x7F, value >> 7
+  return bytes([low | 0x80]) + varint(rest) if rest else bytes([low])
+
+
+def field(number, content):
+  return bytes([number << 3 | 2]) + varint(len(content)) + content
+
+
+def example(**features):
+  """A tf.train.Example: texts, or one number."""
+  entries = [
+    field(1, field(1, key.encode()) + field(2, (
+      field(3, field(1, varint(value))) if isinstance(value, int)
+      else field(1, b"".join(field(1, text.encode()) for text in value))
+    )))
+    for key, value in features.items()
+  ]  # fmt: skip
+  return field(1, b"".join(entries))
+
+
+def write_records(path, records):
   from array_record.python import array_record_module
 
-  path = tmp_path / "a.array_record"
   writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-  texts = [f"record {i} ü" for i in range(40)]
-  for text in texts:
-    writer.write(text.encode())
+  for record in records:
+    writer.write(record)
   writer.close()
+  return path
+
+
+def test_records_that_are_examples(tmp_path):
+  texts = [f"record {i} ü" * (1 + 40 * i) for i in range(40)]
+  write = lambda key: write_records(
+    tmp_path / "a.array_record",
+    [example(id=i, **{key: [text]}) for i, text in enumerate(texts)],
+  )
+  write("text")
+  source = sources.load("array_record", str(tmp_path))
+  assert sorted(source.train + source.validation) == sorted(texts)
+  write("body")
+  source = sources.load("array_record", str(tmp_path), text_key="body")
+  assert sorted(source.train + source.validation) == sorted(texts)
+  for key, words in (
+    ("text", r"record 0 is a tf.train.Example without.*it has: id, body"),
+    ("id", r"record 0: the feature 'id' holds 0 texts \(integers\)"),
+  ):
+    with pytest.raises(ValueError, match=f"a.array_record, {words}"):
+      sources.load("array_record", str(tmp_path), text_key=key)
+  write_records(tmp_path / "a.array_record", [b"fine"] * 9 + [b"a\xff"])
+  with pytest.raises(ValueError, match="record 9 is not UTF-8.*0xff at offset"):
+    sources.load("array_record", str(tmp_path))
+
+
+@pytest.mark.parametrize("record", [
+  b"text", b"\n\x04text", b"\n", b"", b"\n\x06\n\x04text",
+  example(a=["b"])[:-1], example(a=["b"]) + b" ",
+  b"\n\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+])  # fmt: skip
+def test_text_is_no_example(record):
+  assert examples.features(record) is None
+  assert examples.features(example(a=["b"]))["a"].values == (b"b",)
+
+
+def test_array_records_of_documents(tmp_path):
+  texts = [f"record {i} ü" for i in range(40)]
+  path = write_records(
+    tmp_path / "a.array_record", [text.encode() for text in texts]
+  )
   source = sources.load("array_record", str(tmp_path))
   assert sorted(source.train + source.validation) == sorted(texts)
   path.write_bytes(b"none")
@@ -187,3 +320,16 @@ def test_hugging_face_folders(tmp_path):
     sources.load("hugging_face", str(tmp_path / "bare"))
   with pytest.raises(ValueError, match="no folder of save_to_disk"):
     sources.load("hugging_face", str(tmp_path))
+  for path in sorted(p for p in (tmp_path / "one").iterdir()):
+    content = path.read_bytes()
+    for damage in (b"", b"null", b"[]", b"\xff", b"[" * 10**5, content[:-90]):
+      path.write_bytes(damage)
+      with pytest.raises(ValueError, match="data.path=.*save it again"):
+        sources.load("hugging_face", str(tmp_path / "one"))
+    path.write_bytes(content)
+  arrow = tmp_path / "one" / "data-00000-of-00001.arrow"
+  whole = arrow.read_bytes()
+  at = whole.rindex(texts[49].encode())
+  arrow.write_bytes(whole[:at] + b"\xff" + whole[at + 1 :])
+  with pytest.raises(ValueError, match="is damaged in column 'text'.*UTF"):
+    sources.load("hugging_face", str(tmp_path / "one"))

@@ -154,14 +154,39 @@ def test_stopped_and_damaged_shards_are_made_again_and_no_others(
   assert prepared.manifest_hash(mended) == prepared.manifest_hash(manifest)
 
 
-def test_newer_input_is_read_again(tmp_path):
-  source = test_documents.write_jsonl(tmp_path / "a.jsonl", texts(60))
-  before, _ = prepare(tmp_path / "out", source)
-  body = source.read_text().replace("a", "b")
-  source.write_text(body)
-  after, made = prepare(tmp_path / "out", source)
+@pytest.mark.parametrize("kind", ["text", "jsonl", "parquet"])
+def test_other_input_is_read_again_however_old_it_is(tmp_path, kind):
+  """As tar, rsync -a and cp -p bring it: of the same size, and older."""
+  write = {"jsonl": test_documents.write_jsonl, "text": write_text}
+  write = write.get(kind, test_documents.write_parquet)
+  source, every = tmp_path / f"a.{kind}", texts(60)
+  write(source, every)
+  before, _ = prepare(tmp_path / "out", source, kind)
+  size = source.stat().st_size
+  write(source, [text.replace("a", "b") for text in every])
+  os.utime(source, (1e9, 1e9))
+  assert source.stat().st_size == size
+  after, made = prepare(tmp_path / "out", source, kind)
   assert all(made)
   assert before["counts"] == after["counts"] and before != after
+  os.utime(source)
+  again, made = prepare(tmp_path / "out", source, kind)
+  assert not any(made) and again == after
+
+
+def write_text(path, every):
+  path.write_text("\n".join(every) + "\n")
+
+
+@pytest.mark.parametrize("damage", [
+  b"[]", b"null", b"\xff", b"{}", b'{"shards": [3], "counts": 1}',
+])  # fmt: skip
+def test_a_damaged_note_is_none(corpus, made, tmp_path, damage):
+  out = tmp_path / "out"
+  prepare(out, corpus)
+  preparation.note_path(out, 2).write_bytes(damage)
+  manifest, again = prepare(out, corpus)
+  assert sum(again) == 1 and again[2] and manifest == made[1]
 
 
 @pytest.mark.parametrize("change,words", [
@@ -204,8 +229,23 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
   shard.unlink()
   with pytest.raises(ValueError, match=f"{shard.name} is missing"):
     load(out)
-  (out / "manifest.json").write_text("{")
-  with pytest.raises(ValueError, match="no JSON"):
+  for damage in (b"{", b"\xff", b"[" * 10**5):
+    (out / "manifest.json").write_bytes(damage)
+    with pytest.raises(ValueError, match="no JSON"):
+      load(out)
+  for key, value, place in (
+    ("sequence_length", -1, "sequence_length"), ("tokenizer", [], "tokenizer"),
+    ("counts", {"train": {}}, "counts.train.documents"),
+    ("shards", [{"file": None}], r"shards\[0\].file"),
+  ):  # fmt: skip
+    damaged = json.dumps(manifest | {key: value})
+    (out / "manifest.json").write_text(damaged)
+    with pytest.raises(
+      ValueError, match=f"manifest.json is damaged at {place}"
+    ):
+      load(out)
+  (out / "manifest.json").write_text("null")
+  with pytest.raises(ValueError, match="is no manifest"):
     load(out)
 
 

@@ -218,9 +218,12 @@ def test_the_end_is_what_the_config_beside_it_says(words):
   beside.write_text('{"eos_token": {"content": "<pad>"}}')
   made = tokenizers.load(words)
   assert made.end_id == 0 and made.fingerprint != before
-  beside.write_text("[")
-  with pytest.raises(ValueError, match="tokenizer_config.json is no JSON"):
-    tokenizers.load(words)
+  for damage in (b"[", b"[" * 10**5, b"\xff", b"3"):
+    beside.write_bytes(damage)
+    with pytest.raises(ValueError, match="tokenizer_config.json is no JSON"):
+      tokenizers.load(words)
+  beside.write_text('{"eos_token": ["</s>"]}')
+  assert tokenizers.load(words).fingerprint == before
   beside.unlink()
 
 
@@ -253,9 +256,33 @@ def test_half_a_tokenizer_json_is_refused(tmp_path, merges, words_of_it):
     tokenizers.load(str(path))
 
 
-@pytest.mark.parametrize(
-  "content", ["", "{}", "[]", '{"model": {}}', '{"model": {"vocab": {}}}']
-)
+@pytest.mark.parametrize("change,words", [
+  ({"vocab": {"</s>": 0, "a": 2**31}}, "has the id 2147483648; ids must be"),
+  ({"vocab": {"</s>": 0, "a": 2**32}}, "a broken tokenizer.json"),
+  ({"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+   "a broken tokenizer.json .*Precompiled"),
+  ({"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "("},
+                      "behavior": "Isolated", "invert": False}},
+   "a broken tokenizer.json"),
+  ({"padding": {"strategy": "BatchLongest", "direction": "Right", "pad_id": 9,
+                "pad_to_multiple_of": None, "pad_type_id": 0,
+                "pad_token": "a"}},
+   "pads with the id 9, which its vocabulary of 2 ids does not have"),
+  ({}, "cannot write a text .*Missing .UNK."),
+])  # fmt: skip
+def test_what_the_library_raises_names_the_file(tmp_path, change, words):
+  """As Exception of no type, as a panic of Rust, as numbers too large."""
+  vocab = change.pop("vocab", {"</s>": 0, "a": 1})
+  model = {"type": "WordLevel", "unk_token": "?", "vocab": vocab}
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps({"model": model, **change}))
+  with pytest.raises(ValueError, match=f"tokenizer.json. .*{words}"):
+    tokenizers.load(str(path)).encode("b")
+
+
+@pytest.mark.parametrize("content", [
+  "", "{}", "[]", '{"model": {}}', '{"model": {"vocab": {}}}', "[" * 10**5,
+])  # fmt: skip
 def test_json_of_something_else_is_refused(tmp_path, content):
   path = tmp_path / "tokenizer.json"
   path.write_text(content)

@@ -1,5 +1,6 @@
 """docs/errors.md: every command of its tables says what stands there."""
 
+import os
 import pathlib
 import re
 import shlex
@@ -31,7 +32,14 @@ def make_files(folder: pathlib.Path) -> None:
   (folder / "empty").mkdir()
   (folder / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
   (folder / "body.jsonl").write_text('{"body": "a"}\n')
+  (folder / "texts").mkdir()
+  (folder / "texts" / "a.txt").write_text("some text\n")
+  (folder / "deep.jsonl").write_text('{"text": "a", "b": ' + "[" * 200_000)
+  os.mkfifo(folder / "pipe")
   (folder / "words.model").write_text("no model")
+  (folder / "words.json").write_text(
+    '{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}}'
+  )
   (folder / "broken.py").write_text(
     'def get_config(arg=""):\n  return nothing\n'
   )

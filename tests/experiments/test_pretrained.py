@@ -212,6 +212,10 @@ CONFIG_MISTAKES = {
               {"model_type": "mistral"}),
   "none": ("got None in config.json", {"model_type": None}),
   "gelu": ("hidden_act must be silu, got 'gelu'", {"hidden_act": "gelu"}),
+  "switch": ("tie_word_embeddings of config.json must be true or false, got "
+             "'no'", {"tie_word_embeddings": "no"}),
+  "no number": ("rms_norm_eps of config.json must be a number, got nan",
+                {"rms_norm_eps": float("nan")}),
   "mlp bias": ("mlp_bias of config.json is not supported, got True",
                {"mlp_bias": True}),
   "quantized": ("quantization_config of config.json is not supported",

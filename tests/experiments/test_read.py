@@ -61,6 +61,21 @@ def test_the_sum_is_the_loss_of_the_text(model, tmp_path, monkeypatch):
     assert period == 8 and parts[:, 1].sum() == len(ids) - 1
 
 
+@pytest.mark.parametrize("start,place", [(0, 101), (0, 1101), (300, 2999)])
+def test_a_bad_byte_is_told_by_its_place(tmp_path, monkeypatch, start, place):
+  monkeypatch.setattr(_reading, "_BLOCK", 1000)
+  content = bytearray((b"x" * 99 + b"\n") * 30)
+  content[place] = 0xFF
+  (tmp_path / "a.txt").write_bytes(content)
+  reader = types.SimpleNamespace(
+    state=types.SimpleNamespace(position_B=[0]),
+    score=lambda ids: np.zeros(ids.shape, np.float32),
+  )
+  net = types.SimpleNamespace(levels=lambda: ([], None))
+  with pytest.raises(ValueError, match=f"a.txt .* 0xff at offset {place};"):
+    read((net, None), tmp_path / "a.txt", start, reader=reader)
+
+
 def test_stopped_and_gone_on_is_one_reading(model, tmp_path, monkeypatch):
   monkeypatch.setattr(_reading, "_BLOCK", 1000)
   path = tmp_path / "a.txt"

@@ -131,6 +131,36 @@ def test_gaps_torn_lines_and_single_lines(tmp_path):
   assert "Loss over tokens" in report(alone, alone).text
 
 
+def test_damaged_lines_are_left_out_and_damaged_values_are_gaps(tmp_path):
+  lines = [line(i) for i in range(1, 6)]
+  lines[2]["train/loss"] = "low"
+  lines[3]["opt/grad_norm"] = 10**400
+  run = make_run(tmp_path / "a", transformer_tiny, lines)
+  with (run / "metrics.jsonl").open("ab") as file:
+    file.write(b'\xff\n{"step": "7", "tokens": [], "wall_time": {}}\n[3]\n')
+  page = report(run, run)
+  assert "3 torn lines" in page.text
+  xs, _ = _report_runs.read(str(run)).series("train/loss", "step")
+  assert xs == [1, 2, 4, 5]
+
+
+NAMES = [
+  "$x$", r"a $\frac", "_hidden", "<b>&amp;'\"|", "{0}%s", "two\nlines",
+  "half \udcff", "long" * 60,
+]  # fmt: skip
+
+
+def test_names_are_drawn_as_they_are(tmp_path):
+  lines = [line(i) for i in range(1, 3)]
+  runs = [make_run(tmp_path / x, transformer_tiny, lines) for x in NAMES]
+  page = report(tmp_path / "out", *runs)
+  drawn = [text for text in page.words if text.endswith(", train")]
+  assert len(drawn) == 2 * len(NAMES) and not page.fetched
+  for name in NAMES:
+    if name.isprintable() and len(name) < 100:
+      assert drawn.count(f"{name}, train") == 2, name
+
+
 def test_seconds_are_of_training_whatever_the_clock_says(tmp_path):
   lines = [line(i) for i in range(1, 4)]
   lines[2]["wall_time"] += 1e6  # Stopped over night.

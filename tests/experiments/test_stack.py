@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from experiments import _hf_config, _pretrained, _setup, _tensors
+from experiments import _flags, _hf_config, _pretrained, _setup, _tensors
 from experiments.configs import hope_linear_tiny
 from nl_jax import sharding
 from nl_jax.train import checkpoint, files
@@ -41,6 +42,8 @@ def write_run(folder):
     saver.save(0, {"params": params, "step": zero}, {}, {})
 
 
+# A name that would run as code, in Python, a shell, a format or a drawing.
+STRANGE = '''h"""; open("ran", "w") #\\N{x} {0} $(touch ran) $\\frac'''
 SMALL = [
   "--config.train.steps=2", "--config.eval.batches=1",
   "--config.data.path=text.txt", "--config.data.sequence_length=32",
@@ -57,6 +60,7 @@ def commands(tmp_path_factory):
   kept = {"eos_token_id": 1, "max_position_embeddings": 128}
   hf = hub.write_folder(folder / "hf", "llama", config=kept)
   write_tokenizer(hf)
+  shutil.copytree(hf, folder / STRANGE)
   hub.write_folder(folder / "torn", "qwen2")
   hub.torn(folder / "torn")
   (folder / "torn.json").mkdir()
@@ -72,10 +76,10 @@ def commands(tmp_path_factory):
     ["export", "--workdir=s", "--out=s.hf"],
     ["export", "--workdir=s", "--out=s.bf16", "--dtype=bfloat16"],
     ["stack", "--hf=s.hf", "--workdir=again"],
-    ["lm", "--config=s/config.py", "--workdir=t", "--init_from=s",
+    ["lm", "--config=s/config.json", "--workdir=t", "--init_from=s",
      "--config.model.cms.periods=256,512,512", *SMALL],
     ["export", "--workdir=t", "--out=t.hf"],
-    ["stack", "--hf=hf", "--workdir=c", "--chunks=8,16", "--mode=split",
+    ["stack", f"--hf={STRANGE}", "--workdir=c", "--chunks=8,16", "--mode=split",
      "--rates=0.1,0.01"],
     ["sample", "--workdir=c", "--tokens=5", "--prompt=abcdefghij"],
     ["export", "--workdir=c", "--out=c.hf"],
@@ -94,8 +98,8 @@ def commands(tmp_path_factory):
     ["stack", "--hf=hf", "--workdir=new", "--chunks=8", "--rates=1,2"],
     ["stack", "--hf=hf", "--workdir=new", "--tokenizer=bytes"],
     ["stack", "--hf=hf", "--workdir=i"],
-    ["lm", "--config=i/config.py", "--workdir=i", *SMALL],
-    ["lm", "--config=i/config.py:smoke"],
+    ["lm", "--config=i/config.json", "--workdir=i", *SMALL],
+    ["lm", "--config=i/config.json:smoke"],
     ["report", "--workdir=i"],
     ["read", "--workdir=i", "--text=text.txt", "--memory_out=m"],
     ["export"],
@@ -189,7 +193,7 @@ SENTENCES = [
   "model.vocab_size=67 is smaller than the 259 ids of data.tokenizer='bytes'",
   "i holds a run, and nothing is written over: give another --workdir",
   "i was trained on other data (fingerprint no data yet, now",
-  "unknown config argument 'smoke'; there is none",
+  "unknown config argument 'smoke'; i/config.json takes none",
   "metrics.jsonl has no line yet: the run has measured nothing",
   "keeps every token that it reads",
   "--workdir is required: the folder of a trained run",
@@ -209,6 +213,17 @@ def test_a_mistake_is_answered(commands, i):
   assert said.returncode == 1, command
   assert "Traceback" not in said.stderr
   assert SENTENCES[i] in said.stderr.strip().splitlines()[-1], said.stderr
+
+
+def test_no_name_becomes_code(commands):
+  """What a stacked run leaves is data, and nothing of a name has run."""
+  folder, _ = commands
+  assert not list(folder.rglob("*.py")) and not (folder / "ran").exists()
+  config = _flags.load_config(str(folder / "c" / "config.json"))
+  assert config.model.cms.chunks == (8, 16)
+  assert config.data.tokenizer == str(
+    (folder / STRANGE).resolve() / "tokenizer.json"
+  )
 
 
 def test_mistakes_leave_nothing(commands):

@@ -97,6 +97,32 @@ def test_damaged_last_step_falls_back(saved, like, tmp_path, damage, caplog):
     assert saver.restore(like).step == 3
 
 
+def test_strangers_among_the_checkpoints_are_passed_by(saved, like, tmp_path):
+  """A file, a copy by another name, and a step that was copied."""
+  folder = copy(saved, tmp_path)
+  steps = folder / "checkpoints"
+  for name in ("9", "notes.txt", "3.bak", "\N{SUPERSCRIPT TWO}"):
+    (steps / name).write_text("precious")
+  for name in ("3 (copy)", "4.old", "\N{ARABIC-INDIC DIGIT SEVEN}", "007"):
+    shutil.copytree(steps / "3", steps / name)
+  strangers = {path.name for path in steps.iterdir()} - {*"123"}
+  shutil.copytree(steps / "3", steps / "7")
+  assert checkpoint.latest_step(str(folder)) == 7
+  params, step = checkpoint.load_params(str(folder), MODEL)
+  assert step == 3
+  np.testing.assert_array_equal(params["embed"], 3)
+  with pytest.raises(ValueError, match="no checkpoint of step 9 .*1, 2, 3, 7"):
+    checkpoint.load_params(str(folder), MODEL, step=9)
+  assert checkpoint.read_newest(str(folder), like).step == 3
+  with checkpoint.Checkpoints(folder) as saver:
+    assert saver.restore(like).step == 3
+    saver.save(4, state_of(like, 4), {"next_index": 4}, {})
+  assert (folder / "damaged" / "7").is_dir()
+  assert strangers <= {path.name for path in steps.iterdir()}
+  with checkpoint.Checkpoints(folder) as saver:
+    assert saver.restore(like).step == 4
+
+
 def test_all_damaged_is_one_sentence_and_changes_nothing(saved, like, tmp_path):
   folder = copy(saved, tmp_path)
   for step in "123":

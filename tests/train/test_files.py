@@ -73,10 +73,19 @@ def test_folder_with_other_files_is_fine(tmp_path):
   files.claim(tmp_path, CONFIG, "f")
 
 
-def test_torn_config_is_one_sentence(tmp_path):
-  (tmp_path / "config.json").write_text("{")
-  with pytest.raises(ValueError, match="is no JSON"):
+@pytest.mark.parametrize("damage,words", [
+  (b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[" * 10**5, "is no JSON"),
+  (b"null", "is not the config.json of a run"), (b"[1]", "is not the config"),
+  (b'{"config": null, "fingerprint": "f"}', "is not the config.json"),
+  (b'{"config": [], "fingerprint": "f"}', "is not the config.json"),
+  (b'{"config": {"model": 3}, "fingerprint": "f"}', "is not the config.json"),
+  (b'{"config": {}, "fingerprint": null}', "is not the config.json"),
+])  # fmt: skip
+def test_a_damaged_config_is_one_sentence(tmp_path, damage, words):
+  (tmp_path / "config.json").write_bytes(damage)
+  with pytest.raises(ValueError, match=words):
     files.claim(tmp_path, CONFIG, "f")
+  assert [p.name for p in tmp_path.iterdir()] == ["config.json"]
 
 
 def test_two_at_once_are_refused(tmp_path):

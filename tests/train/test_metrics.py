@@ -52,6 +52,20 @@ def test_torn_last_line_is_dropped(tmp_path):
   assert steps(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damage", [
+  b'\xff\xfe', b'{"step": "2", "tokens": 1, "wall_time": 1}', b"null", b"[2]",
+  b'{"step": 1e400, "tokens": 1, "wall_time": 1}', b"[" * 10**5, b"9" * 5000,
+  b'{"step": 2}', b'{"step": true, "tokens": 1, "wall_time": 1}',
+])  # fmt: skip
+def test_a_damaged_line_is_dropped(tmp_path, damage):
+  write(tmp_path, [1, 2])
+  path = tmp_path / "metrics.jsonl"
+  one, two = path.read_bytes().splitlines()
+  path.write_bytes(b"\n".join([one, damage, two, b""]))
+  write(tmp_path, [3], step=2)
+  assert steps(tmp_path) == [1, 2, 3]
+
+
 def test_last_values_survive_a_resume(tmp_path):
   write(tmp_path, [1, 2, 3])
   with metrics.Writer(tmp_path, step=2) as writer:

@@ -1,0 +1,135 @@
+"""Files that are whole or not there, and locks: once for every room.
+
+Others may write to a folder, too, and lay a symbolic link where a file is about
+to be made; what is opened here never goes through one.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import pathlib
+import stat
+from collections.abc import Iterator
+from typing import Any, BinaryIO
+
+
+class HeldError(ValueError):
+  """A lock that another process holds."""
+
+
+def expand(path: str | os.PathLike) -> pathlib.Path:
+  """A path whose "~" or "~name" is the home folder of a user.
+
+  Raises:
+    ValueError: there is no such user.
+  """
+  try:
+    return pathlib.Path(path).expanduser()
+  except RuntimeError as error:
+    name = str(path).partition("/")[0]
+    raise ValueError(
+      f"{path}: there is no user of the name {name[1:]!r}, whose home folder "
+      f"{name} would be; write ./{path} for a folder of that name"
+    ) from error
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
+  """A file to write to, that takes the place of `path` at the end.
+
+  Killed at any moment, `path` is the old file or the new one; where the block
+  raises, it is the old one, and nothing else stays.
+
+  Raises:
+    OSError: the system refuses.
+  """
+  hidden = beside(path)
+  try:
+    with create(hidden) as file:
+      yield file
+      file.flush()
+      os.fsync(file.fileno())
+    hidden.replace(path)
+  except BaseException:
+    with contextlib.suppress(OSError):  # What went wrong first is told.
+      hidden.unlink(missing_ok=True)
+    raise
+
+
+def beside(path: pathlib.Path) -> pathlib.Path:
+  """Where a file is made before it takes its place."""
+  return path.with_name(f".{path.name}.tmp")
+
+
+def create(path: pathlib.Path) -> BinaryIO:
+  """A new file, in the place of what a killed process left there.
+
+  Raises:
+    OSError: the system refuses.
+  """
+  path.unlink(missing_ok=True)
+  how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+  return os.fdopen(os.open(path, how, 0o666), "wb")
+
+
+def write(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes a file as a whole; a text as UTF-8.
+
+  Raises:
+    OSError: the system refuses.
+  """
+  if isinstance(content, str):
+    content = content.encode("utf-8")
+  with replacing(path) as file:
+    file.write(content)
+
+
+def read_json(path: pathlib.Path) -> Any:
+  """The value of a JSON file.
+
+  Raises:
+    FileNotFoundError: there is none.
+    ValueError: it holds none, or one that Python does not read.
+  """
+  try:
+    return json.loads(path.read_bytes())
+  except (ValueError, RecursionError) as error:
+    raise ValueError(f"{path} is no JSON ({error})") from error
+
+
+@contextlib.contextmanager
+def lock(path: pathlib.Path) -> Iterator[None]:
+  """Holds a file for this process; the system frees it on any death.
+
+  Args:
+    path: of the file, made if missing.
+
+  Raises:
+    HeldError: another process holds it.
+    ValueError: there is no plain file in that place.
+    OSError: the system refuses.
+  """
+  how = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+  try:
+    descriptor = os.open(path, how, 0o666)
+  except OSError as error:
+    if error.errno == errno.ELOOP:
+      raise _no_file(path, "a symbolic link") from error
+    raise
+  with os.fdopen(descriptor, "rb") as file:
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+      raise _no_file(path, "no plain file")
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      raise HeldError(f"another process holds {path}") from error
+    yield
+
+
+def _no_file(path: pathlib.Path, what: str) -> ValueError:
+  return ValueError(
+    f"{path} is {what}, and commands hold a folder by a file of their own; "
+    "remove it"
+  )
