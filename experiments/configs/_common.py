@@ -134,6 +134,8 @@ def language_model(
     )
   )
   group.update({key: model[key] for key in ("mixer", "cms") if key in model})
+  if demonstration and "remat_group" in group.get("mixer", {}):
+    group.mixer.remat_group = 1  # All states are kept: memory is no matter.
   return ConfigDict(
     dict(
       model=group,

@@ -37,7 +37,7 @@ def _delta(arch: str, size: str, arg: str, output_gate: bool) -> ConfigDict:
       output_gate=output_gate,  # SiLU(x W_g) before the output kernel.
       allow_neg_eigval=False,  # beta up to 2: a write may turn a sign.
       chunk=shape.chunk,  # Tokens computed at once; changes no number.
-      remat_group=4,  # Chunks that the backward pass recomputes at once.
+      remat_group=4,  # Chunks between states kept for the backward pass.
       walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )

@@ -78,7 +78,7 @@ def _memory(shape: presets.Shape) -> ConfigDict:
       read="after",  # Own write seen; or before (eq. 86), chunk_start.
       residual_clip=4.0,  # Largest norm of an inner error; 0: off. Ours.
       inner_mean=False,  # Inner loss divided by the value width.
-      remat_group=4,  # Chunks that the backward pass recomputes at once.
+      remat_group=4,  # Chunks between states kept for the backward pass.
       walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
       stop_grad_writes=False,  # Outer gradient stops at inner writes.
       chunk_memory=shape.chunk,  # Tokens a chunk of M_memory (Fig. 3: 16).

@@ -17,7 +17,7 @@ def retnet(size: str, arg: str) -> ConfigDict:
   memory = ConfigDict(
     dict(
       chunk=shape.chunk,  # Tokens computed at once; changes no number.
-      remat_group=4,  # Chunks that the backward pass recomputes at once.
+      remat_group=4,  # Chunks between states kept for the backward pass.
       walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )

@@ -21,7 +21,7 @@ def rwkv7(size: str, arg: str) -> ConfigDict:
       value_rank=ranks[2],  # Of the share of the first layer's values.
       gate_rank=ranks[3],  # Of the output gate g.
       chunk=shape.chunk,  # Tokens computed at once; changes no number.
-      remat_group=4,  # Chunks that the backward pass recomputes at once.
+      remat_group=4,  # Chunks between states kept for the backward pass.
       walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
     )
   )

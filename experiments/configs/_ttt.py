@@ -29,7 +29,7 @@ def _ttt(arch: str, size: str, arg: str, base_lr: float) -> ConfigDict:
       chunk=shape.chunk,  # Tokens of a mini-batch.
       base_lr=base_lr,  # Inner rate before its gates; not warmed up.
       pre_conv=True,  # x + conv4(RMSNorm(x)) before the mixer.
-      remat_group=4,  # Mini-batches recomputed at once, backward.
+      remat_group=4,  # Chunks between states kept for the backward pass.
       walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
       stop_grad_writes=False,  # Outer gradient stops at inner writes.
     )

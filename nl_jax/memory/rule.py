@@ -54,7 +54,8 @@ class Rule:
     read: "after" the token's own write, "before" it, or at "chunk_start".
     residual_clip: largest norm of an output error; 0 = off.
     inner_mean: divide the output error by V.
-    remat_group: chunks whose intermediates are recomputed together.
+    remat_group: chunks between two states that are kept for the backward pass;
+      1, all of them, is faster.
     stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
     omega: tokens whose gradients one token writes, each times its gate gamma
       (Atlas, see `window`); 1: its own, without gate.

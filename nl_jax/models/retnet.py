@@ -37,7 +37,8 @@ class Options:
 
   Attributes:
     chunk: tokens that are computed at once.
-    remat_group: chunks whose intermediates are recomputed together.
+    remat_group: chunks between two states that are kept for the backward pass;
+      1, all of them, is faster.
     walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
       "pallas_interpret".
   """

@@ -53,7 +53,8 @@ class Options:
     decay_rank, rate_rank, value_rank, gate_rank: inner widths of the LoRAs of
       w, a, v and g.
     chunk: tokens that are computed at once; no part of the function.
-    remat_group: chunks whose intermediates are recomputed together.
+    remat_group: chunks between two states that are kept for the backward pass;
+      1, all of them, is faster.
     walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
       "pallas_interpret".
   """

@@ -36,7 +36,8 @@ class Options:
     chunk: tokens of a mini-batch; RoPE's positions restart with each.
     base_lr: the inner learning rate before its gates.
     pre_conv: a convolution with residual stands before the mixer.
-    remat_group: mini-batches whose intermediates are recomputed together.
+    remat_group: mini-batches between two states that are kept for the backward
+      pass; 1, all of them, is faster.
     stop_grad_writes: the outer gradient does not pass earlier writes.
     walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
       "pallas_interpret".
