@@ -9,9 +9,13 @@ the three forms, since that of `dot_general` ends in transposes.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 _FORMS = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}  # Axes that are summed.
 _DERIVATIVES = {  # (form, operands) of both cotangents; "g" is the incoming.
@@ -80,6 +84,60 @@ def _product(x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
   if how == "x2":
     return dot(x0, y0) + dot(x0, y1)
   return dot(x0, y0) + (dot(x0, y1) + dot(x1, y0))
+
+
+def _rows_first(
+  x: jax.Array, y: jax.Array, *, form: str, how: str
+) -> jax.Array:
+  """`_product`; a CPU is slow to sum over the rows of both."""
+  if form == "tn":
+    x, form = jnp.swapaxes(x, -1, -2), "nn"
+  return _product(x, y, form, how)
+
+
+def _transposed(
+  which: int, g: jax.Array, x: Any, y: Any, *, form: str, how: str
+) -> jax.Array:
+  other, names = _DERIVATIVES[form][which]
+  of = {"x": x, "y": y, "g": g}
+  return _product_p.bind(of[names[0]], of[names[1]], form=other, how=how)
+
+
+def _batched(
+  arrays: Sequence[jax.Array], axes: Sequence[int | None], **how: str
+) -> tuple[jax.Array, int]:
+  size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+  lay = lambda x, a: (
+    jnp.broadcast_to(x[None], (size, *x.shape))
+    if a is None
+    else jnp.moveaxis(x, a, 0)
+  )
+  return _product_p.bind(*map(lay, arrays, axes), **how), 0
+
+
+def _out(x: Any, y: Any, *, form: str, how: str) -> jax.core.ShapedArray:
+  i, j = _FORMS[form]
+  shape = (*x.shape[:-2], x.shape[-1 - i], y.shape[-1 - j])
+  dtype = x.dtype if how == "full" else jnp.float32
+  return jax.core.ShapedArray(shape, dtype)
+
+
+# In XLA too the derivative stays in the three forms: that of `dot_general` with
+# respect to its second operand is the transpose of a product, for which a CPU
+# takes twice the time. A primitive, since it is differentiated in both modes,
+# to any order, as what is linear in each operand.
+_product_p = core.Primitive("product")
+_product_p.def_impl(_rows_first)
+_product_p.def_abstract_eval(_out)
+ad.defbilinear(
+  _product_p,
+  functools.partial(_transposed, 0),
+  functools.partial(_transposed, 1),
+)
+batching.primitive_batchers[_product_p] = _batched
+mlir.register_lowering(
+  _product_p, mlir.lower_fun(_rows_first, multiple_results=False)
+)
 
 
 def _by_head(x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
@@ -173,7 +231,7 @@ class Tile:
     x = jnp.broadcast_to(x, (*lead, *x.shape[-2:]))
     y = jnp.broadcast_to(y, (*lead, *y.shape[-2:]))
     if not self.fused:
-      return _product(x, y, form, how)
+      return _product_p.bind(x, y, form=form, how=how)
     flat = lambda z: z.reshape(-1, *z.shape[-2:])
     out = _fused_product(flat(x), flat(y), form, how)
     return out.reshape(*lead, *out.shape[-2:])
