@@ -13,6 +13,10 @@ def _has_tpu() -> bool:
   return any(path.read_text().strip() == _GOOGLE for path in vendors)
 
 
+# XLA logs as an error that a compilation takes more than two minutes. What does
+# go wrong is raised besides; 0 shows all of the log.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
 # With libtpu installed and no TPU, for compiling ahead of time, JAX would look
 # for one and print pages of what it did not find.
 if (

@@ -44,6 +44,7 @@ def environment(folder: pathlib.Path) -> None:
   """
   require_compiler()
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")  # Raised all the same.
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   # Any will do: without them it prints that it found no host.
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")

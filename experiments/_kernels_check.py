@@ -2,11 +2,12 @@
 
 A layer of each config at its smallest size, packed documents and padding:
 outputs, states and all gradients with `model.mixer.walk` as the kernels and as
-"xla". Float32 first; where there is a TPU, bfloat16 as well.
+"xla". Float32 first; where there is a TPU, bfloat16 as well. Parameters are
+moved away from their start, whose zeros would hide what a walk computes.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,13 @@ from nl_jax.models import lm
 _BOUNDS = {"float32": (1e-5, 1e-4), "bfloat16": (2e-2, 5e-2)}
 # On a TPU sums go in another order, and are longer.
 _LOOSE = 10
+_MOVED = 0.1  # Parameters, from their start.
+# What a CPU runs once is compiled as quickly as it can be.
+_QUICK = {
+  "xla_backend_optimization_level": 0,
+  "xla_llvm_disable_expensive_passes": True,
+  "xla_cpu_parallel_codegen_split_count": 1,
+}
 
 
 class Line(NamedTuple):
@@ -33,6 +41,7 @@ class Line(NamedTuple):
     refused: why the config has no kernels; "" where it has.
     values, gradients: largest differences, relative to their array's size.
     bounds: of these.
+    still: parameters whose gradient is 0, so that nothing was compared.
   """
 
   config: str
@@ -43,6 +52,7 @@ class Line(NamedTuple):
   values: float = 0.0
   gradients: float = 0.0
   bounds: tuple[float, float] = (0.0, 0.0)
+  still: tuple[str, ...] = ()
 
   @property
   def holds(self) -> bool:
@@ -50,13 +60,15 @@ class Line(NamedTuple):
     fits = (
       self.values <= self.bounds[0] and self.gradients <= self.bounds[1]
     )  # Not of NaN.
-    return bool(self.refused) or (bool(self.walks) and fits)
+    return bool(self.refused) or (bool(self.walks) and fits and not self.still)
 
   def __str__(self) -> str:
     if self.refused:
       return f"XLA   {self.config}: {self.refused}"
     if not self.walks:
       return f"OFF   {self.config}: no walk ran as a kernel"
+    if self.still:
+      return f"OFF   {self.config}: no gradient of {', '.join(self.still)}"
     word = "equal" if self.holds else "OFF  "
     rest = f"; by XLA: {', '.join(self.others)}" if self.others else ""
     return (
@@ -89,16 +101,17 @@ def check(name: str, dtype: str, implementation: str) -> Line:
     kernels = _by(net, implementation)
   except ValueError as error:  # The mixer's own sentence.
     return Line(name, dtype, (), (), str(error))
+  params = _parameters(net)
   with walk.recorded() as calls:
-    fused = _both_ways(kernels)
+    fused = _both_ways(kernels, params)
   ran = {c.name: None for c in calls if c.implementation == implementation}
   other = {c.name: None for c in calls if c.name not in ran}
-  plain = _both_ways(_by(net, "xla"))
+  plain = _both_ways(_by(net, "xla"), params)
   loose = _LOOSE if implementation == "pallas_tpu" else 1
   return Line(
     name, dtype, tuple(ran), tuple(other), "",
     _difference(fused[0], plain[0]), _difference(fused[1], plain[1]),
-    tuple(loose * bound for bound in _BOUNDS[dtype]),
+    tuple(loose * bound for bound in _BOUNDS[dtype]), _still(plain[1]),
   )  # fmt: skip
 
 
@@ -107,11 +120,33 @@ def _by(net: lm.LanguageModel, implementation: str) -> lm.LanguageModel:
   return dataclasses.replace(net, mixer=memory)
 
 
-def _both_ways(net: lm.LanguageModel) -> tuple[Any, Any]:
-  """((outputs, state), gradients) of a layer."""
-  blocks = net.init(jax.random.key(0))["blocks"]
-  blocks = net.module.laid(blocks) if net.whole else blocks
-  layer = jax.tree.map(lambda x: x[0], blocks)
+def _jit(run: Callable[..., Any]) -> Callable[..., Any]:
+  quick = _QUICK if jax.default_backend() == "cpu" else None
+  return jax.jit(run, compiler_options=quick)
+
+
+def _parameters(net: lm.LanguageModel) -> Any:
+  """Of a layer, at a point where none is 0 or 1 as it may be at the start."""
+
+  def draw() -> Any:
+    blocks = net.init(jax.random.key(0))["blocks"]
+    blocks = net.module.laid(blocks) if net.whole else blocks
+    # The last: the first layer of RWKV-7 has parameters without use.
+    return jax.tree.map(lambda x: x[-1], blocks)
+
+  noise = np.random.default_rng(0)
+
+  def move(x: jax.Array) -> np.ndarray:
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    return x + _MOVED * noise.standard_normal(x.shape).astype(x.dtype)
+
+  return jax.tree.map(move, _jit(draw)())
+
+
+def _both_ways(net: lm.LanguageModel, layer: Any) -> tuple[Any, Any]:
+  """((outputs, state), gradients by name) of a layer with its parameters."""
   fixed = {k: v for k, v in layer["mixer"].items() if k == "first"}
   learned = {k: v for k, v in layer["mixer"].items() if k not in fixed}
   ids = _documents(net)
@@ -126,9 +161,9 @@ def _both_ways(net: lm.LanguageModel) -> tuple[Any, Any]:
     outs = (jnp.where(ids[..., None] != 0, y, 0), state)
     return sum(map(_number, jax.tree.leaves(outs))), outs
 
-  grad = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-  (_, outs), grads = grad(learned, x)
-  return outs, grads
+  grad = _jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+  (_, outs), (by_learned, by_x) = grad(learned, x)
+  return outs, {"inputs": by_x, "mixer": by_learned}
 
 
 def _documents(net: lm.LanguageModel) -> jax.Array:
@@ -148,6 +183,15 @@ def _number(x: jax.Array) -> jax.Array:
   x = x.astype(jnp.float32)
   at = jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape)
   return jnp.sum(jnp.sin(x) * (0.2 + jnp.cos(at)))
+
+
+def _still(grads: Any) -> tuple[str, ...]:
+  """Names of the gradients that are 0 throughout."""
+  named = jax.tree_util.tree_leaves_with_path(grads["mixer"])
+  return tuple(
+    jax.tree_util.keystr(path, simple=True, separator="/")
+    for path, x in named if not np.any(x)
+  )  # fmt: skip
 
 
 def _difference(x: Any, y: Any) -> float:

@@ -213,25 +213,40 @@ _TILE = ("chip", "name", "C", "K", "M")  # What a row of tiles.json is of.
 def tiles(
   rows: Iterable[dict[str, Any]],
   before: Iterable[dict[str, Any]],
-  gain: float = 0.03,
+  gain: float = 0.02,
 ) -> list[dict[str, Any]]:
-  """Rows of `tiles.json`: where other heads a step spare more than `gain`.
+  """Rows of `tiles.json`: what was tried, and what beats the default.
+
+  A row says which bodies were compiled, the heads a step of the default, and
+  of all heads the bundles over the default's. It has `heads`, which a kernel
+  then takes, only where others spare more than `gain`. Bodies that a row does
+  not tell apart are tried together: the worst of them counts.
 
   Args:
     rows: of --tune, `tries` of each body.
     before: the file's rows; those of bodies that were not tried stay.
     gain: share of the bundles of the default.
   """
-  found, tried = [], set()
-  for row, _ in _by_body(rows):
-    tries = {t["heads"]: t["bundles"] for t in row.get("tries", ())
-             if "bundles" in t}  # fmt: skip
-    if row.get("step") not in tries:
+  tried: dict[tuple, dict[str, Any]] = {}
+  for row, configs in _by_body(rows):
+    bundles = {t["heads"]: t["bundles"] for t in row.get("tries", ())
+               if "bundles" in t}  # fmt: skip
+    if row.get("step") not in bundles:
       continue
-    tile = {key: row["body" if key == "name" else key] for key in _TILE}
-    tried.add(tuple(tile.values()))
-    best = min(tries, key=tries.get)
-    if tries[best] < (1 - gain) * tries[row["step"]]:
-      found.append(tile | dict(heads=best))
+    key = {k: row["body" if k == "name" else k] for k in _TILE}
+    own = {h: round(n / bundles[row["step"]], 3) for h, n in bundles.items()}
+    made = tried.setdefault(
+      tuple(key.values()),
+      key | dict(configs=[], default=row["step"], of_default=own),
+    )
+    made["configs"] += configs
+    made["of_default"] = {
+      heads: max(n, own[heads])
+      for heads, n in made["of_default"].items() if heads in own
+    }  # fmt: skip
+  for made in tried.values():
+    best = min(made["of_default"], key=made["of_default"].get)
+    if made["of_default"][best] < 1 - gain:
+      made["heads"] = best
   stay = lambda row: tuple(row[key] for key in _TILE) not in tried
-  return [row for row in before if stay(row)] + found
+  return [row for row in before if stay(row)] + list(tried.values())

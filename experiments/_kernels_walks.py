@@ -106,10 +106,8 @@ def _body(name: str, call: walk.Call, heads: int | None) -> Body:
   if call.implementation != "pallas_tpu":
     why = call.reason or f"the mixer asks for {call.asked!r}"
     return Body(name, call._replace(reason=why), None, 0, H)
-  how, need = api.plan(
-    call.body, call.policy, call.name, heads, None, False, slow, xs, places,
-    state,
-  )  # fmt: skip
+  kernel = api.Kernel(call.body, call.policy, call.name, heads)
+  how, need = api.plan(kernel, slow, xs, places, state)
   return Body(name, call, how, need, H)
 
 

@@ -1,9 +1,11 @@
 """Runs a command: its flags, its exit status, its errors as one sentence.
 
 Exit status (design.md section 3): 0 done, or stopped after saving; 1 a mistake
-or failure; 3 part of the work failed; 130 Ctrl-C.
+or failure; 3 part of the work failed; 130 Ctrl-C; 143 SIGTERM where nothing is
+to be saved.
 """
 
+import contextlib
 import functools
 import logging as std_logging
 import os
@@ -11,8 +13,9 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from absl import app, flags, logging
 
@@ -22,6 +25,7 @@ DONE = 0
 FAILED = 1
 PARTLY_FAILED = 3
 INTERRUPTED = 130
+TERMINATED = 143
 
 _DEBUG = flags.DEFINE_boolean(
   "debug", False, "Show the traceback of an error, not only its sentence."
@@ -29,6 +33,7 @@ _DEBUG = flags.DEFINE_boolean(
 _EXTRAS = {"datasets": "hf"}  # Of setup.py, where it is not `train`.
 _ROOT = pathlib.Path(__file__).parents[1]
 _AGAIN = 0.05  # Seconds.
+_REMIND = 60.0  # Seconds between two lines of `busy`.
 # What a room raises for a user's mistake, and what the system refuses.
 _MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
 
@@ -92,6 +97,30 @@ def tell(text: str) -> None:
   """`say`, once however many processes there are."""
   if _distributed.first():
     say(text)
+
+
+@contextlib.contextmanager
+def busy(what: str) -> Iterator[None]:
+  """Says at once what takes long, and every minute that it goes on.
+
+  Args:
+    what: as "compiling the train step".
+  """
+  begin, done = time.monotonic(), threading.Event()
+
+  def remind() -> None:
+    while not done.wait(_REMIND):
+      minutes = round((time.monotonic() - begin) / 60)
+      tell(f"still {what}, for {minutes} min now")
+
+  tell(f"{what} ...")
+  thread = threading.Thread(target=remind, name="busy", daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    done.set()
+    thread.join()
 
 
 def _missing_module(error: ModuleNotFoundError) -> str:

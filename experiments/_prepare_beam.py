@@ -23,7 +23,7 @@ from apache_beam.options import pipeline_options
 from apache_beam.runners.dataflow import dataflow_runner
 from apache_beam.runners.portability import fn_api_runner
 
-from experiments import _prepare_pool, _prepare_remote
+from experiments import _main, _prepare_pool, _prepare_remote
 from nl_jax import files
 from nl_jax.data import partition, preparation, prepared
 
@@ -70,7 +70,8 @@ def make(
     folder.remove(prepared.MANIFEST)
     folder.put(here, [_JOBS])
     work = _Make(settings, out, _files_of(settings.tokenizer))
-    counts = _run(parsed, folder.path(_JOBS), work)
+    with _main.busy(f"making {shards} shards by Beam"):
+      counts = _run(parsed, folder.path(_JOBS), work)
     _raise_mistake(folder, here)
     notes = [_name(preparation.note_path(here, i), here) for i in range(shards)]
     folder.get(here, notes)

@@ -7,13 +7,16 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from experiments import _main
 from nl_jax import files
 from nl_jax.data import partition, preparation
 
 _READ = 0.2  # Seconds between two looks at what the workers have done.
+_TELL = 10.0  # Seconds between two lines, where there is no terminal.
 _done: Any = None  # Of a worker: bytes that all of them have done.
 _stopped: Any = None  # Of a worker: whether it is to end.
 
@@ -56,6 +59,7 @@ def make(settings: partition.Settings, out: str, asked: int) -> Made:
     for i, pieces in enumerate(partition.plan(settings))
   ]
   workers = size(asked, jobs)
+  _main.say(f"{_bytes(jobs):,} bytes in {len(jobs)} shards, {workers} workers")
   preparation.open_folder(folder, about)
   with preparation.lock(folder):
     made = run(jobs, _bytes(jobs), workers)
@@ -153,12 +157,14 @@ def _work(job: Any) -> bool:
 
 
 class _Bar:
-  """A progress bar on a terminal, and silence elsewhere."""
+  """A progress bar on a terminal; elsewhere a line now and then."""
 
   def __init__(self, size: int):
     import rich.console
     import rich.progress
 
+    self._size, self._told = size, time.monotonic()
+    self._plain = not sys.stderr.isatty()
     console = rich.console.Console(stderr=True)
     self._bar = rich.progress.Progress(
       rich.progress.BarColumn(),
@@ -166,13 +172,19 @@ class _Bar:
       rich.progress.TransferSpeedColumn(),
       rich.progress.TimeRemainingColumn(),
       console=console,
-      disable=not sys.stderr.isatty(),
+      disable=self._plain,
     )
     self._task = self._bar.add_task("", total=size)
 
   def __enter__(self) -> Any:
     self._bar.start()
-    return lambda done: self._bar.update(self._task, completed=done)
+    return self._show
+
+  def _show(self, done: int) -> None:
+    self._bar.update(self._task, completed=done)
+    if self._plain and time.monotonic() - self._told > _TELL:
+      self._told = time.monotonic()
+      _main.say(f"{done:,} of {self._size:,} bytes")
 
   def __exit__(self, *error: object) -> None:
     self._bar.stop()

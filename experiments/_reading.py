@@ -236,6 +236,8 @@ class _Bar:
       disable=self._plain,
     )
     self._task = self._bar.add_task("", total=size, completed=start)
+    if self._plain:
+      print(f"reading from byte {start:,} of {size:,}", file=sys.stderr)
 
   def __enter__(self) -> Any:
     self._bar.start()

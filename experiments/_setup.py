@@ -80,9 +80,8 @@ def with_source(config: ConfigDict, is_given: bool) -> ConfigDict:
   Raises:
     FileNotFoundError, ValueError: what `data.infer` raises.
   """
-  takes_none = config.data.source in sources.WITHOUT_PATH
-  is_open = takes_none and not is_given and config.data.path
-  if config.data.source and not is_open:
+  takes_none = config.data.source in sources.WITHOUT_PATH and not is_given
+  if not config.data.path or (config.data.source and not takes_none):
     return config
   config = config_dict.ConfigDict(config.to_dict())
   config.data.source = data.infer(config.data.path)

@@ -12,10 +12,11 @@ overlaps with what is not known.
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import tempfile
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -51,6 +52,8 @@ CAVEATS = (
 def main() -> int:
   """Runs the command; returns its exit status."""
   _check_flags()
+  signal.signal(signal.SIGTERM, _terminated)
+  _main.say(f"loading JAX and the compiler, for {_flags.chosen_name()} ...")
   from experiments import _compile_programs
 
   with tempfile.TemporaryDirectory() as name:
@@ -69,6 +72,12 @@ def main() -> int:
     print(table(reports))
   failed = any("error" in report for report in reports)
   return _main.PARTLY_FAILED if failed else _main.DONE
+
+
+def _terminated(number: int, frame: Any) -> NoReturn:
+  """Ends the command, and with it the process of a chip."""
+  del number, frame
+  sys.exit(_main.TERMINATED)
 
 
 def _check_flags() -> None:
@@ -104,11 +113,14 @@ def _report(topology: str, folder: pathlib.Path) -> dict[str, Any]:
   _setup.settings(config)  # Raises what experiments.lm does.
   chip = _compile_chips.kind(topology)
   found = _compile_programs.devices(topology)
+  # The compiler's own handler would print a trace; Python's would wait for it.
+  signal.signal(signal.SIGTERM, signal.SIG_DFL)
   mesh = _setup.mesh(config, found)
   rows = []
   for program in _PROGRAMS.value:
-    _main.say(f"compiling the {program} step for {topology} ...")
-    rows.append(_compile_programs.report(config, program, mesh, chip, folder))
+    with _main.busy(f"compiling the {program} step for {topology}"):
+      row = _compile_programs.report(config, program, mesh, chip, folder)
+    rows.append(row)
   report = dict(
     config=_flags.chosen_name(),
     topology=topology,
@@ -130,11 +142,12 @@ def _in_a_process(name: str, chip: _compile_chips.Chip) -> dict[str, Any]:
   kept = [a for a in sys.argv[1:] if a.partition("=")[0] not in own]
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / "report.json"
-    done = subprocess.run(
-      [sys.executable, "-m", "experiments.compile", *kept,
-       f"--topology={topology}", f"--output={path}"],
-      stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    with _main.busy(f"compiling for {topology}"):
+      done = subprocess.run(
+        [sys.executable, "-m", "experiments.compile", *kept,
+         f"--topology={topology}", f"--output={path}"],
+        stderr=subprocess.PIPE, text=True,
+      )  # fmt: skip
     if path.is_file():
       return json.loads(path.read_text())["reports"][0]
   lines = done.stderr.strip().splitlines() or ["no output"]

@@ -42,6 +42,10 @@ _TOKENIZER = flags.DEFINE_string(
 _TEXT_KEY = flags.DEFINE_string(
   "text_key", "text", "Field of jsonl, or column of parquet, with the text."
 )
+_BAD = flags.DEFINE_enum(
+  "bad_documents", "refuse", ["refuse", "skip"],
+  "What to do with documents that cannot be used.",
+)  # fmt: skip
 _LENGTH = flags.DEFINE_integer(
   "sequence_length", 0, "Tokens of a row; 0: of --config."
 )
@@ -89,6 +93,7 @@ def _prepare() -> int:
   if not _OUT.value:
     raise ValueError("--out is required: the folder of the prepared corpus")
   begin, settings = time.monotonic(), _settings()
+  _main.say(f"looking through --path={settings.path} ...")
   made = _make(settings)
   _report(made.manifest)
   if made.made < made.shards:
@@ -141,6 +146,10 @@ def _report(manifest: dict[str, Any]) -> None:
       f"{split}: {counts['documents']:,} documents, {counts['bytes']:,} bytes, "
       f"{counts['tokens']:,} tokens in {counts['rows']:,} rows"
     )
+  if bad := manifest.get("bad_documents"):
+    print(f"left out {bad['count']:,} bad documents")
+    for place in bad["places"]:
+      print(f"  {place}")
   print(f"manifest: {prepared.manifest_hash(manifest)}")
 
 
@@ -179,15 +188,20 @@ def _settings() -> Any:
     text_key=_TEXT_KEY.value,
     validation_percent=_PERCENT.value,
     shard_bytes=_SHARD.value * 2**20,
+    bad_documents=_BAD.value,
   )
 
 
 def _kind() -> str:
   """Of the files: the one given, or the one that --path says."""
-  if _SOURCE.value or "://" in _PATH.value:
-    return _SOURCE.value or "text"
-  from nl_jax import data
+  if _SOURCE.value:
+    return _SOURCE.value
+  from nl_jax import data, files
   from nl_jax.data import partition
+
+  # Where nothing is, or in a store, it is told where it is looked for.
+  if "://" in _PATH.value or not files.expand(_PATH.value).exists():
+    return "text"
 
   found = data.infer(_PATH.value)
   if found not in partition.KINDS:
@@ -234,12 +248,14 @@ def _train_tokenizer() -> int:
   if kind not in partition.KINDS:
     raise errors.unknown_name("data.source", kind, partition.KINDS)
   settings = partition.Settings(
-    kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value
-  )
+    kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value,
+    bad_documents=_BAD.value,
+  )  # fmt: skip
   size = sum(p.size for pieces in partition.plan(settings) for p in pieces)
-  pieces = tokenizer_training.train(
-    partition.training_texts(settings), size, out, _VOCAB.value
-  )
+  with _main.busy(f"learning {_VOCAB.value:,} pieces from {size:,} bytes"):
+    pieces = tokenizer_training.train(
+      partition.training_texts(settings), size, out, _VOCAB.value
+    )
   print(f"{out}: {pieces:,} pieces")
   print(
     "next: python -m experiments.prepare --config=<name> "

@@ -32,6 +32,7 @@ def main() -> int:
   if not text.is_file():
     raise FileNotFoundError(f"no file --text={_TEXT.value}")
   logging.set_verbosity(logging.WARNING)
+  _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import stream
   from nl_jax.data import tokenizers

@@ -62,7 +62,8 @@ def main() -> int:
     raise ValueError(f"{folder} has no config.json; give a folder with one")
   said = _tensors.read_object(folder / "config.json")
   tensors = _tensors.open_folder(folder)
-  group, params = _pretrained.convert(said, tensors, _MODE.value, names)
+  with _main.busy(f"reading the weights of {folder}"):
+    group, params = _pretrained.convert(said, tensors, _MODE.value, names)
   if chunks:
     _stacked.learn_in_context(group, params, chunks, rates)
   tokenizer = _tokenizer(folder, group["vocab_size"])

@@ -80,6 +80,7 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
   def one(run: Run) -> Run | None:
     with told:
       place = free.pop()
+      _main.say(f"{run.row}, seed {run.seed}: training ...")
     run.folder.mkdir(parents=True, exist_ok=True)
     with (run.folder / "study.log").open("ab") as log:
       process = subprocess.Popen(run.command(), stdout=log, stderr=log, env=env)

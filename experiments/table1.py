@@ -84,6 +84,7 @@ def main() -> int:
       f"no folder --data_dir={_DATA.value}: give the folder with the files of "
       "the tasks, <task>.jsonl"
     )
+  _main.tell("loading JAX, TensorFlow and the tasks, some ten seconds ...")
   _distributed.initialize()
   from experiments import _table1, _table1_result
   from nl_jax.eval import evaluate

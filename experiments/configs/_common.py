@@ -204,6 +204,7 @@ def _data(scale: Scale, source: str, tokenizer: str) -> ConfigDict:
       source=source,  # text, jsonl, prepared, ...; empty: as path says.
       path="",  # File or folder of the source; of a mixture its parts.
       text_key="text",  # Field or column with the text, where there are many.
+      bad_documents="refuse",  # Or skip: leave out what cannot be used.
       # "bytes", or the path of a SentencePiece .model or a tokenizer.json.
       tokenizer=tokenizer,
       sequence_length=scale.sequence_length,  # Tokens of a row.

@@ -51,6 +51,22 @@ class Call(NamedTuple):
   reason: str | None
 
 
+class Kernel(NamedTuple):
+  """What a call asks of its kernels, beside its arrays; see `walk`.
+
+  Attributes:
+    body, policy, name, heads, save: of `walk`.
+    interpret: as `pallas_call` takes it.
+  """
+
+  body: contract.Body
+  policy: products.Policy
+  name: str
+  heads: int | None = None
+  save: int | None = None
+  interpret: bool = False
+
+
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Call]]:
   """A list that every walk traced within is added to.
@@ -160,9 +176,8 @@ def walk(
       name=name,
     )  # fmt: skip
   interpret = implementation == "pallas_interpret"
-  run = functools.partial(
-    _fused, body, tile.policy, name, heads, save, interpret
-  )
+  kernel = Kernel(body, tile.policy, name, heads, save, interpret)
+  run = functools.partial(_fused, kernel)
   mesh = jax.sharding.get_abstract_mesh()
   if spec is None or mesh.empty or mesh.size == 1:
     return run(slow, xs, places, state)
@@ -179,38 +194,26 @@ def walk(
 
 
 def _fused(
-  body: contract.Body,
-  policy: products.Policy,
-  name: str,
-  heads: int | None,
-  save: int | None,
-  interpret: bool,
+  kernel: Kernel,
   slow: Any,
   xs: Any,
   places: contract.Places,
   state: contract.State,
 ) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """The kernels on the rows and heads of a device."""
-  how, need = plan(
-    body, policy, name, heads, save, interpret, slow, xs, places, state
-  )
+  how, need = plan(kernel, slow, xs, places, state)
   if need > how.limit:
     MiB = lambda n: f"{n / 2**20:.0f} MiB"
     raise ValueError(
-      f"{name}: a step of {how.heads} heads needs about {MiB(need)} of VMEM, a "
-      f"kernel on {vmem.chip()[0]} has {MiB(how.limit)}: set heads=… or "
-      "implementation='xla'"
+      f"{how.name}: a step of {how.heads} heads needs about {MiB(need)} of "
+      f"VMEM, a kernel on {vmem.chip()[0]} has {MiB(how.limit)}: set heads=… "
+      "or implementation='xla'"
     )
   return pallas.walk(how, slow, xs, places, state)
 
 
 def plan(
-  body: contract.Body,
-  policy: products.Policy,
-  name: str,
-  heads: int | None,
-  save: int | None,
-  interpret: bool,
+  kernel: Kernel,
   slow: Any,
   xs: Any,
   places: contract.Places,
@@ -218,7 +221,9 @@ def plan(
 ) -> tuple[blocks.How, int]:
   """What is static in the kernels of a call, and the VMEM that a step needs.
 
-  Args: as `walk`; of arrays only shapes and types are read.
+  Args:
+    kernel: what is asked.
+    slow, xs, places, state: as `walk`; only shapes and types are read.
 
   Raises:
     ValueError: heads that a step cannot take.
@@ -226,27 +231,30 @@ def plan(
   N, C = places.real.shape[1:]
   H = pallas.heads_of(state)
   chip, capacity = vmem.chip()
-  entry = _tile(chip, name, C, state)
+  entry = _tile(chip, kernel.name, C, state)
   limit = int(0.8 * capacity)
 
   def how(G: int) -> blocks.How:
     pack = max(p for p in (1, 2, 4, 8, 16) if p * C <= 128 and G % p == 0)
+    save = xla.divisor(N, kernel.save or entry.get("save", 1))
     return blocks.How(
-      body, products.Tile(policy, fused=True, pack=pack), C, G,
-      xla.divisor(N, save or entry.get("save", 1)), name, limit, interpret,
+      kernel.body, products.Tile(kernel.policy, fused=True, pack=pack), C, G,
+      save, kernel.name, limit, kernel.interpret,
     )  # fmt: skip
 
   need = functools.cache(
     lambda G: vmem.need(how(G), slow, xs, state, places.ids)
   )
   may = step_heads(how(H), slow, xs, places, state)
-  asked = heads or (entry.get("heads") if entry.get("heads") in may else None)
+  asked = kernel.heads or (
+    entry.get("heads") if entry.get("heads") in may else None
+  )
   if asked is None:
     light = [G for G in may if _light(G, C, state)] or may[:1]
     fits = (G for G in reversed(light) if need(G) <= limit)
     asked = next(fits, light[0])
   if asked not in may:
-    raise ValueError(f"{name}: {_no_group(asked, H, may)}")
+    raise ValueError(f"{kernel.name}: {_no_group(asked, H, may)}")
   return how(asked), need(asked)
 
 

@@ -43,6 +43,9 @@ class Policy:
     solve: the inverse applied, and its derivative.
     read: what the caller sees.
     rounded: layer inputs are rounded to bfloat16 once, for all products.
+    steady: the rates of rounded keys are changed so that each erases as much
+      as before. With rates beyond 1 a token turns what lies along its key
+      around, and what rounding adds to the key's length would add up.
   """
 
   name: str
@@ -53,12 +56,13 @@ class Policy:
   solve: str
   read: str
   rounded: bool
+  steady: bool = False
 
 
 F32 = Policy("f32", *["full"] * 6, rounded=False)
 LEAN = Policy("lean", "x1", "x2", "x1", "newton1", "x3", "x1", rounded=True)
 # Rates beyond 1: the inverse is worse conditioned.
-LEAN2 = dataclasses.replace(LEAN, name="lean2", inverse="newton2")
+LEAN2 = dataclasses.replace(LEAN, name="lean2", inverse="newton2", steady=True)
 POLICIES = {policy.name: policy for policy in (F32, LEAN, LEAN2)}
 
 
@@ -122,10 +126,10 @@ def _out(x: Any, y: Any, *, form: str, how: str) -> jax.core.ShapedArray:
   return jax.core.ShapedArray(shape, dtype)
 
 
-# In XLA too the derivative stays in the three forms: that of `dot_general` with
-# respect to its second operand is the transpose of a product, for which a CPU
-# takes twice the time. A primitive, since it is differentiated in both modes,
-# to any order, as what is linear in each operand.
+# In XLA too the derivative stays in the three forms, and as precise as the
+# product: that of `dot_general` with respect to its second operand is the
+# transpose of a product, for which a CPU takes twice the time. A primitive that
+# is linear in each operand, so that it has derivatives of both modes.
 _product_p = core.Primitive("product")
 _product_p.def_impl(_rows_first)
 _product_p.def_abstract_eval(_out)
@@ -174,13 +178,13 @@ def _fused_product(
 
 
 def _fused_fwd(x: jax.Array, y: jax.Array, form: str, how: str):
-  return _by_head(x, y, form, how), (x, y)
+  return _fused_product(x, y, form, how), (x, y)
 
 
 def _fused_bwd(form: str, how: str, kept, g: jax.Array):
   of = {"x": kept[0], "y": kept[1], "g": g}
   return tuple(
-    _by_head(of[names[0]], of[names[1]], other, how)
+    _fused_product(of[names[0]], of[names[1]], other, how)
     for other, names in _DERIVATIVES[form]
   )
 
@@ -239,6 +243,20 @@ class Tile:
   def rounded(self, x: jax.Array) -> jax.Array:
     """Layer inputs as the policy takes them; gradients pass."""
     return _rounded(x) if self.policy.rounded else x
+
+  def keys(self, k: jax.Array, rate: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys as the policy takes them, and rates that go with them.
+
+    Args:
+      k: [..., C, K]; rate: [..., C, 1], at which each token erases and writes.
+    """
+    u = self.rounded(k)
+    if not self.policy.steady:
+      return u, rate
+    size = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    before, after = size(k), size(u)
+    same = jnp.where(after > 0, before / jnp.where(after > 0, after, 1.0), 1.0)
+    return u, rate * jax.lax.stop_gradient(same)
 
   def row(self, column: jax.Array) -> jax.Array:
     """[..., P, 1] to [..., 1, P]."""
@@ -317,7 +335,7 @@ def _fused_inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
 
 
 def _fused_inverse_fwd(L: jax.Array, tile: Tile, block: int):
-  X = _invert(L, tile, block)
+  X = _fused_inverse(L, tile, block)
   return X, X
 
 

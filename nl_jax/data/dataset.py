@@ -113,6 +113,7 @@ def load(
   source: str,
   path: str = "",
   text_key: str = "text",
+  bad_documents: str = "refuse",
   tokenizer: str = "bytes",
   sequence_length: int,
   batch_size: int,
@@ -130,6 +131,7 @@ def load(
     path: of the source; of "mixture" its parts with their weights:
       "jsonl:web.jsonl=0.7,text:books=0.3".
     text_key: field or column with the text.
+    bad_documents: "refuse" what cannot be used, or "skip" it and say so.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
     sequence_length: tokens in a row, a multiple of alignment.
     batch_size: rows of a batch over all processes.
@@ -157,7 +159,7 @@ def load(
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
-  how = _How(ids, sequence_length, alignment, seed, text_key)
+  how = _How(ids, sequence_length, alignment, seed, text_key, bad_documents)
   parts = [_part(*part, how) for part in named]
   rows, counts = _joined(parts)
   if not counts["validation"].rows:
@@ -202,6 +204,7 @@ class _How(NamedTuple):
   alignment: int
   seed: int
   text_key: str
+  bad_documents: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -268,7 +271,7 @@ def infer(path: str) -> str:
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
-  source = sources.load(name, path, how.seed, how.text_key)
+  source = sources.load(name, path, how.seed, how.text_key, how.bad_documents)
   rows, counts = {}, {}
   for split in sources.SPLITS:
     rows[split], counts[split] = _pack(source.documents(split), how)
@@ -315,7 +318,15 @@ def _mixed(path: str, parts: list[_Part]) -> sources.Source:
     tuple(body for part in parts for body in part.source.documents(split))
     for split in sources.SPLITS
   ]
-  return sources.Source("mixture", path, fingerprint, *bodies)
+  places = [place for part in parts for place in part.source.bad_places]
+  return sources.Source(
+    "mixture",
+    path,
+    fingerprint,
+    *bodies,
+    bad=sum(part.source.bad for part in parts),
+    bad_places=tuple(places),
+  )
 
 
 def _pack(documents: tuple[str, ...], how: _How) -> tuple[packing.Rows, Counts]:

@@ -6,22 +6,68 @@ parquet). What is held out is decided by names, so that every reader agrees.
 """
 
 import contextlib
-import gzip
+import functools
 import json
 import pathlib
-import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from nl_jax import files as files_lib
+from nl_jax.data import packed
 
+# Those of text and jsonl may be packed.
 SUFFIXES = {
   "text": (".txt",),
-  "jsonl": (".jsonl", ".jsonl.gz"),
+  "jsonl": (".jsonl", ".json"),
   "parquet": (".parquet",),
 }
-_GZIP = ".gz"
+_ARRAY = ".json"  # Where it may be one JSON array, not an object a line.
+POLICIES = ("refuse", "skip")
+_PLACES = 3  # Of bad documents that are told.
 _ROWS = 1024  # Of parquet that are held as text at once.
+
+
+class BadDocumentError(ValueError):
+  """A document that cannot be used, in a file that can."""
+
+
+OnBad = Callable[[BadDocumentError], None]  # Takes a bad document.
+
+
+class Skipped:
+  """Takes bad documents that are left out; `refuse` takes none.
+
+  Attributes:
+    count: how many.
+    places: the sentences of the first three.
+  """
+
+  def __init__(self):
+    self.count, self.places = 0, []
+
+  def __call__(self, error: BadDocumentError) -> None:
+    """Takes one."""
+    self.count += 1
+    if len(self.places) < _PLACES:
+      self.places.append(str(error))
+
+
+def refuse(error: BadDocumentError) -> None:
+  """Raises it."""
+  raise error
+
+
+def on_bad(policy: str) -> OnBad:
+  """What takes bad documents, for the field data.bad_documents.
+
+  Raises:
+    ValueError: no such policy.
+  """
+  if policy not in POLICIES:
+    raise ValueError(
+      f"data.bad_documents must be one of {', '.join(POLICIES)}; got {policy!r}"
+    )
+  return Skipped() if policy == "skip" else refuse
 
 
 class Document(NamedTuple):
@@ -100,7 +146,14 @@ def find(path: str | pathlib.PurePath, kind: str) -> Files:
 
 def is_of(kind: str) -> Callable[[str], bool]:
   """Whether a file of a name is of a kind, as its ending says."""
-  return lambda name: name.lower().endswith(SUFFIXES[kind])
+  if kind == "parquet":  # It is packed inside.
+    return lambda name: name.lower().endswith(SUFFIXES[kind])
+  return lambda name: _bare(name).endswith(SUFFIXES[kind])
+
+
+def _bare(name: str) -> str:
+  """A name without the ending that says how the file is packed."""
+  return name.lower().removesuffix(packed.suffix(name))
 
 
 def below(
@@ -170,6 +223,7 @@ def read(
   text_key: str = "text",
   start: int = 0,
   stop: int | None = None,
+  bad: OnBad = refuse,
 ) -> Iterator[Document]:
   """The documents of a file, or of a part of it, in order.
 
@@ -179,17 +233,27 @@ def read(
     text_key: the field of jsonl, or the column of parquet, with the text.
     start: first byte of jsonl or text, first row group of parquet.
     stop: the byte or row group after the last; None: all.
+    bad: takes the documents that cannot be used.
 
   Raises:
     ValueError: not what the kind says; the sentence names the place.
   """
   name = files.name(path)
   if files.kind == "text":
-    yield Document(name, _text(path, start, stop))
-  elif files.kind == "jsonl":
-    yield from _jsonl(path, name, text_key, start, stop)
+    found = iter([(name, functools.partial(_text, path, start, stop))])
+  elif files.kind == "parquet":
+    found = _parquet(path, name, text_key, start, stop)
+  elif is_array(path):
+    found = _array(path, name, text_key)
   else:
-    yield from _parquet(path, name, text_key, start, stop)
+    found = _jsonl(path, name, text_key, start, stop)
+  for place, text in found:
+    try:
+      document = Document(place, text())
+    except BadDocumentError as error:
+      bad(error)
+    else:
+      yield document
 
 
 def decode(content: bytes, path: pathlib.Path | str, offset: int = 0) -> str:
@@ -201,85 +265,111 @@ def decode(content: bytes, path: pathlib.Path | str, offset: int = 0) -> str:
     offset: of the first byte in it.
 
   Raises:
-    ValueError: they are not UTF-8; the sentence names the byte.
+    BadDocumentError: they are not UTF-8; the sentence names the byte.
   """
   try:
     return content.decode("utf-8")
   except UnicodeDecodeError as error:
-    raise ValueError(
+    raise BadDocumentError(
       f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
       f"{offset + error.start}; convert the file (iconv -t UTF-8) or leave it "
       "out"
     ) from None
 
 
-def compressed(path: pathlib.Path) -> bool:
-  """Whether a file can only be read from its beginning."""
-  return path.name.endswith(_GZIP)
+def in_one(path: pathlib.Path) -> bool:
+  """Whether a file can only be read from its beginning to its end."""
+  return bool(packed.suffix(path.name)) or is_array(path)
+
+
+def is_array(path: pathlib.Path) -> bool:
+  """Whether a .json file is one array of objects, not an object a line."""
+  if not _bare(path.name).endswith(_ARRAY):
+    return False
+  with packed.opened(path) as file:
+    while (first := file.read(1)).isspace():
+      pass
+  return first == b"["
 
 
 def _text(path: pathlib.Path, start: int, stop: int | None) -> str:
-  with path.open("rb") as file:
-    file.seek(start)
+  with packed.opened(path) as file:
+    if start:
+      file.seek(start)
     content = file.read(-1 if stop is None else stop - start)
   return decode(content, path, start)
 
 
+_Found = Iterator[tuple[str, Callable[[], str]]]  # Name, and what gives text.
+
+
 def _jsonl(
   path: pathlib.Path, name: str, key: str, start: int, stop: int | None
-) -> Iterator[Document]:
+) -> _Found:
   offset = start
-  for line in _lines(path, start):
+  before = functools.cache(lambda: _line_number(path, start))
+  for number, line in enumerate(_lines(path, start)):
     if stop is not None and offset >= stop:
       return
     if line.strip():
-      text = _field(path, offset, line, key)
-      yield Document(f"{name}:{offset}", text)
+      # Counted only for an error: a reader may start anywhere.
+      where = lambda i=number: f"{path}, line {before() + i}"
+      text = functools.partial(_field, path, offset, line, key, where)
+      yield f"{name}:{offset}", text
     offset += len(line)
 
 
 def _lines(path: pathlib.Path, start: int) -> Iterator[bytes]:
-  with _open(path) as file:
-    try:
+  with packed.opened(path) as file:
+    if start:
       file.seek(start)
-      yield from file
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-      raise ValueError(
-        f"{path} is not a whole gzip file ({error}); get it again or leave it "
-        "out"
-      ) from error
+    yield from file
 
 
-@contextlib.contextmanager
-def _open(path: pathlib.Path) -> Iterator[BinaryIO]:
-  with path.open("rb") as file:
-    yield gzip.GzipFile(fileobj=file) if compressed(path) else file
+def _array(path: pathlib.Path, name: str, key: str) -> _Found:
+  with packed.opened(path) as file:
+    content = file.read()
+  values = _parsed(decode(content, path), lambda: str(path))
+  for i, value in enumerate(values):
+    where = lambda i=i: f"{path}, entry {i}"
+    yield f"{name}:{i}", functools.partial(_of_object, value, key, where)
 
 
-def _field(path: pathlib.Path, offset: int, line: bytes, key: str) -> str:
+def _field(
+  path: pathlib.Path,
+  offset: int,
+  line: bytes,
+  key: str,
+  where: Callable[[], str],
+) -> str:
   """The text of a line of jsonl."""
-  where = lambda: f"{path}, line {_line_number(path, offset)}"
-  text = decode(line, path, offset)
+  return _of_object(_parsed(decode(line, path, offset), where), key, where)
+
+
+def _parsed(text: str, where: Callable[[], str]) -> Any:
   try:
-    value = json.loads(text)
+    return json.loads(text)
   except RecursionError as error:
-    raise ValueError(
+    raise BadDocumentError(
       f"{where()}: JSON that is nested too deep to be read; leave it out"
     ) from error
   except ValueError as error:  # Python reads no number of 5,000 digits.
-    raise ValueError(f"{where()}: no JSON ({error})") from error
+    raise BadDocumentError(f"{where()}: no JSON ({error})") from error
+
+
+def _of_object(value: Any, key: str, where: Callable[[], str]) -> str:
   if not isinstance(value, dict) or key not in value:
     has = ", ".join(value) if isinstance(value, dict) else "no object"
-    raise ValueError(
+    raise BadDocumentError(
       f"{where()}: no field {key!r} (it has: {has}); set data.text_key"
     )
   return string(value[key], key, where)
 
 
 def _line_number(path: pathlib.Path, offset: int) -> int:
-  """Counted only for an error: a reader may start anywhere."""
+  """The number, from 1, of the line that begins at a byte."""
   count, number = 0, 1
-  with _open(path) as file:
+  with packed.opened(path) as file:
     while count < offset:
       line = file.readline()
       count, number = count + len(line), number + 1
@@ -290,12 +380,12 @@ def string(value: Any, key: str, where: Callable[[], str]) -> str:
   """A value as the text of a document.
 
   Raises:
-    ValueError: it is something else, or has half a character; the sentence
-      begins with where().
+    BadDocumentError: it is something else, or has half a character; the
+      sentence begins with where().
   """
   if not isinstance(value, str):
     found = "null" if value is None else type(value).__name__
-    raise ValueError(
+    raise BadDocumentError(
       f"{where()}: {key!r} is {found}, expected text; set "
       "data.text_key to the field with the text"
     )
@@ -303,7 +393,7 @@ def string(value: Any, key: str, where: Callable[[], str]) -> str:
     if not value.isascii():
       value.encode("utf-8")
   except UnicodeEncodeError as error:
-    raise ValueError(
+    raise BadDocumentError(
       f"{where()}: {key!r} has half a character, "
       f"{value[error.start]!r}; mend the line or leave it out"
     ) from None
@@ -339,7 +429,7 @@ def _open_parquet(path: pathlib.Path, key: str) -> Any:
 
 def _parquet(
   path: pathlib.Path, name: str, key: str, start: int, stop: int | None
-) -> Iterator[Document]:
+) -> _Found:
   file = _open_parquet(path, key)
   groups = range(file.num_row_groups)[start:stop]
   row = sum(file.metadata.row_group(i).num_rows for i in range(start))
@@ -347,7 +437,7 @@ def _parquet(
     for values in _batches(file, group, key, f"{path}, row group {group}"):
       for value in values:
         where = lambda row=row: f"{path}, row {row}"
-        yield Document(f"{name}:{row}", string(value, key, where))
+        yield f"{name}:{row}", functools.partial(string, value, key, where)
         row += 1
 
 

@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     validation_percent: of the text, held out; chosen as in `sources.files`.
     shard_bytes: of input in a shard, about.
     document_bytes: a longer text file is cut into documents at line edges.
+    bad_documents: "refuse", or "skip" those that cannot be used.
   """
 
   kind: str
@@ -37,6 +38,7 @@ class Settings(NamedTuple):
   validation_percent: float = float(sources.VALIDATION_PERCENT)
   shard_bytes: int = 2**26
   document_bytes: int = 2**20
+  bad_documents: str = documents.POLICIES[0]
 
 
 class Piece(NamedTuple):
@@ -77,9 +79,16 @@ def plan(settings: Settings) -> list[tuple[Piece, ...]]:
 
 
 def read(
-  piece: Piece, settings: Settings
+  piece: Piece,
+  settings: Settings,
+  bad: documents.OnBad = documents.refuse,
 ) -> Iterator[tuple[documents.Document, str]]:
   """The documents of a piece that are not empty, and the split of each.
+
+  Args:
+    piece: of `plan`.
+    settings: of all.
+    bad: takes the documents that cannot be used.
 
   Raises:
     ValueError: unusable text; the sentence names the place.
@@ -87,17 +96,37 @@ def read(
   folder = documents.root(settings.path)
   files = documents.Files(settings.kind, folder, (folder / piece.name,))
   for document in documents.read(
-    files, files.paths[0], settings.text_key, piece.start, piece.stop
+    files, files.paths[0], settings.text_key, piece.start, piece.stop, bad
   ):
-    if document.text:
+    if settings.kind == "text" and piece.stop is None:
+      yield from _unpacked(document, piece.split, settings)
+    elif document.text:
       yield document, piece.split or _split_of(document.name, settings)
+
+
+def _unpacked(
+  document: documents.Document, split: str, settings: Settings
+) -> Iterator[tuple[documents.Document, str]]:
+  """The parts of a packed text file, which has no bytes to be cut at."""
+  name, text = document
+  edge = len(text)
+  if not split:
+    edge = sources.cut(text, settings.validation_percent)
+  for part, its in ((text[:edge], "train"), (text[edge:], "validation")):
+    start, limit = 0, settings.document_bytes
+    while start < len(part):
+      stop = part.find("\n", start + limit - 1, start + 2 * limit) + 1
+      stop = stop or start + limit
+      yield documents.Document(name, part[start:stop]), split or its
+      start = stop
 
 
 def training_texts(settings: Settings) -> Iterator[str]:
   """The documents that are not held out, as a stream."""
+  bad = documents.on_bad(settings.bad_documents)
   for pieces in plan(settings):
     for piece in pieces:
-      for document, split in read(piece, settings):
+      for document, split in read(piece, settings, bad):
         if split == "train":
           yield document.text
 
@@ -113,11 +142,13 @@ def _pieces(files: documents.Files, settings: Settings) -> Iterator[Piece]:
         yield Piece(name, i, i + 1, size)
       continue
     size = path.stat().st_size
-    if documents.compressed(path):
-      yield Piece(name, 0, None, size)
+    parts = splits.get(name, [(0, size, "")])
+    if documents.in_one(path):
+      split = parts[0][2] if len(parts) == 1 else ""
+      yield Piece(name, 0, None, size, split)
       continue
     limit = settings.document_bytes if is_text else settings.shard_bytes
-    for start, stop, split in splits.get(name, [(0, size, "")]):
+    for start, stop, split in parts:
       for low, high in _cut(path, start, stop, limit, is_text):
         yield Piece(name, low, high, high - low, split)
 

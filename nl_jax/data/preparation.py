@@ -40,6 +40,7 @@ _NOTE = {
 }
 _LOCK = ".lock"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_BAD = "bad_documents"  # Of a note, a manifest and the settings.
 _FLUSH_TOKENS = 2**18  # Documents are packed when they have so many.
 _TELL_BYTES = 2**20
 _OPENING = 2000  # Characters of a held-out document that the manifest keeps.
@@ -66,6 +67,7 @@ def check(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
   if settings.kind not in partition.KINDS:
     raise errors.unknown_name("data.source", settings.kind, partition.KINDS)
   packing.check_lengths(settings.sequence_length, settings.alignment)
+  documents.on_bad(settings.bad_documents)
   if not 0 < settings.validation_percent < 100:
     raise ValueError(
       "--validation_percent must be between 0 and 100, got "
@@ -112,10 +114,10 @@ def _write(
   advance: Callable[[int], None],
 ) -> dict[str, Any]:
   """Writes the rows of a shard; returns its note."""
-  digest = _Digest()
+  digest, bad = _Digest(), documents.on_bad(job.settings.bad_documents)
   for piece in job.pieces:
     told = read = 0
-    for document, split in partition.read(piece, job.settings):
+    for document, split in partition.read(piece, job.settings, bad):
       size = digest.update(document)
       read += size
       if read - told > _TELL_BYTES and read <= piece.size:
@@ -124,11 +126,24 @@ def _write(
       writers[split].add(document.text, size)
     advance(piece.size - told)
   return {
+    **_left_out(bad, job.settings),
     "documents_sha256": digest.hexdigest(),
     "shards": [x for split in writers.values() for x in split.close()],
     "counts": {split: w.counts for split, w in writers.items()},
     "opening": writers["validation"].opening,
   }
+
+
+def _left_out(
+  bad: documents.OnBad, settings: partition.Settings
+) -> dict[str, Any]:
+  """What a note says of bad documents; nothing where they are refused."""
+  if not isinstance(bad, documents.Skipped):
+    return {}
+  # Names as in the rest of the note: wherever the corpus lies.
+  folder = f"{documents.root(settings.path)}/"
+  places = [place.replace(folder, "") for place in bad.places]
+  return {_BAD: {"count": bad.count, "places": places}}
 
 
 class _Writer:
@@ -248,9 +263,9 @@ def _holds(out: pathlib.Path, job: Job, advance: Callable[[int], None]) -> bool:
   )
   if not is_whole:
     return False
-  digest = _Digest()
+  digest, bad = _Digest(), documents.on_bad(job.settings.bad_documents)
   for piece in job.pieces:
-    for document, _ in partition.read(piece, job.settings):
+    for document, _ in partition.read(piece, job.settings, bad):
       digest.update(document)
       advance(0)  # Where the command is stopped, it raises.
   return digest.hexdigest() == note["documents_sha256"]
@@ -315,6 +330,8 @@ def claim(
   files = documents.find(settings.path, settings.kind)
   values = settings._asdict()
   del values["path"]
+  if settings.bad_documents == documents.POLICIES[0]:
+    del values[_BAD]  # As plans of before it say it.
   values = {"source": values.pop("kind"), **values}
   values["tokenizer"] = {
     "name": pathlib.Path(tokenizer.name).name,
@@ -417,6 +434,11 @@ def finish(
         f"no text fell to {split} with --validation_percent="
         f"{settings.validation_percent:g}; give more text or another share"
       )
+  left_out = [note[_BAD] for note in notes if _BAD in note]
+  if left_out:
+    places = [place for bad in left_out for place in bad["places"]]
+    count = sum(bad["count"] for bad in left_out)
+    about = {**about, _BAD: {"count": count, "places": places[:3]}}
   manifest = {
     **about,
     "vocab_size": tokenizer.vocab_size,

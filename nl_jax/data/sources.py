@@ -81,6 +81,8 @@ class Source:
       prepared.
     validation: documents held out, in a fixed order; of a corpus that was
       prepared, the beginning of one.
+    bad: documents that were left out since they cannot be used.
+    bad_places: what is wrong with the first three of them.
   """
 
   name: str
@@ -88,6 +90,8 @@ class Source:
   fingerprint: str
   train: tuple[str, ...] = dataclasses.field(repr=False)
   validation: tuple[str, ...] = dataclasses.field(repr=False)
+  bad: int = 0
+  bad_places: tuple[str, ...] = ()
 
   def documents(self, split: str) -> tuple[str, ...]:
     """The documents of "train" or "validation"."""
@@ -103,11 +107,18 @@ class Source:
       for split in SPLITS
       if self.train
     )
+    if self.bad:
+      sizes += f"left out {self.bad:,} bad documents: "
+      sizes += "".join(f"{place}; " for place in self.bad_places)
     return f"{self.name} ({self.origin}): {sizes}{self.fingerprint[:12]}"
 
 
 def load(
-  name: str, path: str = "", seed: int = 0, text_key: str = "text"
+  name: str,
+  path: str = "",
+  seed: int = 0,
+  text_key: str = "text",
+  bad_documents: str = documents_lib.POLICIES[0],
 ) -> Source:
   """The source of config fields data.source, data.path and so on.
 
@@ -117,6 +128,7 @@ def load(
     seed: makes the documents of "synthetic"; the others do not depend on it.
     text_key: field or column with the text, of jsonl, parquet and
       hugging_face.
+    bad_documents: "refuse" what cannot be used, or "skip" it and say so.
 
   Raises:
     ValueError: unknown name, a path that nothing reads, unusable text.
@@ -124,18 +136,27 @@ def load(
   """
   if name not in NAMES:
     raise errors.unknown_name("data.source", name, NAMES)
+  bad = documents_lib.on_bad(bad_documents)
   if name in documents_lib.SUFFIXES:
-    return files(path, name, text_key)
+    return _with_bad(files(path, name, text_key, bad), bad)
   if name == "array_record":
-    return array_record(path, text_key)
+    return _with_bad(array_record(path, text_key, bad), bad)
   if name == "hugging_face":
-    return hugging_face(path, text_key)
+    return _with_bad(hugging_face(path, text_key, bad), bad)
   if path:
     raise ValueError(
       f"data.path={path!r} is not read by data.source={name!r}; leave it "
       "empty, or set data.source=text"
     )
   return embedded() if name == "embedded" else synthetic(seed)
+
+
+def _with_bad(source: Source, bad: documents_lib.OnBad) -> Source:
+  """The source, which says what was left out of it."""
+  if not isinstance(bad, documents_lib.Skipped):
+    return source
+  places = tuple(bad.places)
+  return dataclasses.replace(source, bad=bad.count, bad_places=places)
 
 
 def said_by(where: pathlib.Path) -> list[str]:
@@ -190,7 +211,12 @@ def _embedded_archive() -> bytes:
   return content
 
 
-def files(path: str, kind: str, text_key: str = "text") -> Source:
+def files(
+  path: str,
+  kind: str,
+  text_key: str = "text",
+  bad: documents_lib.OnBad = documents_lib.refuse,
+) -> Source:
   """A file, or those of a folder and its sub-folders.
 
   A text file is one document, jsonl and parquet have one a line or row. At
@@ -201,6 +227,7 @@ def files(path: str, kind: str, text_key: str = "text") -> Source:
     path: file or folder.
     kind: "text", "jsonl" or "parquet".
     text_key: field or column with the text.
+    bad: takes the documents that cannot be used.
 
   Raises:
     FileNotFoundError: nothing there.
@@ -210,20 +237,25 @@ def files(path: str, kind: str, text_key: str = "text") -> Source:
   named = [
     tuple(document)
     for file in found.paths
-    for document in documents_lib.read(found, file, text_key)
+    for document in documents_lib.read(found, file, text_key, bad=bad)
   ]
   if kind == "text" and files_lib.expand(path).is_file():
     named = [("", body) for _, body in named]  # Whatever the file is called.
-  return _split(kind, path, named)
+  return _split(kind, path, named, bad)
 
 
-def array_record(path: str, text_key: str = "text") -> Source:
+def array_record(
+  path: str,
+  text_key: str = "text",
+  bad: documents_lib.OnBad = documents_lib.refuse,
+) -> Source:
   """ArrayRecord files: one, or those of a folder.
 
   Args:
     path: file or folder.
     text_key: the feature with the text, where a record is a
       `tf.train.Example`; any other record is UTF-8 text.
+    bad: takes the documents that cannot be used.
 
   Raises:
     FileNotFoundError: nothing there.
@@ -258,11 +290,14 @@ def array_record(path: str, text_key: str = "text") -> Source:
       raise ValueError(
         f"{file} is no ArrayRecord file, or a damaged one ({error})"
       ) from error
-    named += [
-      (f"{file.name}:{i}", _record(content, f"{file}, record {i}", text_key))
-      for i, content in enumerate(contents)
-    ]
-  return _split("array_record", path, named)
+    for i, content in enumerate(contents):
+      try:
+        text = _record(content, f"{file}, record {i}", text_key)
+      except documents_lib.BadDocumentError as error:
+        bad(error)
+      else:
+        named.append((f"{file.name}:{i}", text))
+  return _split("array_record", path, named, bad)
 
 
 def _is_record(name: str) -> bool:
@@ -275,24 +310,33 @@ def _record(content: bytes, where: str, key: str) -> str:
   if features is None:
     return documents_lib.decode(content, where)
   if key not in features:
-    raise ValueError(
+    raise documents_lib.BadDocumentError(
       f"{where} is a tf.train.Example without a feature {key!r} (it has: "
       f"{', '.join(features)}); set data.text_key"
     )
   chosen = features[key]
   if chosen.kind != "bytes" or len(chosen.values) != 1:
-    raise ValueError(
+    raise documents_lib.BadDocumentError(
       f"{where}: the feature {key!r} holds {len(chosen.values)} texts "
       f"({chosen.kind}), expected one; set data.text_key"
     )
   return documents_lib.decode(chosen.values[0], f"{where}, {key!r}")
 
 
-def hugging_face(path: str, text_key: str = "text") -> Source:
+def hugging_face(
+  path: str,
+  text_key: str = "text",
+  bad: documents_lib.OnBad = documents_lib.refuse,
+) -> Source:
   """A folder that Hugging Face `datasets` wrote with `save_to_disk`.
 
   Of a DatasetDict, "validation" (or else "test") is held out; a Dataset alone
   is split like files.
+
+  Args:
+    path: the folder.
+    text_key: the column with the text.
+    bad: takes the documents that cannot be used.
 
   Raises:
     ModuleNotFoundError: `datasets` is not installed.
@@ -310,15 +354,16 @@ def hugging_face(path: str, text_key: str = "text") -> Source:
   with _folder_errors(path, "is no folder of save_to_disk, or a damaged one"):
     loaded = datasets.load_from_disk(str(where))
   if not isinstance(loaded, datasets.DatasetDict):
-    return _split("hugging_face", path, _column(loaded, path, text_key))
+    named = _column(loaded, path, text_key, bad)
+    return _split("hugging_face", path, named, bad)
   held_out = [x for x in ("validation", "test") if x in loaded]
   if "train" not in loaded or not held_out:
     raise ValueError(
       f"data.path={path!r} has the splits {', '.join(loaded)}; it needs train "
       "and validation or test"
     )
-  train = _column(loaded["train"], path, text_key)
-  validation = _column(loaded[held_out[0]], path, text_key)
+  train = _column(loaded["train"], path, text_key, bad)
+  validation = _column(loaded[held_out[0]], path, text_key, bad)
   bodies = [tuple(body for _, body in x if body) for x in (train, validation)]
   if not all(bodies):
     raise ValueError(
@@ -328,7 +373,9 @@ def hugging_face(path: str, text_key: str = "text") -> Source:
   return Source("hugging_face", path, _fingerprint(mark), *bodies)
 
 
-def _column(rows: Any, path: str, key: str) -> list[tuple[str, str]]:
+def _column(
+  rows: Any, path: str, key: str, bad: documents_lib.OnBad
+) -> list[tuple[str, str]]:
   if key not in rows.column_names:
     raise ValueError(
       f"data.path={path!r} has no column {key!r} (it has: "
@@ -338,11 +385,14 @@ def _column(rows: Any, path: str, key: str) -> list[tuple[str, str]]:
     # Of the offsets and the text, which nothing else looks at.
     rows.data.column(key).validate(full=True)
     bodies = list(rows[key])
-  place = lambda i: lambda: f"data.path={path!r}, row {i}"
-  return [
-    (str(i), documents_lib.string(body, key, place(i)))
-    for i, body in enumerate(bodies)
-  ]
+  named = []
+  for i, body in enumerate(bodies):
+    where = lambda i=i: f"data.path={path!r}, row {i}"
+    try:
+      named.append((str(i), documents_lib.string(body, key, where)))
+    except documents_lib.BadDocumentError as error:
+      bad(error)
+  return named
 
 
 @contextlib.contextmanager
@@ -409,9 +459,19 @@ def _fingerprint(named: Iterable[tuple[str, str]]) -> str:
   return digest.hexdigest()
 
 
-def _split(kind: str, path: str, named: list[tuple[str, str]]) -> Source:
+def _split(
+  kind: str,
+  path: str,
+  named: list[tuple[str, str]],
+  bad: documents_lib.OnBad,
+) -> Source:
   """A source of documents that come without a split."""
   named = [(name, body) for name, body in named if body]
+  if not named and isinstance(bad, documents_lib.Skipped) and bad.count:
+    raise ValueError(
+      f"all {bad.count:,} documents of data.path={path!r} are bad, the first: "
+      f"{bad.places[0]}"
+    )
   if not named:
     raise ValueError(f"data.path={path!r} is empty; give files with text")
   if len(named) >= MIN_DOCUMENTS_TO_SPLIT_BY_NAME:
@@ -443,7 +503,7 @@ def _split_tails(
   named: list[tuple[str, str]], path: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
   """Cuts the last tenth off each document, for validation."""
-  cuts = [(body, _cut(body)) for _, body in named]
+  cuts = [(body, cut(body)) for _, body in named]
   train = tuple(body[:cut] for body, cut in cuts)
   validation = tuple(body[cut:] for body, cut in cuts if cut < len(body))
   if not validation:
@@ -454,9 +514,14 @@ def _split_tails(
   return train, validation
 
 
-def _cut(body: str) -> int:
-  """Where validation starts: the line edge nearest to nine tenths of body."""
-  goal = len(body) - len(body) * VALIDATION_PERCENT // 100
+def cut(body: str, percent: float = VALIDATION_PERCENT) -> int:
+  """Where validation starts: the line edge nearest to nine tenths of body.
+
+  Args:
+    body: the text.
+    percent: of it, held out.
+  """
+  goal = len(body) - int(len(body) * percent / 100)
   goal = min(goal, max(1, len(body) - 1))
   after = body.find("\n", goal - 1) + 1
   before = body.rfind("\n", 0, goal - 1) + 1

@@ -414,6 +414,7 @@ def write_and_read(
     the sums those of `Metrics`.
   """
   at, laid, before, view = block.at, None, 0, block
+  _, eta = at.tile.keys(k, gates.eta)
   if rule.omega > 1:
     laid = window.extend(block, k, target, gates.gamma, rule.omega)
     before, view = rule.omega - 1, window.widened(block, rule.omega)
@@ -423,7 +424,7 @@ def write_and_read(
   layers, momenta, steps = {}, {}, 0.0
   for name, D in block.w.items():
     u, delta = own(all_u[name]), own(all_delta[name])
-    gate = layer_gates(gates, name)
+    gate = layer_gates(gates._replace(eta=eta), name)
     rate = rates(rule, gate, u, at.real, erases(rule, name))
     past = None
     if laid is not None:

@@ -406,7 +406,8 @@ def _body(
   with jax.named_scope("generators"):  # In a trace: writes are of all.
     made = dict(zip(config.laid, roles.read_anchor(parts[0], inputs)))
     q, k, v, gates = _generate(slow["gate"], config, z, made, static)
-    k = at.tile.rounded(k)
+    k, eta = at.tile.keys(k, gates.eta)
+    gates = gates._replace(eta=eta)
     targets = [_targets(gen, parts[0], v)]
   if "memory" in now.w:
     parts.append(part("memory", config, config.memory_rule))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax import files as whole
 from nl_jax import sharding
 from nl_jax.train import files
 from nl_jax.train import step as step_lib
@@ -49,7 +50,8 @@ def write(
   path = workdir / f"nan_step_{step}.json"
   process = jax.process_index()
   suffix = f"_{process}" if process else ""
-  np.savez(workdir / f"nan_step_{step}{suffix}.npz", **rows)
+  with whole.replacing(workdir / f"nan_step_{step}{suffix}.npz") as file:
+    np.savez(file, **rows)
   if not process:
     files.write_json(path, report)
   return path

@@ -30,6 +30,7 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
+_NEW_OF_DATA = {"bad_documents": "refuse"}  # Since runs were first kept.
 
 
 class StorageError(OSError):
@@ -148,8 +149,12 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
   """A config of any format as this version writes it.
 
   In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`.
+  memory its field `arch`. Fields that came later have the value that stands for
+  what was before.
   """
+  data = config.get("data")
+  if isinstance(data, Mapping):
+    config = {**config, "data": _NEW_OF_DATA | data}
   model = config.get("model", {})
   if "memory" not in model:
     return dict(config)

@@ -124,9 +124,8 @@ def cut_back(path: pathlib.Path, step: int) -> list[dict[str, Any]]:
   The file is replaced as a whole: killed at any moment, it is the old or the
   new one.
   """
-  if not path.exists():
-    return []
-  kept = [line for line in lines(path) if line and line["step"] <= step]
+  found = lines(path) if path.exists() else []
+  kept = [line for line in found if line and line["step"] <= step]
   files.replace(path, "".join(json.dumps(line) + "\n" for line in kept))
   return kept
 

@@ -10,18 +10,27 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from nl_jax.data import documents, examples, sources
+from nl_jax.data import documents, examples, packed, sources
 
 TEXTS = ["one\nline", "zwei", "", "日本", "four " * 9] * 4
 
 
+def write_packed(path, content):
+  kind = packed.suffix(path.name)
+  if kind == ".gz":
+    content = gzip.compress(content)
+  elif kind == ".zst":
+    # Two frames, as tools that work in parallel write them.
+    half = len(content) // 2
+    pack = lambda part: pa.compress(part, "zstd", asbytes=True)
+    content = pack(content[:half]) + pack(content[half:])
+  path.write_bytes(content)
+  return path
+
+
 def write_jsonl(path, texts=TEXTS, key="text"):
   lines = [json.dumps({"id": i, key: t}) for i, t in enumerate(texts)]
-  content = ("\n".join(lines) + "\n").encode()
-  opened = gzip.open if path.name.endswith(".gz") else open
-  with opened(path, "wb") as file:
-    file.write(content)
-  return path
+  return write_packed(path, ("\n".join(lines) + "\n").encode())
 
 
 def write_parquet(path, texts=TEXTS, key="text", group=3):
@@ -36,11 +45,75 @@ def texts_of(path, kind, *place, key="text"):
   return [document.text for document in read]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet"])
+@pytest.mark.parametrize("name", [
+  "a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "A.JSONL.GZ", "a.json", "a.Json.Zst",
+  "c4-train.00000-of-01024.json.gz", "a.parquet",
+])  # fmt: skip
 def test_every_document_in_order(tmp_path, name):
   kind = "parquet" if name.endswith("parquet") else "jsonl"
   write = write_parquet if kind == "parquet" else write_jsonl
   assert texts_of(write(tmp_path / name), kind) == TEXTS
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz", "A.JSON.ZST"])
+def test_a_json_file_may_be_one_array(tmp_path, name):
+  entries = [{"id": i, "text": text} for i, text in enumerate(TEXTS)]
+  content = " \n" + json.dumps(entries, indent=1)
+  path = write_packed(tmp_path / name, content.encode())
+  assert texts_of(path, "jsonl") == TEXTS
+  entries[3]["text"] = 4
+  write_packed(path, json.dumps(entries).encode())
+  with pytest.raises(ValueError, match="entry 3: 'text' is int"):
+    texts_of(path, "jsonl")
+  write_packed(path, b"[1, 2")
+  with pytest.raises(ValueError, match=f"{name}: no JSON"):
+    texts_of(path, "jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "A.TXT", "a.txt.gz", "a.txt.ZST"])
+def test_text_may_be_packed(tmp_path, name):
+  body = "".join(f"line {i} ünïcode\n" for i in range(100))
+  write_packed(tmp_path / name, body.encode())
+  assert texts_of(tmp_path / name, "text") == [body]
+  source = sources.load("text", str(tmp_path))
+  assert source.train[0] + source.validation[0] == body
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "text", "array_record"])
+def test_bad_documents_are_left_out_with_their_places(tmp_path, kind):
+  """The same text is read as if they were not there."""
+  texts = [f"document {i}" for i in range(40)]
+  values = [*texts, None, "half \ud83d", None, None]
+  path = tmp_path / f"a.{kind}"
+  if kind == "jsonl":
+    write_jsonl(path, values)
+  elif kind == "parquet":
+    write_parquet(path, [*texts, *[None] * 4])
+  elif kind == "array_record":
+    write_records(path, [*(t.encode() for t in texts), *[b"\xff"] * 4])
+  else:
+    for i in range(40):
+      (tmp_path / f"{i}.txt").write_text(texts[i])
+    for i in range(40, 44):
+      (tmp_path / f"{i}.txt").write_bytes(b"\xff")
+  with pytest.raises(ValueError):
+    sources.load(kind, str(tmp_path))
+  source = sources.load(kind, str(tmp_path), bad_documents="skip")
+  assert sorted(source.train + source.validation) == sorted(texts)
+  assert source.bad == 4 and len(source.bad_places) == 3
+  assert all("4" in place for place in source.bad_places)
+  assert f"left out 4 bad documents: {source.bad_places[0]};" in (
+    source.describe()
+  )
+  with pytest.raises(ValueError, match="bad_documents must be one of ref"):
+    sources.load(kind, str(tmp_path), bad_documents="drop")
+
+
+def test_all_bad_is_said(tmp_path):
+  path = write_jsonl(tmp_path / "a.jsonl", key="body")
+  words = "all 20 documents .* are bad, the first: .*line 1: no field 'text'"
+  with pytest.raises(ValueError, match=words):
+    sources.load("jsonl", str(path), bad_documents="skip")
 
 
 def test_jsonl_from_any_line_on(tmp_path):
@@ -142,16 +215,21 @@ def test_a_bad_line_is_named(tmp_path, line, words):
     texts_of(path, "jsonl")
 
 
+@pytest.mark.parametrize("name,kind", [
+  ("a.jsonl.gz", "gzip"), ("a.jsonl.zst", "zstandard"), ("a.txt.zst", "zsta"),
+])  # fmt: skip
 @pytest.mark.parametrize("damage", [
   lambda content: content[:-20],
-  lambda content: content[:40] + b"xxxx" + content[44:],
-  lambda content: b"no gzip at all",
+  lambda content: content[:2] + b"xxxx" + content[6:],
+  lambda content: b"not packed at all",
 ])  # fmt: skip
-def test_damaged_gzip_is_named(tmp_path, damage):
-  path = write_jsonl(tmp_path / "a.jsonl.gz", TEXTS * 20)
+def test_a_damaged_packed_file_is_named(tmp_path, name, kind, damage):
+  path = write_jsonl(tmp_path / name, TEXTS * 20)
   path.write_bytes(damage(path.read_bytes()))
-  with pytest.raises(ValueError, match="a.jsonl.gz is not a whole gzip file"):
-    texts_of(path, "jsonl")
+  for policy in documents.POLICIES:  # It is no document that is bad.
+    with pytest.raises(ValueError, match=f"{name} is not a whole {kind}"):
+      sources.load("text" if "txt" in name else "jsonl", str(path),
+                   bad_documents=policy)  # fmt: skip
 
 
 def test_bad_parquet_is_named(tmp_path):

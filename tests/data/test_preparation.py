@@ -120,6 +120,54 @@ def test_rows_are_those_of_the_packer_in_memory(tmp_path, files):
   assert one.counts == two.counts
 
 
+@pytest.mark.parametrize("ending", ["txt.gz", "txt.zst", "json.gz", "json"])
+@pytest.mark.parametrize("files", [1, 12])
+def test_packed_files_are_prepared_as_they_are_read(tmp_path, ending, files):
+  folder = tmp_path / "corpus"
+  folder.mkdir()
+  for i in range(files):
+    lines = texts(120 // files, i)
+    if "json" in ending:
+      content = json.dumps([{"text": text} for text in lines])
+    else:
+      content = "\n".join(lines)
+    test_documents.write_packed(folder / f"{i}.{ending}", content.encode())
+  kind = "jsonl" if "json" in ending else "text"
+  prepare(tmp_path / "out", folder, kind, validation_percent=10.0)
+  one, two = load(tmp_path / "out"), load(folder, source=kind)
+  read = []
+  for loaded in (one, two):
+    rows = [all_rows(loaded.rows[split]) for split in ("train", "validation")]
+    targets = [x["targets"][x["weights"] > 0] for x in rows]
+    assert all(map(len, targets))
+    # Of few documents of jsonl one more is held out in memory.
+    targets = targets if kind == "text" else [np.concatenate(targets)]
+    read.append([sorted(x) for x in targets])
+  assert read[0] == read[1]
+
+
+def test_bad_documents_are_left_out_and_counted(tmp_path):
+  every = texts(60)
+  for i, text in ((3, None), (20, 5), (40, None), (55, None)):
+    every[i] = text
+  (tmp_path / "corpus").mkdir()
+  source = test_documents.write_jsonl(tmp_path / "corpus" / "a.jsonl", every)
+  with pytest.raises(ValueError, match="line 4: 'text' is null"):
+    prepare(tmp_path / "refused", source)
+  manifest, _ = prepare(tmp_path / "out", source, bad_documents="skip")
+  assert manifest["bad_documents"]["count"] == 4
+  places = manifest["bad_documents"]["places"]
+  assert [place.split(":")[0] for place in places] == [
+    "a.jsonl, line 4", "a.jsonl, line 21", "a.jsonl, line 41",
+  ]  # fmt: skip
+  again, made = prepare(tmp_path / "out", source, bad_documents="skip")
+  assert not any(made) and again == manifest
+  assert sum(x["documents"] for x in manifest["counts"].values()) == 56
+  assert load(tmp_path / "out").counts["train"].rows > 0
+  with pytest.raises(ValueError, match="bad_documents: .skip. -> null"):
+    prepare(tmp_path / "out", source)
+
+
 def test_drawing_goes_on_from_one_integer_on_any_process_count(made):
   out, _ = made
   whole = load(out)

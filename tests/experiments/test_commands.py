@@ -6,9 +6,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import threading
 
 import pytest
 
+from experiments import _main
 from tests.experiments import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -172,6 +174,24 @@ def test_mistakes_are_answered(untrained, number, sentence):
   got = untrained[1][number]
   assert got.returncode == 1
   assert sentence in got.stderr and "Traceback" not in got.stderr
+
+
+def test_long_work_is_told_at_once_and_again(monkeypatch):
+  said, thrice = [], threading.Event()
+
+  def tell(text):
+    said.append(text)
+    if len(said) == 3:
+      thrice.set()
+
+  monkeypatch.setattr(_main, "tell", tell)
+  monkeypatch.setattr(_main, "_REMIND", 0.001)
+  with pytest.raises(ValueError), _main.busy("compiling"):
+    assert said[0] == "compiling ..."
+    assert thrice.wait(60)
+    raise ValueError
+  assert said[1] == "still compiling, for 0 min now"
+  assert not any(t.name == "busy" for t in threading.enumerate())
 
 
 def test_list_configs_prints_names():

@@ -354,11 +354,30 @@ def test_mistakes_end_in_one_sentence(tmp_path):
     assert line.startswith("error: ") and sentence in line
 
 
-@pytest.mark.tpu_aot
-@pytest.mark.skipif(
+with_libtpu = pytest.mark.skipif(
   importlib.util.find_spec("libtpu") is None,
   reason="libtpu is not installed: no ahead-of-time TPU compiler",
 )
+
+
+@pytest.mark.tpu_aot
+@with_libtpu
+def test_sigterm_ends_it_without_a_trace():
+  process = subprocess.Popen(
+    [sys.executable, "-m", "experiments.compile", "--topology=v5e:2x2",
+     "--config=transformer_tiny:smoke"],
+    stderr=subprocess.PIPE, text=True, cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
+  )  # fmt: skip
+  said = [process.stderr.readline(), process.stderr.readline()]
+  assert "loading JAX" in said[0] and "compiling the train step" in said[1]
+  process.terminate()
+  _, rest = process.communicate(timeout=60)
+  assert process.returncode in (-15, 143) and not rest, rest
+
+
+@pytest.mark.tpu_aot
+@with_libtpu
 def test_tiny_steps_compile_for_a_slice(tmp_path):
   path = tmp_path / "report.json"
   done = subprocess.run(

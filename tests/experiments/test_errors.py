@@ -45,7 +45,13 @@ def make_files(folder: pathlib.Path) -> None:
   )
   (folder / "strange").mkdir()
   (folder / "strange" / "metrics.jsonl").write_text("")
-  (folder / "later").mkdir()
+  for name in ("damaged", "other", "later", "cut"):
+    (folder / name).mkdir()
+  (folder / "damaged" / "config.json").write_text("null")
+  (folder / "other" / "config.json").write_text(
+    '{"config": {"model": {"flavour": 1}}, "fingerprint": ""}'
+  )
+  (folder / "cut" / "manifest.json").write_text('{"format": 1')
   (folder / "later" / "config.json").write_text(
     '{"format": 3, "config": {}, "fingerprint": ""}'
   )

@@ -21,7 +21,7 @@ from experiments import (
   _kernels_table,
   _kernels_walks,
 )
-from nl_jax.kernels.walk import api
+from nl_jax.kernels.walk import api, pallas
 from tests.experiments import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -120,10 +120,8 @@ def delta():
   (body,) = _kernels_walks.of_config("deltanet_1b3")
   assert body.how is None and "needs a TPU" in body.call.reason
   call = body.call
-  how, need = api.plan(
-    call.body, call.policy, call.name, None, None, True, call.slow, call.xs,
-    call.places, call.state,
-  )  # fmt: skip
+  kernel = api.Kernel(call.body, call.policy, call.name, interpret=True)
+  how, need = api.plan(kernel, call.slow, call.xs, call.places, call.state)
   return body._replace(how=how, need=need)
 
 
@@ -242,26 +240,46 @@ def test_a_kernel_that_is_gone_or_large_or_new_is_named():
   assert said == "walk of new_1b3: not in the baseline"
 
 
-def test_heads_that_spare_more_than_three_percent_become_a_tile():
-  tries = lambda *bundles: row(
+def test_heads_that_spare_more_than_two_percent_become_a_tile():
+  tries = lambda *bundles, **of: row(
     tries=[dict(heads=h, bundles=b) for h, b in zip((2, 4, 8), bundles)]
-    + [dict(heads=16, vmem=1)]
-  )
-  tile = dict(chip="v5e", name="walk", C=16, K=64, M=64, heads=2)
+    + [dict(heads=16, vmem=1)], **of,
+  )  # fmt: skip
+  tile = dict(
+    chip="v5e", name="walk", C=16, K=64, M=64, configs=["a_1b3"], default=4,
+    of_default={2: 0.97, 4: 1.0, 8: 1.1},
+  )  # fmt: skip
   other = tile | dict(chip="v6e", heads=8)
-  # What a chip had is forgotten where the default is as good.
-  assert _kernels_table.tiles(
-    [tries(980.0, 1000.0, 1100.0)], [tile, other]
-  ) == [other]
-  assert _kernels_table.tiles([tries(960.0, 1000.0, 1100.0)], [other]) == [
-    other, tile
-  ]  # fmt: skip
+  made = _kernels_table.tiles([tries(970.0, 1000.0, 1100.0)], [other])
+  assert made == [other, tile | dict(heads=2)]
+  # Where the default is as good, the row says so and names no heads.
+  (kept,) = _kernels_table.tiles([tries(985.0, 1000.0, 1100.0)], made[1:])
+  assert "heads" not in kept and kept["of_default"][2] == 0.985
+  # A row is of all bodies that it fits: one that gets slower forbids it.
+  both = [tries(970.0, 1000.0, 900.0),
+          tries(500.0, 500.0, 600.0, config="b_1b3", digest="two")]  # fmt: skip
+  (shared,) = _kernels_table.tiles(both, [])
+  assert "heads" not in shared and shared["configs"] == ["a_1b3", "b_1b3"]
+  assert shared["of_default"] == {2: 1.0, 4: 1.0, 8: 1.2}
   # No row is added of a body whose default was not compiled.
   assert not _kernels_table.tiles([row(step=16, tries=[])], [])
 
 
-@pytest.mark.parametrize("name", ["hope_linear_tiny", "gated_deltanet_tiny"])
-def test_kernels_agree_with_xla(name):
+def test_tiles_that_are_kept_can_be_taken():
+  rows = json.loads(api._TILES.read_text())
+  for made in rows:
+    key = [made[k] for k in ("name", "C", "K", "M")]
+    assert made["of_default"][str(made["default"])] == 1.0, key
+    best = min(made["of_default"].values())
+    assert ("heads" in made) == (best < 0.98), key
+    if "heads" in made:
+      assert made["of_default"][str(made["heads"])] == best, key
+  keys = [tuple(r[k] for k in _kernels_table._TILE) for r in rows]
+  assert len(set(keys)) == len(keys)
+
+
+def test_kernels_agree_with_xla():
+  name = "hope_linear_tiny"
   line = _kernels_check.check(name, "float32", "pallas_interpret")
   assert line.holds and line.walks and not line.others, str(line)
   assert str(line).startswith(f"equal {name} float32: {line.walks[0]}: ")
@@ -270,6 +288,23 @@ def test_kernels_agree_with_xla(name):
     off = line._replace(values=wrong)
     assert not off.holds and str(off).startswith("OFF ")
   assert not line._replace(walks=()).holds
+  still = line._replace(still=("w_q",))
+  assert not still.holds and str(still).endswith("no gradient of w_q")
+
+
+def test_a_kernel_that_reads_wrong_is_found(monkeypatch):
+  # RWKV-7 starts with an output projection of 0, which would hide it.
+  right = pallas.walk
+
+  def wrong(*args):
+    ys, *rest = right(*args)
+    return jax.tree.map(lambda y: y.at[..., ::2].multiply(1.001), ys), *rest
+
+  monkeypatch.setattr(pallas, "walk", wrong)
+  line = _kernels_check.check("rwkv7_tiny", "float32", "pallas_interpret")
+  assert line.walks == ("general_delta_rule",) and not line.still, str(line)
+  values, gradients = line.bounds
+  assert line.values > 3 * values and line.gradients > gradients
 
 
 def test_a_config_without_kernels_says_so():

@@ -134,14 +134,14 @@ def test_ctrl_c_stops_all_processes(corpus, tmp_path):
   out, err = process.communicate(timeout=60)
   assert process.returncode == 130, err
   assert "stopped by Ctrl-C" in err and "Traceback" not in err
+  assert "--source=jsonl" not in err and " shards, 2 workers" in err
 
 
 def test_three_commands_from_files_to_training(corpus, tmp_path):
   one = corpus / "0.jsonl"
   model, out = tmp_path / "words.model", tmp_path / "out"
   first = finish(start(
-    f"--train_tokenizer={model}", "--vocab_size=400", "--source=jsonl",
-    f"--path={one}",
+    f"--train_tokenizer={model}", "--vocab_size=400", f"--path={one}",
   ))  # fmt: skip
   assert "400 pieces" in first and "--tokenizer=" in first
   words = tokenizers.load(str(model))

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import types
 
 import jax
@@ -150,6 +151,8 @@ def test_the_commands(tmp_path):
     assert done.returncode == 0, done.stderr
   size = f"{len(TEXT.encode()):,}"
   assert f"{size} bytes" in results[2].stdout
+  told = f"loading the model of h ...\n.*reading from byte 0 of {size}\n"
+  assert re.match(told, results[2].stderr, re.DOTALL)
   assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
   assert "nothing left to read" in results[3].stdout
   assert "another text: reading this one from its beginning" in (

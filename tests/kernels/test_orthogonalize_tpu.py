@@ -1,20 +1,10 @@
 """Sharded Newton-Schulz compiled ahead of time for a TPU topology."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-pytestmark = [
-  pytest.mark.tpu_aot,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: no ahead-of-time TPU compiler",
-  ),
-]
+from tests.kernels import ahead
+
+pytestmark = ahead.MARKS
 
 _SCRIPT = r"""
 import json, re, sys
@@ -50,20 +40,7 @@ print(json.dumps({"temp": temp / 2**20, **{k: count(k) for k in kinds}}))
   ],
 )
 def test_v5e_needs_two_all_to_alls(shape, dtype, mib):
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", _SCRIPT, json.dumps([shape, dtype])],
-    capture_output=True,
-    text=True,
-    timeout=240,
-    env=env,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  got = json.loads(done.stdout.strip().splitlines()[-1])
+  got = ahead.run(_SCRIPT, shape, dtype)
   assert got["all-to-all"] == 2, got
   assert sum(v for k, v in got.items() if k != "temp") == 2, got
   assert got["temp"] <= mib, got

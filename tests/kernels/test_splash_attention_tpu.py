@@ -1,20 +1,10 @@
 """Models with softmax attention compiled ahead of time for a TPU topology."""
 
-import importlib.util
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 
-pytestmark = [
-  pytest.mark.tpu_aot,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: no ahead-of-time TPU compiler",
-  ),
-]
+from tests.kernels import ahead
+
+pytestmark = ahead.MARKS
 
 _SCRIPT = r"""
 import dataclasses, json, re, sys
@@ -63,19 +53,6 @@ print(json.dumps(dict(
   ],
 )
 def test_v5e_attends_by_the_kernel(arch, sizes, fused):
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", _SCRIPT, json.dumps([arch, sizes])],
-    capture_output=True,
-    text=True,
-    timeout=240,
-    env=env,
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  got = json.loads(done.stdout.strip().splitlines()[-1])
+  got = ahead.run(_SCRIPT, arch, sizes)
   assert set(got["kernels"]) == ({"fwd", "dq", "dkv"} if fused else set()), got
   assert bool(got["square"]) != fused, got

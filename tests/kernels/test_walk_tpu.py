@@ -1,21 +1,10 @@
 """Walks compiled ahead of time for a TPU topology, forward and backward."""
 
-import importlib.util
-import json
-import os
-import pathlib
-import subprocess
-import sys
-
 import pytest
 
-pytestmark = [
-  pytest.mark.tpu_aot,
-  pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="libtpu is not installed: no ahead-of-time TPU compiler",
-  ),
-]
+from tests.kernels import ahead
+
+pytestmark = ahead.MARKS
 
 _SCRIPT = r"""
 import json, re, sys
@@ -81,21 +70,8 @@ print(json.dumps(dict(
 )
 def test_v5e_walks_by_the_kernels(kind, dtype):
   """One each way, chosen by itself; no loop, no copy of what is read."""
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", _SCRIPT, json.dumps([kind, dtype])],
-    capture_output=True,
-    text=True,
-    timeout=240,
-    env=env,
-    cwd=pathlib.Path(__file__).parents[2],
-  )
-  assert done.returncode == 0, done.stderr[-2000:]
-  assert json.loads(done.stdout.strip().splitlines()[-1]) == dict(
+  got = ahead.run(_SCRIPT, kind, dtype)
+  assert got == dict(
     kernels=["walk_bwd", "walk_fwd"],
     collectives=["all-reduce"],  # The gradient of slow parameters.
     loops=0,
