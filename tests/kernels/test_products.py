@@ -83,7 +83,9 @@ def test_a_product_of_xla_is_linear_in_both(form):
     close(a, b)
   many = jnp.stack([x, dx])
   close(jax.jit(jax.vmap(mm))(many), jax.vmap(like)(many))
-  of = lambda mm: lambda v: jax.jvp(
-    jax.grad(lambda x: jnp.sum(jnp.sin(mm(x)))), (x,), (v,)
-  )[1]
+  of = lambda mm: (
+    lambda v: jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(mm(x)))), (x,), (v,))[
+      1
+    ]
+  )
   close(of(mm)(dx), of(like)(dx))

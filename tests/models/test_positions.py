@@ -53,7 +53,8 @@ def _moved(state, by):
   """A state at the start of a text, as if `by` tokens stood before it."""
 
   def move(path, x):
-    return x + by if path[-1].name == "position_B" else x
+    own = jax.tree_util.keystr(path).endswith(".position_B")
+    return x + by if own else x
 
   return jax.tree_util.tree_map_with_path(move, state)
 
