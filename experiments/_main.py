@@ -35,7 +35,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _AGAIN = 0.05  # Seconds.
 _REMIND = 60.0  # Seconds between two lines of `busy`.
 # What a room raises for a user's mistake, and what the system refuses.
-_MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
+MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 
 def run(main: Callable[[], int]) -> None:
@@ -59,7 +59,7 @@ def _guarded(main: Callable[[], int]) -> int:
       if _DEBUG.value:
         raise
       return _stopped(f"error: {_missing_module(error)}", FAILED)
-    except _MISTAKES as error:
+    except MISTAKES as error:
       if _DEBUG.value:
         raise
       return _stopped(f"error: {error}{_origin(error)}", FAILED)

@@ -5,18 +5,19 @@ Everything that can be checked is checked here, before the first compile.
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
-from nl_jax import data, sharding
+from nl_jax import data, fields, sharding
 from nl_jax.data import sources
 from nl_jax.eval import evaluate
 from nl_jax.models import cms, incontext, lm
 from nl_jax.train import checkpoint, files, optimizer
+from nl_jax.train import config as configs
 from nl_jax.train import settings as settings_lib
 
 ConfigDict = config_dict.ConfigDict
@@ -31,7 +32,13 @@ def plain(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_plain(values: dict[str, Any]) -> ConfigDict:
-  """The inverse of `plain`."""
+  """The inverse of `plain`, for what a run left.
+
+  Raises:
+    ValueError: a field that nothing reads, one that is missing, or a value
+      that its field does not take.
+  """
+  configs.check(values)
   as_tuples = lambda x: tuple(x) if isinstance(x, list) else x
   values = jax.tree.map(
     as_tuples, values, is_leaf=lambda x: not isinstance(x, dict)
@@ -50,9 +57,8 @@ def of_run(
   values = checkpoint.read_config(workdir)
   try:
     config = from_plain(values)
-    str(config.data.tokenizer)  # There is one, though no model asks for it.
     return config, model(config)
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+  except ValueError as error:
     reason = " ".join(str(error).split())
     raise ValueError(
       f"{workdir}/{files.CONFIG} is no config that this version of nl_jax "
@@ -62,12 +68,40 @@ def of_run(
 
 
 def resolve(config: ConfigDict) -> ConfigDict:
-  """Fills in what depends on the machine: the dtype of activations."""
-  config = config_dict.ConfigDict(config.to_dict())
+  """A config that is checked, with what depends on the machine filled in.
+
+  Configs from files of before get the fields that they do not list; what the
+  machine decides is the dtype of activations.
+
+  Raises:
+    ValueError: as `from_plain`.
+  """
+  values = configs.upgraded(config.to_dict())
+  known = configs.flat(configs.table_of(values))
+  config = ConfigDict(from_plain(_split(values, known)).to_dict())
   if config.train.dtype == "auto":
     on_cpu = jax.default_backend() == "cpu"
     config.train.dtype = "float32" if on_cpu else "bfloat16"
   return config.lock()
+
+
+def _split(
+  values: dict[str, Any], known: Mapping[str, fields.Field], prefix: str = ""
+) -> dict[str, Any]:
+  """Words that a command line gives as k,v, which reads as one, apart."""
+  made = {}
+  for key, value in values.items():
+    field = known.get(prefix + key)
+    if isinstance(value, dict):
+      value = _split(value, known, f"{prefix}{key}.")
+    elif field and field.many and field.words and isinstance(value, tuple):
+      value = tuple(
+        word
+        for entry in value
+        for word in (entry.split(",") if isinstance(entry, str) else [entry])
+      )
+    made[key] = value
+  return made
 
 
 def with_source(config: ConfigDict, is_given: bool) -> ConfigDict:
@@ -255,14 +289,11 @@ def settings(config: ConfigDict) -> settings_lib.Settings:
   Raises:
     ValueError: a number out of range, or a task that there is not.
   """
+  settings_lib.Evaluation(**config.eval.to_dict())
   try:
     evaluate.parse(config.eval.tasks)
   except ValueError as error:
     raise ValueError(f"eval.tasks: {error}") from error
-  if config.eval.batches < 0:
-    raise ValueError(
-      f"eval.batches must be 0 (all) or more, got {config.eval.batches}"
-    )
   train = config.train
   return settings_lib.Settings(
     steps=train.steps,

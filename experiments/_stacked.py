@@ -63,9 +63,7 @@ def config(
     said: the object of the pretrained model's config.json.
     tokenizer: as `data.tokenizer`.
   """
-  model = _common.ConfigDict(group)
-  made = _common.language_model("340m", model)
-  made.model = model
+  made = _common.language_model("340m", group)
   longest = _hf_config.size(said, "max_position_embeddings", _LONGEST)
   made.data.update(
     tokenizer=tokenizer,
@@ -74,10 +72,11 @@ def config(
   )
   made.optim.update(learning_rate=1e-5, warmup_steps=100)
   made.train.steps = 1000
-  levels = len(model.cms.levels)
-  if levels > 1 and "chunks" not in model.cms:
+  cms = made.model.cms
+  levels = len(cms.levels)
+  if levels > 1 and "chunks" not in cms:
     step = _setup.tokens_per_step(made)
-    model.cms.periods = tuple(step * _SLOWER**i for i in range(levels))
+    cms.periods = tuple(step * _SLOWER**i for i in range(levels))
   return made
 
 

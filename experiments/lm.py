@@ -218,12 +218,15 @@ def _finish(
   metrics: Mapping[str, float],
 ) -> None:
   """A sample of text, the result, and where to look next."""
+  import jax
+
   from experiments import _text
   from nl_jax import files, stream
 
   prompt = _text.opening(dataset)
   size = _text.encode(dataset.tokenizer, prompt).size
-  reader = stream.start(net, params, length=size + _SAMPLE_TOKENS)
+  mesh = stream.mesh_of(net, params, jax.local_devices())
+  reader = stream.start(net, params, length=size + _SAMPLE_TOKENS, mesh=mesh)
   text = prompt + "".join(
     _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )

@@ -37,6 +37,8 @@ def main() -> int:
   if not pathlib.Path(_WORKDIR.value).is_dir():
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
   logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
+  import jax
+
   from experiments import _setup, _text
   from nl_jax import stream
   from nl_jax.data import documents, tokenizers
@@ -57,7 +59,8 @@ def main() -> int:
     # Beyond the trained length where that is asked for: an attention cache
     # takes any number of slots, other states need none.
     size = _text.encode(tokenizer, prompt).size + 1
-    reader = stream.start(net, params, length=size + _TOKENS.value)
+    mesh = stream.mesh_of(net, params, jax.local_devices())
+    reader = stream.start(net, params, length=size + _TOKENS.value, mesh=mesh)
   sys.stdout.write(_PROMPT.value)
   for piece in _text.generate(
     reader,

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import numpy as np
@@ -17,9 +17,12 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nl_jax import fields
+
 Tree = Any
 
 AXES = ("replica", "fsdp", "sequence", "tensor")
+_SIZE = fields.Whole(1, also=(-1,))
 
 LOGICAL = {
   "batch": ("replica", "fsdp"),
@@ -157,20 +160,21 @@ _LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.
 
 
 def mesh(
-  replica: int = 1,
-  fsdp: int = -1,
-  sequence: int = 1,
-  tensor: int = 1,
+  replica: Annotated[int, _SIZE] = 1,
+  fsdp: Annotated[int, _SIZE] = -1,
+  sequence: Annotated[int, _SIZE] = 1,
+  tensor: Annotated[int, _SIZE] = 1,
   *,
   devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
   """The device mesh; at most one size is -1, which takes what is left.
 
   Args:
-    replica: copies of the model; spans slices.
-    fsdp: shards of parameters and batch.
-    sequence: shards of a sequence's tokens.
-    tensor: shards of heads, feed-forward width and vocabulary.
+    replica: devices that hold copies of all weights; spans slices.
+    fsdp: devices that split weights and batch; -1: what is left, in a config
+      as much as the batch fills.
+    sequence: devices that split the tokens of a row.
+    tensor: devices that split heads, feed-forward width and vocabulary.
     devices: all of them by default.
 
   Raises:
@@ -179,12 +183,11 @@ def mesh(
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (replica, fsdp, sequence, tensor)))
+  fields.check("mesh", mesh, sizes)
   given = ", ".join(f"mesh.{k}={v}" for k, v in sizes.items())
   open_axes = [k for k, v in sizes.items() if v == -1]
-  if len(open_axes) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
-    raise ValueError(
-      f"mesh sizes must be at least 1, one of them may be -1; got {given}"
-    )
+  if len(open_axes) > 1:
+    raise ValueError(f"one of the mesh sizes may be -1, got {given}")
   fixed = math.prod(v for v in sizes.values() if v != -1)
   if open_axes:
     sizes[open_axes[0]] = max(len(devices) // fixed, 1)
@@ -339,6 +342,32 @@ def param_shardings(params: Tree, mesh: Mesh) -> Tree:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def decode_shardings(params: Tree, mesh: Mesh) -> Tree:
+  """Shardings of parameters that read one token at a time.
+
+  A token needs all weights once: split over `fsdp` they would be gathered for
+  each, so that every shard of it holds them whole, and `tensor` splits them.
+
+  Args:
+    params: arrays, or their shapes.
+    mesh: where to.
+
+  Raises:
+    ValueError: as `param_shardings`.
+  """
+
+  def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
+    name = path_name(path)
+    axes = logical_axes(name, leaf.ndim)
+    return _named(mesh, name, leaf.shape, [_whole(axis) for axis in axes])
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _whole(axis: str | None) -> str | None:
+  return None if "fsdp" in _over(axis) else axis
+
+
 def _named(
   mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str]
 ) -> NamedSharding:
@@ -347,8 +376,9 @@ def _named(
   for i, (size, axis) in enumerate(zip(shape, axes)):
     over = _over(axis)
     parts = math.prod(mesh.shape[a] for a in over)
-    if size % parts and axis == "start_in":
-      axes[i] = None  # Memories are narrower than meshes are long.
+    if (size % parts and axis == "start_in") or (size == 1 and axis == "batch"):
+      # Memories are narrower than meshes are long; one row is everyone's.
+      axes[i] = None
     elif size % parts:
       sizes = ", ".join(f"mesh.{a}={mesh.shape[a]}" for a in over)
       raise ValueError(

@@ -8,6 +8,7 @@ A memory is a file: `save_memory` writes the state, without the weights, and
 `load_memory` gives it back to the model that it came from.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -15,7 +16,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -95,6 +96,7 @@ class Stream:
     slots: tokens that an unbounded attention cache has room for; None where
       the state does not grow.
     logits: [B,Vocab] after the last token; None before the first.
+    mesh: of the devices that share the work, or None.
   """
 
   model: lm.LanguageModel
@@ -103,6 +105,7 @@ class Stream:
   slots: int | None
   logits: jax.Array | None = None
   _seen: int = 0
+  mesh: jax.sharding.Mesh | None = None
 
   def read(self, tokens: np.ndarray) -> jax.Array:
     """Reads tokens [B,T], T >= 1 (prefill); returns the logits after them.
@@ -110,11 +113,18 @@ class Stream:
     Raises:
       ValueError: no token, or more than the attention cache has room for.
     """
-    for piece in self._pieces(tokens):
-      self.logits, self.state = _read(
-        self.model, self.params, piece, self.state
-      )
+    with self._where():
+      for piece in self._pieces(tokens):
+        self.logits, self.state = _read(
+          self.model, self.params, piece, self.state
+        )
     return self.logits
+
+  def _where(self) -> contextlib.AbstractContextManager:
+    """The mesh, for the layout of activations."""
+    if self.mesh is None:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self.mesh)
 
   def score(self, tokens: np.ndarray) -> np.ndarray:
     """Reads tokens [B,T] and returns the nats of each [B,T], float32.
@@ -131,9 +141,10 @@ class Stream:
       if first:
         vocab_size = self.model.vocab_size
         before = jnp.full((piece.shape[0], vocab_size), jnp.nan)
-      nats, self.logits, self.state = _score(
-        self.model, self.params, piece, self.state, before
-      )
+      with self._where():
+        nats, self.logits, self.state = _score(
+          self.model, self.params, piece, self.state, before
+        )
       scores.append(np.asarray(nats, np.float32))
     return np.concatenate(scores, axis=1)
 
@@ -210,6 +221,7 @@ def start(
   params: Any,
   batch_size: int = 1,
   length: int | None = None,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Stream:
   """A stream that has read nothing.
 
@@ -219,13 +231,82 @@ def start(
     batch_size: rows B.
     length: tokens that an unbounded attention cache has room for; default
       `model.sequence_length`.
+    mesh: of the devices that share the work, all of this process: `tensor`
+      splits weights and heads, `fsdp` the rows. None: where the weights are.
+
+  Raises:
+    ValueError: a mesh that does not divide rows or heads.
   """
   slots = None
   if model.grows:
     slots = model.sequence_length if length is None else length
+  if mesh is not None and mesh.size > 1:
+    return _on_mesh(model, params, batch_size, slots, mesh)
   # Copied: anchors and weights start as one buffer, which cannot be donated.
   state = jax.tree.map(jnp.copy, model.init_state(params, batch_size, slots))
   return Stream(model, params, state, slots)
+
+
+def _on_mesh(
+  model: lm.LanguageModel,
+  params: Any,
+  batch_size: int,
+  slots: int | None,
+  mesh: jax.sharding.Mesh,
+) -> Stream:
+  """A stream whose weights are laid for decoding."""
+  shardings = sharding.decode_shardings(params, mesh)
+  params = jax.device_put(for_decoding(model, params), shardings)
+  start = lambda params: model.init_state(params, batch_size, slots)
+  places = sharding.sequence_shardings(jax.eval_shape(start, params), mesh)
+  with jax.set_mesh(mesh):
+    state = jax.jit(start, out_shardings=places)(params)
+  return Stream(model, params, state, slots, mesh=mesh)
+
+
+def mesh_of(
+  model: lm.LanguageModel, params: Any, devices: Sequence[jax.Device]
+) -> jax.sharding.Mesh:
+  """As many of the devices as can share the weights of one row's tokens.
+
+  Args:
+    model: a `LanguageModel`.
+    params: its weights, or their shapes.
+    devices: of this process.
+  """
+  state = jax.eval_shape(lambda p: model.init_state(p, 1, 1), params)
+  for count in range(len(devices), 1, -1):
+    mesh = sharding.mesh(fsdp=1, tensor=count, devices=devices[:count])
+    try:
+      sharding.decode_shardings(params, mesh)
+      sharding.sequence_shardings(state, mesh)
+    except ValueError:  # An axis that so many do not divide.
+      continue
+    return mesh
+  return sharding.mesh(fsdp=1, devices=devices[:1])
+
+
+def for_decoding(model: lm.LanguageModel, params: Any) -> Any:
+  """Parameters with matrices in the type of the activations, as all use them.
+
+  What is read for each token is half as long then, and no number changes.
+  Starts of memories, norms and gates of heads stay float32, and all of a model
+  whose levels learn while it reads.
+
+  Args:
+    model: a `LanguageModel`, or one that learns in context.
+    params: its weights.
+  """
+  if not isinstance(model, lm.LanguageModel):
+    return params
+  dtype = jnp.dtype(model.dtype)
+
+  def one(path: tuple, leaf: jax.Array) -> jax.Array:
+    name = sharding.path_name(path)
+    matrix = "embed" in sharding.logical_axes(name, leaf.ndim)
+    return leaf.astype(dtype) if matrix and dtype != jnp.float32 else leaf
+
+  return jax.tree_util.tree_map_with_path(one, params)
 
 
 def go_on(

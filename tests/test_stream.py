@@ -1,11 +1,14 @@
 """A stream says what one call over all its tokens says."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from nl_jax import stream
+from nl_jax import sharding, stream
 from tests.laws.models import MODELS
 
 
@@ -75,3 +78,31 @@ def test_mistakes(model):
   reader.read(np.zeros((1, 1), int))
   with pytest.raises(ValueError, match="top_p in"):
     next(reader.sample(1, vocab_size=259, top_p=0.0))
+
+
+def test_on_a_mesh_it_says_the_same(model):
+  """Weights over `tensor`, whole in every shard of the rows."""
+  net, params = model
+  tokens = np.random.default_rng(0).integers(3, 259, (2, 3))
+  mesh = sharding.mesh(fsdp=2, tensor=2, devices=jax.devices()[:4])
+  apart = stream.start(net, params, batch_size=2, mesh=mesh)
+  alone = stream.start(net, params, batch_size=2)
+  np.testing.assert_allclose(apart.read(tokens), alone.read(tokens), atol=2e-5)
+  w = apart.params["blocks"]["cms"][net.cms.levels[0]]["w_gate"]
+  assert w.sharding.spec == P(None, None, "tensor")
+  # One row is of all: four heads on four of eight devices.
+  assert stream.mesh_of(net, params, jax.devices()).size == 4
+
+
+@pytest.mark.parametrize("name", ["hope_linear", "gated_deltanet", "rwkv7"])
+def test_weights_for_decoding_change_no_number(name):
+  """Matrices are read in the type of the activations by all models."""
+  net = dataclasses.replace(MODELS[name](), dtype="bfloat16")
+  params = net.init(jax.random.key(0))
+  short = stream.for_decoding(net, params)
+  assert short["embed"].dtype == jnp.bfloat16
+  assert short["final_norm"]["scale"].dtype == jnp.float32
+  run = lambda p: net.apply(p, jnp.array([[5], [6]]), net.init_state(p, 2, 4))
+  whole, decoding = jax.jit(run)(params), jax.jit(run)(short)
+  for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(decoding)):
+    np.testing.assert_array_equal(a, b)

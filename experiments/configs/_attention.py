@@ -12,37 +12,24 @@ ConfigDict = _common.ConfigDict
 
 def transformer(size: str, arg: str) -> ConfigDict:
   """Transformer++ at a scale; preset A's rate (GDN, Titans)."""
-  size = _common.size_of(size, arg)
-  shape = presets.SHAPES["transformer"][size]
-  cms = _common.cms(("ffn",), shape.widths, (0,))
-  rate = None if size in ("smoke", "tiny") else 4e-4
-  return _common.language_model(
-    size, _model("transformer", shape, cms), learning_rate=rate
-  )
+  return _common.baseline("transformer", _common.size_of(size, arg), {})
 
 
-def hope_attention(size: str, arg: str) -> ConfigDict:
-  """HOPE-Attention at a scale: attention and three levels."""
+def hope_attention(size: str, arg: str, **says: dict) -> ConfigDict:
+  """HOPE-Attention at a scale: attention and three levels.
+
+  Args:
+    size: a key of `_common.SCALES`.
+    arg: of the config.
+    says: what differs in the groups `mixer` and `cms`.
+  """
   size = _common.size_of(size, arg)
-  periods = _common.SCALES[size].cms_periods
   shape = presets.SHAPES["hope_attention"][size]
-  cms = _common.cms(("high", "mid", "low"), shape.widths, periods)
-  return _common.language_model(size, _model("hope_attention", shape, cms))
-
-
-def _model(arch: str, shape: presets.Shape, cms: ConfigDict) -> ConfigDict:
-  memory = ConfigDict(
-    dict(
-      # Of attention to a whole text: xla, pallas_tpu; auto: by the platform.
-      implementation="auto",
-    )
+  model = dict(
+    arch="hope_attention",
+    heads=shape.heads,
+    head_dim=shape.head_dim,
+    mixer=says.get("mixer", {}),
+    cms=_common.three_levels(size, shape) | says.get("cms", {}),
   )
-  return ConfigDict(
-    dict(
-      arch=arch,
-      heads=shape.heads,
-      head_dim=shape.head_dim,
-      mixer=memory,
-      cms=cms,
-    )
-  )
+  return _common.language_model(size, model)

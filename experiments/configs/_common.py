@@ -1,14 +1,19 @@
 """What all language-model configs share: scales, recipe and groups.
 
-A builder gives the group `model`; `language_model` adds the others. Every
+A builder says of the group `model` what differs from the defaults, which stand
+in the dataclasses; `language_model` fills it and adds the other groups. Every
 config takes the argument `smoke`, the test size, whatever its own.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import config_dict
 
+from experiments import _groups
 from nl_jax.models import presets
+from nl_jax.train import config
 
 ConfigDict = config_dict.ConfigDict
 
@@ -94,75 +99,58 @@ def size_of(size: str, arg: str, *, options: tuple[str, ...] = ()) -> str:
   return "smoke" if "smoke" in arg.split(",") else size
 
 
-def cms(
-  levels: tuple[str, ...], widths: tuple[int, ...], periods: tuple[int, ...]
-) -> ConfigDict:
-  """The group `model.cms`, fastest level first."""
-  return ConfigDict(
-    dict(
-      levels=levels,  # Names, fastest first (paper sec. 5, Fig. 5).
-      widths=widths,  # Hidden units F of each level (model.md 7.2).
-      periods=periods,  # Tokens between updates; 0: each step (Fig. 3).
-      variant="sequential",  # Or nested, independent (eq. 70, 72, 74).
-      norm=True,  # RMSNorm before each level; ours, unstated.
-      residual=True,  # Each level adds to its input; ours, unstated.
-    )
-  )
-
-
 def language_model(
-  size: str, model: ConfigDict, *, learning_rate: float | None = None
+  size: str,
+  model: Mapping[str, Any],
+  *,
+  learning_rate: float | None = None,
 ) -> ConfigDict:
-  """A whole config around the group `model`.
+  """A whole config: what is said here, and defaults where nothing is.
 
   Args:
     size: a key of SCALES.
-    model: arch, heads, head_dim, cms and the switches of the mixer.
+    model: of the group `model` what differs from the defaults and, in shape,
+      from the scale; in it `mixer` and `cms`, mappings of what differs there.
     learning_rate: peak; None: the scale's.
   """
   scale, shape = SCALES[size], presets.SCALES[size]
-  demonstration = size in ("smoke", "tiny")
-  source = {"smoke": "synthetic", "tiny": "embedded"}.get(size, "")
-  group = ConfigDict(
-    dict(
-      arch=model.arch,  # Which mixer: a key of models.lm.MIXERS.
-      width=shape.width,  # D (Table 1 sizes; shapes are ours, unstated).
-      layers=shape.layers,  # L.
-      heads=model.heads,  # H.
-      head_dim=model.head_dim,  # K, key and value width of a head.
-      vocab_size=shape.vocab_size,  # Entries, at least the tokenizer's.
-    )
+  small = size in ("smoke", "tiny")
+  said = dict(model)
+  mixer, levels = said.pop("mixer", {}), said.pop("cms")
+  known = config.table(said["arch"], "chunks" in levels)
+  of = lambda path, **says: _groups.filled(known[path], **says)
+  sizes = dict(
+    width=shape.width, layers=shape.layers, vocab_size=shape.vocab_size
   )
-  group.update({key: model[key] for key in ("mixer", "cms") if key in model})
-  if demonstration and "remat_group" in group.get("mixer", {}):
+  group = of("model", **sizes | said)
+  group.mixer = of("model.mixer", **mixer)
+  if small and "remat_group" in group.mixer:
     group.mixer.remat_group = 1  # All states are kept: memory is no matter.
+  group.cms = of("model.cms", **levels)
   return ConfigDict(
     dict(
       model=group,
-      data=_data(scale, source, tokenizer="bytes" if demonstration else ""),
-      optim=_optim(scale, learning_rate or scale.learning_rate),
-      train=_train(scale, demonstration),
-      checkpoint=ConfigDict(
-        dict(
-          every=_cadence(size, 10, 50, 1000),  # Steps; 0: only at the end.
-          keep=3,  # Newest checkpoints that stay.
-          keep_period=0,  # Steps; its multiples stay too. 0: none does.
-        )
+      data=of(
+        "data",
+        source={"smoke": "synthetic", "tiny": "embedded"}.get(size, ""),
+        tokenizer="bytes" if small else "",
+        sequence_length=scale.sequence_length,
+        batch_size=scale.batch_size,
       ),
-      mesh=ConfigDict(
-        dict(
-          replica=1,  # Devices: copies of all weights (slices of a pod).
-          fsdp=-1,  # Devices: weights and batch split; -1: as the batch fills.
-          sequence=1,  # Devices: tokens of a row split.
-          tensor=1,  # Devices: heads and hidden units split.
-        )
+      optim=of(
+        "optim",
+        learning_rate=learning_rate or scale.learning_rate,
+        warmup_steps=scale.warmup_steps,
       ),
-      eval=ConfigDict(
-        dict(
-          batches=_cadence(size, 2, 32, 64),  # Of validation; 0: all of it.
-          tasks=(),  # Names of benchmark tasks scored while training.
-        )
+      train=of(
+        "train",
+        steps=scale.steps,
+        eval_every=100 if small else 1000,
+        remat="none" if small else "layer",
       ),
+      checkpoint=of("checkpoint", every=_cadence(size, 10, 50, 1000)),
+      mesh=of("mesh"),
+      eval=of("eval", batches=_cadence(size, 2, 32, 64)),
     )
   )
 
@@ -170,8 +158,7 @@ def language_model(
 def baseline(
   arch: str,
   size: str,
-  shape: presets.Shape,
-  memory: ConfigDict | None = None,
+  mixer: Mapping[str, Any],
   *,
   learning_rate: float | None = PRESET_A,
 ) -> ConfigDict:
@@ -180,74 +167,36 @@ def baseline(
   Args:
     arch: a key of models.lm.MIXERS.
     size: a key of SCALES.
-    shape: heads, head width, feed-forward width.
-    memory: the group `model.mixer`, of archs that have one.
+    mixer: of the group `model.mixer`, what differs from the defaults.
     learning_rate: peak at the paper's scales; None: the scale's own.
   """
-  model = ConfigDict(
-    dict(
-      arch=arch,
-      heads=shape.heads,
-      head_dim=shape.head_dim,
-      cms=cms(("ffn",), shape.widths, (0,)),
-    )
+  shape = presets.SHAPES[arch][size]
+  model = dict(
+    arch=arch,
+    heads=shape.heads,
+    head_dim=shape.head_dim,
+    mixer=mixer,
+    cms=dict(widths=shape.widths),
   )
-  if memory is not None:
-    model.mixer = memory
   rate = None if size in ("smoke", "tiny") else learning_rate
   return language_model(size, model, learning_rate=rate)
 
 
-def _data(scale: Scale, source: str, tokenizer: str) -> ConfigDict:
-  return ConfigDict(
-    dict(
-      source=source,  # text, jsonl, prepared, ...; empty: as path says.
-      path="",  # File or folder of the source; of a mixture its parts.
-      text_key="text",  # Field or column with the text, where there are many.
-      bad_documents="refuse",  # Or skip: leave out what cannot be used.
-      # "bytes", or the path of a SentencePiece .model or a tokenizer.json.
-      tokenizer=tokenizer,
-      sequence_length=scale.sequence_length,  # Tokens of a row.
-      batch_size=scale.batch_size,  # Rows of a step, over all hosts.
-      seed=0,  # Of the order of the rows.
-    )
-  )
+def three_levels(
+  size: str, shape: presets.Shape, **learning: Any
+) -> dict[str, Any]:
+  """Of the group `model.cms`, a continuum memory system of three levels.
 
-
-def _optim(scale: Scale, learning_rate: float) -> ConfigDict:
-  return ConfigDict(
-    dict(
-      name="adamw",  # A rule of train.optimizer; the paper names none.
-      learning_rate=learning_rate,  # Peak; per step of the outer loop.
-      warmup_steps=scale.warmup_steps,  # Steps; 1B tokens (GDN's recipe).
-      weight_decay=0.1,  # Times the learning rate, on matrices (Titans).
-      clip_norm=1.0,  # Global norm of the gradient (Titans); 0: off.
-      min_ratio=0.1,  # Last learning rate over the peak; ours.
-      b1=0.9,  # Decay of the first moment; ours.
-      b2=0.95,  # Decay of the second moment; ours.
-      eps=1e-8,  # Added to the root of the second moment; ours.
-      reduce="mean",  # Of a slow level's gradients, or sum (literal eq. 71).
-      nested_meta="none",  # Restarts of cms.variant=nested: reptile, fomaml.
-      nested_rate=1.0,  # Of that, 0 to 1.
-    )
-  )
-
-
-def _train(scale: Scale, demonstration: bool) -> ConfigDict:
-  return ConfigDict(
-    dict(
-      steps=scale.steps,  # Updates of the run.
-      log_every=10,  # Steps between lines of metrics.
-      eval_every=100 if demonstration else 1000,  # Steps; 0: at the end.
-      accumulate=1,  # Micro-batches of a step.
-      dtype="auto",  # Activations; auto: bfloat16, on a CPU float32.
-      # What the backward pass recomputes: layer, or none beyond the chunks.
-      remat="none" if demonstration else "layer",
-      seed=0,  # Of the initial weights.
-      nan_policy="raise",  # Or "skip" the update of a non-finite step.
-      max_skipped=100,  # Steps that "skip" may skip.
-      profile_steps="",  # First and last step of a trace, as 10:13; or none.
-    )
+  Args:
+    size: a key of SCALES, which has the periods.
+    shape: the levels' widths.
+    learning: what else is said, of levels that learn in context.
+  """
+  return dict(
+    levels=("high", "mid", "low"),
+    widths=shape.widths,
+    periods=SCALES[size].cms_periods,
+    **learning,
   )
 
 

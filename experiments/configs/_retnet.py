@@ -14,11 +14,4 @@ def retnet(size: str, arg: str) -> ConfigDict:
   """RetNet at a scale."""
   size = _common.size_of(size, arg)
   shape = presets.SHAPES["retnet"][size]
-  memory = ConfigDict(
-    dict(
-      chunk=shape.chunk,  # Tokens computed at once; changes no number.
-      remat_group=4,  # Chunks between states kept for the backward pass.
-      walk="auto",  # Or xla, pallas_tpu; the kernels on a TPU where they can.
-    )
-  )
-  return _common.baseline("retnet", size, shape, memory)
+  return _common.baseline("retnet", size, dict(chunk=shape.chunk))

@@ -18,6 +18,8 @@ from jax.sharding import PartitionSpec as P
 _BLOCKS = (512, 256, 128)  # Tokens; the largest that divides T.
 _DTYPES = ("float32", "bfloat16")
 _WHOLE = P()
+# Of outputs and normalisers, for policies of `jax.checkpoint`.
+NAME = "attention"
 
 
 def supports(
@@ -127,6 +129,24 @@ def splash_attention(
   return shard(*arrays)
 
 
+def share(tokens: int, window: int = 0) -> float:
+  """The part of the blocks of queries and keys that the mask does not leave.
+
+  Args:
+    tokens: T of a row, as `supports` has it.
+    window: as `splash_attention`.
+  """
+  block = _block(tokens)
+  count = tokens // block
+  reach = -(-(window - 1) // block) if window else count
+  kept = sum(min(i, reach) + 1 for i in range(count))
+  return kept / count**2
+
+
+def _block(tokens: int) -> int:
+  return next((b for b in _BLOCKS if tokens % b == 0), tokens)
+
+
 def _kernel(heads: int, tokens: int, window: int, interpret: bool):
   """The kernel of one row, [H,T,K] and [G,T,K]."""
   shape = (tokens, tokens)
@@ -134,7 +154,7 @@ def _kernel(heads: int, tokens: int, window: int, interpret: bool):
     mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
   else:
     mask = splash.CausalMask(shape)
-  block = next(b for b in _BLOCKS if tokens % b == 0)
+  block = _block(tokens)
   names = (
     "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
     "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
@@ -144,5 +164,6 @@ def _kernel(heads: int, tokens: int, window: int, interpret: bool):
     block_sizes=splash.splash_attention_kernel.BlockSizes(
       **dict.fromkeys(names, block)
     ),
+    residual_checkpoint_name=NAME,
     interpret=interpret,
   )

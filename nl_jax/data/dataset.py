@@ -6,11 +6,11 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
 
-from nl_jax import files
+from nl_jax import fields, files
 from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
@@ -113,11 +113,12 @@ def load(
   source: str,
   path: str = "",
   text_key: str = "text",
-  bad_documents: str = "refuse",
+  bad_documents: Annotated[str, fields.OneOf("refuse", "skip")] = "refuse",
+  separator: str = "",
   tokenizer: str = "bytes",
-  sequence_length: int,
-  batch_size: int,
-  seed: int = 0,
+  sequence_length: Annotated[int, fields.Whole(1)],
+  batch_size: Annotated[int, fields.Whole(1)],
+  seed: Annotated[int, fields.SEED] = 0,
   alignment: int = 1,
   vocab_size: int | None = None,
   process_index: int = 0,
@@ -126,16 +127,21 @@ def load(
   """Loads, tokenises and packs a source; the config group `data`.
 
   Args:
-    source: one of `NAMES`: a source (`sources.load`), "prepared" (a folder of
-      experiments.prepare) or "mixture"; "": what the path says (`infer`).
-    path: of the source; of "mixture" its parts with their weights:
-      "jsonl:web.jsonl=0.7,text:books=0.3".
-    text_key: field or column with the text.
-    bad_documents: "refuse" what cannot be used, or "skip" it and say so.
+    source: "embedded", "synthetic", "text", "jsonl", "parquet",
+      "array_record", "hugging_face" (see `sources.load`), "prepared" (a folder
+      of experiments.prepare) or "mixture"; "", or left out where a path is
+      given: what the path says (`infer`).
+    path: file or folder of the source; of "mixture" its parts with their
+      weights: "jsonl:web.jsonl=0.7,text:books=0.3".
+    text_key: field or column with the text, where there are many.
+    bad_documents: of documents that cannot be used: "refuse" the first with its
+      place, or "skip" all, and say how many and where the first three are.
+    separator: between the documents of a file of "text", as "<|endoftext|>",
+      with the line breaks around it; "": a file is one.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
-    sequence_length: tokens in a row, a multiple of alignment.
-    batch_size: rows of a batch over all processes.
-    seed: of the order, and of the documents of "synthetic".
+    sequence_length: tokens of a row, a multiple of the model's alignment.
+    batch_size: rows of a step, over all processes.
+    seed: of the order of the rows, and of the documents of "synthetic".
     alignment: documents start at its multiples: `model.alignment`.
     vocab_size: of the model, checked against the tokenizer's when given.
     process_index: this process.
@@ -148,9 +154,12 @@ def load(
   # Grain takes seconds to import: only when batches are wanted.
   from nl_jax.data import pipeline
 
+  numbers = dict(
+    sequence_length=sequence_length, batch_size=batch_size, seed=seed
+  )
+  fields.check("data", load, numbers)
   packing.check_lengths(sequence_length, alignment)
   pipeline.check_batch(batch_size, process_index, process_count)
-  pipeline.check_seed(seed)
   source = source or infer(path)
   if source not in NAMES:
     raise errors.unknown_name("data.source", source, NAMES)
@@ -159,7 +168,11 @@ def load(
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
-  how = _How(ids, sequence_length, alignment, seed, text_key, bad_documents)
+  how = _How(
+    ids, sequence_length, alignment, seed, text_key, bad_documents, separator
+  )
+  if separator and "text" not in [name for name, *_ in named]:
+    raise sources.no_separator(separator, source)
   parts = [_part(*part, how) for part in named]
   rows, counts = _joined(parts)
   if not counts["validation"].rows:
@@ -205,6 +218,7 @@ class _How(NamedTuple):
   seed: int
   text_key: str
   bad_documents: str
+  separator: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -271,7 +285,10 @@ def infer(path: str) -> str:
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
-  source = sources.load(name, path, how.seed, how.text_key, how.bad_documents)
+  separator = how.separator if name == "text" else ""
+  source = sources.load(
+    name, path, how.seed, how.text_key, how.bad_documents, separator
+  )
   rows, counts = {}, {}
   for split in sources.SPLITS:
     rows[split], counts[split] = _pack(source.documents(split), how)

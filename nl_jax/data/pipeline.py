@@ -18,6 +18,9 @@ from nl_jax.data import errors, packing, sources, tokenizers
 Batch = dict[str, np.ndarray]  # {inputs, targets, weights, segment_ids} [B,T].
 _READERS = 4  # Threads that read rows from disk.
 _AHEAD = 4  # Batches that they read before they are asked for.
+# Rows, more than any run reads: grain takes lengths for floats, and what it
+# calls infinite, 2^63 - 1, then has no length in batches of one row.
+_ENDLESS = 2**48
 
 
 class Mix(NamedTuple):
@@ -218,7 +221,8 @@ def _order(mix: Mix, seed: int) -> grain.MapDataset:
   for number, count in enumerate(mix.counts):
     part = grain.MapDataset.range(start, start + count)
     # Parts of the same length must not go in step.
-    parts.append(part.shuffle(seed=(seed + number) % 2**32).repeat())
+    order = part.shuffle(seed=(seed + number) % 2**32)
+    parts.append(order.repeat(_ENDLESS // max(count, 1)))
     start += count
   if len(parts) == 1:
     return parts[0]

@@ -10,11 +10,13 @@ per-token weights of `rank_one` it gives the reads.
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from nl_jax import fields
+from nl_jax.fields import OneOf, Whole
 from nl_jax.kernels import rank_one, walk
 from nl_jax.memory import muon, objectives, window
 
@@ -24,16 +26,18 @@ Weights = Mapping[str, jax.Array]
 
 INPUT_LAYERS = ("w", "w_in", "w_gate")  # Layers whose input is the key.
 
-_CHOICES = {
-  "objective": tuple(objectives.OBJECTIVES),
-  "dgd_scope": ("per_layer", "input_layer", "none"),
-  "dgd_coef": ("prox", "raw", "decayed"),
-  "momentum": ("off", "ema", "sum"),
-  "retention_target": ("init", "zero"),
-  "erase_of": rank_one.ERASES,
-  "read": rank_one.READS,
-  "inner_muon": muon.MODES,
-}
+# What fields of a rule may be, here and where other rules give them other
+# defaults.
+Objective = Annotated[str, OneOf(*objectives.OBJECTIVES)]
+Scope = Annotated[str, OneOf("per_layer", "input_layer", "none")]
+Coefficient = Annotated[str, OneOf("prox", "raw", "decayed")]
+Momentum = Annotated[str, OneOf("off", "ema", "sum")]
+Retention = Annotated[str, OneOf("init", "zero")]
+Erase = Annotated[str, OneOf(*rank_one.ERASES)]
+Read = Annotated[str, OneOf(*rank_one.READS)]
+Clip = Annotated[float, fields.AT_LEAST_0]
+Count = Annotated[int, Whole(1)]
+Walk = Annotated[str, OneOf("auto", *walk.IMPLEMENTATIONS)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Rule:
 
   Attributes:
     chunk: tokens that share one gradient point; part of the function.
-    objective: inner loss, a key of `objectives.OBJECTIVES`.
+    objective: inner loss (eq. 92: dot, eq. 93: l2), see `memory.objectives`.
     dgd_scope: layers that also erase (delta gradient descent, eq. 56):
       "per_layer", "input_layer" (those fed with the key), "none" (plain GD).
     dgd_coef: "prox", eta / (1 + eta |u|^2), "raw", eta (literal eq. 88), or
@@ -52,10 +56,9 @@ class Rule:
     retention_target: "init" decays to the learned start, "zero" to 0.
     erase_of: "deviation" from the retention target, or the "whole" memory.
     read: "after" the token's own write, "before" it, or at "chunk_start".
-    residual_clip: largest norm of an output error; 0 = off.
-    inner_mean: divide the output error by V.
-    remat_group: chunks between two states that are kept for the backward pass;
-      1, all of them, is faster.
+    residual_clip: largest norm of an inner error; 0: off. Ours.
+    inner_mean: inner errors are divided by the value width V.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
     stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
     omega: tokens whose gradients one token writes, each times its gate gamma
       (Atlas, see `window`); 1: its own, without gate.
@@ -63,33 +66,23 @@ class Rule:
       momentum made orthogonal; "token", at every token (Atlas, see `muon`).
   """
 
-  chunk: int = 16
-  objective: str = "l2"
-  dgd_scope: str = "per_layer"
-  dgd_coef: str = "prox"
-  momentum: str = "off"
-  retention_target: str = "init"
-  erase_of: str = "deviation"
-  read: str = "after"
-  residual_clip: float = 0.0
+  chunk: Count = 16
+  objective: Objective = "l2"
+  dgd_scope: Scope = "per_layer"
+  dgd_coef: Coefficient = "prox"
+  momentum: Momentum = "off"
+  retention_target: Retention = "init"
+  erase_of: Erase = "deviation"
+  read: Read = "after"
+  residual_clip: Clip = 0.0
   inner_mean: bool = False
-  remat_group: int = 4
+  remat_group: Count = 4
   stop_grad_writes: bool = False
-  omega: int = 1
-  inner_muon: str = "off"
+  omega: Count = 1
+  inner_muon: Annotated[str, OneOf(*muon.MODES)] = "off"
 
   def __post_init__(self):
-    for name, allowed in _CHOICES.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"model.mixer.{name} must be one of {', '.join(allowed)}; got "
-          f"{getattr(self, name)!r}"
-        )
-    for name in ("chunk", "remat_group", "omega"):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f"model.mixer.{name} must be at least 1, got {getattr(self, name)}"
-        )
+    fields.check("model.mixer", type(self), vars(self))
     if self.inner_muon != "off":
       self._check_muon()
 

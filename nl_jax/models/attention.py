@@ -12,13 +12,14 @@ With a window the cache has W-1 slots, whatever the length of the text.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import card, fields, types
+from nl_jax.fields import Number, Whole
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, sliding_window, softmax
 
@@ -48,31 +49,16 @@ class Options:
       and the shapes allow it. Calls that go on from a cache are XLA's.
   """
 
-  window: int = 0
-  kv_heads: int = 0
+  window: Annotated[int, Whole(2, also=(0,))] = 0
+  kv_heads: Annotated[int, Whole(0)] = 0
   bias: bool = False
   qk_norm: bool = False
-  rope_theta: float = layers.ROPE_THETA
+  rope_theta: Annotated[float, Number(1.0, above=True)] = layers.ROPE_THETA
   rope_scaling: layers.RopeScaling = layers.RopeScaling()
-  implementation: str = "auto"
+  implementation: softmax.Implementation = "auto"
 
   def __post_init__(self):
-    softmax.check_implementation(self.implementation)
-    for field in ("bias", "qk_norm"):
-      value = getattr(self, field)
-      if type(value) is not bool:
-        raise ValueError(
-          f"model.mixer.{field} must be True or False, got {value!r}"
-        )
-    if type(self.window) is not int or self.window < 0 or self.window == 1:
-      raise ValueError(
-        "model.mixer.window must be an integer >= 2, or 0 for no window, got "
-        f"{self.window!r}"
-      )
-    if not self.rope_theta > 1:
-      raise ValueError(
-        f"model.mixer.rope_theta must be above 1, got {self.rope_theta}"
-      )
+    fields.check("model.mixer", Options, vars(self))
 
 
 def check(model: "lm.LanguageModel") -> None:

@@ -11,12 +11,14 @@ residual SwiGLU, x ← x + MLP(RMSNorm(x)).
 
 import dataclasses
 import math
+from typing import Annotated
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import sharding, types
+from nl_jax import fields, sharding, types
+from nl_jax.fields import OneOf, Whole
 from nl_jax.models import layers
 
 VARIANTS = ("sequential", "nested", "independent")
@@ -29,25 +31,26 @@ class CMSConfig:
   """Levels of the feed-forward part.
 
   Attributes:
-    levels: names, fastest first.
-    widths: F of each level.
+    levels: names, fastest first (paper sec. 5, Fig. 5).
+    widths: hidden units F of each level.
     periods: tokens between two updates of each level, each a multiple of the
-      one before; 0 = every optimizer step.
+      one before; 0: every optimizer step (Fig. 3).
     variant: "sequential" (eq. 70), "nested" (eq. 72: the same forward pass,
       faster levels restart when a slower one updates) or "independent"
       (eq. 74: a learned weighted sum of parallel levels).
-    norm: each level reads RMSNorm(x).
-    residual: each level (or their sum) adds its input.
+    norm: each level reads RMSNorm(x); ours, unstated.
+    residual: each level (or their sum) adds its input; ours, unstated.
   """
 
   levels: tuple[str, ...] = ("ffn",)
-  widths: tuple[int, ...] = (1024,)
-  periods: tuple[int, ...] = (0,)
-  variant: str = "sequential"
+  widths: Annotated[tuple[int, ...], Whole(1)] = (1024,)
+  periods: Annotated[tuple[int, ...], Whole(0)] = (0,)
+  variant: Annotated[str, OneOf(*VARIANTS)] = "sequential"
   norm: bool = True
   residual: bool = True
 
   def __post_init__(self):
+    fields.check("model.cms", CMSConfig, vars(self))
     count = len(self.levels)
     if not count or len(self.widths) != count or len(self.periods) != count:
       raise ValueError(
@@ -55,24 +58,12 @@ class CMSConfig:
         f"got {self.levels}, {self.widths} and {self.periods}"
       )
     self._check_names()
-    for name, values in (("widths", self.widths), ("periods", self.periods)):
-      least = 1 if name == "widths" else 0
-      for value in values:
-        if type(value) is not int or value < least:
-          raise ValueError(
-            f"cms.{name} must be integers >= {least}, got {values}"
-          )
     for fast, slow in zip(self.periods, self.periods[1:]):
       if slow < fast or (fast and slow % fast):
         raise ValueError(
           "cms.periods go from fast to slow, each a multiple of the one "
           f"before (0 = every step, first), got {self.periods}"
         )
-    if self.variant not in VARIANTS:
-      raise ValueError(
-        f"cms.variant must be one of {', '.join(VARIANTS)}; got "
-        f"{self.variant!r}"
-      )
 
   def _check_names(self) -> None:
     for name in self.levels:

@@ -20,13 +20,14 @@ anywhere.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, memory, types
-from nl_jax.memory import linear
+from nl_jax import card, fields, memory, types
+from nl_jax.fields import Whole
+from nl_jax.memory import linear, rule
 from nl_jax.models import layers
 
 if TYPE_CHECKING:
@@ -46,35 +47,29 @@ class Options:
   """The switches of all three.
 
   Attributes:
-    value_dim: V, value width of a head; 0 = the key width K.
+    value_dim: V, value width of a head; 0: the key width K (GDN: twice).
     output_gate: a gate SiLU(x W_g), in Comba sigmoid(x W_g), before the
       output kernel.
     allow_neg_eigval: beta in (0, 2) instead of (0, 1), so that a memory can
       change the sign of what it holds.
-    correction: start of D, of Comba alone.
-    chunk: tokens that are computed at once; no part of the function.
-    remat_group: chunks between two states that are kept for the backward pass;
-      1, all of them, is faster.
-    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
-      "pallas_interpret".
+    correction: start of D in the reads q - D p, of Comba alone; its authors:
+      1, or 0.02 when small.
+    chunk: tokens computed at once; changes no number.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
   """
 
-  value_dim: int = 0
+  value_dim: Annotated[int, Whole(0)] = 0
   output_gate: bool = False
   allow_neg_eigval: bool = False
-  correction: float = 0.0
-  chunk: int = 64
-  remat_group: int = 4
-  walk: str = "auto"
+  correction: Annotated[float, fields.Number()] = 0.0
+  chunk: rule.Count = 64
+  remat_group: rule.Count = 4
+  walk: rule.Walk = "auto"
 
   def __post_init__(self):
-    layers.check_walk(self.walk)
-    if self.value_dim < 0:
-      raise ValueError(
-        f"model.mixer.value_dim must be 0 (the key width) or more, got "
-        f"{self.value_dim}"
-      )
-    self.rule  # noqa: B018  Checks chunk and remat_group.
+    fields.check("model.mixer", Options, vars(self))
 
   @property
   def rule(self) -> memory.Rule:

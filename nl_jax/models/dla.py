@@ -8,9 +8,11 @@ linear attention. The feature map on keys and queries is the unit norm.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from nl_jax import card
+from nl_jax import card, fields
+from nl_jax.fields import Only
+from nl_jax.memory import rule
 from nl_jax.models import titans
 
 if TYPE_CHECKING:
@@ -21,23 +23,14 @@ if TYPE_CHECKING:
 class Options(titans.Options):
   """The switches of `titans.Options`, but for what makes it DLA."""
 
-  objective: str = "dot"
-  momentum: str = "off"
+  objective: Annotated[str, Only("dot", titans.LMM)] = "dot"
+  momentum: Annotated[str, Only("off", titans.LMM)] = "off"
   # Deviation from Atlas (zero): two layers that learn by their product and
   # decay to 0 stay there, since neither then has a gradient.
-  retention_target: str = "init"
+  retention_target: rule.Retention = "init"
   # No error pulls the product back: on repeated tokens it grows unless
   # eta |error| < 1 - alpha, which at the start is .01 < .018.
-  eta_max: float = 0.02
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name, value in (("objective", "dot"), ("momentum", "off")):
-      if getattr(self, name) != value:
-        raise ValueError(
-          f"model.mixer.{name} of model.arch='dla' must be {value!r}, got "
-          f"{getattr(self, name)!r}: use model.arch='titans_lmm'"
-        )
+  eta_max: Annotated[float, fields.POSITIVE] = 0.02
 
 
 check = titans.check

@@ -28,9 +28,8 @@ Options = self_modifying.Config
 
 
 def check(model: "lm.LanguageModel") -> None:
-  """Raises ValueError for heads that do not fill the width, or no such walk."""
+  """Raises ValueError for heads that do not fill the width."""
   layers.check_heads(model)
-  layers.check_walk(model.mixer.walk)
 
 
 class HopeState(NamedTuple):

@@ -16,14 +16,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax import card, types
+from nl_jax import card, fields, types
 from nl_jax import levels as runner
+from nl_jax.fields import OneOf, Whole
 from nl_jax.models import (
   cms,
   layers,
@@ -38,6 +39,7 @@ RULES = ("sgd", "momentum", "dgd")
 OUTER = ("full", "first_order")
 NESTED_META = ("none", "reptile", "fomaml", "full")
 RESETS = ("sequence", "document")
+INNER_LOSSES = ("task", *local_loss.LOSSES)
 KERNELS = ("w_gate", "w_up", "w_down")  # Fast; norms stay slow.
 _EPSILON = 1e-12  # Under the root of a squared norm: a finite derivative.
 
@@ -76,40 +78,25 @@ class Options:
       token's error.
   """
 
-  chunks: tuple[int, ...] = (64,)
+  chunks: Annotated[tuple[int, ...], Whole(1)] = (64,)
   fast_levels: tuple[str, ...] = ()
-  fast_layers: int = 0
-  targets: str = "inside"
-  rule: str = "sgd"
-  rates: tuple[float, ...] = (0.1,)
-  momentum: float = 0.9
-  clip: float = 1.0
-  reduce: str = "mean"
-  outer: str = "full"
-  nested_meta: str = "none"
-  nested_rate: float = 0.1
-  reset: str = "sequence"
-  inner_loss: str = "task"
+  fast_layers: Annotated[int, Whole(0)] = 0
+  targets: Annotated[str, OneOf(*TARGETS)] = "inside"
+  rule: Annotated[str, OneOf(*RULES)] = "sgd"
+  rates: Annotated[tuple[float, ...], fields.AT_LEAST_0] = (0.1,)
+  momentum: Annotated[float, fields.DECAY] = 0.9
+  clip: Annotated[float, fields.POSITIVE] = 1.0
+  reduce: Annotated[str, OneOf("mean", "sum")] = "mean"
+  outer: Annotated[str, OneOf(*OUTER)] = "full"
+  nested_meta: Annotated[str, OneOf(*NESTED_META)] = "none"
+  nested_rate: Annotated[float, fields.SHARE] = 0.1
+  reset: Annotated[str, OneOf(*RESETS)] = "sequence"
+  inner_loss: Annotated[str, OneOf(*INNER_LOSSES)] = "task"
 
   def __post_init__(self):
-    for field, known in (
-      ("targets", TARGETS),
-      ("rule", RULES),
-      ("reduce", ("mean", "sum")),
-      ("outer", OUTER),
-      ("nested_meta", NESTED_META),
-      ("reset", RESETS),
-      ("inner_loss", ("task", *local_loss.LOSSES)),
-    ):
-      if getattr(self, field) not in known:
-        raise ValueError(
-          f"model.cms.{field} must be one of {', '.join(known)}; got "
-          f"{getattr(self, field)!r}"
-        )
-    if not self.chunks or any(type(c) is not int or c < 1 for c in self.chunks):
-      raise ValueError(
-        f"model.cms.chunks must be integers >= 1, got {self.chunks}"
-      )
+    fields.check("model.cms", Options, vars(self))
+    if not self.chunks:
+      raise ValueError("model.cms.chunks must have an entry, got ()")
     for fast, slow in zip(self.chunks, self.chunks[1:]):
       if slow % fast:
         raise ValueError(
@@ -121,19 +108,10 @@ class Options:
         "model.cms.targets='inside' needs chunks of at least 2 tokens, got "
         f"{self.chunks}: use 'next'"
       )
-    if len(self.rates) != len(self.chunks) or any(r < 0 for r in self.rates):
+    if len(self.rates) != len(self.chunks):
       raise ValueError(
-        "model.cms.rates must be one number >= 0 for each of model.cms.chunks="
+        "model.cms.rates must have one entry for each of model.cms.chunks="
         f"{self.chunks}, got {self.rates}"
-      )
-    if not 0 <= self.momentum < 1 or not self.clip > 0:
-      raise ValueError(
-        "model.cms.momentum must be in [0, 1) and clip above 0, got "
-        f"{self.momentum} and {self.clip}"
-      )
-    if not 0 <= self.nested_rate <= 1:
-      raise ValueError(
-        f"model.cms.nested_rate must be in [0, 1], got {self.nested_rate}"
       )
 
 

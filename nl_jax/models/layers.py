@@ -6,14 +6,15 @@ Reductions run in float32 at least, products in the dtype of the activations.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nl_jax import memory, sharding, types
+from nl_jax import fields, memory, sharding, types
+from nl_jax.fields import Number, OneOf, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
 
@@ -43,17 +44,6 @@ def check_even(model: "lm.LanguageModel") -> None:
   if model.head_dim % 2:
     raise ValueError(
       f"model.head_dim must be even for RoPE, got {model.head_dim}"
-    )
-
-
-WALKS = ("auto", "xla", "pallas_tpu", "pallas_interpret")
-
-
-def check_walk(walk: str) -> None:
-  """Raises ValueError for a way to run a walk that there is not."""
-  if walk not in WALKS:
-    raise ValueError(
-      f"model.mixer.walk must be one of {', '.join(WALKS)}; got {walk!r}"
     )
 
 
@@ -170,27 +160,18 @@ class RopeScaling:
     trained_length: tokens.
   """
 
-  kind: str = "none"
-  factor: float = 1.0
-  low: float = 1.0
-  high: float = 4.0
-  trained_length: int = 8192
+  kind: Annotated[str, OneOf(*ROPE_SCALINGS)] = "none"
+  factor: Annotated[float, Number(1.0)] = 1.0
+  low: Annotated[float, fields.POSITIVE] = 1.0
+  high: Annotated[float, fields.POSITIVE] = 4.0
+  trained_length: Annotated[int, Whole(1)] = 8192
 
   def __post_init__(self):
-    if self.kind not in ROPE_SCALINGS:
+    fields.check("model.mixer.rope_scaling", RopeScaling, vars(self))
+    if not self.low < self.high:
       raise ValueError(
-        f"rope_scaling.kind must be one of {', '.join(ROPE_SCALINGS)}; got "
-        f"{self.kind!r}"
-      )
-    if not (self.factor >= 1 and 0 < self.low < self.high):
-      raise ValueError(
-        "rope_scaling must have factor >= 1 and 0 < low < high, got "
-        f"{self.factor}, {self.low} and {self.high}"
-      )
-    if type(self.trained_length) is not int or self.trained_length < 1:
-      raise ValueError(
-        "rope_scaling.trained_length must be an integer >= 1, got "
-        f"{self.trained_length!r}"
+        "model.mixer.rope_scaling.low must be below high, got "
+        f"{self.low} and {self.high}"
       )
 
 
@@ -299,6 +280,7 @@ def conv_state(
   )
 
 
+@jax.named_scope("conv")
 def conv_apply(
   w_4xE: types.Array,
   x_BxTxE: types.Array,
@@ -375,7 +357,8 @@ def short_convs(
       None if windows is None else windows[name],
       segment_ids,
     )
-    z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
+    with jax.named_scope("conv"):
+      z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
   return z, after
 
 

@@ -17,12 +17,14 @@ layers (`enter`, `leave`) and how their parameters begin and are stacked
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, sharding, types
+from nl_jax import card, fields, sharding, types
+from nl_jax.fields import Number, OneOf, Whole
+from nl_jax.kernels import splash_attention, walk
 from nl_jax.models import (
   attention,
   cms,
@@ -60,8 +62,15 @@ MIXERS = {
   "ttt_linear": ttt,
   "ttt_mlp": ttt,
 }
-_DTYPES = ("float32", "bfloat16")
-_REMAT = ("layer", "none")
+# What a layer keeps that is run again in the backward pass: what its kernels
+# made, which then run once.
+_KEEPS = jax.checkpoint_policies.save_only_these_names(
+  *walk.NAMES, splash_attention.NAME
+)
+# Where a config has the fields of `LanguageModel` that are not in `model`.
+_GROUPS = {"sequence_length": "data", "dtype": "train", "remat": "train"}
+_Size = Annotated[int, Whole(1)]
+_EPSILONS = Number(1e-30, 1.0)
 
 
 class LMState(NamedTuple):
@@ -87,7 +96,7 @@ def options(arch: str, values: Mapping[str, Any] | None) -> Any:
     ValueError: an unknown arch, a switch that it does not have, or a value
       that it does not take.
   """
-  _check_name("model.arch", arch, tuple(MIXERS))
+  fields.check("model", LanguageModel, {"arch": arch})
   made = MIXERS[arch].Options
   if values is None or made is None:
     return values
@@ -117,54 +126,43 @@ class LanguageModel:
   """A decoder-only language model; a value of shapes with pure functions.
 
   Attributes:
-    arch: a key of `MIXERS`.
-    width: D.
+    arch: which mixer, a key of `MIXERS`.
+    width: D (Table 1 has the sizes; the paper states no shape).
     layers: L.
-    heads: H.
-    head_dim: K.
-    vocab_size: rows of the embedding.
+    heads: H, of the mixer.
+    head_dim: K, key and value width of a head.
+    vocab_size: rows of the embedding, at least the tokenizer's ids.
     sequence_length: slots of an unbounded attention cache by default.
     cms: the feed-forward part; one level for the plain block.
     mixer: switches of the mixer, its module's `Options`; None for archs
       without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
-    remat: "layer" recomputes each layer in the backward pass, "none" keeps
-      what it needs.
+    remat: "layer" recomputes each layer in the backward pass but for what its
+      kernels made, "none" keeps what it needs beyond the chunks.
     tied: the output weights are those of the embedding.
     norm_epsilon: of the norms of blocks, levels and output.
   """
 
-  arch: str
-  width: int
-  layers: int
-  heads: int
-  head_dim: int
-  vocab_size: int
-  sequence_length: int
+  arch: Annotated[str, OneOf(*MIXERS)]
+  width: _Size
+  layers: _Size
+  heads: _Size
+  head_dim: _Size
+  vocab_size: _Size
+  sequence_length: _Size
   cms: cms.CMSConfig
   mixer: Any = None
-  dtype: str = "float32"
-  remat: str = "layer"
+  dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
+  remat: Annotated[str, OneOf("layer", "none")] = "layer"
   tied: bool = True
-  norm_epsilon: float = layers.EPSILON
+  norm_epsilon: Annotated[float, _EPSILONS] = layers.EPSILON
 
   def __post_init__(self):
-    for field, value, known in (
-      ("model.arch", self.arch, tuple(MIXERS)),
-      ("train.dtype", self.dtype, _DTYPES),
-      ("train.remat", self.remat, _REMAT),
-    ):
-      _check_name(field, value, known)
-    for field in ("width", "layers", "heads", "head_dim", "vocab_size"):
-      _check_size(field, getattr(self, field))
-    _check_size("sequence_length", self.sequence_length)
-    if type(self.tied) is not bool:
-      raise ValueError(f"model.tied must be True or False, got {self.tied!r}")
-    if not self.norm_epsilon > 0:
-      raise ValueError(
-        f"model.norm_epsilon must be above 0, got {self.norm_epsilon}"
-      )
+    known = fields.of(LanguageModel)
+    for name, value in vars(self).items():
+      group = _GROUPS.get(name, "model")
+      fields.check_value(f"{group}.{name}", known[name], value)
     if self.arch == "transformer" and len(self.cms.levels) > 1:
       raise ValueError(
         "model.arch='transformer' has one feed-forward level, got cms.levels="
@@ -340,10 +338,11 @@ class LanguageModel:
 
     if self.remat == "layer":
       # A scan already keeps XLA from merging the recomputation.
-      body = jax.checkpoint(body, prevent_cse=False)
+      body = jax.checkpoint(body, prevent_cse=False, policy=_KEEPS)
     stream = self.module.enter(x_BxTxD) if self.whole else x_BxTxD
     scanned = (self._laid(blocks), carried)
-    stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
+    with walk.kept(self.units):
+      stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
     x_BxTxD = self.module.leave(stream) if self.whole else stream
     return x_BxTxD, states, metrics
 
@@ -460,18 +459,3 @@ def counted(before_B: types.Array, seen_B: types.Array) -> types.Array:
   """
   after = before_B + seen_B
   return jnp.where(after < before_B, jnp.iinfo(jnp.int32).max, after)
-
-
-def _check_name(field: str, value: str, known: tuple[str, ...]) -> None:
-  if value in known:
-    return
-  close = difflib.get_close_matches(str(value), known, n=1)
-  hint = f" Did you mean {close[0]!r}?" if close else ""
-  raise ValueError(
-    f"{field} must be one of {', '.join(known)}; got {value!r}.{hint}"
-  )
-
-
-def _check_size(field: str, value: int) -> None:
-  if type(value) is not int or value < 1:
-    raise ValueError(f"model.{field} must be an integer >= 1, got {value!r}")

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, memory, types
+from nl_jax import card, fields, memory, types
 from nl_jax.kernels.rank_one import segments
 from nl_jax.memory import linear
+from nl_jax.memory import rule as rules
 from nl_jax.models import layers
 
 if TYPE_CHECKING:
@@ -36,20 +37,18 @@ class Options:
   """The switches; none of them changes a number.
 
   Attributes:
-    chunk: tokens that are computed at once.
-    remat_group: chunks between two states that are kept for the backward pass;
-      1, all of them, is faster.
-    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
-      "pallas_interpret".
+    chunk: tokens computed at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
   """
 
-  chunk: int = 64
-  remat_group: int = 4
-  walk: str = "auto"
+  chunk: rules.Count = 64
+  remat_group: rules.Count = 4
+  walk: rules.Walk = "auto"
 
   def __post_init__(self):
-    layers.check_walk(self.walk)
-    self.rule  # noqa: B018  Checks both.
+    fields.check("model.mixer", Options, vars(self))
 
   @property
   def rule(self) -> memory.Rule:

@@ -23,14 +23,16 @@ is more than a mixer, and the language model takes it whole.
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import card, fields, types
+from nl_jax.fields import Whole
 from nl_jax.kernels import general_delta_rule as ops
 from nl_jax.kernels.rank_one import segments
+from nl_jax.memory import rule
 from nl_jax.models import cms, layers
 
 if TYPE_CHECKING:
@@ -50,37 +52,27 @@ class Options:
   """The switches.
 
   Attributes:
-    decay_rank, rate_rank, value_rank, gate_rank: inner widths of the LoRAs of
-      w, a, v and g.
-    chunk: tokens that are computed at once; no part of the function.
-    remat_group: chunks between two states that are kept for the backward pass;
-      1, all of them, is faster.
-    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
-      "pallas_interpret".
+    decay_rank: inner width of the LoRA of the decays w.
+    rate_rank: inner width of that of the rates a.
+    value_rank: inner width of that of the share of the first layer's values.
+    gate_rank: inner width of that of the output gate g.
+    chunk: tokens computed at once; changes no number. Beyond 64 decays leave
+      float32.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
   """
 
-  decay_rank: int = 64
-  rate_rank: int = 64
-  value_rank: int = 32
-  gate_rank: int = 128
-  chunk: int = 64
-  remat_group: int = 4
-  walk: str = "auto"
+  decay_rank: rule.Count = 64
+  rate_rank: rule.Count = 64
+  value_rank: rule.Count = 32
+  gate_rank: rule.Count = 128
+  chunk: Annotated[int, Whole(1, _MAX_CHUNK)] = 64
+  remat_group: rule.Count = 4
+  walk: rule.Walk = "auto"
 
   def __post_init__(self):
-    names = [f"{name}_rank" for name in _RANKS] + ["chunk", "remat_group"]
-    for name in names:
-      value = getattr(self, name)
-      if type(value) is not int or value < 1:
-        raise ValueError(
-          f"model.mixer.{name} must be an integer >= 1, got {value!r}"
-        )
-    if self.chunk > _MAX_CHUNK:
-      raise ValueError(
-        f"model.mixer.chunk of model.arch='rwkv7' must be at most "
-        f"{_MAX_CHUNK}, beyond which decays leave float32; got {self.chunk}"
-      )
-    layers.check_walk(self.walk)
+    fields.check("model.mixer", Options, vars(self))
 
 
 class RWKV7State(NamedTuple):

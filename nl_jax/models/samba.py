@@ -10,12 +10,14 @@ holds the last W tokens as they are.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import card, fields, types
+from nl_jax.fields import Whole
+from nl_jax.memory import rule
 from nl_jax.models import attention, cms, layers, mamba, softmax
 
 if TYPE_CHECKING:
@@ -31,27 +33,21 @@ class Options:
   Attributes:
     window: W, tokens that each token sees, itself included.
     state_dim: N, numbers that Mamba holds a channel.
-    chunk: tokens whose states are there at once; changes no number.
-    implementation: of attention without a cache, see `attention.Options`.
-    walk: what runs Mamba's walk over chunks: "auto", "xla", "pallas_tpu",
-      "pallas_interpret".
+    chunk: tokens that Mamba computes at once; changes no number.
+    implementation: of attention without a cache: "auto" (by the platform),
+      "xla", "pallas_tpu", "pallas_interpret", see `attention.Options`.
+    walk: what runs Mamba's walk over chunks: "auto" (the kernels on a TPU
+      where they can), "xla", "pallas_tpu", "pallas_interpret".
   """
 
-  window: int = 2048
-  state_dim: int = 16
-  chunk: int = 64
-  implementation: str = "auto"
-  walk: str = "auto"
+  window: Annotated[int, Whole(2)] = 2048
+  state_dim: rule.Count = 16
+  chunk: rule.Count = 64
+  implementation: softmax.Implementation = "auto"
+  walk: rule.Walk = "auto"
 
   def __post_init__(self):
-    softmax.check_implementation(self.implementation)
-    layers.check_walk(self.walk)
-    for name, least in (("window", 2), ("state_dim", 1), ("chunk", 1)):
-      value = getattr(self, name)
-      if type(value) is not int or value < least:
-        raise ValueError(
-          f"model.mixer.{name} must be an integer >= {least}, got {value!r}"
-        )
+    fields.check("model.mixer", Options, vars(self))
 
 
 class SambaState(NamedTuple):

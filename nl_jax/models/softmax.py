@@ -1,12 +1,16 @@
 """Softmax attention: the library's, in float64 our own, on TPUs a kernel."""
 
+from typing import Annotated
+
 import jax
 import jax.numpy as jnp
 
 from nl_jax import sharding, types
+from nl_jax.fields import OneOf
 from nl_jax.kernels import splash_attention
 
 IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_interpret")
+Implementation = Annotated[str, OneOf(*IMPLEMENTATIONS)]
 
 
 def attention(
@@ -41,15 +45,6 @@ def attention(
   logits = jnp.einsum("bthk,bshk->bhts", q_BxTxHxK, k) * scale
   weights = jax.nn.softmax(jnp.where(mask, logits, -1e30), axis=-1)
   return jnp.einsum("bhts,bshk->bthk", weights, v)
-
-
-def check_implementation(implementation: str) -> None:
-  """Raises ValueError for one that there is not."""
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      "model.mixer.implementation of attention must be one of "
-      f"{', '.join(IMPLEMENTATIONS)}; got {implementation!r}"
-    )
 
 
 def _layout() -> sharding.P:

@@ -11,14 +11,14 @@ from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, memory, types
+from nl_jax import card, fields, memory, types
+from nl_jax.fields import OneOf, Whole
 from nl_jax.memory import linear, mlp, rule
 from nl_jax.models import layers
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 PROJECTED = ("q", "k", "v")
+LMM = "use model.arch='titans_lmm'"  # Of memories that have less.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,46 +35,35 @@ class Options(memory.Rule):
 
   Attributes:
     memory: "linear", "mlp", "mlp_ln" or "glu".
-    hidden: M of the MLP forms; 0 = the key width.
+    hidden: M, hidden units of an MLP memory; 0: the key width K.
     residual: the memory adds its input.
     value_norm: "none", or "l2": values of unit norm.
-    eta_max, eta_bias, alpha_bias, beta_bias: eta = eta_max sigmoid(. +
-      eta_bias), alpha = sigmoid(. + alpha_bias), beta likewise.
-    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
-      "pallas_interpret".
+    eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
+      eta_bias).
+    eta_bias: of eta, see eta_max.
+    alpha_bias: of the retention alpha = sigmoid(. + alpha_bias).
+    beta_bias: of the momentum's decay beta = sigmoid(. + beta_bias), 0.9 at
+      the start by default; without momentum it is not read.
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
   """
 
-  dgd_scope: str = "none"
+  dgd_scope: rule.Scope = "none"
   # Deviation from Titans ("sum"): a re-parametrisation of its step; the sum
   # diverges on repeated tokens (model.md 2.8).
-  momentum: str = "ema"
-  retention_target: str = "zero"
-  erase_of: str = "whole"
-  residual_clip: float = 1.0
-  memory: str = "mlp"
-  hidden: int = 0
+  momentum: rule.Momentum = "ema"
+  retention_target: rule.Retention = "zero"
+  erase_of: rule.Erase = "whole"
+  residual_clip: rule.Clip = 1.0
+  memory: Annotated[str, OneOf("linear", *mlp.ARCHITECTURES)] = "mlp"
+  hidden: Annotated[int, Whole(0)] = 0
   residual: bool = True
-  value_norm: str = "none"
-  eta_max: float = 0.1
-  eta_bias: float = 0.0
-  alpha_bias: float = 4.0
-  beta_bias: float = math.log(9.0)  # beta = 0.9 at the start.
-  walk: str = "auto"
-
-  def __post_init__(self):
-    super().__post_init__()
-    for name, allowed in (
-      ("memory", ("linear", *mlp.ARCHITECTURES)),
-      ("value_norm", ("none", "l2")),
-    ):
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"model.mixer.{name} must be one of {', '.join(allowed)}; got "
-          f"{getattr(self, name)!r}"
-        )
-    if self.eta_max <= 0:
-      raise ValueError(f"model.mixer.eta_max must be > 0, got {self.eta_max}")
-    layers.check_walk(self.walk)
+  value_norm: Annotated[str, OneOf("none", "l2")] = "none"
+  eta_max: Annotated[float, fields.POSITIVE] = 0.1
+  eta_bias: Annotated[float, fields.LOGIT] = 0.0
+  alpha_bias: Annotated[float, fields.LOGIT] = 4.0
+  beta_bias: Annotated[float, fields.LOGIT] = 2.2
+  walk: rule.Walk = "auto"
 
   @property
   def forward(self) -> rule.Forward:

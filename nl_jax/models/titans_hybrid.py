@@ -11,12 +11,13 @@ The three variants are `titans_mag` (gate), `titans_mal` (layer) and
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nl_jax import card, types
+from nl_jax.fields import OneOf, Whole
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, sliding_window, softmax, titans
 
@@ -28,6 +29,7 @@ GATES = {
   "silu": jax.nn.silu,
   "linear": lambda x: x,
 }
+Gate = Annotated[str, OneOf(*GATES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,33 +37,14 @@ class Options(titans.Options):
   """The switches of the memory, and this.
 
   Attributes:
-    persistent: N, learned tokens that every query attends to; 0: none.
+    persistent: N, learned tokens that every query attends to; 0: none. Ours,
+      unstated.
   """
 
   # Deviation: P stands before the text for attention alone, not for the
   # memory, because what reading P would make of its learned start is itself a
   # learned start; so no call and no packed document has to read P first.
-  persistent: int = 4
-
-  def __post_init__(self):
-    super().__post_init__()
-    check_count("persistent", self.persistent, 0)
-
-
-def check_count(name: str, value: int, least: int) -> None:
-  """Raises ValueError unless `model.mixer.<name>` is an integer >= least."""
-  if type(value) is not int or value < least:
-    raise ValueError(
-      f"model.mixer.{name} must be an integer >= {least}, got {value!r}"
-    )
-
-
-def check_gate(name: str) -> None:
-  """Raises ValueError for a `mag_gate` that is not known."""
-  if name not in GATES:
-    raise ValueError(
-      f"model.mixer.mag_gate must be one of {', '.join(GATES)}; got {name!r}"
-    )
+  persistent: Annotated[int, Whole(0)] = 4
 
 
 def check(model: "lm.LanguageModel") -> None:

@@ -18,12 +18,13 @@ beside it.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nl_jax import card, memory, types
+from nl_jax.fields import Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, titans, titans_hybrid
@@ -42,16 +43,14 @@ class Options(titans_hybrid.Options):
     segment: S, tokens that attend to each other; a multiple of the memory's
       chunk. Documents of a packed row begin at its multiples.
     mag_gate: what the memory's normalised output goes through: "sigmoid",
-      "silu" or "linear" (as it is).
+      "silu" or "linear" (as it is); ours, unstated.
   """
 
-  segment: int = 1024
-  mag_gate: str = "sigmoid"
+  segment: Annotated[int, Whole(2)] = 1024
+  mag_gate: titans_hybrid.Gate = "sigmoid"
 
   def __post_init__(self):
     super().__post_init__()
-    titans_hybrid.check_gate(self.mag_gate)
-    titans_hybrid.check_count("segment", self.segment, 2)
     if self.segment % self.chunk:
       raise ValueError(
         "model.mixer.segment must be a multiple of model.mixer.chunk="

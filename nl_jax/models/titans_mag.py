@@ -8,9 +8,10 @@ and the other one fades. The non-linearity of the product is not certain:
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from nl_jax import memory, types
+from nl_jax.fields import Whole
 from nl_jax.models import titans, titans_hybrid
 
 if TYPE_CHECKING:
@@ -26,16 +27,11 @@ class Options(titans_hybrid.Options):
   Attributes:
     window: W, tokens that each token attends to, itself included.
     mag_gate: what the memory's normalised output goes through: "sigmoid",
-      "silu" or "linear" (as it is).
+      "silu" or "linear" (as it is); ours, unstated.
   """
 
-  window: int = 1024
-  mag_gate: str = "sigmoid"
-
-  def __post_init__(self):
-    super().__post_init__()
-    titans_hybrid.check_count("window", self.window, 2)
-    titans_hybrid.check_gate(self.mag_gate)
+  window: Annotated[int, Whole(2)] = 1024
+  mag_gate: titans_hybrid.Gate = "sigmoid"
 
 
 check = titans_hybrid.check

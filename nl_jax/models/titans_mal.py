@@ -7,9 +7,10 @@ through it; n is an RMSNorm with a learned scale.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from nl_jax import memory, types
+from nl_jax.fields import Whole
 from nl_jax.models import titans, titans_hybrid
 
 if TYPE_CHECKING:
@@ -28,11 +29,7 @@ class Options(titans_hybrid.Options):
     window: W, tokens that each token attends to, itself included.
   """
 
-  window: int = 1024
-
-  def __post_init__(self):
-    super().__post_init__()
-    titans_hybrid.check_count("window", self.window, 2)
+  window: Annotated[int, Whole(2)] = 1024
 
 
 check = titans_hybrid.check

@@ -15,12 +15,14 @@ layer norm inside the objective is a slow weight (model.md 6).
 
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, memory, types
+from nl_jax import card, fields, memory, types
+from nl_jax.fields import Whole
+from nl_jax.memory import rule as rules
 from nl_jax.models import layers
 
 if TYPE_CHECKING:
@@ -32,32 +34,29 @@ class Options:
   """The switches of both forms; the form itself is the arch.
 
   Attributes:
-    hidden: M of "ttt_mlp"; 0 = 4 K. "ttt_linear" has none.
+    hidden: M, hidden units of "ttt_mlp"; 0: 4 K. "ttt_linear" has none.
     chunk: tokens of a mini-batch; RoPE's positions restart with each.
-    base_lr: the inner learning rate before its gates.
-    pre_conv: a convolution with residual stands before the mixer.
-    remat_group: mini-batches between two states that are kept for the backward
-      pass; 1, all of them, is faster.
+    base_lr: the inner learning rate before its gates; not warmed up.
+    pre_conv: x + conv4(RMSNorm(x)) stands before the mixer.
+    remat_group: mini-batches between states that the backward pass keeps; 1 is
+      fastest.
     stop_grad_writes: the outer gradient does not pass earlier writes.
-    walk: what runs the walk over chunks: "auto", "xla", "pallas_tpu",
-      "pallas_interpret".
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
   """
 
-  hidden: int = 0
-  chunk: int = 16
+  hidden: Annotated[int, Whole(0)] = 0
+  chunk: rules.Count = 16
   # Deviation from ttt-lm ("ttt_mlp": 0.1, warmed up from 0.01 with the outer
   # learning rate): constant, since a model here does not know the step.
-  base_lr: float = 1.0
+  base_lr: Annotated[float, fields.POSITIVE] = 1.0
   pre_conv: bool = True
-  remat_group: int = 4
+  remat_group: rules.Count = 4
   stop_grad_writes: bool = False
-  walk: str = "auto"
+  walk: rules.Walk = "auto"
 
   def __post_init__(self):
-    layers.check_walk(self.walk)
-    self.rule  # noqa: B018  Checks chunk and remat_group.
-    if self.base_lr <= 0:
-      raise ValueError(f"model.mixer.base_lr must be > 0, got {self.base_lr}")
+    fields.check("model.mixer", Options, vars(self))
 
   @property
   def rule(self) -> memory.Rule:

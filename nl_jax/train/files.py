@@ -8,6 +8,7 @@ from typing import Any
 
 from nl_jax import files as whole
 from nl_jax import formats
+from nl_jax.train import config as configs
 from nl_jax.train import environment
 
 FORMAT = 2  # Of config.json and of a checkpoint's meta; both say it.
@@ -30,7 +31,6 @@ FREE = (
   "train.profile_steps",
 )
 _MISSING = "nothing"
-_NEW_OF_DATA = {"bad_documents": "refuse"}  # Since runs were first kept.
 
 
 class StorageError(OSError):
@@ -135,7 +135,7 @@ def read_config_file(path: pathlib.Path) -> dict[str, Any]:
     raise _no_config(path)
   if not isinstance(config.get("model", {}), dict):
     raise _no_config(path)
-  return about | {"config": upgraded(config)}
+  return about | {"config": configs.upgraded(config)}
 
 
 def _no_config(path: pathlib.Path) -> ValueError:
@@ -143,27 +143,6 @@ def _no_config(path: pathlib.Path) -> ValueError:
     f"{path} is not the {CONFIG} of a run; give another --workdir or move it "
     "away"
   )
-
-
-def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
-  """A config of any format as this version writes it.
-
-  In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`. Fields that came later have the value that stands for
-  what was before.
-  """
-  data = config.get("data")
-  if isinstance(data, Mapping):
-    config = {**config, "data": _NEW_OF_DATA | data}
-  model = config.get("model", {})
-  if "memory" not in model:
-    return dict(config)
-  named = {"arch": "memory"}
-  mixer = model["memory"] or {}
-  if isinstance(mixer, Mapping):
-    mixer = {named.get(k, k): v for k, v in mixer.items()}
-  rest = {k: v for k, v in model.items() if k != "memory"}
-  return {**config, "model": {**rest, "mixer": mixer}}
 
 
 def claim(

@@ -260,7 +260,7 @@ class _Run:
     """Metrics, display and signal handlers, while the context lasts."""
     steps = self.settings.steps
     self.rates = progress.Rates(steps, tokens_per_step, flops)
-    traced = profile.parse(self.settings.profile_steps)
+    traced = settings_lib.parse_steps(self.settings.profile_steps)
     with (
       metrics_lib.Writer(
         self.folder,

@@ -10,13 +10,15 @@ its own clock: its k-th firing takes the rate of step k n.
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax import card, optim, sharding
+from nl_jax import card, fields, optim, sharding
+from nl_jax.fields import OneOf, Whole
+from nl_jax.train import settings
 
 # By path: no parameter of these is a matrix that should shrink to zero.
 _NO_DECAY = re.compile(
@@ -76,18 +78,18 @@ def make(
   *,
   steps: int,
   tokens_per_step: int,
-  learning_rate: float,
-  name: str = "adamw",
-  warmup_steps: int = 0,
-  weight_decay: float = 0.1,
-  clip_norm: float = 1.0,
-  min_ratio: float = 0.1,
-  b1: float = 0.9,
-  b2: float = 0.95,
-  eps: float = 1e-8,
-  reduce: str = "mean",
-  nested_meta: str = "none",
-  nested_rate: float = 1.0,
+  learning_rate: Annotated[float, fields.AT_LEAST_0],
+  name: Annotated[str, OneOf(*RULES)] = "adamw",
+  warmup_steps: Annotated[int, Whole(0)] = 0,
+  weight_decay: Annotated[float, fields.AT_LEAST_0] = 0.1,
+  clip_norm: Annotated[float, fields.AT_LEAST_0] = 1.0,
+  min_ratio: Annotated[float, fields.SHARE] = 0.1,
+  b1: Annotated[float, fields.DECAY] = 0.9,
+  b2: Annotated[float, fields.DECAY] = 0.95,
+  eps: Annotated[float, fields.POSITIVE] = 1e-8,
+  reduce: Annotated[str, OneOf("mean", "sum")] = "mean",
+  nested_meta: Annotated[str, OneOf("none", "reptile", "fomaml")] = "none",
+  nested_rate: Annotated[float, fields.SHARE] = 1.0,
   options: Mapping[str, Any] | None = None,
 ) -> Optimizer:
   """Builds the optimizer of a model from the config group `optim`.
@@ -119,7 +121,8 @@ def make(
     ValueError: an unknown name or option, a value out of range, a period that
       is no multiple of the batch's tokens.
   """
-  _check(learning_rate, warmup_steps, steps, weight_decay, clip_norm, min_ratio)
+  fields.check("optim", make, locals())
+  fields.check("train", settings.Settings, {"steps": steps})
   adam = {"b1": b1, "b2": b2, "eps": eps}
   options = _options(name, options or {})
   rates = schedule(learning_rate, warmup_steps, steps, min_ratio)
@@ -258,31 +261,6 @@ def _options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
       f"{', '.join(known) or 'none but b1, b2 and eps'}"
     )
   return options
-
-
-def _check(
-  learning_rate: float,
-  warmup_steps: int,
-  steps: int,
-  weight_decay: float,
-  clip_norm: float,
-  min_ratio: float,
-) -> None:
-  """Raises ValueError for a value out of range."""
-  least = {
-    "learning_rate": learning_rate,
-    "warmup_steps": warmup_steps,
-    "weight_decay": weight_decay,
-    "clip_norm": clip_norm,
-    "min_ratio": min_ratio,
-  }
-  for key, value in least.items():
-    if not value >= 0:
-      raise ValueError(f"optim.{key} must be at least 0, got {value}")
-  if min_ratio > 1:
-    raise ValueError(f"optim.min_ratio must be at most 1, got {min_ratio}")
-  if steps < 1:
-    raise ValueError(f"train.steps must be at least 1, got {steps}")
 
 
 def _rows(

@@ -5,40 +5,13 @@ Step n is the update that leads to state n, as in `metrics.jsonl`.
 """
 
 import pathlib
-import re
-from typing import NamedTuple
 
 import jax
 from absl import logging
 
-from nl_jax.train import files
+from nl_jax.train import files, settings
 
 FOLDER = "profile"
-
-
-class Steps(NamedTuple):
-  """The first and the last step of a trace."""
-
-  first: int
-  last: int
-
-
-def parse(text: str) -> Steps | None:
-  """Steps written as "10:13", both included; None of "".
-
-  Raises:
-    ValueError: it is written in another way, or ends before it begins.
-  """
-  if text == "":
-    return None
-  found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(text))
-  steps = Steps(int(found[1]), int(found[2])) if found else None
-  if steps is None or steps.last < steps.first:
-    raise ValueError(
-      "train.profile_steps must be the first and the last step to trace, as "
-      f"10:13, the first at least 1, or empty; got {text!r}"
-    )
-  return steps
 
 
 class Profile:
@@ -48,11 +21,13 @@ class Profile:
   begins and ends, for all look at their metrics then.
   """
 
-  def __init__(self, steps: Steps | None, folder: pathlib.Path, start: int):
+  def __init__(
+    self, steps: settings.Steps | None, folder: pathlib.Path, start: int
+  ):
     """What to trace.
 
     Args:
-      steps: of `parse`.
+      steps: of `settings.parse_steps`.
       folder: of the run; the trace goes to its `profile/`.
       start: updates made before; a trace that begins earlier is not made.
     """

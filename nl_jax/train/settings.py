@@ -1,10 +1,43 @@
 """What a run of the loop does, and when."""
 
 import dataclasses
+import re
+from typing import Annotated, NamedTuple
 
-from nl_jax.train import profile
+from nl_jax import fields
+from nl_jax.fields import OneOf, Whole
 
-_POLICIES = ("raise", "skip")
+# Where a config has the fields of `Settings` that are not in its group train.
+CHECKPOINT = {
+  "every": "checkpoint_every",
+  "keep": "keep",
+  "keep_period": "keep_period",
+}
+
+
+class Steps(NamedTuple):
+  """The first and the last step of a trace."""
+
+  first: int
+  last: int
+
+
+def parse_steps(text: str) -> Steps | None:
+  """Steps written as "10:13", both included; None of "".
+
+  Raises:
+    ValueError: it is written in another way, or ends before it begins.
+  """
+  if text == "":
+    return None
+  found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", str(text))
+  steps = Steps(int(found[1]), int(found[2])) if found else None
+  if steps is None or steps.last < steps.first:
+    raise ValueError(
+      "train.profile_steps must be the first and the last step to trace, as "
+      f"10:13, the first at least 1, or empty; got {text!r}"
+    )
+  return steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,57 +47,40 @@ class Settings:
   Attributes:
     steps: updates of the whole run.
     log_every: a line of metrics every so many steps (and at 1 and the last).
-    eval_every: `evaluate` every so many steps and at the end; 0: at the end.
+    eval_every: an evaluation every so many steps and at the end; 0: at the end.
     accumulate: micro-batches of one step; divides the batch.
-    nan_policy: "raise", or "skip" the update of a non-finite step.
+    nan_policy: of a step that is not finite: "raise", or "skip" its update.
     max_skipped: with "skip", more skipped steps than these raise.
     checkpoint_every: a checkpoint every so many steps and at the end; 0: at
       the end.
     keep: newest checkpoints that stay.
     keep_period: checkpoints at multiples of it stay too; 0: none does.
-    seed: of the initial parameters.
+    seed: of the initial weights.
     profile_steps: first and last step of a trace, as "10:13"; "": none.
   """
 
-  steps: int
-  log_every: int = 10
-  eval_every: int = 0
-  accumulate: int = 1
-  nan_policy: str = "raise"
-  max_skipped: int = 100
-  checkpoint_every: int = 0
-  keep: int = 3
-  keep_period: int = 0
-  seed: int = 0
+  steps: Annotated[int, Whole(1)]
+  log_every: Annotated[int, Whole(1)] = 10
+  eval_every: Annotated[int, Whole(0)] = 0
+  accumulate: Annotated[int, Whole(1)] = 1
+  nan_policy: Annotated[str, OneOf("raise", "skip")] = "raise"
+  max_skipped: Annotated[int, Whole(0)] = 100
+  checkpoint_every: Annotated[int, Whole(0)] = 0
+  keep: Annotated[int, Whole(1)] = 3
+  keep_period: Annotated[int, Whole(0)] = 0
+  seed: Annotated[int, fields.SEED] = 0
   profile_steps: str = ""
 
   def __post_init__(self):
-    traced = profile.parse(self.profile_steps)
-    least = {
-      "train.steps": (self.steps, 1),
-      "train.log_every": (self.log_every, 1),
-      "train.eval_every": (self.eval_every, 0),
-      "train.accumulate": (self.accumulate, 1),
-      "train.max_skipped": (self.max_skipped, 0),
-      "checkpoint.every": (self.checkpoint_every, 0),
-      "checkpoint.keep": (self.keep, 1),
-      "checkpoint.keep_period": (self.keep_period, 0),
-      "train.seed": (self.seed, 0),
-    }
-    for key, (value, bound) in least.items():
-      if not isinstance(value, int) or value < bound:
-        raise ValueError(
-          f"{key} must be a whole number of at least {bound}, got {value!r}"
-        )
+    for name, value in vars(self).items():
+      place = {x: f"checkpoint.{k}" for k, x in CHECKPOINT.items()}
+      path = place.get(name, f"train.{name}")
+      fields.check_value(path, fields.of(Settings)[name], value)
+    traced = parse_steps(self.profile_steps)
     if traced and traced.first > self.steps:
       raise ValueError(
         f"train.profile_steps={self.profile_steps} begins behind train.steps="
         f"{self.steps}; give earlier steps"
-      )
-    if self.nan_policy not in _POLICIES:
-      raise ValueError(
-        f"train.nan_policy must be one of {', '.join(_POLICIES)}; got "
-        f"{self.nan_policy!r}"
       )
 
   def due(self, step: int, every: int) -> bool:
@@ -74,3 +90,19 @@ class Settings:
   def logs(self, step: int) -> bool:
     """Whether a step has a line of metrics."""
     return step == 1 or self.due(step, self.log_every)
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What is measured while training; the group `eval`.
+
+  Attributes:
+    batches: of validation; 0: all of it.
+    tasks: names of benchmark tasks scored while training.
+  """
+
+  batches: Annotated[int, Whole(0)] = 0
+  tasks: tuple[str, ...] = ()
+
+  def __post_init__(self):
+    fields.check("eval", Evaluation, vars(self))

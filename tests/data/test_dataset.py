@@ -145,7 +145,7 @@ def test_sentencepiece_loads(data_dir):
     ({"vocab_size": 256}, "model.vocab_size=256 is smaller"),
     ({"batch_size": 6, "process_count": 4}, "nearest: 4 or 8"),
     ({"batch_size": 10**6}, "fewer than data.batch_size=1000000; lower"),
-    ({"seed": -1}, "data.seed must be in"),
+    ({"seed": -1}, "data.seed must be a whole number"),
   ],
 )
 def test_mistakes_are_one_sentence(changes, words):

@@ -47,6 +47,19 @@ def test_every_row_once_an_epoch_in_a_new_order():
   assert len({tuple(e) for e in epochs}) == 5
 
 
+@pytest.mark.parametrize("mix", [
+  pipeline.Mix((9,)), pipeline.Mix((4, 5), (1.0, 3.0)),
+  pipeline.Mix((4, 5), (1e-9, 1e9)),
+])  # fmt: skip
+def test_batches_of_one_row_are_those_of_many(mix):
+  one = _draw(pipeline.batches(_rows(9), batch_size=1, seed=0, mix=mix), 12)
+  four = _draw(pipeline.batches(_rows(9), batch_size=4, seed=0, mix=mix), 3)
+  rows = np.concatenate([b["inputs"] for b in one])
+  np.testing.assert_array_equal(
+    rows, np.concatenate([b["inputs"] for b in four])
+  )
+
+
 def test_rows_stay_together():
   batch = next(pipeline.batches(_rows(9), batch_size=4, seed=1))
   np.testing.assert_array_equal(batch["targets"], batch["inputs"] + 1)

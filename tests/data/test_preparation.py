@@ -146,6 +146,26 @@ def test_packed_files_are_prepared_as_they_are_read(tmp_path, ending, files):
   assert read[0] == read[1]
 
 
+@pytest.mark.parametrize("shard_bytes", [50, 400, 10**6])
+@pytest.mark.parametrize("ending", ["txt", "txt.gz"])
+def test_a_separated_text_is_prepared_as_it_is_read(
+  tmp_path, shard_bytes, ending
+):
+  every = [text for text in texts(80) if text]
+  path = tmp_path / f"a.{ending}"
+  test_documents.write_packed(path, "\n<|eot|>\n".join(every).encode())
+  manifest, _ = prepare(
+    tmp_path / "out", path, "text", separator="<|eot|>", shard_bytes=shard_bytes
+  )
+  counts = manifest["counts"]
+  assert sum(x["documents"] for x in counts.values()) == len(every)
+  assert sum(x["bytes"] for x in counts.values()) == len("".join(every))
+  assert counts["validation"]["documents"] > 4
+  assert ending != "txt" or (len(manifest["documents_sha256"]) > 1) == (
+    shard_bytes < 1000
+  )
+
+
 def test_bad_documents_are_left_out_and_counted(tmp_path):
   every = texts(60)
   for i, text in ((3, None), (20, 5), (40, None), (55, None)):

@@ -140,8 +140,8 @@ def test_mistakes_are_one_sentence(args, sentence):
   ("--config.eval.batches=-1", "eval.batches"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
-  config = _setup.resolve(parse("--config=hope_tiny", change))
   with pytest.raises(ValueError, match=sentence):
+    config = _setup.resolve(parse("--config=hope_tiny", change))
     net = _setup.model(config)
     _setup.make_optimizer(config, net)
     _setup.settings(config)

@@ -111,10 +111,10 @@ MODELS = {
     "titans_lmm", titans.Options(chunk=8, hidden=32, inner_muon="chunk")
   ),
   "memora": lambda: _shaped(
-    "memora", memora.Options(chunk=8, hidden=32, rank=8)
+    "memora", memora.Options(chunk=8, hidden=32, rank=8, eta_max=0.1)
   ),
   "memora_lag": lambda: _shaped(
-    "memora", memora.Options(chunk=8, hidden=32, rank=8, lag=True)
+    "memora", memora.Options(chunk=8, hidden=32, rank=8, lag=True, eta_max=0.1)
   ),
   "dla": lambda: _shaped("dla", dla.Options(chunk=8, hidden=32)),
   "titans_mac": lambda: _shaped(

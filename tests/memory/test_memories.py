@@ -423,9 +423,9 @@ def test_momentum_off_is_beta_zero():
 def test_mistakes_are_told():
   with pytest.raises(ValueError, match="model.mixer.objective must be one of"):
     memory.Rule(objective="l3")
-  with pytest.raises(ValueError, match="chunk must be at least 1"):
+  with pytest.raises(ValueError, match="chunk must be a whole number from 1"):
     memory.Rule(chunk=0)
-  with pytest.raises(ValueError, match="omega must be at least 1, got 0"):
+  with pytest.raises(ValueError, match="omega must be a whole number from 1"):
     memory.Rule(omega=0)
   with pytest.raises(ValueError, match="model.mixer.memory must be one of"):
     mlp.forward("deep")

@@ -234,10 +234,10 @@ def test_state_stays_bounded(arch, stream):
 
 @pytest.mark.parametrize("change,message", [
   (dict(memory="cubic"), "model.mixer.memory must be one of"),
-  (dict(adaptive=("k", "w")), "model.mixer.adaptive must be one of"),
+  (dict(adaptive=("k", "w")), r"model.mixer.adaptive\[1\] must be one of"),
   (dict(gate_source="static"), "take them out of model.mixer.adaptive"),
   (dict(momentum="sum", **DELTA), "amplifies what it erases"),
-  (dict(eta_max=0.0), "eta_max must be > 0"),
+  (dict(eta_max=0.0), "eta_max must be a number above 0"),
   (dict(read="soon"), "model.mixer.read must be one of"),
   (dict(memory="linear", residual=False, value_source="self",
         retention_target="zero"), "learns nothing"),

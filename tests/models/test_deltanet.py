@@ -239,8 +239,8 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(name):
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(value_dim=-1), "model.mixer.value_dim must be 0"),
-  (dict(chunk=0), "model.mixer.chunk must be at least 1"),
+  (dict(value_dim=-1), "model.mixer.value_dim must be a whole number from 0"),
+  (dict(chunk=0), "model.mixer.chunk must be a whole number"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

@@ -109,11 +109,11 @@ def test_every_parameter_has_a_place_on_the_mesh():
 
 
 @pytest.mark.parametrize("change,message", [
-  (dict(momentum="ema"), "model.mixer.momentum of model.arch='memora' must be"),
+  (dict(momentum="ema"), "must be 'off', got 'ema': use model.arch"),
   (dict(memory="mlp"), "must be 'mlp_ln', got 'mlp'"),
   (dict(omega=2), "use model.arch='titans_lmm'"),
-  (dict(rank=0), "model.mixer.rank must be an integer >= 1"),
-  (dict(walk="pallas_tpu"), "model.mixer.walk of model.arch='memora' must be"),
+  (dict(rank=0), "model.mixer.rank must be a whole number from 1"),
+  (dict(walk="pallas_tpu"), "model.mixer.walk must be one of auto, xla; got"),
   (dict(lag=1), "model.mixer.lag must be True or False, got 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):

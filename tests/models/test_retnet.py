@@ -242,7 +242,9 @@ def test_the_state_has_one_size_and_the_card_says_it():
 
 
 def test_what_cannot_be_is_refused():
-  with pytest.raises(ValueError, match="model.mixer.chunk must be at least 1"):
+  with pytest.raises(
+    ValueError, match="model.mixer.chunk must be a whole number from 1"
+  ):
     retnet.Options(chunk=0)
   with pytest.raises(ValueError, match="head_dim must be even"):
     dataclasses.replace(small(), heads=4, head_dim=3)

@@ -187,7 +187,7 @@ def test_shapes_that_cannot_be_are_refused(change, message):
   ("window", 1), ("state_dim", 0), ("chunk", 0), ("chunk", 2.5),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(name, value):
-  with pytest.raises(ValueError, match=f"model.mixer.{name} must be an"):
+  with pytest.raises(ValueError, match=f"model.mixer.{name} must be a whole"):
     samba.Options(**{name: value})
 
 

@@ -84,5 +84,7 @@ def test_memory_does_not_grow_with_the_square_of_the_text():
 
 def test_a_window_that_is_none_is_refused():
   for window in (1, -3, 2.0):
-    with pytest.raises(ValueError, match="window must be an integer >= 2"):
+    with pytest.raises(
+      ValueError, match="window must be a whole number from 2"
+    ):
       attention.Options(window=window)

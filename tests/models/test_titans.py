@@ -234,12 +234,12 @@ def test_the_default_memory_stays_bounded(kind):
 
 
 def test_sizes_are_the_formula_and_the_table():
-  for size, total in (("340m", 341.0), ("760m", 762.5), ("1b3", 1304.1)):
+  for size, total in (("340m", 340.4), ("760m", 761.1), ("1b3", 1301.7)):
     config = _setup.resolve(_flags.load_config(f"titans_lmm_{size}"))
     net = _setup.model(config)
     assert abs(net.parameter_count() / 1e6 - total) < 0.06
     D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
-    assert M == 2 * K
+    assert M == K == 128 and net.mixer.chunk == 64
     expected = 5 * D * D + 12 * D + 3 * H * (D + 1) + 2 * H * K * M + K
     assert titans.parameter_count(net) == expected
 
@@ -248,8 +248,8 @@ def test_sizes_are_the_formula_and_the_table():
   (dict(memory="deep"), "model.mixer.memory must be one of"),
   (dict(momentum="nesterov"), "model.mixer.momentum must be one of"),
   (dict(value_norm="target"), "model.mixer.value_norm must be one of none, l2"),
-  (dict(eta_max=0.0), "model.mixer.eta_max must be > 0"),
-  (dict(omega=0), "model.mixer.omega must be at least 1"),
+  (dict(eta_max=0.0), "model.mixer.eta_max must be a number above 0"),
+  (dict(omega=0), "model.mixer.omega must be a whole number from 1"),
 ])  # fmt: skip
 def test_switches_that_cannot_be_are_refused(change, message):
   with pytest.raises(ValueError, match=message):

@@ -203,9 +203,13 @@ def test_the_first_convolution_is_a_switch():
 
 
 def test_switches_that_cannot_be_are_refused():
-  with pytest.raises(ValueError, match="model.mixer.base_lr must be > 0"):
+  with pytest.raises(
+    ValueError, match="model.mixer.base_lr must be a number above 0"
+  ):
     ttt.Options(base_lr=0.0)
-  with pytest.raises(ValueError, match="model.mixer.chunk must be at least 1"):
+  with pytest.raises(
+    ValueError, match="model.mixer.chunk must be a whole number from 1"
+  ):
     ttt.Options(chunk=0)
   with pytest.raises(ValueError, match="has no hidden units"):
     small("ttt_linear", hidden=8)

@@ -241,7 +241,7 @@ def test_beyond_the_last_step_is_refused(tmp_path, one_device):
 @pytest.mark.parametrize(
   ("key", "value", "text"),
   [
-    ("steps", 0, "train.steps must be a whole number of at least 1"),
+    ("steps", 0, "train.steps must be a whole number from 1"),
     ("accumulate", 3, "train.accumulate"),
     ("nan_policy", "ignore", "raise, skip"),
     ("keep", 0, "checkpoint.keep"),

@@ -186,7 +186,7 @@ def test_schedule_warms_up_and_falls_to_a_tenth():
     ({"name": "sdg"}, "optim.name must be one of .*adamw"),
     ({"learning_rate": -1.0}, "optim.learning_rate"),
     ({"weight_decay": float("nan")}, "optim.weight_decay"),
-    ({"min_ratio": 2.0}, "at most 1"),
+    ({"min_ratio": 2.0}, "from 0 to 1"),
     ({"steps": 0}, "train.steps"),
     ({"options": {"alpha": 0.9}}, "no option alpha; it has none but b1"),
     ({"name": "m3", "options": {"mask": 1}}, "no option mask; it has b1,"),
@@ -212,7 +212,7 @@ MODEL = lm.LanguageModel(
   vocab_size=64,
   sequence_length=16,
   cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
-  memory=self_modifying.Config(),
+  mixer=self_modifying.Config(),
 )
 
 

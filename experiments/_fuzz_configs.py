@@ -1,0 +1,151 @@
+"""Random and adversarial configs: each is a model, or a sentence.
+
+A config of some family gets one to four fields changed, each to a value of its
+range, to an end of it, to one beyond, or to what is no such value at all. What
+is taken must build: the shapes of the parameters, their count by the formula,
+the optimizer, the level card and the shapes of a forward pass.
+"""
+
+import math
+import random
+from collections.abc import Callable
+from typing import Any
+
+from experiments import _flags, _fuzz_run
+from nl_jax import fields
+from nl_jax.train import config as configs
+
+Case = _fuzz_run.Case
+
+_WORST = (
+  "", "x", "nan", "inf", "-inf", "-1", "0", "1", "True", "None", "()", "1,2",
+  "('a',)", "1e400", "-0.0", "1e-320", "0x10", "1_000", "½", "\u202e", "\x00",
+  "2147483648", "4294967296", "9" * 400, "9" * 5000, "[1]", "{}", "$x$", "..",
+)  # fmt: skip
+_SMALL = 1 << 12  # Numbers drawn from a range are mostly below.
+
+
+def cases(count: int, draw: random.Random) -> list[Case]:
+  """Configs to try.
+
+  Args:
+    count: how many.
+    draw: what decides them.
+  """
+  names = [x for x in _flags.config_names() if x.endswith("_tiny")]
+  made = []
+  for _ in range(count):
+    name = draw.choice(names) + ":smoke"
+    known = configs.flat(configs.table_of(_flags.load_config(name).to_dict()))
+    chosen = draw.sample(sorted(known), draw.randint(1, 4))
+    changes = {path: inside(known[path], draw) for path in chosen}
+    if draw.random() < 0.5:
+      worst = draw.choice(chosen)
+      changes[worst] = value(known[worst], draw)
+    made.append(_case(name, changes))
+  return made
+
+
+def _case(name: str, changes: dict[str, str]) -> Case:
+  args = [f"--config.{path}={text}" for path, text in changes.items()]
+  what = " ".join([f"lm --config={name}", *args])
+  return Case("config", what, lambda: _built(name, args), 120)
+
+
+def value(field: fields.Field, draw: random.Random) -> str:
+  """A value of a field as one would write it, good or bad."""
+  if draw.random() < 0.4:
+    return draw.choice(_WORST)
+  return _joined(field, draw, lambda: _end(field.bounds, draw))
+
+
+def inside(field: fields.Field, draw: random.Random) -> str:
+  """A value that a field takes."""
+  return _joined(field, draw, lambda: _inside(field.bounds, draw))
+
+
+def _joined(
+  field: fields.Field, draw: random.Random, one: Callable[[], Any]
+) -> str:
+  count = draw.randint(1, 3) if field.many else 1
+  return ",".join(_text(one()) for _ in range(count))
+
+
+def _text(x: Any) -> str:
+  return x if isinstance(x, str) else repr(x)
+
+
+def _inside(bounds: Any, draw: random.Random) -> Any:
+  kind = type(bounds)
+  if kind is fields.Whole:
+    small = min(bounds.most, max(bounds.least, draw.choice((2, 8, 64, _SMALL))))
+    return draw.randint(bounds.least, small)
+  if kind is fields.Number:
+    return draw.uniform(max(bounds.least, -1e3), min(bounds.most, 1e3))
+  if kind is fields.OneOf:
+    return draw.choice(bounds)
+  if kind is fields.Only:
+    return bounds.value
+  return draw.choice((True, False))
+
+
+def _end(bounds: Any, draw: random.Random) -> Any:
+  """An end of a range, or what is just beyond."""
+  kind = type(bounds)
+  if kind is fields.Whole:
+    return draw.choice(
+      (bounds.least, bounds.most, bounds.least - 1, bounds.most + 1)
+      + bounds.also
+    )
+  if kind is fields.Number:
+    return draw.choice(
+      (bounds.least, bounds.most, 2 * bounds.most, bounds.least - 1, 1e-30,
+       math.nan, math.inf, -math.inf)
+    )  # fmt: skip
+  if kind in (fields.OneOf, fields.Only):
+    return "nonesuch"
+  return "no"
+
+
+def parse(name: str, args: list[str]) -> Any:
+  """The config of a command line.
+
+  Raises:
+    SystemExit: with the sentence of a mistake.
+  """
+  import sys
+
+  from absl import flags
+
+  argv = ["lm", f"--config={name}", *args]
+  sys.argv = argv  # Overrides are made flags of their own from what is there.
+  values = flags.FlagValues()
+  _flags.define_config(values)
+  _flags.parse(argv, values)
+  return values.config
+
+
+def _built(name: str, args: list[str]) -> str:
+  import jax
+  import numpy as np
+
+  from experiments import _describe, _setup
+
+  config = _setup.resolve(parse(name, args))
+  net = _setup.model(config)
+  optimizer = _setup.make_optimizer(config, net)
+  _setup.settings(config)
+  card = _describe.card_text(config, net, optimizer)
+  params = jax.eval_shape(net.init, jax.random.key(0))
+  sizes = [x.size for x in jax.tree.leaves(params)]
+  if sum(sizes) != net.parameter_count():
+    raise _fuzz_run.Wrong(
+      f"{sum(sizes)} parameters, by the formula {net.parameter_count()}"
+    )
+  tokens = jax.ShapeDtypeStruct((1, 2 * net.alignment), np.int32)
+  logits, _, _ = jax.eval_shape(net.apply, params, tokens)
+  if logits.shape != (*tokens.shape, config.model.vocab_size):
+    raise _fuzz_run.Wrong(f"logits of shape {logits.shape}")
+  if _setup.from_plain(_setup.plain(config)) != config:
+    raise _fuzz_run.Wrong("the config changes as it is written and read")
+  return f"a model of {sum(sizes)} parameters, {len(card)} characters of card"
