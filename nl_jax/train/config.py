@@ -21,11 +21,14 @@ _ARCHS = tuple(lm.MIXERS)
 _SHAPE = ("arch", "width", "layers", "heads", "head_dim", "vocab_size",
           "tied", "norm_epsilon")  # fmt: skip
 # Of `data.load`, what no config says.
-_NOT_DATA = ("alignment", "vocab_size", "process_index", "process_count")
+_NOT_DATA = ("alignment", "vocab_size", "process_index", "process_count",
+             "consecutive")  # fmt: skip
 _OPTIM = ("name", "learning_rate", "warmup_steps", "weight_decay", "clip_norm",
-          "min_ratio", "reduce", "nested_meta", "nested_rate")  # fmt: skip
-_TRAIN = ("steps", "log_every", "eval_every", "accumulate", "dtype", "remat",
-          "seed", "nan_policy", "max_skipped", "profile_steps")  # fmt: skip
+          "min_ratio", "schedule", "cooldown_steps", "groups", "reduce",
+          "nested_meta", "nested_rate")  # fmt: skip
+_TRAIN = ("steps", "log_every", "eval_every", "accumulate", "carry_gradient",
+          "dtype", "remat", "seed", "nan_policy", "max_skipped",
+          "profile_steps")  # fmt: skip
 _MESH = ("replica", "fsdp", "sequence", "tensor")
 # What stands for the dtype of activations until the machine is known.
 AUTO = "auto"

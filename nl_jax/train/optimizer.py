@@ -4,11 +4,12 @@
 
 Clipping stands before the levels, so that what a slow level gathers is what
 the fast ones saw. A level that fires every n-th step has a learning rate of
-its own clock: its k-th firing takes the rate of step k n.
+its own clock: its k-th firing takes the rate of step k n. Where the batch has
+changed since, so has n, and it is counted from there on (`clocks_of`).
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ import optax
 
 from nl_jax import card, fields, optim, sharding
 from nl_jax.fields import OneOf, Whole
-from nl_jax.train import rules, settings
+from nl_jax.train import groups as groups_lib
+from nl_jax.train import rules, schedules, settings
 
 # By path: no parameter of these is a matrix that should shrink to zero.
 _NO_DECAY = re.compile(
@@ -35,6 +37,9 @@ class Optimizer(NamedTuple):
     schedule: step (from 0) -> learning rate of the slow weights.
     labels: params -> tree of level names.
     rows: its rows of the level card.
+    groups: what `optim.groups` hold, a line each.
+    clocks: by label, the step and the count of firings that its rate is
+      counted from, (0, 0) where it is not there; set before `tx` is traced.
     name: of its rule.
   """
 
@@ -42,6 +47,8 @@ class Optimizer(NamedTuple):
   schedule: optax.Schedule
   labels: Callable[[Any], Any]
   rows: tuple[card.Row, ...]
+  groups: tuple[str, ...] = ()
+  clocks: dict[str, tuple[int, int]] = {}
   name: str = "adamw"
 
   def chosen(self, params: Any) -> str:
@@ -60,6 +67,9 @@ def make(
   weight_decay: Annotated[float, fields.AT_LEAST_0] = 0.1,
   clip_norm: Annotated[float, fields.AT_LEAST_0] = 1.0,
   min_ratio: Annotated[float, fields.SHARE] = 0.1,
+  schedule: Annotated[str, OneOf(*schedules.NAMES)] = "cosine",
+  cooldown_steps: Annotated[int, Whole(0)] = 0,
+  groups: tuple[str, ...] = (),
   reduce: Annotated[str, OneOf("mean", "sum")] = "mean",
   nested_meta: Annotated[str, OneOf("none", "reptile", "fomaml")] = "none",
   nested_rate: Annotated[float, fields.SHARE] = 1.0,
@@ -70,7 +80,7 @@ def make(
   Args:
     model: its `levels()` labels the parameters; `model.cms` has the levels'
       periods in tokens and the variant.
-    steps: of the whole run: the end of the cosine.
+    steps: of the whole run: the end of the schedule.
     tokens_per_step: tokens of a batch, batch_size * sequence_length; every
       CMS period is a multiple.
     learning_rate: peak.
@@ -79,6 +89,10 @@ def make(
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
     min_ratio: the last learning rate over the peak.
+    schedule: of the learning rate, after the warm-up.
+    cooldown_steps: at the end, of wsd and inverse_root.
+    groups: texts of parameters that are frozen, or have a rate or decay of
+      their own: pattern:frozen, or pattern:rate=0.1,decay=0 (optimizers.md).
     reduce: of the gradients that a slow level gathers: "mean", or "sum"
       (literal eq. 71).
     nested_meta: with the CMS variant "nested", how a level's initial state
@@ -93,21 +107,57 @@ def make(
   fields.check("optim", make, locals())
   fields.check("train", settings.Settings, {"steps": steps})
   values = rules.filled(name, options or {})
-  rates = schedule(learning_rate, warmup_steps, steps, min_ratio)
+  rates = schedules.make(
+    schedule,
+    peak=learning_rate,
+    warmup_steps=warmup_steps,
+    steps=steps,
+    min_ratio=min_ratio,
+    cooldown_steps=cooldown_steps,
+  )
   every = firing_steps(model.cms, tokens_per_step)
   labels = model.levels()[1]
+  parts = groups_lib.parse(groups)
+  named = groups_lib.label(parts, labels)
+  told = ()
+  if parts:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    told = tuple(groups_lib.check(parts, shapes))
+    names = sorted(set(jax.tree.leaves(named(shapes))))
+  else:
+    names = list(every)
 
-  def at(period: int) -> optax.GradientTransformation:
-    rate = optim.reclock_schedule(rates, period)
+  clocks: dict[str, tuple[int, int]] = {}
+
+  def at(label: str) -> optax.GradientTransformation:
+    group = groups_lib.of(parts, label)
+    factor, decay = 1.0, weight_decay
+    if group:
+      factor = group.rate
+      decay = weight_decay if group.decay is None else group.decay
+    n = every[groups_lib.level_of(label)]
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+      step, fired = clocks.get(label, (0, 0))
+      value = rates(step + (count - fired) * n)
+      return value if factor == 1 else factor * value
+
     return rules.build(
-      name, values, rate, learning_rate, weight_decay=weight_decay,
+      name, values, rate, learning_rate, weight_decay=decay,
       mask=decay_mask, dims=matrices,
     )  # fmt: skip
 
+  def period_of(label: str) -> int | None:
+    group = groups_lib.of(parts, label)
+    if group and group.frozen:
+      return None
+    n = every[groups_lib.level_of(label)]
+    return 1 if n == 1 else n * tokens_per_step
+
   levels = optim.multi_frequency(
-    {label: at(period) for label, period in every.items()},
-    {k: 1 if n == 1 else n * tokens_per_step for k, n in every.items()},
-    labels,
+    {label: at(label) for label in names},
+    {label: period_of(label) for label in names},
+    named,
     unit="tokens",
     tokens_per_step=tokens_per_step,
     reduce=reduce,
@@ -115,34 +165,53 @@ def make(
     mode="cond" if rules.RULES[name].matrices else "select",
   )
   chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  if any(group.frozen for group in parts):
+    chain.insert(0, _without_frozen(parts, named))
   tx = optax.chain(*chain, levels)
   order = [label for label in every if label != "slow"]
   if getattr(model.cms, "variant", "") == "nested" and len(order) > 1:
+    if any("@" in name and name.startswith("cms/") for name in names):
+      raise ValueError(
+        "optim.groups cannot hold levels of model.cms.variant='nested', which "
+        "restart as a whole; leave blocks/cms out of them"
+      )
     tx = optim.reset_on_slower(
       tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
     )
   rows = _rows(name, every, values, tokens_per_step)
-  return Optimizer(tx, rates, labels, rows, name)
+  return Optimizer(tx, rates, labels, rows, told, clocks, name)
 
 
-def schedule(
-  peak: float, warmup_steps: int, steps: int, min_ratio: float
-) -> optax.Schedule:
-  """Linear warm-up, then half a cosine down to `min_ratio * peak`.
+def clocks_of(opt_state: Any, step: int) -> dict[str, tuple[int, int]]:
+  """The clocks of all levels where a run goes on with another batch.
 
-  Step i (from 0) of the warm-up has rate peak (i + 1) / warmup_steps, so that
-  no step is lost at rate 0; the last step has min_ratio * peak.
+  Args:
+    opt_state: of `Optimizer.tx`.
+    step: that it stands at.
+
+  Returns:
+    {label: (step at which its open period began, firings so far)}.
   """
-  last = max(steps - 1 - warmup_steps, 1)
+  fired = optax.tree.get(opt_state, "fired")
+  waiting = optax.tree.get(opt_state, "n_acc")
+  return {
+    label: (step - int(waiting[label]), int(count))
+    for label, count in fired.items()
+  }
 
-  def rate(count: jax.typing.ArrayLike) -> jax.Array:
-    count = jnp.asarray(count, jnp.float32)
-    warm = (count + 1) / max(warmup_steps, 1)
-    done = jnp.clip((count - warmup_steps) / last, 0, 1)
-    fall = min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-    return peak * jnp.where(count < warmup_steps, warm, fall)
 
-  return rate
+def _without_frozen(
+  parts: Sequence[groups_lib.Group], named: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+  """Gradients of frozen parameters count for no norm."""
+
+  def kept(label: str, x: jax.Array) -> jax.Array:
+    group = groups_lib.of(parts, label)
+    return jnp.zeros_like(x) if group and group.frozen else x
+
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(kept, named(updates), updates)
+  )
 
 
 def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:
