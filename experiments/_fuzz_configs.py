@@ -50,7 +50,7 @@ def cases(count: int, draw: random.Random, shapes: bool) -> list[Case]:
 def _case(name: str, changes: dict[str, str], shapes: bool) -> Case:
   args = [f"--config.{path}={text}" for path, text in changes.items()]
   what = " ".join([f"lm --config={name}", *args])
-  return Case("config", what, lambda: _built(name, args, shapes), 120)
+  return Case("config", what, lambda: _built(name, args, shapes))
 
 
 def value(field: fields.Field, draw: random.Random) -> str:
