@@ -104,6 +104,13 @@ class Rule:
     return self.momentum != "off"
 
   @property
+  def affine(self) -> bool:
+    """Whether a matrix changes column by column, each affine in itself."""
+    plain = self.objective in ("dot", "l2") and self.omega == 1
+    whole = self.residual_clip or self.inner_mean or self.inner_muon != "off"
+    return plain and not whole and not self.stop_grad_writes
+
+  @property
   def loops(self) -> bool:
     """Whether there is no chunk form: token by token, by the reference."""
     return self.inner_muon == "token"

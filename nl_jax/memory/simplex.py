@@ -142,6 +142,7 @@ def update(
   y, state, sums = chunked.walk(
     body, state, start, {"q": q, "k": k, "v": v, "gates": gates},
     chunk=rule.chunk, group=rule.remat_group, segment_ids=segment_ids,
-    at_edge=at_edge, aligned=aligned, run=chunked.Run("xla"), name="simplex",
+    at_edge=at_edge, aligned=aligned, name="simplex",
+    run=chunked.Run("xla", None if run is None else run.spec),
   )  # fmt: skip
   return y.reshape(B, T, H, -1), state, rules.metrics(sums)

@@ -18,7 +18,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, types
+from nl_jax import card, fields, sharding, types
 from nl_jax.fields import Number, Whole
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, sliding_window, softmax
@@ -237,6 +237,8 @@ def _attend_own(
       q, k, v, own, options.window, options.implementation
     )
     return y if ids is None else _real(y, places)
+  # Each shard of a text has the keys and values of all of it.
+  k, v = sharding.whole_rows(k), sharding.whole_rows(v)
   if ids is None:
     return softmax.attention(q, k, v, None)
   mask = jnp.tril(jnp.ones((1,) + 2 * (q.shape[1],), bool))
@@ -266,7 +268,12 @@ def _attend_window(
   within = q.shape[1] <= options.window
   if fresh and (within or softmax.fused(q, k, options.implementation)):
     return _attend_own(q, k, v, places, ids, options), new_state
-  y = sliding_window.attend(q, keys, values, places.document_BxT, documents)
+  if fresh:
+    y = sliding_window.attend_own(
+      q, k, v, places.document_BxT, document, options.window
+    )
+  else:
+    y = sliding_window.attend(q, keys, values, places.document_BxT, documents)
   return _real(y, places), new_state
 
 

@@ -215,7 +215,7 @@ def apply(
     _gates(params, x_BxTxD, model),
     rule=model.mixer.rule,
     segment_ids=segment_ids,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
     chunk_free=True,
     run=layers.run(
       model.mixer.walk,

@@ -280,13 +280,15 @@ def conv_apply(
   """
   batch, tokens, channels = x_BxTxE.shape
   w_4xE = w_4xE.astype(x_BxTxE.dtype)
-  if state is None:
+  fresh = state is None
+  if fresh:
     state = conv_state(batch, channels, x_BxTxE.dtype)
     if segment_ids is None:  # Nothing to mask: the path of plain training.
-      buffer = jnp.concatenate([state.inputs_Bx3xE, x_BxTxE], axis=1)
+      y_BxTxE = sharding.with_reach(_taps, 3, [x_BxTxE], whole=[w_4xE])
+      last = jnp.concatenate([state.inputs_Bx3xE, x_BxTxE[:, -3:]], axis=1)
       ids = (jnp.arange(3) >= 3 - tokens).astype(jnp.int32)
-      last = jnp.broadcast_to(ids[None], (batch, 3))
-      return _taps(w_4xE, buffer, None), ConvState(buffer[:, -3:], last)
+      ids = jnp.broadcast_to(ids[None], (batch, 3))
+      return y_BxTxE, ConvState(last[:, -3:], ids)
   if segment_ids is None:
     carried = jnp.maximum(state.segment_Bx3[:, -1:], 1)
     segment_ids = jnp.broadcast_to(carried, (batch, tokens))
@@ -294,11 +296,17 @@ def conv_apply(
   buffer = lay(state.inputs_Bx3xE.astype(x_BxTxE.dtype), x_BxTxE, begin)
   ids = lay(state.segment_Bx3, segment_ids, begin)
   index = segments.running_index(segment_ids, previous=state.segment_Bx3[:, -1])
-  carried_index = jnp.zeros_like(state.segment_Bx3)
-  index = jnp.where(ids > 0, lay(carried_index, index, begin), -1)
-  y_BxTxE = _taps(w_4xE, buffer, index)
+  laid = lay(jnp.zeros_like(state.segment_Bx3), index, begin)
+  laid = jnp.where(ids > 0, laid + 1, 0)
+  if fresh:  # No token reads what is carried: each shard has enough.
+    index = jnp.where(segment_ids > 0, index + 1, 0)
+    y_BxTxE = sharding.with_reach(
+      lambda x, index, w: _taps(x, w, index), 3, [x_BxTxE, index], whole=[w_4xE]
+    )
+  else:
+    y_BxTxE = _taps(buffer, w_4xE, laid)
   cut = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(a, i, 3))
-  last_ids, last_index = cut(ids, end), cut(index, end)
+  last_ids, last_index = cut(ids, end), cut(laid, end)
   last_ids = jnp.where(last_index == last_index[:, -1:], last_ids, 0)
   return y_BxTxE, ConvState(cut(buffer, end), last_ids)
 
@@ -338,16 +346,16 @@ def short_convs(
 
 
 def _taps(
-  w_4xE: types.Array, buffer: types.Array, index: types.Array | None
+  buffer: types.Array, w_4xE: types.Array, index: types.Array | None = None
 ) -> types.Array:
-  """Σ over taps; buffer [B,3+T,E], index [B,3+T] of documents, -1 nothing."""
+  """Σ over taps; buffer [B,3+T,E], index [B,3+T] of documents, 0 nothing."""
   tokens = buffer.shape[1] - 3
   total = 0.0
   for tap in range(CONV_WIDTH):
     term = buffer[:, tap : tap + tokens] * w_4xE[tap][None, None]
     if index is not None:
       here = index[:, 3:]
-      same = (index[:, tap : tap + tokens] == here) & (here >= 0)
+      same = (index[:, tap : tap + tokens] == here) & (here > 0)
       term = jnp.where(same[:, :, None], term, 0)
     total = total + term
   return total

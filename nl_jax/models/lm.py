@@ -138,8 +138,11 @@ class LanguageModel:
       without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
-    remat: "layer" recomputes each layer in the backward pass but for what its
-      kernels made, "none" keeps what it needs beyond the chunks.
+    remat: "layer" recomputes each layer in the backward pass, but for what
+      its kernels made; "none" keeps what it needs beyond the chunks.
+    at_edge: whether `apply` may take it that a state stands at the edge of
+      all chunks and that documents begin at edges alone, as rows of training
+      do; it spares the shift to each row's grid.
     tied: the output weights are those of the embedding.
     norm_epsilon: of the norms of blocks, levels and output.
   """
@@ -155,6 +158,7 @@ class LanguageModel:
   mixer: Any = None
   dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
   remat: Annotated[str, OneOf("layer", "none")] = "layer"
+  at_edge: bool = False
   tied: bool = True
   norm_epsilon: Annotated[float, _EPSILONS] = layers.EPSILON
 
@@ -285,6 +289,8 @@ class LanguageModel:
     del learn
     if segment_ids is not None:
       segment_ids = jnp.asarray(segment_ids, jnp.int32)
+      # Documents are counted along whole rows, before any layer.
+      segment_ids = sharding.whole_rows(segment_ids)
     dtype = layers.activation_dtype(self.dtype, params)
     x_BxTxD = params["embed"].astype(dtype)[tokens_BxT]
     carried = None if state is None else state.layers
@@ -440,6 +446,21 @@ class LanguageModel:
   def _labels(self, params: types.Params) -> types.Params:
     name = lambda path, _: cms.label(path, self.cms)
     return jax.tree_util.tree_map_with_path(name, params)
+
+
+def at_edges(model: Any) -> Any:
+  """The model as rows of training are read by it, see `at_edge`.
+
+  Levels in context read on from within chunks: their model stays as it is.
+  """
+  if not isinstance(model, LanguageModel):
+    return model
+  return dataclasses.replace(model, at_edge=True)
+
+
+def batch_axis(path: Any) -> int:
+  """Of a leaf of a state: those of layers are [L,B,...], others [B,...]."""
+  return 1 if path[0].name == "layers" else 0
 
 
 def count_real(

@@ -150,7 +150,7 @@ def apply(
     memory.Gates(jnp.ones_like(decay_BxTxH), decay_BxTxH),
     rule=model.mixer.rule,
     segment_ids=segment_ids,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
     chunk_free=True,
     run=layers.run(model.mixer.walk),
   )

@@ -210,7 +210,8 @@ def window(
     y_BxTxD and the state after the call.
   """
   batch, tokens, _ = x_BxTxD.shape
-  if state is None:
+  fresh = state is None
+  if fresh:
     state = empty_window(batch, model, x_BxTxD.dtype)
   ids = segment_ids
   if ids is None:
@@ -222,11 +223,15 @@ def window(
   q, k = layers.rope(q, position), layers.rope(k, position)
   keys, last_keys = sliding_window.lay(state.keys_BxSxHxK, k, real)
   values, last_values = sliding_window.lay(state.values_BxSxHxK, v, real)
-  documents, slots = sliding_window.lay(
-    state.slot_document_BxS, jnp.where(real, document, 0), real
-  )
+  own = jnp.where(real, document, 0)
+  documents, slots = sliding_window.lay(state.slot_document_BxS, own, real)
   always = persistent(params, 0, x_BxTxD.dtype, model)
-  y = sliding_window.attend(q, keys, values, document, documents, always)
+  if fresh:
+    y = sliding_window.attend_own(
+      q, k, v, document, own, model.mixer.window, always
+    )
+  else:
+    y = sliding_window.attend(q, keys, values, document, documents, always)
   at = jnp.max(jnp.where(real, jnp.arange(tokens)[None], 0), axis=1)[:, None]
   last = lambda new, old: jnp.where(
     real.any(axis=1), jnp.take_along_axis(new, at, axis=1)[:, 0], old

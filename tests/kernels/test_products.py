@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.kernels.walk import products
+from nl_jax.kernels.walk import pallas, products
 
 EXACT = products.Tile()
 # Of one pass to three, the largest error relative to the largest value.
@@ -67,3 +67,12 @@ def test_rounded_keys_erase_as_much():
     slope = jax.grad(lambda k, tile=tile: tile.keys(k, rate)[1].sum())
     np.testing.assert_array_equal(slope(k), 0.0)
   assert off["f32"] == 0 and off["lean2"] < 1e-6 < 1e-4 < off["lean"]
+
+
+def test_states_are_kept_as_exactly_as_they_are_read():
+  state = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+  kept = {
+    name: pallas.saved_dtype(policy, state)
+    for name, policy in products.POLICIES.items()
+  }
+  assert kept == dict(f32=jnp.float32, lean=jnp.bfloat16, lean2=jnp.float32)
