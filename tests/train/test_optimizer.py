@@ -183,8 +183,8 @@ def test_a_stack_of_vectors_is_no_matrix(name, vector):
       )
       assert not at(decays), path
       assert at(specs) is None, path
-  assert decays["blocks"]["mixer"]["w_k"]
-  assert specs["blocks"]["mixer"]["w_k"] is not None
+  assert decays["blocks"]["mixer"]["w_o"]
+  assert specs["blocks"]["mixer"]["w_o"] is not None
 
 
 def test_decay_moves_matrices_alone():
