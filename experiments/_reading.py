@@ -55,6 +55,7 @@ class Result:
   """What a reading showed.
 
   Attributes:
+    begin: tokens that the reader had read before.
     tokens: read now.
     bytes: read now.
     nats: their sum; the first token of a stream has none.
@@ -69,6 +70,7 @@ class Result:
       [sum, count] of nats by the part of it that a token stands in.
   """
 
+  begin: int = 0
   tokens: int = 0
   bytes: int = 0
   nats: float = 0.0
@@ -189,7 +191,7 @@ def read(
   Raises:
     ValueError: the text is not UTF-8.
   """
-  done = Result()
+  done = Result(begin=int(reader.state.position_B[0]))
   by_period: dict[int, list[str]] = {}
   for row in net.levels()[0]:
     if row.state_bytes and row.chunk > 1:
@@ -238,7 +240,7 @@ def _add(
   without: Forgetful | None,
 ) -> None:
   """Reads tokens and notes how much each surprised."""
-  first, begin = int(reader.state.position_B[0]), time.monotonic()
+  first, begin = done.begin + done.tokens, time.monotonic()
   nats = reader.score(ids[None])[0]
   done.seconds += time.monotonic() - begin
   if without:

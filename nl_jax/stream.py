@@ -689,14 +689,16 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
 def model_hash(model: lm.LanguageModel) -> str:
   """SHA-256 (hex) of all that decides the shape and meaning of a state.
 
-  Not in it: `sequence_length` and `remat`, which change no number of it. The
-  fields go by the names that they had in the first memory files.
+  Not in it: `sequence_length`, `remat` and others that change no number of it.
+  The fields go by the names that they had in the first memory files.
   """
   values = _without_free(dataclasses.asdict(model))
   net = values.get("base", values)
   mixer = net.pop("mixer")
   if mixer and "memory" in mixer:
     mixer["arch"] = mixer.pop("memory")
+  if mixer and "remat_group" in mixer:
+    mixer["remat_group"] = 4  # Of the first files; it changes no number.
   net["memory"] = mixer
   text = json.dumps(values, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()

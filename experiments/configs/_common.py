@@ -124,6 +124,8 @@ def language_model(
   )
   group = of("model", **sizes | said)
   group.mixer = of("model.mixer", **mixer)
+  if small and "remat_group" in group.mixer:
+    group.mixer.remat_group = 1  # All states are kept: memory is no matter.
   group.cms = of("model.cms", **levels)
   optim = of(
     "optim",

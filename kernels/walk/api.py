@@ -146,7 +146,8 @@ def walk(
     state: fast weights before the call.
     anchor: tree like `state.w`, the weights at the last chunk edge; None where
       every row stands at an edge.
-    group: chunks that the XLA form makes again together in the backward pass.
+    group: chunks between two states that the XLA form keeps for the backward
+      pass; where it is more than 1 the states between are made again too.
     save: chunks between the saved states of a kernel; those between are made
       again. None: what `tiles.json` has, or as few as let all states that are
       kept at once (see `kept`) stay within `KEPT_BYTES`. Of both the next

@@ -78,7 +78,7 @@ class LMState(NamedTuple):
 
   Attributes:
     layers: states of the mixers, every leaf [L,B,...].
-    position_B: int32, real tokens seen.
+    position_B: int32, real tokens seen, at most 2^31 - 1.
   """
 
   layers: Any
@@ -300,7 +300,7 @@ class LanguageModel:
     logits = self.logits(params, x_BxTxD)
     seen = count_real(tokens_BxT, segment_ids)
     before = jnp.zeros_like(seen) if state is None else state.position_B
-    return logits, LMState(stacked, before + seen), metrics
+    return logits, LMState(stacked, counted(before, seen)), metrics
 
   @jax.named_scope("output")
   def logits(self, params: types.Params, x_BxTxD: types.Array) -> types.Array:
@@ -471,3 +471,12 @@ def count_real(
     batch, tokens = tokens_BxT.shape
     return jnp.full((batch,), tokens, jnp.int32)
   return jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+
+
+def counted(before_B: types.Array, seen_B: types.Array) -> types.Array:
+  """int32 [B], the sum; at 2^31 - 1 it stands still, so that it never wraps.
+
+  Nothing that a model computes reads the counter.
+  """
+  after = before_B + seen_B
+  return jnp.where(after < before_B, jnp.iinfo(jnp.int32).max, after)

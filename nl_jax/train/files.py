@@ -32,6 +32,7 @@ FREE = (
   "checkpoint",
   "eval",
   "mesh",
+  "model.mixer.remat_group",
   "model.mixer.walk",
   "train.eval_every",
   "train.log_every",

@@ -22,6 +22,7 @@ from nl_jax.train import (
   environment,
   faults,
   files,
+  heap,
   profile,
   progress,
   reading,
@@ -136,6 +137,8 @@ def train(
     OutOfMemoryError: of the devices.
   """
   mesh = sharding.mesh() if mesh is None else mesh
+  if mesh.devices.flat[0].platform == "cpu":
+    heap.keep_freed()
   sharding.check_batch(
     mesh,
     batch_size // settings.carry_gradient,

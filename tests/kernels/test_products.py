@@ -76,3 +76,25 @@ def test_states_are_kept_as_exactly_as_they_are_read():
     for name, policy in products.POLICIES.items()
   }
   assert kept == dict(f32=jnp.float32, lean=jnp.bfloat16, lean2=jnp.float32)
+
+
+@pytest.mark.parametrize("form", ["nn", "nt", "tn"])
+def test_a_product_of_xla_is_linear_in_both(form):
+  """Forward mode, a batch of one operand, and the curvature of both."""
+  x, y, dx = draw(6, 2, 16, 8), draw(7, 2, 16, 8), draw(8, 2, 16, 8)
+  if form == "nn":
+    y = jnp.swapaxes(y, -1, -2)
+  spec = {"nn": "bij,bjk->bik", "nt": "bij,bkj->bik", "tn": "bji,bjk->bik"}
+  mm = lambda x: EXACT.mm(x, y, form)
+  like = lambda x: jnp.einsum(spec[form], x, y)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
+  for a, b in zip(jax.jvp(mm, (x,), (dx,)), jax.jvp(like, (x,), (dx,))):
+    close(a, b)
+  many = jnp.stack([x, dx])
+  close(jax.jit(jax.vmap(mm))(many), jax.vmap(like)(many))
+  of = lambda mm: (
+    lambda v: jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(mm(x)))), (x,), (v,))[
+      1
+    ]
+  )
+  close(of(mm)(dx), of(like)(dx))

@@ -1,6 +1,8 @@
 """Memories carried from row to row: rows in turn are one long row."""
 
 import functools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +11,16 @@ import optax
 import pytest
 
 from nl_jax import sharding
+from nl_jax.data import packing, streams
 from nl_jax.models import lm
 from nl_jax.train import (
   carry,
   checkpoint,
   files,
+  loop,
   optimizer,
   origin,
+  settings,
   start,
   step,
 )
@@ -99,13 +104,13 @@ def test_rows_in_turn_are_one_long_row(name):
 
 @pytest.mark.parametrize("name", ["hope", "gated_deltanet"])
 def test_the_gradient_is_cut_between_steps(name):
-  together, _, turns = computed(name)
+  together, _, turns = jax.device_get(computed(name))
   scaled = [
     jax.tree.map(lambda g, weight=t[2]: g * weight, t[1]) for t in turns
   ]
-  cut = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), scaled)
+  cut = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), scaled)
   far = jax.tree.map(
-    lambda a, b: float(jnp.max(jnp.abs(a - b * together[2]))),
+    lambda a, b: float(np.max(np.abs(a - b * together[2]))),
     cut, together[1],
   )  # fmt: skip
   assert max(jax.tree.leaves(far)) > 1e-4
@@ -205,3 +210,58 @@ def test_numbers_of_documents_begin_anew_in_time():
   assert seen[0].tolist() == [[2**30 - 1, 2**30, 2**30, 1]]
   # The last document's, not the largest number.
   assert after["document_B"].tolist() == [1]
+
+
+class Told:
+  """Batches that end the process's work when one of them is drawn."""
+
+  def __init__(self, batches, stop_at):
+    self.batches, self.left = batches, stop_at
+
+  def __next__(self):
+    self.left -= 1
+    if not self.left:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return next(self.batches)
+
+  def get_state(self):
+    return self.batches.get_state()
+
+  def set_state(self, state):
+    self.batches.set_state(state)
+
+
+def trained(workdir, stop_at=0):
+  """Six steps of two rows of four streams each."""
+  model = MODELS["gated_deltanet"]()
+  draw = np.random.default_rng(3)
+  documents = [
+    np.append(draw.integers(3, 259, n), 2) for n in (90, 20, 300, 7, 400)
+  ]
+  batches = streams.make(
+    packing.pack(documents, T, 8), batch_size=8, end_id=2, consecutive=2
+  )
+  return loop.train(
+    model=model,
+    optimizer=optimizer.make(
+      model, steps=6, tokens_per_step=8 * T, learning_rate=1e-2
+    ),
+    data=Told(batches, stop_at),
+    batch_size=8,
+    sequence_length=T,
+    workdir=str(workdir),
+    config={},
+    settings=settings.Settings(
+      steps=6, checkpoint_every=4, streams=4, carry_gradient=2
+    ),
+    mesh=sharding.mesh(devices=jax.devices()[:1]),
+  )
+
+
+def test_a_run_that_was_stopped_remembers_what_it_read(tmp_path):
+  whole = trained(tmp_path / "a")
+  half = trained(tmp_path / "b", stop_at=4)
+  assert half.status == "preempted" and 0 < half.step < 6
+  rest = trained(tmp_path / "b")
+  jax.tree.map(np.testing.assert_array_equal, whole.state, rest.state)
+  assert (rest.state["carried"]["document_B"] > 1).any()
