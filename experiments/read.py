@@ -35,7 +35,6 @@ def main() -> int:
   _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import stream
-  from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
   config, net = _setup.of_run(_WORKDIR.value)
@@ -44,7 +43,7 @@ def main() -> int:
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "
       "text of any length fits; read with a model of memories, such as hope"
     )
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
   if _IN.value:
