@@ -27,6 +27,9 @@ _FILE = flags.DEFINE_string(
 )
 _IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
+_OVERWRITE = flags.DEFINE_boolean(
+  "overwrite", False, "Replace --memory_out, if it is there."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 
@@ -40,10 +43,12 @@ def main() -> int:
   import jax
 
   from experiments import _setup, _text
-  from nl_jax import stream
+  from nl_jax import files, stream
   from nl_jax.data import documents
   from nl_jax.train import checkpoint
 
+  if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
+    files.refuse_taken("--memory_out", _OUT.value)
   config, net = _setup.of_run(_WORKDIR.value)
   tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
@@ -61,6 +66,8 @@ def main() -> int:
     size = _text.encode(tokenizer, prompt).size + 1
     mesh = stream.mesh_of(net, params, jax.local_devices())
     reader = stream.start(net, params, length=size + _TOKENS.value, mesh=mesh)
+  if _OUT.value:
+    stream.check_place(_OUT.value, "--memory_out", net, reader.state)
   sys.stdout.write(_PROMPT.value)
   for piece in _text.generate(
     reader,

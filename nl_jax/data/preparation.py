@@ -462,7 +462,7 @@ def finish(
     "counts": counts,
     "opening": next(note["opening"] for note in notes if note["opening"]),
   }
-  _write_json(out / prepared.MANIFEST, manifest)
+  _write_json(out / prepared.MANIFEST, files.sealed(manifest))
   return manifest
 
 

@@ -116,7 +116,7 @@ def test_rows_are_those_of_the_packer_in_memory(tmp_path, files):
     a, b = next(one.train), next(two.train)
     for key in b:
       np.testing.assert_array_equal(a[key], b[key])
-  assert one.train.get_state() == two.train.get_state() == {"next_index": 7}
+  assert one.train.get_state() == two.train.get_state() == {"next_row": 28}
   assert one.counts == two.counts
 
 
@@ -194,7 +194,7 @@ def test_drawing_goes_on_from_one_integer_on_any_process_count(made):
   batches = [next(whole.train) for _ in range(20)]
   half = [load(out, process_index=i, process_count=2) for i in (0, 1)]
   for part in half:
-    part.train.set_state({"next_index": 11})
+    part.train.set_state({"next_row": 44})
   for batch in batches[11:]:
     parts = [next(part.train) for part in half]
     for key, x in batch.items():
@@ -296,6 +296,12 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
     load(out)
   shard.unlink()
   with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+    load(out)
+  text = (out / "manifest.json").read_text()
+  assert f'"alignment": {ALIGNMENT},' in text
+  wrong = text.replace(f'"alignment": {ALIGNMENT},', '"alignment": 1,')
+  (out / "manifest.json").write_text(wrong)
+  with pytest.raises(ValueError, match="json is not what was written; run"):
     load(out)
   for damage in (b"{", b"\xff", b"[" * 10**5):
     (out / "manifest.json").write_bytes(damage)
