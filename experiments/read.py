@@ -80,7 +80,6 @@ def main() -> int:
   _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import drift, files, stream
-  from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
   # Going on from a file and keeping the memory there asks for no flag.
@@ -92,7 +91,7 @@ def main() -> int:
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "
       "text of any length fits; read with a model of memories, such as hope"
     )
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
   if _IN.value:

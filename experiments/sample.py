@@ -53,13 +53,13 @@ def main() -> int:
 
   from experiments import _setup, _text
   from nl_jax import files, stream
-  from nl_jax.data import documents, tokenizers
+  from nl_jax.data import documents
   from nl_jax.train import checkpoint
 
   if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
     files.refuse_taken("--memory_out", _OUT.value)
   config, net = _setup.of_run(_WORKDIR.value)
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
   prompt = _PROMPT.value
