@@ -1,15 +1,29 @@
 """Memories carried from row to row: rows in turn are one long row."""
 
 import functools
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nl_jax import sharding
+from nl_jax.data import packing, streams
 from nl_jax.models import lm
-from nl_jax.train import carry, optimizer, step
+from nl_jax.train import (
+  carry,
+  checkpoint,
+  files,
+  loop,
+  optimizer,
+  origin,
+  settings,
+  start,
+  step,
+)
 from nl_jax.train import state as state_lib
 from tests.laws.models import MODELS
 
@@ -90,13 +104,13 @@ def test_rows_in_turn_are_one_long_row(name):
 
 @pytest.mark.parametrize("name", ["hope", "gated_deltanet"])
 def test_the_gradient_is_cut_between_steps(name):
-  together, _, turns = computed(name)
+  together, _, turns = jax.device_get(computed(name))
   scaled = [
     jax.tree.map(lambda g, weight=t[2]: g * weight, t[1]) for t in turns
   ]
-  cut = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), scaled)
+  cut = functools.reduce(lambda a, b: jax.tree.map(np.add, a, b), scaled)
   far = jax.tree.map(
-    lambda a, b: float(jnp.max(jnp.abs(a - b * together[2]))),
+    lambda a, b: float(np.max(np.abs(a - b * together[2]))),
     cut, together[1],
   )  # fmt: skip
   assert max(jax.tree.leaves(far)) > 1e-4
@@ -139,6 +153,36 @@ def test_micro_batches_and_meshes_change_nothing(how):
   np.testing.assert_array_equal(state["carried"]["document_B"], [4, 3, 3, 4])
 
 
+@pytest.mark.parametrize("keep", ["all", "optimizer"])
+def test_other_data_begin_with_streams_that_have_read_nothing(tmp_path, keep):
+  model = lm.at_edges(MODELS["gated_deltanet"]())
+  mesh = sharding.mesh(devices=jax.devices()[:1])
+  like = state_lib.abstract(model, optax.sgd(0.1), mesh, STREAMS)
+  number = lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)
+  with checkpoint.Checkpoints(tmp_path / "a") as saver:
+    meta = {
+      "rows_consumed": 6,
+      "train_seconds": 1.0,
+      "fingerprint": "f",
+      "batch_size": 6,
+      "sequence_length": T,
+    }
+    saver.save(1, jax.tree.map(number, like), {"next_row": 6}, meta)
+  files.write_json(
+    tmp_path / "a" / "config.json", {"config": {}, "fingerprint": "f"}
+  )
+  saver = checkpoint.Checkpoints(tmp_path / "b")
+  about = {"fingerprint": "f", "batch_size": 6, "sequence_length": T}
+  found = start.Finder(
+    tmp_path / "b", saver, model, like, mesh, about, lambda step: 0.1, 9
+  ).find(None, origin.Origin(str(tmp_path / "a"), keep))
+  expected = jax.tree.map(number, like)["carried"]
+  if keep == "optimizer":
+    expected = carry.begin(model, found.state["params"], STREAMS)
+  close(found.state["carried"], expected)
+  assert found.place == ({"next_row": 6} if keep == "all" else None)
+
+
 def test_a_step_that_is_skipped_leaves_the_memory_as_it_was():
   run, state, mesh = prepared()
   rows = of_row(
@@ -166,3 +210,58 @@ def test_numbers_of_documents_begin_anew_in_time():
   assert seen[0].tolist() == [[2**30 - 1, 2**30, 2**30, 1]]
   # The last document's, not the largest number.
   assert after["document_B"].tolist() == [1]
+
+
+class Told:
+  """Batches that end the process's work when one of them is drawn."""
+
+  def __init__(self, batches, stop_at):
+    self.batches, self.left = batches, stop_at
+
+  def __next__(self):
+    self.left -= 1
+    if not self.left:
+      os.kill(os.getpid(), signal.SIGTERM)
+    return next(self.batches)
+
+  def get_state(self):
+    return self.batches.get_state()
+
+  def set_state(self, state):
+    self.batches.set_state(state)
+
+
+def trained(workdir, stop_at=0):
+  """Six steps of two rows of four streams each."""
+  model = MODELS["gated_deltanet"]()
+  draw = np.random.default_rng(3)
+  documents = [
+    np.append(draw.integers(3, 259, n), 2) for n in (90, 20, 300, 7, 400)
+  ]
+  batches = streams.make(
+    packing.pack(documents, T, 8), batch_size=8, end_id=2, consecutive=2
+  )
+  return loop.train(
+    model=model,
+    optimizer=optimizer.make(
+      model, steps=6, tokens_per_step=8 * T, learning_rate=1e-2
+    ),
+    data=Told(batches, stop_at),
+    batch_size=8,
+    sequence_length=T,
+    workdir=str(workdir),
+    config={},
+    settings=settings.Settings(
+      steps=6, checkpoint_every=4, streams=4, carry_gradient=2
+    ),
+    mesh=sharding.mesh(devices=jax.devices()[:1]),
+  )
+
+
+def test_a_run_that_was_stopped_remembers_what_it_read(tmp_path):
+  whole = trained(tmp_path / "a")
+  half = trained(tmp_path / "b", stop_at=4)
+  assert half.status == "preempted" and 0 < half.step < 6
+  rest = trained(tmp_path / "b")
+  jax.tree.map(np.testing.assert_array_equal, whole.state, rest.state)
+  assert (rest.state["carried"]["document_B"] > 1).any()
