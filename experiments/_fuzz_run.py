@@ -37,7 +37,7 @@ class Case(NamedTuple):
   kind: str
   what: str
   run: Callable[[], str]
-  seconds: int = 60
+  seconds: int = 300
 
 
 class Result(NamedTuple):
