@@ -3,8 +3,9 @@
 Sources: docs.cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "System
 architecture". The rate of a link is the chip's bandwidth between chips, one
 way, over its 4 (2D torus) or 6 (3D torus) ports. Clocks are the peak over the
-products of the matrix units of a cycle; where that gives no plausible clock
-there is none here, and cycles stay cycles.
+products of the matrix units of a cycle, those of a v6e taken as four of 256 x
+256; where that gives no plausible clock there is none here, and cycles stay
+cycles.
 """
 
 import re
@@ -41,7 +42,7 @@ CHIPS = {
   "v4": Chip(275e12, 32 * _GIB, 1200e9, 50e9, 3, 0, "4x4x4"),
   "v5e": Chip(197e12, 16 * _GIB, 819e9, 50e9, 2, 1.503e9, "16x16"),
   "v5p": Chip(459e12, 95 * _GIB, 2765e9, 100e9, 3, 1.75e9, "4x4x4"),
-  "v6e": Chip(918e12, 32 * _GIB, 1600e9, 100e9, 2, 0, "16x16"),
+  "v6e": Chip(918e12, 32 * _GIB, 1600e9, 100e9, 2, 1.75e9, "16x16"),
   "tpu7x": Chip(2307e12, 192 * _GIB, 7380e9, 100e9, 3, 0, "4x4x4"),
 }
 

@@ -9,98 +9,49 @@ of the mesh that they go over.
 import collections
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-_BYTES = {
-  "token": 0, "pred": 1, "s4": 0.5, "u4": 0.5, "s8": 1, "u8": 1, "s16": 2,
-  "u16": 2, "f16": 2, "bf16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8,
-  "u64": 8, "f64": 8, "c64": 8, "c128": 16,
-}  # fmt: skip
-_COLLECTIVE = re.compile(
-  r"(all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)"
-  r"(-start)?$"
-)
-_SHAPE = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](?:\{([^}]*)\})?")
-_NAME = re.compile(r"%([\w.-]+)")
-_LINE = re.compile(r"\s+(ROOT )?%([\w.-]+) = (.*)$")
+from experiments import _compile_bundles, _compile_text, _compile_transfers
+
+Computation = _compile_text.Computation
+Instruction = _compile_text.Instruction
+
 # Neither read nor write memory themselves.
 _FREE = {
   "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "while",
   "call", "conditional", "after-all", "partition-id", "replica-id", "iota",
   "opt-barrier", "async-start", "async-update",
 }  # fmt: skip
-_ASYNC = "AsyncCollectiveStart"  # Of a gather that runs beside products.
+# Begins a copy that goes on beside what follows.
+_BESIDE = {"copy-start", "slice-start", "dynamic-slice-start"}
+_KERNEL = "tpu_custom_call"
 
 
-class Array(NamedTuple):
-  """One array of an instruction's shape.
-
-  Attributes:
-    dims: its axes.
-    bytes: without padding of tiles.
-    on_chip: it lives in VMEM, not in the chip's main memory.
-  """
-
-  dims: tuple[int, ...]
-  bytes: float
-  on_chip: bool
-
-
-class Instruction(NamedTuple):
-  """A line of a computation.
+class Operation(NamedTuple):
+  """What is launched, alone or as a fusion, and what a launch of it costs.
 
   Attributes:
-    name: without the percent sign.
-    op: as "fusion", "dot".
-    arrays: of its shape; several of a tuple.
-    operands: names.
-    text: of the operands and of all that follows.
-    root: it is what the computation returns.
+    name: in the program.
+    scope: where the model's code stands that it comes from; "" if unknown.
+    kind: "kernel", "transfer" (products beside it or not), "copy" or "other".
+    times: launches in a run of the program.
+    cycles: the compiler's estimate; 0 where it gives none.
+    schedule: of its bundles; None where the compiler wrote none.
+    flops: of its products.
+    hbm_bytes: read and written in main memory.
   """
 
   name: str
-  op: str
-  arrays: tuple[Array, ...]
-  operands: tuple[str, ...]
-  text: str
-  root: bool
-
-  @property
-  def bytes(self) -> float:
-    """Of all its arrays."""
-    return sum(array.bytes for array in self.arrays)
-
-
-class Computation(NamedTuple):
-  """A function of the program: its name, and instructions by name in order."""
-
-  name: str
-  body: dict[str, Instruction]
-
-
-class Collective(NamedTuple):
-  """Transfers of one kind, place and set of axes, in one run of the program.
-
-  Attributes:
-    kind: as "all-gather".
-    axes: of the mesh, joined by commas.
-    place: "forward", "backward" or "rest", and in how many nested loops.
-    hidden: the compiler runs it beside other work.
-    count: how often, loops counted by their trips.
-    payload: bytes of the whole arrays, on each device.
-    wire: bytes that each device sends, in rings.
-  """
-
+  scope: str
   kind: str
-  axes: str
-  place: str
-  hidden: bool
-  count: int
-  payload: float
-  wire: float
+  times: int
+  cycles: int
+  schedule: _compile_bundles.Schedule | None
+  flops: float
+  hbm_bytes: float
 
 
 class Counts(NamedTuple):
@@ -114,54 +65,159 @@ class Counts(NamedTuple):
     loops: trips of each loop, in order.
     unknown: loops whose trips are not in the text, counted once, and custom
       calls without an estimate.
+    operations: what runs one after the other; not what runs beside it.
   """
 
   flops: float
   hbm_bytes: float
   cycles: float
-  collectives: tuple[Collective, ...]
+  collectives: tuple[_compile_transfers.Collective, ...]
   loops: tuple[int, ...]
   unknown: tuple[str, ...]
+  operations: tuple[Operation, ...] = ()
 
 
-def count(text: str, mesh: dict[str, int]) -> Counts:
+def count(
+  text: str,
+  mesh: dict[str, int],
+  schedules: Mapping[str, _compile_bundles.Schedule] | None = None,
+) -> Counts:
   """Counts what a compiled program does.
 
   Args:
     text: of `compiled.as_text()`.
     mesh: size of each axis by name, in the order of the devices.
+    schedules: of operations by name, where the compiler wrote them.
   """
-  computations, entry = parse(text)
+  computations, entry = _compile_text.parse(text)
   found = collections.defaultdict(lambda: [0, 0.0, 0.0])
-  flops = hbm = cycles = 0.0
-  loops, unknown = [], []
-  for step in _walk(computations, entry, 1, 0):
+  hbm = cycles = 0.0
+  loops, unknown, operations, products = [], [], [], []
+  of = _Schedules(computations, schedules or {})
+  for step in _compile_text.walk(computations, entry):
     ins, home = step.instruction, step.home
     if ins.op == "while":
       loops.append(step.trips or 1)
       if step.trips is None:
         unknown.append(f"loop {ins.name}")
-    flops += step.times * _flops(ins, home)
-    if (transfer := _collective(step, mesh)) is not None:
+    flops = _flops(ins, home)
+    products.append(step.times * flops)
+    transfer = _compile_transfers.collective(step, mesh)
+    if transfer is not None:
       key, payload, wire = transfer
       total = found[key]
       total[0] += step.times
       total[1] += step.times * payload
       total[2] += step.times * wire
     if step.fused:
+      if not step.beside:
+        last = operations[-1]
+        kind = "transfer" if transfer and last.kind != "kernel" else last.kind
+        operations[-1] = last._replace(flops=last.flops + flops, kind=kind)
       continue
-    if ins.op == "custom-call" and _called(ins):
+    if ins.op == "custom-call" and _compile_text.called(ins):
       continue  # Counted inside.
-    hbm += step.times * _hbm(ins, home, computations)
-    if not step.beside:
-      cycles += step.times * estimated_cycles(ins)
-    if ins.op == "custom-call" and "tpu_custom_call" in ins.text:
+    moved = _hbm(ins, home, computations)
+    hbm += step.times * moved
+    if _KERNEL in ins.text and ins.op == "custom-call":
       unknown.append(f"kernel {ins.name}")
-  transfers = [Collective(*key, *total) for key, total in found.items()]
+    classic = 0 if step.beside else estimated_cycles(ins)
+    cycles += step.times * classic
+    if step.beside or not launches(ins) or ins.op in _BESIDE:
+      continue
+    kind = "transfer" if transfer else _kind(ins, computations)
+    operations.append(
+      Operation(
+        ins.name, _scope(ins), kind, step.times, classic, of(ins, home), flops,
+        moved,
+      )
+    )  # fmt: skip
+  transfers = [_compile_transfers.Collective(*k, *v) for k, v in found.items()]
   transfers.sort(key=lambda c: -c.wire)
   return Counts(
-    flops, hbm, cycles, tuple(transfers), tuple(loops), tuple(unknown)
-  )
+    sum(products), hbm, cycles, tuple(transfers), tuple(loops), tuple(unknown),
+    tuple(operations),
+  )  # fmt: skip
+
+
+def launches(ins: Instruction) -> bool:
+  """Whether an instruction is work of its own, or begins some."""
+  return ins.op not in _FREE and not ins.op.endswith("-done")
+
+
+def _scope(ins: Instruction) -> str:
+  found = re.search(r'op_name="([^"]*)"', ins.text)
+  return found[1] if found else ""
+
+
+# What lays arrays out anew and computes nothing.
+_LAYS = {
+  "copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice",
+  "dynamic-update-slice", "concatenate", "pad", "parameter", "constant",
+  "tuple", "broadcast", "get-tuple-element",
+}  # fmt: skip
+
+
+def _kind(ins: Instruction, computations: dict[str, Computation]) -> str:
+  if ins.op == "custom-call" and _KERNEL in ins.text:
+    return "kernel"
+  if ins.op.startswith(("copy", "transpose")):
+    return "copy"
+  if ins.op == "fusion":
+    (inner,) = _compile_text.attribute(ins, "calls")
+    made = {x.op for x in computations[inner].body.values()}
+    if made <= _LAYS and made & {"copy", "transpose", "concatenate"}:
+      return "copy"
+  return "other"
+
+
+# What differs between operations that are the same.
+_OWN = r"channel_id=\d+|(metadata|backend_config|frontend_attributes)=.*"
+
+
+class _Schedules:
+  """Schedules of operations; of equal ones the compiler writes one."""
+
+  def __init__(
+    self,
+    computations: dict[str, Computation],
+    schedules: Mapping[str, _compile_bundles.Schedule],
+  ):
+    self._computations, self._by_name = computations, schedules
+    self._by_form = {
+      self._form(ins, home): schedules[ins.name]
+      for home in computations.values() if schedules
+      for ins in home.body.values() if ins.name in schedules
+    }  # fmt: skip
+
+  def __call__(
+    self, ins: Instruction, home: Computation
+  ) -> _compile_bundles.Schedule | None:
+    if ins.name in self._by_name or not self._by_name:
+      return self._by_name.get(ins.name)
+    return self._by_form.get(self._form(ins, home))
+
+  def _form(self, ins: Instruction, home: Computation) -> str:
+    """What an instruction does, without names."""
+    shapes = [home.body[x].shape for x in ins.operands]
+    attributes = re.sub(r"^\([^)]*\)|%[\w.-]+|" + _OWN, "", ins.text)
+    inside = [
+      self._body(self._computations[name])
+      for name in _compile_text.attribute(ins, "calls")
+    ]
+    return f"{ins.op} {ins.shape} {shapes} {attributes} {inside}"
+
+  def _body(self, inner: Computation) -> str:
+    places = {name: str(i) for i, name in enumerate(inner.body)}
+    lines = []
+    for ins in inner.body.values():
+      text = re.sub(_OWN, "", ins.text)
+      for name in _compile_text.attribute(ins, "calls"):
+        text += self._body(self._computations[name])
+      known = lambda match: places.get(match[1], "")
+      text = re.sub(r"%([\w.-]+)", known, text)
+      lines.append(f"{ins.op} {ins.shape} {text}")
+    return "\n".join(lines)
 
 
 def estimated_cycles(ins: Instruction) -> int:
@@ -179,161 +235,15 @@ def loops(text: str) -> list[list[tuple[Instruction, int]]]:
   Returns:
     The outermost loops, in order.
   """
-  computations, entry = parse(text)
+  computations, entry = _compile_text.parse(text)
   found = []
-  for step in _walk(computations, entry, 1, 0):
+  for step in _compile_text.walk(computations, entry):
     ins = step.instruction
     if step.depth == 0 and ins.op == "while":
       found.append([])
-    launched = ins.op not in _FREE and not ins.op.endswith("-done")
-    if step.depth and launched and not step.fused:
+    if step.depth and launches(ins) and not step.fused:
       found[-1].append((ins, step.times))
   return found
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-  """All computations by name, and the name of the entry.
-
-  Raises:
-    ValueError: there is no entry in the text.
-  """
-  computations, entry, current, last = {}, "", None, None
-  for line in text.splitlines():
-    if current is None:
-      head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
-      if head:
-        current = Computation(head[2], {})
-        computations[head[2]] = current
-        entry = head[2] if head[1] else entry
-    elif line == "}" or line.startswith("}, "):
-      current = None
-    elif match := _LINE.match(line):
-      last = _instruction(*match.groups())
-      current.body[last.name] = last
-    else:  # The attributes of a kernel may go over several lines.
-      last = last._replace(text=last.text + line)
-      current.body[last.name] = last
-  if not entry:
-    raise ValueError("expected the text of a compiled program, got no ENTRY")
-  return computations, entry
-
-
-def _instruction(root: str | None, name: str, rest: str) -> Instruction:
-  end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
-  shape, rest = rest[:end], rest[end:].lstrip()
-  opening = rest.index("(")
-  closing = _closing(rest, opening)
-  return Instruction(
-    name=name,
-    op=rest[:opening],
-    arrays=tuple(_array(*match) for match in _SHAPE.findall(shape)),
-    operands=tuple(_NAME.findall(rest[opening : closing + 1])),
-    text=rest[opening:],
-    root=bool(root),
-  )
-
-
-def _closing(text: str, opening: int) -> int:
-  """The place of the parenthesis that closes the one at `opening`."""
-  depth = 0
-  for match in re.compile(r"[()]").finditer(text, opening):
-    depth += 1 if match[0] == "(" else -1
-    if not depth:
-      return match.start()
-  return len(text) - 1
-
-
-def _array(dtype: str, dims: str, layout: str) -> Array:
-  sizes = tuple(int(n) for n in dims.split(",") if n)
-  # All f8 and f4 types, whatever their exponents.
-  width = _BYTES.get(dtype, 0.5 if dtype.startswith("f4") else 1)
-  return Array(sizes, math.prod(sizes) * width, "S(1)" in layout)
-
-
-class _Step(NamedTuple):
-  """An instruction as it is met: how often, where, and beside what follows."""
-
-  instruction: Instruction
-  home: Computation
-  times: int
-  fused: bool
-  depth: int
-  trips: int | None
-  beside: bool
-
-
-def _walk(
-  computations: dict[str, Computation],
-  name: str,
-  times: int,
-  depth: int,
-  fused: bool = False,
-  beside: bool = False,
-) -> Iterator[_Step]:
-  """Every instruction that runs; all branches of a choice count."""
-  home = computations[name]
-  for ins in home.body.values():
-    trips = None
-    if ins.op == "while":
-      trips = _trips(ins, home, computations)
-    yield _Step(ins, home, times, fused, depth, trips, beside)
-    for called in _called(ins):
-      yield from _walk(
-        computations, called, times * (trips or 1),
-        depth + (ins.op == "while"), fused or ins.op == "fusion",
-        beside or ins.op == "async-start",
-      )  # fmt: skip
-
-
-def _called(ins: Instruction) -> list[str]:
-  """Computations that an instruction runs, those of reductions aside."""
-  if ins.op == "while":
-    return _attribute(ins, "body")
-  if ins.op == "conditional":
-    listed = re.search(r"branch_computations=\{([^}]*)\}", ins.text)
-    if listed:
-      return _NAME.findall(listed[1])
-    return [
-      *_attribute(ins, "true_computation"),
-      *_attribute(ins, "false_computation"),
-    ]
-  if ins.op in ("fusion", "async-start"):
-    return _attribute(ins, "calls")
-  if ins.op == "custom-call":  # What a sparse core does is inside of one.
-    listed = re.search(r"called_computations=\{([^}]*)\}", ins.text)
-    return _NAME.findall(listed[1]) if listed else []
-  return _attribute(ins, "to_apply") if ins.op == "call" else []
-
-
-def _attribute(ins: Instruction, key: str) -> list[str]:
-  return re.findall(rf"\b{key}=%([\w.-]+)", ins.text)
-
-
-def _trips(
-  ins: Instruction, home: Computation, computations: dict[str, Computation]
-) -> int | None:
-  """How often a loop turns; None where the text does not tell."""
-  known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', ins.text)
-  if known:
-    return int(known[1])
-  condition = computations[_attribute(ins, "condition")[0]].body
-  ends = [
-    x
-    for x in condition.values()
-    if x.op == "constant" and re.match(r"\(\d+\)", x.text)
-  ]
-  if len(ends) != 1:
-    return None
-  end = int(re.match(r"\((\d+)\)", ends[0].text)[1])
-  index = [x for x in condition.values() if x.op == "get-tuple-element"]
-  begin = 0
-  if len(index) == 1 and ins.operands[0] in home.body:
-    at = int(re.search(r"index=(\d+)", index[0].text)[1])
-    carried = home.body[ins.operands[0]].operands
-    first = home.body.get(carried[at]) if at < len(carried) else None
-    if first is not None and first.op == "constant":
-      begin = int(re.match(r"\((-?\d+)\)", first.text)[1])
-  return max(end - begin, 0)
 
 
 def _flops(ins: Instruction, home: Computation) -> float:
@@ -379,82 +289,6 @@ def _window(ins: Instruction) -> str:
   return found[1] if found else ""
 
 
-def _collective(
-  step: _Step, mesh: dict[str, int]
-) -> tuple[tuple[str, str, str, bool], float, float] | None:
-  """((kind, axes, place, hidden), payload, wire) of a transfer, or None."""
-  ins, home = step.instruction, step.home
-  match = _COLLECTIVE.match(ins.op)
-  if not match:
-    return None
-  begun = any(_ASYNC in x.text for x in home.body.values())
-  if "chain_id=" in ins.text and not begun:
-    return None  # A later piece of one that is counted where it begins.
-  axes, size = _group(ins, mesh)
-  if size == 1:
-    return None
-  kind = match[1]
-  if kind == "all-reduce" and home.name.startswith("all-reduce-scatter"):
-    kind = "reduce-scatter"  # A TPU's: the sum, of which a shard is kept.
-  given = sum(home.body[name].bytes for name in ins.operands)
-  payload = given * size if kind == "all-gather" else given
-  share = 1 if kind == "collective-permute" else (size - 1) / size
-  wire = payload * share * (2 if kind == "all-reduce" else 1)
-  hidden = bool(match[2]) or begun or step.beside
-  place = _phase(ins) + _inside(step.depth)
-  return (kind, axes, place, hidden), payload, wire
-
-
-def _inside(loops: int) -> str:
-  if loops < 2:
-    return ", in a loop" if loops else ""
-  return f", in {loops} nested loops"
-
-
-def _phase(ins: Instruction) -> str:
-  name = re.search(r'op_name="([^"]*)"', ins.text)
-  if name is None:
-    return "unnamed"
-  if "transpose(" in name[1]:
-    return "backward"
-  return "forward" if "jvp(" in name[1] or "while/" in name[1] else "rest"
-
-
-def _group(ins: Instruction, mesh: dict[str, int]) -> tuple[str, int]:
-  """The axes that a transfer goes over, and the devices of a group."""
-  ids = _first_group(ins.text, math.prod(mesh.values()))
-  if len(ids) < 2:
-    return "", len(ids)
-  places = np.unravel_index(np.asarray(ids), tuple(mesh.values()))
-  axes = [a for a, at in zip(mesh, places) if len(set(at.tolist())) > 1]
-  return ",".join(axes), len(ids)
-
-
-def _first_group(text: str, devices: int) -> Sequence[int]:
-  """Ids of the devices of the first group."""
-  named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
-  if named:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-    over = re.findall(r"'(\w+)'", named[2])
-    table = np.arange(devices).reshape([int(n) for n in sizes.values()])
-    return table[
-      tuple(slice(None) if axis in over else 0 for axis in sizes)
-    ].reshape(-1)
-  dealt = re.search(
-    r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text
-  )
-  if dealt:
-    numbers = lambda s: [int(n) for n in s.split(",")]
-    table = np.arange(devices).reshape(numbers(dealt[2]))
-    table = table.transpose(numbers(dealt[3])) if dealt[3] else table
-    return table.reshape(numbers(dealt[1]))[0]
-  listed = re.search(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}",
-                     text)  # fmt: skip
-  if listed:
-    return [int(n) for n in listed[1].split(",")]
-  return range(devices)
-
-
 def _hbm(
   ins: Instruction, home: Computation, computations: dict[str, Computation]
 ) -> float:
@@ -462,7 +296,7 @@ def _hbm(
   if ins.op in _FREE or ins.op.endswith("-done"):
     return 0.0
   if ins.op == "fusion":
-    return _fusion(ins, home, computations[_attribute(ins, "calls")[0]])
+    return _fusion(ins, home, computations)
   if ins.op in ("slice", "dynamic-slice"):
     read = home.body[ins.operands[0]].arrays[0]
     return ins.bytes * (not read.on_chip) + _outside(ins.arrays)
@@ -474,19 +308,16 @@ def _hbm(
   return _outside(written) + read
 
 
-def _fusion(ins: Instruction, home: Computation, inner: Computation) -> float:
+def _fusion(
+  ins: Instruction, home: Computation, computations: dict[str, Computation]
+) -> float:
   """Bytes through the border of a fusion: of a slice only the slice."""
-  users = collections.defaultdict(list)
-  for x in inner.body.values():
-    for name in x.operands:
-      users[name].append(x)
-  total = 0.0
-  for x in inner.body.values():
-    if x.op != "parameter":
-      continue
-    at = int(re.match(r"\((\d+)\)", x.text)[1])
-    outside = _outside(home.body[ins.operands[at]].arrays)
-    total += min(outside, sum(_read(x, user) for user in users[x.name]))
+  inner = _inner(ins, computations)
+  read = _reads(inner, computations)
+  total = sum(
+    min(_outside(home.body[name].arrays), read[at])
+    for at, name in enumerate(ins.operands)
+  )
   root = next(x for x in inner.body.values() if x.root)
   results = [root.name] if root.op != "tuple" else root.operands
   for name, array in zip(results, ins.arrays):
@@ -498,7 +329,34 @@ def _fusion(ins: Instruction, home: Computation, inner: Computation) -> float:
   return total
 
 
-def _read(parameter: Instruction, user: Instruction) -> float:
+def _inner(
+  ins: Instruction, computations: dict[str, Computation]
+) -> Computation:
+  (name,) = _compile_text.attribute(ins, "calls")
+  return computations[name]
+
+
+def _reads(
+  inner: Computation, computations: dict[str, Computation]
+) -> dict[int, float]:
+  """Bytes of each parameter that a fused computation reads."""
+  users = collections.defaultdict(list)
+  for x in inner.body.values():
+    for name in x.operands:
+      users[name].append(x)
+  return {
+    int(re.match(r"\((\d+)\)", x.text)[1]): min(
+      x.bytes, sum(_read(x, user, computations) for user in users[x.name])
+    )
+    for x in inner.body.values() if x.op == "parameter"
+  }  # fmt: skip
+
+
+def _read(
+  parameter: Instruction,
+  user: Instruction,
+  computations: dict[str, Computation],
+) -> float:
   """Bytes of a fusion's parameter that one of its users reads."""
   if user.op in ("dynamic-slice", "gather"):
     return user.bytes
@@ -506,8 +364,14 @@ def _read(parameter: Instruction, user: Instruction) -> float:
     return 0.0  # Written in place.
   if user.op in ("tuple", "custom-call", "get-tuple-element"):
     return 0.0
+  if user.op == "fusion":
+    read = _reads(_inner(user, computations), computations)
+    return sum(
+      read[at]
+      for at, name in enumerate(user.operands) if name == parameter.name
+    )  # fmt: skip
   return parameter.bytes
 
 
-def _outside(arrays: Sequence[Array]) -> float:
+def _outside(arrays: Sequence[_compile_text.Array]) -> float:
   return sum(array.bytes for array in arrays if not array.on_chip)

@@ -12,14 +12,22 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from experiments import _compile_chips, _compile_hlo, _describe, _setup
-from nl_jax import sharding
+from experiments import (
+  _compile_bundles,
+  _compile_chips,
+  _compile_estimate,
+  _compile_hlo,
+  _describe,
+  _setup,
+)
+from nl_jax import sharding, stream
 from nl_jax.kernels import walk
 from nl_jax.models import flops as flops_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
 
 PROGRAMS = ("train", "decode")
+SCHEDULES = "schedules"  # Folder in that of `environment`.
 
 
 def require_compiler() -> None:
@@ -35,9 +43,9 @@ def environment(folder: pathlib.Path) -> None:
   """Lets the compiler run without its chips; before JAX finds its devices.
 
   Args:
-    folder: where the compiler writes the programs that it makes. JAX has them
-      too, but jaxlib 0.10.2 cannot read those with work on sparse cores of
-      libtpu 0.0.51.
+    folder: where the compiler writes the programs that it makes, and in it the
+      schedules of their operations. JAX has the programs too, but jaxlib
+      0.10.2 cannot read those with work on sparse cores of libtpu 0.0.51.
 
   Raises:
     ValueError: the compiler is not installed.
@@ -54,6 +62,11 @@ def environment(folder: pathlib.Path) -> None:
     "--xla_dump_hlo_module_re=jit_step"
   )
   os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {written}"
+  schedules = folder / SCHEDULES
+  schedules.mkdir()
+  given = os.environ.get("LIBTPU_INIT_ARGS", "")
+  wanted = _compile_bundles.arguments(schedules)
+  os.environ["LIBTPU_INIT_ARGS"] = f"{given} {wanted}"
   jax.config.update("jax_platforms", "cpu")
 
 
@@ -141,12 +154,16 @@ def report(
   row["compile_seconds"] = time.perf_counter() - begin
   memory.update(_memory(run.memory_analysis()))
   row |= _fits(config, memory, made.hbm_bytes / per_chip)
-  counts = _compile_hlo.count(_text(folder), dict(mesh.shape))
+  schedules = _compile_bundles.read(folder / SCHEDULES)
+  counts = _compile_hlo.count(_text(folder), dict(mesh.shape), schedules)
   once = run.cost_analysis() or {}
   formula = _formula(config) / mesh.size if program == "train" else 0.0
   # Products in kernels are not counted.
   least = counts._replace(flops=max(counts.flops, formula))
   roofline = _compile_chips.roofline(least, made, per_chip)
+  parts = _compile_estimate.estimate(
+    counts, made, per_chip, config.data.sequence_length
+  )
   return row | dict(
     walks=_describe.walks(walks),
     flops=counts.flops,
@@ -160,6 +177,7 @@ def report(
     loops_once={k: once.get(k) for k in ("flops", "bytes accessed")},
     estimate=roofline._asdict()
     | dict(least=roofline.least, most=roofline.most),
+    schedule=parts and parts._asdict() | dict(seconds=parts.seconds),
   )
 
 
@@ -169,6 +187,7 @@ def _text(folder: pathlib.Path) -> str:
   text = max(written, key=lambda path: path.stat().st_mtime_ns).read_text()
   for path in folder.iterdir():
     shutil.rmtree(path) if path.is_dir() else path.unlink()
+  (folder / SCHEDULES).mkdir()
   return text
 
 
@@ -212,10 +231,11 @@ def _train(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
   """(what is held, a function that compiles) of the step of experiments.lm."""
   net = _setup.model(config)
   made = _setup.make_optimizer(config, net)
-  like = state_lib.abstract(net, made.tx, mesh)
+  like = state_lib.abstract(net, made.tx, mesh, _setup.streams(config))
   step = step_lib.make(
     net, made.tx, made.schedule, made.labels,
     accumulate=config.train.accumulate,
+    carry_gradient=config.train.carry_gradient,
     max_skipped=config.train.max_skipped,
   )  # fmt: skip
   data = config.data
@@ -226,9 +246,10 @@ def _train(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
 
 
 def _decode(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
-  """The same of one more token for each row of a batch."""
+  """The same of one more token for each row, with weights as `stream` has."""
   net = _setup.model(config)
-  params = jax.eval_shape(net.init, jax.random.key(0))
+  made = lambda key: stream.for_decoding(net, net.init(key))
+  params = jax.eval_shape(made, jax.random.key(0))
   rows, length = config.data.batch_size, config.data.sequence_length
   start = lambda params: net.init_state(params, rows, length)
   state = jax.eval_shape(start, params)
@@ -236,7 +257,7 @@ def _decode(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree, shardings,
   )  # fmt: skip
-  params = place(params, sharding.param_shardings(params, mesh))
+  params = place(params, sharding.decode_shardings(params, mesh))
   state = place(state, sharding.sequence_shardings(state, mesh))
   by_row = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
   tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=by_row)

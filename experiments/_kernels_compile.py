@@ -21,6 +21,7 @@ import jax
 from experiments import (
   _compile_hlo,
   _compile_programs,
+  _compile_text,
   _kernels_dump,
   _kernels_walks,
 )
@@ -41,8 +42,7 @@ def main(request: dict[str, Any]) -> None:
   """
   with tempfile.TemporaryDirectory() as name:
     _compile_programs.environment(pathlib.Path(name))
-    folder = pathlib.Path(name) / "schedules"
-    folder.mkdir()
+    folder = pathlib.Path(name) / _compile_programs.SCHEDULES
     os.environ["LIBTPU_INIT_ARGS"] = _kernels_dump.arguments(folder)
     devices = _compile_programs.devices(request["topology"])
     mesh = sharding.mesh(devices=devices[:1])
@@ -126,7 +126,7 @@ def _kernel(
 ) -> dict[str, Any]:
   """A kernel's row; `which` ends its name."""
   name = body.call.name + which
-  computations, entry = _compile_hlo.parse(text)
+  computations, entry = _compile_text.parse(text)
   (call,) = (
     ins.name for ins in computations[entry].body.values()
     if "tpu_custom_call" in ins.text and name in ins.name
@@ -157,7 +157,7 @@ def _xla(
 
 
 def _launches(
-  loop: list[tuple[_compile_hlo.Instruction, int]],
+  loop: list[tuple[_compile_text.Instruction, int]],
   schedules: dict[str, _kernels_dump.Schedule],
   program: _kernels_walks.Program,
 ) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """Compiles the steps of a config for a TPU slice, on a machine without one.
 
     python -m experiments.compile --config=hope_1b3 --topology=v5e:16x16
+    python -m experiments.compile --plot=a.json,b.json --output=steps.png
 
 The real train step and decode step go through the TPU's own compiler. Printed
 are the bytes that each chip needs, the transfers between chips, the products,
-and a roofline with the time that it implies: an estimate. No TPU has run it:
-the compiler's cycles know neither waits for memory nor transfers, and what
-overlaps with what is not known.
+a roofline with the time that it implies, and the time by the schedules of all
+operations and kernels, by part of the model: estimates. No TPU has run it.
 """
 
 import json
@@ -22,7 +22,7 @@ from absl import flags, logging
 
 from experiments import _compile_chips, _flags, _main
 
-_flags.define_config()
+_flags.define_config(required=False)
 _TOPOLOGY = flags.DEFINE_string(
   "topology", "", "Chip and sides of the slice: v5e:16x16."
 )
@@ -34,6 +34,9 @@ _PROGRAMS = flags.DEFINE_list(
   "programs", ["train", "decode"], "Of train, decode."
 )
 _OUTPUT = flags.DEFINE_string("output", "", "Also write the report as JSON.")
+_PLOT = flags.DEFINE_list(
+  "plot", [], "Reports of --output; draws their steps over the length of rows."
+)
 CAVEATS = (
   "Estimates read from the compiler; no TPU has run this.",
   "Products, bytes and cycles count loops by their trips; all branches of a "
@@ -43,6 +46,13 @@ CAVEATS = (
   "Products of one row, which the compiler writes as sums, and those inside "
   "kernels are not among the GFLOP; the estimate has those of the formula at "
   "least.",
+  "By bundles: kernels take their bundles times the steps of their grids (of "
+  "attention the blocks that the mask leaves), other operations their "
+  "bundles, loops by their turns, and 180 cycles, or their products at the "
+  "peak or their bytes at the rate of main memory if those take longer; "
+  "transfers that are not hidden come on top, stalls do not.",
+  "The compiler's cycles leave out kernels and transfers and overcharge what "
+  "is small or on the chip.",
   "Transfers go along one axis of the torus at the maker's rate, without "
   "latency.",
   "Temporaries leave out what the compiler keeps on the chip.",
@@ -51,6 +61,8 @@ CAVEATS = (
 
 def main() -> int:
   """Runs the command; returns its exit status."""
+  if _PLOT.value:
+    return _plot()
   _check_flags()
   signal.signal(signal.SIGTERM, _terminated)
   _main.say(f"loading JAX and the compiler, for {_flags.chosen_name()} ...")
@@ -74,6 +86,21 @@ def main() -> int:
   return _main.PARTLY_FAILED if failed else _main.DONE
 
 
+def _plot() -> int:
+  """Draws reports; --output is the picture."""
+  from experiments import _compile_plot
+
+  if not _OUTPUT.value or os.path.exists(_OUTPUT.value):
+    raise ValueError(
+      "--plot draws into a new file: give --output=<name>.png, got "
+      f"{_OUTPUT.value!r}"
+    )
+  points = _compile_plot.read(_PLOT.value)
+  _compile_plot.draw(points, "Estimated train steps", _OUTPUT.value)
+  _main.say(f"wrote {_OUTPUT.value}")
+  return _main.DONE
+
+
 def _terminated(number: int, frame: Any) -> NoReturn:
   """Ends the command, and with it the process of a chip."""
   del number, frame
@@ -81,6 +108,11 @@ def _terminated(number: int, frame: Any) -> NoReturn:
 
 
 def _check_flags() -> None:
+  if flags.FLAGS.config is None:
+    raise ValueError(
+      "--config is required, or --plot with reports. Known: "
+      + ", ".join(_flags.config_names())
+    )
   if _ALL.value == bool(_TOPOLOGY.value):
     raise ValueError(
       "give one of --topology=<chip>:<sides>, as v5e:16x16, and --all"
@@ -165,8 +197,9 @@ def table(reports: list[dict[str, Any]]) -> str:
   """Markdown: a line a program; sizes and operations of a device."""
   lines = [
     "| slice | mesh | step | weights + optimizer | temporaries | total of "
-    "memory | GFLOP | transfers | estimated seconds | compiled in |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "memory | GFLOP | transfers | roofline, seconds | by bundles, seconds | "
+    "compiler's cycles, seconds | compiled in |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
   ]
   for report in reports:
     if "error" in report:
@@ -186,10 +219,11 @@ def _line(row: dict[str, Any]) -> str:
   if "refused" in row:
     return (
       f"{_size(held)} | - | does not fit {capacity}: {row['advice']} "
-      "| - | - | - | -"
+      "| - | - | - | - | - | -"
     )
   fits = "" if row["fits"] else f" **does not fit: {row['advice']}**"
   least, most = row["estimate"]["least"], row["estimate"]["most"]
+  cycles = row["estimate"]["cycles"]
   return " | ".join(
     [
       _size(held),
@@ -198,6 +232,8 @@ def _line(row: dict[str, Any]) -> str:
       f"{row['flops'] / 1e9:,.1f}",
       _size(sum(c["wire"] for c in row["collectives"])),
       f"{least:.3g} to {most:.3g}",
+      f"{row['schedule']['seconds']:.3g}" if row["schedule"] else "-",
+      f"{cycles:.3g}" if cycles else "-",
       f"{row['compile_seconds']:.0f} s",
     ]
   )
@@ -224,6 +260,8 @@ def transfers(row: dict[str, Any]) -> str:
       f"\nwalk {walk['name']}, chunks of {walk['chunk']}: {walk['ran']}{why}"
     )
   estimate = row["estimate"]
+  if made := row["schedule"]:
+    lines.append(schedule(made))
   parts = [f"{k} {estimate[k]:.3g} s" for k in ("products", "memory", "links")]
   if estimate["cycles"] is not None:
     parts.append(f"the compiler's cycles {estimate['cycles']:.3g} s")
@@ -238,6 +276,22 @@ def transfers(row: dict[str, Any]) -> str:
       f"twice: MFU of {busy / estimate['most']:.2f} to "
       f"{busy / estimate['least']:.2f} at the estimated seconds"
     )
+  return "\n".join(lines)
+
+
+def schedule(made: dict[str, Any]) -> str:
+  """Markdown: the time by bundles, and of which part of the model it is."""
+  kinds = [f"{k} {made[k]:.3g} s" for k in ("kernels", "operations", "links")]
+  text = (
+    f"\nby bundles {made['seconds']:.3g} s: {', '.join(kinds)}; "
+    f"{made['launches']:,} launches"
+  )
+  if made["unknown"]:
+    text += f", {made['unknown']:,} of them without a schedule"
+  lines = [text + "\n", "| part | ms | share |", "|---|---|---|"]
+  for name, seconds in made["parts"].items():
+    share = seconds / made["seconds"]
+    lines.append(f"| {name} | {1e3 * seconds:.1f} | {share:.0%} |")
   return "\n".join(lines)
 
 

@@ -53,6 +53,7 @@ def main() -> int:
   import numpy as np
 
   from experiments import _setup, _tensors
+  from nl_jax import tensors as sealed
   from nl_jax.models import incontext
   from nl_jax.train import checkpoint, files
 
@@ -63,7 +64,7 @@ def main() -> int:
   reason, about, tensors = _form(config, base, params)
   files.make_workdir(out)
   origin = {"format": "pt", "step": str(step), "workdir": _WORKDIR.value}
-  _tensors.write(out / _tensors.MODEL, tensors, _DTYPE.value, origin)
+  sealed.write(out / _tensors.MODEL, tensors, origin, _DTYPE.value)
   if not reason:
     _copy_tokenizer(config, out)
   # Last: a folder with a config is whole.
@@ -135,10 +136,13 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
 def _copy_tokenizer(config: Any, out: pathlib.Path) -> None:
   """The files of the run's tokenizer, where it has any."""
+  from nl_jax import files
+
   folder = pathlib.Path(config.data.tokenizer)
   for name in _BESIDE if folder.is_file() else ():
     if folder.with_name(name).is_file():
-      shutil.copyfile(folder.with_name(name), out / name)
+      with files.writing(out / name):
+        shutil.copyfile(folder.with_name(name), out / name)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,9 @@ _BAD = flags.DEFINE_enum(
   "bad_documents", "refuse", ["refuse", "skip"],
   "What to do with documents that cannot be used.",
 )  # fmt: skip
+_SEPARATOR = flags.DEFINE_string(
+  "separator", "", "Between the documents of a text file; empty: it is one."
+)
 _LENGTH = flags.DEFINE_integer(
   "sequence_length", 0, "Tokens of a row; 0: of --config."
 )
@@ -74,7 +77,8 @@ _VOCAB = flags.DEFINE_integer(
 
 # Fields that the library's sentences name, and that are flags here.
 _FIELDS = re.compile(
-  r"\bdata\.(source|path|text_key|tokenizer|sequence_length)\b"
+  r"\bdata\.(source|path|text_key|bad_documents|separator|tokenizer|"
+  r"sequence_length)\b"
 )
 
 
@@ -189,6 +193,7 @@ def _settings() -> Any:
     validation_percent=_PERCENT.value,
     shard_bytes=_SHARD.value * 2**20,
     bad_documents=_BAD.value,
+    separator=_SEPARATOR.value,
   )
 
 
@@ -249,7 +254,7 @@ def _train_tokenizer() -> int:
     raise errors.unknown_name("data.source", kind, partition.KINDS)
   settings = partition.Settings(
     kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value,
-    bad_documents=_BAD.value,
+    bad_documents=_BAD.value, separator=_SEPARATOR.value,
   )  # fmt: skip
   size = sum(p.size for pieces in partition.plan(settings) for p in pieces)
   with _main.busy(f"learning {_VOCAB.value:,} pieces from {size:,} bytes"):

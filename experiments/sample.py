@@ -27,6 +27,9 @@ _FILE = flags.DEFINE_string(
 )
 _IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
+_OVERWRITE = flags.DEFINE_boolean(
+  "overwrite", False, "Replace --memory_out, if it is there."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 
@@ -37,11 +40,15 @@ def main() -> int:
   if not pathlib.Path(_WORKDIR.value).is_dir():
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
   logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
+  import jax
+
   from experiments import _setup, _text
-  from nl_jax import stream
+  from nl_jax import files, stream
   from nl_jax.data import documents, tokenizers
   from nl_jax.train import checkpoint
 
+  if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
+    files.refuse_taken("--memory_out", _OUT.value)
   config, net = _setup.of_run(_WORKDIR.value)
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
@@ -57,7 +64,10 @@ def main() -> int:
     # Beyond the trained length where that is asked for: an attention cache
     # takes any number of slots, other states need none.
     size = _text.encode(tokenizer, prompt).size + 1
-    reader = stream.start(net, params, length=size + _TOKENS.value)
+    mesh = stream.mesh_of(net, params, jax.local_devices())
+    reader = stream.start(net, params, length=size + _TOKENS.value, mesh=mesh)
+  if _OUT.value:
+    stream.check_place(_OUT.value, "--memory_out", net, reader.state)
   sys.stdout.write(_PROMPT.value)
   for piece in _text.generate(
     reader,

@@ -416,6 +416,32 @@ def param_shardings(params: Tree, mesh: Mesh) -> Tree:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def decode_shardings(params: Tree, mesh: Mesh) -> Tree:
+  """Shardings of parameters that read one token at a time.
+
+  A token needs all weights once: split over `fsdp` they would be gathered for
+  each, so that every shard of it holds them whole, and `tensor` splits them.
+
+  Args:
+    params: arrays, or their shapes.
+    mesh: where to.
+
+  Raises:
+    ValueError: as `param_shardings`.
+  """
+
+  def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
+    name = path_name(path)
+    axes = logical_axes(name, leaf.ndim)
+    return _named(mesh, name, leaf.shape, [_whole(axis) for axis in axes])
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
+def _whole(axis: str | None) -> str | None:
+  return None if "fsdp" in _over(axis) else axis
+
+
 def _named(
   mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str]
 ) -> NamedSharding:
@@ -424,8 +450,9 @@ def _named(
   for i, (size, axis) in enumerate(zip(shape, axes)):
     over = _over(axis)
     parts = math.prod(mesh.shape[a] for a in over)
-    if size % parts and axis == "start_in":
-      axes[i] = None  # Memories are narrower than meshes are long.
+    if (size % parts and axis == "start_in") or (size == 1 and axis == "batch"):
+      # Memories are narrower than meshes are long; one row is everyone's.
+      axes[i] = None
     elif size % parts:
       sizes = ", ".join(f"mesh.{a}={mesh.shape[a]}" for a in over)
       raise ValueError(
@@ -444,6 +471,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of the arrays [B,T] of a batch."""
   return NamedSharding(mesh, spec("batch", "length"))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Of an array [B], a number for each row of a batch."""
+  return NamedSharding(mesh, spec("batch"))
 
 
 def check_batch(

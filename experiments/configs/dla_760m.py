@@ -1,9 +1,9 @@
 """Deep linear attention (DLA, arXiv 2505.23735) at the scale 760m.
 
 Unstated in the paper: shapes, chunk lengths, optimizer, data; ours here.
-Parameters: 761.6M in total, of these 9.4M initial states of memories.
+Parameters: 760.7M in total, of these 9.4M initial states of memories.
 Tokens: 30B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16; no CMS.
+Chunks and periods: memories 64; no CMS.
 Command: python -m experiments.lm --config=dla_760m
 Hardware: a TPU slice; not run.
 Expected: Wiki perplexity 23.12, average accuracy 50.48 (Table 1 of the arXiv

@@ -1,7 +1,7 @@
 """HOPE with matrix memories at the scale 1b3 of Table 1.
 
 Unstated in the paper: matrix memories are ours, the cheap form.
-Parameters: 1309.0M in total, of these 31.5M initial states of
+Parameters: 1280.7M in total, of these 31.5M initial states of
 memories.
 Tokens: 100B tokens, 2^19 a step, sequences of 4096.
 Chunks and periods: memories 64; CMS 2^20, 2^22, 2^24 tokens.

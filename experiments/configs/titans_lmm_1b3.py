@@ -1,9 +1,9 @@
 """Titans (LMM, arXiv 2501.00663) at the scale 1b3 of Table 1.
 
 Unstated in the paper: shapes, chunk lengths, optimizer, data; ours here.
-Parameters: 1304.1M in total, of these 12.6M initial states of memories.
+Parameters: 1301.7M in total, of these 12.6M initial states of memories.
 Tokens: 100B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16; no CMS.
+Chunks and periods: memories 64; no CMS.
 Command: python -m experiments.lm --config=titans_lmm_1b3
 Hardware: a TPU slice; not run.
 Expected: Wiki perplexity 15.60, average accuracy 56.82 (camera-ready Table 1);

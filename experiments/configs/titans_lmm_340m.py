@@ -1,9 +1,9 @@
 """Titans (LMM, arXiv 2501.00663) at the scale 340m of Table 1.
 
 Unstated in the paper: shapes, chunk lengths, optimizer, data; ours here.
-Parameters: 341.0M in total, of these 6.3M initial states of memories.
+Parameters: 340.4M in total, of these 6.3M initial states of memories.
 Tokens: 15B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16; no CMS.
+Chunks and periods: memories 64; no CMS.
 Command: python -m experiments.lm --config=titans_lmm_340m
 Hardware: a TPU slice; not run.
 Expected: no row in the paper; ours: not run.

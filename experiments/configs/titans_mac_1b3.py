@@ -2,9 +2,9 @@
 
 Unstated in the paper: shapes, chunk lengths, windows, optimizer, data; ours
 here.
-Parameters: 1304.4M in total, of these 25.2M initial states of memories.
+Parameters: 1302.0M in total, of these 25.2M initial states of memories.
 Tokens: 100B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16, attention in segments of 1024; no CMS.
+Chunks and periods: memories 64, attention in segments of 1024; no CMS.
 Command: python -m experiments.lm --config=titans_mac_1b3
 Hardware: a TPU slice; not run.
 Expected: no row in the paper; ours: not run.

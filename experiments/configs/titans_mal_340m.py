@@ -2,9 +2,9 @@
 
 Unstated in the paper: shapes, chunk lengths, windows, optimizer, data; ours
 here.
-Parameters: 339.6M in total, of these 12.6M initial states of memories.
+Parameters: 339.0M in total, of these 12.6M initial states of memories.
 Tokens: 15B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16, attention to 1024 tokens; no CMS.
+Chunks and periods: memories 64, attention to 1024 tokens; no CMS.
 Command: python -m experiments.lm --config=titans_mal_340m
 Hardware: a TPU slice; not run.
 Expected: no row in the paper; ours: not run.

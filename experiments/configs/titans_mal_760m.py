@@ -2,9 +2,9 @@
 
 Unstated in the paper: shapes, chunk lengths, windows, optimizer, data; ours
 here.
-Parameters: 757.9M in total, of these 18.9M initial states of memories.
+Parameters: 756.6M in total, of these 18.9M initial states of memories.
 Tokens: 30B tokens, 2^19 a step, sequences of 4096.
-Chunks and periods: memories 16, attention to 1024 tokens; no CMS.
+Chunks and periods: memories 64, attention to 1024 tokens; no CMS.
 Command: python -m experiments.lm --config=titans_mal_760m
 Hardware: a TPU slice; not run.
 Expected: no row in the paper; ours: not run.

@@ -20,6 +20,8 @@ from jax.sharding import PartitionSpec as P
 _BLOCKS = (512, 256, 128)  # Tokens; the largest that divides a device's.
 _DTYPES = ("float32", "bfloat16")
 _WHOLE = P()
+# Of outputs and normalisers, for policies of `jax.checkpoint`.
+NAME = "attention"
 
 
 def supports(
@@ -141,6 +143,25 @@ def splash_attention(
   return shard(kernel, *arrays)
 
 
+def share(tokens: int, window: int = 0) -> float:
+  """The part of the blocks of queries and keys that the mask does not leave.
+
+  Args:
+    tokens: T of a row, as `supports` has it.
+    window: as `splash_attention`.
+  """
+  block = _block(tokens)
+  count = tokens // block
+  reach = -(-(window - 1) // block) if window else count
+  kept = sum(min(i, reach) + 1 for i in range(count))
+  return kept / count**2
+
+
+def _block(tokens: int, shards: int = 1) -> int:
+  """Tokens of a block, which divide those of a device."""
+  return next((b for b in _BLOCKS if tokens % (b * shards) == 0), tokens)
+
+
 def _kernel(
   heads: int, tokens: int, window: int, interpret: bool, shards: int
 ) -> splash.splash_attention_kernel.SplashAttentionKernel:
@@ -150,7 +171,7 @@ def _kernel(
     mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
   else:
     mask = splash.CausalMask(shape)
-  block = next(b for b in _BLOCKS if tokens % (b * shards) == 0)
+  block = _block(tokens, shards)
   names = (
     "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
     "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
@@ -162,5 +183,6 @@ def _kernel(
     block_sizes=splash.splash_attention_kernel.BlockSizes(
       **dict.fromkeys(names, block)
     ),
+    residual_checkpoint_name=NAME,
     interpret=interpret,
   )

@@ -32,6 +32,10 @@ from nl_jax.kernels.walk import (
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_interpret")
 _TILES = pathlib.Path(__file__).with_name("tiles.json")
 _calls: list[list["Call"]] = []  # Of each `recorded` that is open.
+_kept: list[int] = [1]  # Walks whose states are kept at once; the last counts.
+# What the states of all of them may take on a device.
+KEPT_BYTES = 4 * 2**30
+_MOST_KEPT = 16  # Chunks that a kernel makes again at once.
 
 
 class Call(NamedTuple):
@@ -93,6 +97,23 @@ def recorded() -> Iterator[list[Call]]:
     _calls.remove(calls)
 
 
+@contextlib.contextmanager
+def kept(walks: int) -> Iterator[None]:
+  """Walks traced within are of a stack that keeps the states of many at once.
+
+  A layer whose walk is not run again in the backward pass keeps its states
+  until then; `save` of `walk` follows from how many layers do.
+
+  Args:
+    walks: how many.
+  """
+  _kept.append(walks)
+  try:
+    yield
+  finally:
+    _kept.pop()
+
+
 def walk(
   body: contract.Body,
   slow: Any,
@@ -125,10 +146,12 @@ def walk(
     state: fast weights before the call.
     anchor: tree like `state.w`, the weights at the last chunk edge; None where
       every row stands at an edge.
-    group: chunks that the XLA form makes again together in the backward pass.
+    group: chunks between two states that the XLA form keeps for the backward
+      pass; where it is more than 1 the states between are made again too.
     save: chunks between the saved states of a kernel; those between are made
-      again. None: what `tiles.json` has, or 1. Of both the next smaller
-      divisor of N is taken.
+      again. None: what `tiles.json` has, or as few as let all states that are
+      kept at once (see `kept`) stay within `KEPT_BYTES`. Of both the next
+      smaller divisor of N is taken.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
     policy: of products, or its name. None: where an input is bfloat16 and the
       platform is no CPU "lean", or "lean2" with a rate above 1; else "f32".
@@ -194,9 +217,8 @@ def walk(
       return functools.partial(
         _xla, body, heads=H, group=group, tile=tile, name=name
       )
-    return functools.partial(
-      _fused, Kernel(body, tile.policy, name, heads, save, interpret)
-    )
+    kernel = Kernel(body, tile.policy, name, heads, save, interpret)
+    return functools.partial(_fused, kernel)
 
   run = of(body, name)
   if split:
@@ -275,10 +297,11 @@ def plan(
   chip, capacity = vmem.chip()
   entry = _tile(chip, kernel.name, C, state)
   limit = int(0.8 * capacity)
+  save = kernel.save or entry.get("save") or _save(N, state, kernel.policy)
+  save = xla.divisor(N, save)
 
   def how(G: int) -> blocks.How:
     pack = max(p for p in (1, 2, 4, 8, 16) if p * C <= 128 and G % p == 0)
-    save = xla.divisor(N, kernel.save or entry.get("save", 1))
     return blocks.How(
       kernel.body, products.Tile(kernel.policy, fused=True, pack=pack), C, G,
       save, kernel.name, limit, kernel.interpret,
@@ -298,6 +321,15 @@ def plan(
   if asked not in may:
     raise ValueError(f"{kernel.name}: {_no_group(asked, H, may)}")
   return how(asked), need(asked)
+
+
+def _save(chunks: int, state: contract.State, policy: products.Policy) -> int:
+  """Chunks between two saved states, see `KEPT_BYTES`."""
+  size = lambda x: jnp.dtype(pallas.saved_dtype(policy, x)).itemsize
+  one = sum(math.prod(x.shape) * size(x) for x in jax.tree.leaves(state))
+  total = _kept[-1] * chunks * one
+  may = [g for g in range(1, _MOST_KEPT + 1) if chunks % g == 0]
+  return next((g for g in may if total / g <= KEPT_BYTES), may[-1])
 
 
 def step_heads(

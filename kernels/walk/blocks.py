@@ -153,7 +153,7 @@ def add(to: Any, refs: Any) -> None:
 def copy(to: Any, values: Any) -> None:
   """Values into refs; their leading axes of one may differ."""
   for ref, value in zip(jax.tree.leaves(to), jax.tree.leaves(values)):
-    ref[...] = value.reshape(ref.shape)
+    ref[...] = value.reshape(ref.shape).astype(ref.dtype)
 
 
 def own(refs: Any) -> Any:

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 
-from nl_jax.kernels.walk import blocks, contract
+from nl_jax.kernels.walk import blocks, contract, products
 from nl_jax.kernels.walk.blocks import How
 
 _f32 = jnp.float32
@@ -93,6 +93,10 @@ def _chunk(how: How, word: jax.Array, ids: Any, i: Any) -> Callable[..., Any]:
   return run
 
 
+# Of outputs, last states and saved states, for policies of `jax.checkpoint`.
+NAMES = ("walk_y", "walk_end", "walk_states")
+
+
 def _loop(n: int, step: Callable[[Any], None]) -> None:
   if n == 1:
     step(0)
@@ -138,7 +142,7 @@ def _backward_kernel(ins: dict, outs: dict, *starts: Any, how: How) -> None:
   dstate, dslow = outs["state"], outs["slow"]
   load = lambda refs, i: _map(lambda ref: blocks.load(ref, i, how), refs)
   slow = lambda: _map(lambda ref: ref[...], ins["slow"])
-  saved = lambda: _map(lambda ref: ref[0, 0], ins["saved"])
+  saved = lambda: _map(lambda ref: ref[0, 0].astype(_f32), ins["saved"])
   start = lambda i: _map(lambda ref: ref[i], starts[0]) if starts else saved()
   chunk = lambda i: _chunk(how, ins["words"][0, i], ins["ids"], i)
 
@@ -302,6 +306,34 @@ def _call(
   )(ins)
 
 
+def _saved(how: How, state: contract.State, groups: int) -> contract.State:
+  """Shapes of saved states [B,N/g,H,a,b].
+
+  A layer that keeps them writes and reads them twice more, as a scan over
+  layers stacks them. Half as long, they are as exact as what is read of them:
+  in one pass.
+  """
+
+  def one(x: jax.Array) -> jax.ShapeDtypeStruct:
+    B, H, a, b = x.shape
+    return jax.ShapeDtypeStruct(
+      (B, groups, H, a, b), saved_dtype(how.tile.policy, x)
+    )
+
+  return _map(one, state)
+
+
+def saved_dtype(policy: products.Policy, x: Any) -> jnp.dtype:
+  """Of a leaf [..., a, b] of the state in main memory.
+
+  Args:
+    policy: of the walk's products.
+    x: the leaf, or its shape.
+  """
+  tiles = x.shape[-2] % 16 == 0 and x.shape[-1] % 128 == 0
+  return jnp.bfloat16 if policy.read == "x1" and tiles else _f32
+
+
 def _forward(
   how: How,
   slow: Any,
@@ -324,7 +356,7 @@ def _forward(
     state=_like(state),
     edges=_like(state.w),
     sums=_like(made.sums, B, H, drop=1),
-    saved=_like(state, B, N // how.save, H, drop=2) if save else None,
+    saved=_saved(how, state, N // how.save) if save else None,
   )
   outs = _call(_forward_kernel, how, ins, outs, [], back=False)
   ys = _map(blocks.unlay, outs["ys"])
@@ -392,9 +424,7 @@ def _walk_fwd(
   (ys, *end), saved = _saving(how, slow, xs, state, words, ids)
   # Named, so that a layer's remat policy may keep them: the walk then runs
   # forward once and not twice.
-  ys = checkpoint_name(ys, "walk_y")
-  end = checkpoint_name(end, "walk_end")
-  saved = checkpoint_name(saved, "walk_states")
+  ys, end, saved = map(checkpoint_name, (ys, end, saved), NAMES)
   return (ys, *end), (slow, xs, saved, words, ids)
 
 

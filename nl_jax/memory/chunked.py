@@ -236,7 +236,7 @@ def walk(
     slow: tree of [H, a, b], what the chunk function reads of slow parameters.
     xs: tree of [B, T, H, d], or [B, T, H] for gates: [..., C, 1] in the body.
     chunk: C.
-    group: chunks that the XLA form makes again together, see `kernels.walk`.
+    group: chunks between two states that are kept, see `kernels.walk`.
     segment_ids: int32 [B, T], 0 is padding; None continues `state.segment`.
     at_edge: the caller knows that every row stands at a chunk edge: spares the
       shift to each row's grid.

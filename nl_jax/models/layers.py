@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nl_jax import fields, memory, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
@@ -174,26 +175,25 @@ class RopeScaling:
       )
 
 
-def rope_rates(
-  half: int, theta: float, scaling: RopeScaling, dtype: jnp.dtype
-) -> types.Array:
-  """Radians a token of each pair of features, [half]: theta^(-i/half), scaled.
+def rope_turns(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+  """How far a token turns each pair of features, uint32 [half] of 2^-32 turns.
+
+  theta^(-i/half) radians, scaled, rounded to a multiple of 2^-32 of a turn.
 
   Args:
     half: K/2.
     theta: base of the wave lengths.
     scaling: see `RopeScaling`.
-    dtype: of the result.
   """
-  rates = theta ** (-jnp.arange(half, dtype=dtype) / half)
-  if scaling.kind == "none":
-    return rates
+  rates = theta ** (-np.arange(half) / half)
   if scaling.kind == "linear":
-    return rates / scaling.factor
-  waves = scaling.trained_length * rates / (2 * jnp.pi)
-  kept = (waves - scaling.low) / (scaling.high - scaling.low)
-  kept = jnp.clip(kept, 0.0, 1.0)
-  return kept * rates + (1 - kept) * rates / scaling.factor
+    rates = rates / scaling.factor
+  elif scaling.kind == "llama3":
+    waves = scaling.trained_length * rates / (2 * np.pi)
+    kept = (waves - scaling.low) / (scaling.high - scaling.low)
+    kept = np.clip(kept, 0.0, 1.0)
+    rates = kept * rates + (1 - kept) * rates / scaling.factor
+  return np.rint(rates / (2 * np.pi) * 2.0**32).astype(np.uint32)
 
 
 def rope(
@@ -205,24 +205,49 @@ def rope(
   """Rotary positions over the full head width (arXiv 2104.09864).
 
   Feature i < K/2 turns with feature i + K/2 by position · theta^(-2i/K), the
-  pairing of Llama. The angle is computed in float32 at least.
+  pairing of Llama. Exact at any position: turns are counted in integers of 32
+  bits, of which whole turns fall off. So 2^32 tokens turn nothing, a counter
+  of positions may overflow, and two tokens stand to each other as their
+  distance says, however long the text before them.
 
   Args:
     x_BxTxHxK: queries or keys, K even.
-    positions_BxT: int32, counted from the start of the document.
+    positions_BxT: int32, counted from the start of the document, modulo 2^32.
     theta: base of the wave lengths.
     scaling: of the rates.
   """
   half = x_BxTxHxK.shape[-1] // 2
   wide = at_least_float32(x_BxTxHxK.dtype)
-  rates = rope_rates(half, theta, scaling, wide)
-  angles = positions_BxT.astype(wide)[:, :, None, None] * rates.reshape(
-    1, 1, 1, half
-  )
+  turns = jnp.asarray(rope_turns(half, theta, scaling)).reshape(1, 1, 1, half)
+  turned = positions_BxT.astype(jnp.uint32)[:, :, None, None] * turns
+  # As a signed number, at most half a turn: what is small keeps all its bits.
+  turned = jax.lax.bitcast_convert_type(turned, jnp.int32).astype(wide)
+  angles = turned * (2 * np.pi / 2.0**32)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   a, b = jnp.split(x_BxTxHxK.astype(wide), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x_BxTxHxK.dtype)
+
+
+def positions(
+  index_BxT: types.Array, real_BxT: types.Array, carried_B: types.Array
+) -> tuple[types.Array, types.Array]:
+  """Places of a call's tokens in their documents, and of the next token.
+
+  Args:
+    index_BxT: documents that began in the call, of `segments.running_index`.
+    real_BxT: bool, no padding, which takes no place.
+    carried_B: int32, tokens of the current document before the call.
+
+  Returns:
+    int32 [B,T] and [B], modulo 2^32, which is all that `rope` reads.
+  """
+  before = jnp.pad(index_BxT[:, :-1], [(0, 0), (1, 0)])
+  rank = jnp.cumsum(real_BxT, axis=1, dtype=jnp.int32) - real_BxT
+  start = jnp.where(index_BxT != before, rank, -1)
+  start = jax.lax.cummax(start, axis=1)
+  places = jnp.where(start < 0, carried_B[:, None] + rank, rank - start)
+  return places, (places + real_BxT)[:, -1]
 
 
 class ConvState(NamedTuple):
@@ -255,6 +280,7 @@ def conv_state(
   )
 
 
+@jax.named_scope("conv")
 def conv_apply(
   w_4xE: types.Array,
   x_BxTxE: types.Array,
@@ -339,7 +365,8 @@ def short_convs(
       None if windows is None else windows[name],
       segment_ids,
     )
-    z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
+    with jax.named_scope("conv"):
+      z[name] = jax.nn.silu(y).reshape(*y.shape[:2], heads, -1)
   return z, after
 
 

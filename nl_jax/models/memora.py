@@ -105,7 +105,7 @@ def apply(
     state.memory,
     segment_ids,
     model=model,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
     rates=gates(params["gate"], x_BxTxD, model),
     update=functools.partial(memory.simplex.update, lag=model.mixer.lag),
   )

@@ -117,7 +117,7 @@ SHAPES = {
     "760m": Shape(9, 128, (3328,), chunk=64, value_dim=256),
     "1b3": Shape(12, 128, (4288,), chunk=64, value_dim=256),
   },
-  # Heads of 64; M = 4 K.
+  # Heads of 64, M = 4 K and C = 16 are those of its authors.
   "ttt_linear": {
     "smoke": Shape(4, 16, (162,), 0, 8),
     "tiny": Shape(4, 32, (334,), 0, 16),
@@ -132,21 +132,24 @@ SHAPES = {
     "760m": Shape(24, 64, (4224,), 256, 16),
     "1b3": Shape(32, 64, (5440,), 256, 16),
   },
-  # M = 2 K.
+  # K = 128, M = K, C = 64, at the small sizes M = 2 K, C = 16: of the same
+  # parameters and state, K = 64, M = 2 K, C = 16 has three times the bundles
+  # (docs/kernels.md).
   "titans_lmm": {
     "smoke": Shape(4, 16, (128,), 32, 8),
     "tiny": Shape(4, 32, (258,), 64, 16),
-    "340m": Shape(16, 64, (2368,), 128, 16),
-    "760m": Shape(24, 64, (3776,), 128, 16),
-    "1b3": Shape(32, 64, (4864,), 128, 16),
+    "340m": Shape(8, 128, (2368,), 128, 64),
+    "760m": Shape(12, 128, (3776,), 128, 64),
+    "1b3": Shape(16, 128, (4864,), 128, 64),
   },
   "dla": {
     "smoke": Shape(4, 16, (128,), 32, 8),
     "tiny": Shape(4, 32, (258,), 64, 16),
-    "340m": Shape(16, 64, (2368,), 128, 16),
-    "760m": Shape(24, 64, (3776,), 128, 16),
-    "1b3": Shape(32, 64, (4864,), 128, 16),
+    "340m": Shape(8, 128, (2368,), 128, 64),
+    "760m": Shape(12, 128, (3776,), 128, 64),
+    "1b3": Shape(16, 128, (4864,), 128, 64),
   },
+  # C = 16 (Miras: 16 or 64): it has no kernel, which a longer chunk would fill.
   "memora": {
     "smoke": Shape(4, 16, (90,), 32, 8),
     "tiny": Shape(4, 32, (218,), 64, 16),
@@ -154,28 +157,29 @@ SHAPES = {
     "760m": Shape(24, 64, (3648,), 128, 16),
     "1b3": Shape(32, 64, (4800,), 128, 16),
   },
-  # Attention beside the memory; M = 4 K, and 2 K at the small sizes.
+  # Attention beside the memory; M = 2 K. K = 64, M = 4 K, C = 16 has four
+  # times the bundles.
   "titans_mag": {
     "smoke": Shape(4, 16, (36,), 32, 8, window=16),
     "tiny": Shape(4, 32, (82,), 64, 16, window=64),
-    "340m": Shape(16, 64, (896,), 256, 16, window=1024),
-    "760m": Shape(24, 64, (1600,), 256, 16, window=1024),
-    "1b3": Shape(32, 64, (2048,), 256, 16, window=1024),
+    "340m": Shape(8, 128, (896,), 256, 64, window=1024),
+    "760m": Shape(12, 128, (1600,), 256, 64, window=1024),
+    "1b3": Shape(16, 128, (2048,), 256, 64, window=1024),
   },
   "titans_mal": {
     "smoke": Shape(4, 16, (36,), 32, 8, window=16),
     "tiny": Shape(4, 32, (82,), 64, 16, window=64),
-    "340m": Shape(16, 64, (896,), 256, 16, window=1024),
-    "760m": Shape(24, 64, (1600,), 256, 16, window=1024),
-    "1b3": Shape(32, 64, (2048,), 256, 16, window=1024),
+    "340m": Shape(8, 128, (896,), 256, 64, window=1024),
+    "760m": Shape(12, 128, (1600,), 256, 64, window=1024),
+    "1b3": Shape(16, 128, (2048,), 256, 64, window=1024),
   },
   # Here a window is a segment.
   "titans_mac": {
     "smoke": Shape(4, 16, (36,), 32, 8, window=16),
     "tiny": Shape(4, 32, (82,), 64, 16, window=64),
-    "340m": Shape(16, 64, (896,), 256, 16, window=1024),
-    "760m": Shape(24, 64, (1600,), 256, 16, window=1024),
-    "1b3": Shape(32, 64, (2048,), 256, 16, window=1024),
+    "340m": Shape(8, 128, (896,), 256, 64, window=1024),
+    "760m": Shape(12, 128, (1600,), 256, 64, window=1024),
+    "1b3": Shape(16, 128, (2048,), 256, 64, window=1024),
   },
   # K = 128, M = K, C = 64: the parameters and state of K = 64, M = 2K at half
   # the time of a step (model.md 9).
@@ -195,12 +199,13 @@ SHAPES = {
     "1b3": Shape(32, 64, (1536,) * 3, 128, 16),
   },
   # K = 128, C = 64 here too: the walk has half the bundles of K = 64, C = 16
-  # (docs/kernels.md), and a state twice as large.
+  # (docs/kernels.md), and a state twice as large. F at 1b3 is that of hope,
+  # whole tiles of 128.
   "hope_linear": {
     "smoke": Shape(4, 16, (40,) * 3, 0, 8),
     "tiny": Shape(4, 32, (82,) * 3, 0, 16),
     "340m": Shape(8, 128, (768,) * 3, 0, 64),
     "760m": Shape(12, 128, (1216,) * 3, 0, 64),
-    "1b3": Shape(16, 128, (1600,) * 3, 0, 64),
+    "1b3": Shape(16, 128, (1536,) * 3, 0, 64),
   },
 }

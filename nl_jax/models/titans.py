@@ -200,7 +200,7 @@ def apply(
     state.memory,
     segment_ids,
     model=model,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
   )
 
 

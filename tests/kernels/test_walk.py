@@ -351,6 +351,22 @@ def test_a_remat_policy_spares_the_second_walk(names, times):
   assert text.count("name=walk_bwd") == 1
 
 
+def test_a_stack_keeps_as_many_states_as_fit():
+  """Of 24 layers of HOPE at 1.3B, 8 heads and 64 chunks a device: 7.5 GiB."""
+  w = jax.ShapeDtypeStruct((1, 8, 128, 1280), jnp.float32)
+  state = walk.State({"w": w}, None)
+  save = lambda chunks, policy: api._save(chunks, state, policy)
+  assert save(64, products.F32) == 1
+  with walk.kept(24):
+    assert save(64, products.F32) == 2
+    # They are kept in bfloat16 where they are read in one pass.
+    assert save(64, products.LEAN) == 1
+    assert save(2048, products.LEAN) == 16
+    # The next divisor of an odd number of chunks.
+    assert save(63, products.F32) == 3
+  assert save(64, products.F32) == 1
+
+
 @pytest.mark.parametrize(
   ("change", "reason"),
   [

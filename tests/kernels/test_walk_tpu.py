@@ -82,9 +82,9 @@ def test_v5e_walks_by_the_kernels(kind, dtype):
 
 def test_v5e_walks_pieces_of_rows_by_the_kernels():
   """A loop over rows each way, with the kernel in it and what it sends."""
-  got = ahead.run(_SCRIPT, "linear", "bfloat16", 2)
-  assert got["kernels"] == ["walk_bwd", "walk_fwd"]
-  assert got["loops"] == 2
-  sent = set(got["collectives"])
+  made = ahead.run(_SCRIPT, "linear", "bfloat16", 2)
+  assert made["kernels"] == ["walk_bwd", "walk_fwd"]
+  assert made["loops"] == 2
+  sent = set(made["collectives"])
   assert "collective-permute" in sent
   assert sent <= {"collective-permute", "all-reduce"}

@@ -129,6 +129,17 @@ def test_hope_attention_with_one_level_is_transformer():
   )
 
 
+def test_a_layer_that_is_run_again_runs_its_kernel_once():
+  model = MODELS["hope_linear"]()
+  mixer = dataclasses.replace(model.mixer, walk="pallas_interpret")
+  model = dataclasses.replace(model, mixer=mixer, remat="layer")
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  loss = lambda params: model.apply(params, jnp.zeros((2, 16), int))[0].sum()
+  text = str(jax.make_jaxpr(jax.grad(loss))(params))
+  kernels = [text.count(f"name=smt_linear_{way}") for way in ("fwd", "bwd")]
+  assert kernels == [1, 1]
+
+
 @pytest.mark.parametrize("name", ["transformer", "hope"])
 def test_remat_and_scan_change_nothing(name):
   model = MODELS[name]()
