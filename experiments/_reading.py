@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import _text
 from nl_jax import stream
 from nl_jax.data import documents
 
@@ -208,7 +209,8 @@ def read(
       digest.update(file.read(min(_BLOCK, start - file.tell())))
     while not asked.reason and (block := _piece(file)):
       offset = start + done.bytes
-      ids = tokenizer.encode(documents.decode(block, text, offset))
+      piece = documents.decode(block, text, offset)
+      ids = _text.encode(tokenizer, piece, is_first=not offset)
       digest.update(block)
       done.bytes += len(block)
       if len(ids):

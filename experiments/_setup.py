@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from nl_jax import data, fields, sharding
-from nl_jax.data import sources
+from nl_jax.data import sources, tokenizers
 from nl_jax.eval import evaluate
 from nl_jax.kernels import walk as kernels
 from nl_jax.models import cms, incontext, lm
@@ -67,6 +67,18 @@ def of_run(
       f"reads: {reason}; use the version that made the run, or a copy of the "
       "file as it was"
     ) from error
+
+
+def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
+  """The tokenizer of the group `data`.
+
+  Raises:
+    ValueError, FileNotFoundError: what `tokenizers.load` raises.
+  """
+  values = config.data
+  return tokenizers.load(
+    values.tokenizer, bos=values.bos, special_tokens=values.special_tokens
+  )
 
 
 def resolve(config: ConfigDict) -> ConfigDict:

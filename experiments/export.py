@@ -115,8 +115,7 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
   Of another model its tokenizer's ids.
   """
-  from experiments import _tensors
-  from nl_jax.data import tokenizers
+  from experiments import _setup, _tensors
 
   if not config.data.tokenizer:
     return {}
@@ -126,9 +125,9 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
   said = _tensors.read_object(beside) if pretrained else {}
   if said.get("model_type") == model_type:
     return {key: said[key] for key in _KEPT if key in said}
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   return {
-    "bos_token_id": None,
+    "bos_token_id": tokenizer.begin_id,
     "eos_token_id": tokenizer.end_id,
     "pad_token_id": tokenizer.pad_id,
   }

@@ -9,6 +9,10 @@ what was read; --memory_in=book.memory goes on there. A picture beside
 a memory that begins again every --forget_every tokens, and within the chunks
 of each memory: how much less a token surprises after a write than before it.
 
+--prompts=texts.jsonl --memories=folder reads many texts at once, each into the
+memory of its own name (lines {"name": ..., "text": ...}); where that is there,
+it goes on.
+
 --point=before_book marks what is remembered before the text is read;
 --roll_back=before_book goes back to it, from a memory that has it.
 --drift_bound is the norm of the change of all fast weights, since the point
@@ -29,6 +33,8 @@ _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Replace --memory_out and its picture, if they are there."
 )
+_PROMPTS = flags.DEFINE_string("prompts", "", "Read the texts of this JSONL.")
+_MEMORIES = flags.DEFINE_string("memories", "", "Folder of their memories.")
 _POINT = flags.DEFINE_string(
   "point", "", "Name of a point to mark before the text is read."
 )
@@ -59,6 +65,8 @@ def main() -> int:
       raise ValueError(f"--{flag.name} needs --{other.name}")
   if _BEGUN in (_POINT.value, _SINCE.value):
     raise ValueError(f"the name {_BEGUN!r} of a point is taken: give another")
+  if _PROMPTS.value:
+    return _read_many()
   for flag in (_WORKDIR, _TEXT, _OUT):
     if not flag.value:
       raise ValueError(f"--{flag.name} is required")
@@ -72,7 +80,6 @@ def main() -> int:
   _main.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments import _reading, _setup
   from nl_jax import drift, files, stream
-  from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint, stop
 
   # Going on from a file and keeping the memory there asks for no flag.
@@ -84,7 +91,7 @@ def main() -> int:
       f"model.arch={config.model.arch!r} keeps every token that it reads: no "
       "text of any length fits; read with a model of memories, such as hope"
     )
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
   if _IN.value:
@@ -127,6 +134,37 @@ def main() -> int:
   if asked.reason:
     _main.say("stopped; --memory_in goes on there")
     return _main.INTERRUPTED
+  return _main.DONE
+
+
+def _read_many() -> int:
+  """Reads many texts, each into its own memory; returns the exit status."""
+  others = (_TEXT, _IN, _OUT, _POINT, _BACK, _BOUND, _SINCE)
+  if given := [flag.name for flag in others if flag.present]:
+    raise ValueError(f"--{given[0]} is for one text, and --prompts for many")
+  for flag in (_WORKDIR, _MEMORIES):
+    if not flag.value:
+      raise ValueError(f"--{flag.name} is required")
+  logging.set_verbosity(logging.WARNING)
+  from experiments import _many, _setup
+  from nl_jax.data import tokenizers
+  from nl_jax.train import checkpoint
+
+  prompts = _many.load(_PROMPTS.value, _MEMORIES.value)
+  config, net = _setup.of_run(_WORKDIR.value)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  params, step = checkpoint.load_params(_WORKDIR.value, net)
+  _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  _many.check(prompts, net, params)
+  for number, done in enumerate(_many.read(prompts, net, params, tokenizer), 1):
+    size = len(done.prompt.text.encode())
+    print(
+      f"{done.prompt.memory}: {size:,} bytes, {done.tokens:,} tokens, "
+      f"{done.nats / size:.4f} nat per byte",
+      flush=True,
+    )
+    if number % _many.AT_ONCE == 0:
+      _main.say(f"{number:,} of {len(prompts):,} texts are read")
   return _main.DONE
 
 

@@ -12,6 +12,7 @@ ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "files",
   "formats", "upgrade", "tensors", "drift", "fields",
+  "rows",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
@@ -25,6 +26,7 @@ MAY = {
     "drift",
   },
   "drift": {"models", "sharding", "types"},
+  "rows": {"stream", "models"},
   "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
   "data": {"tasks", "formats", "files"},

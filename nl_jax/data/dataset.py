@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 
 from nl_jax import fields, files
+from nl_jax.data import bad_documents as bad_lib
 from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
@@ -89,8 +90,10 @@ class Dataset:
       f"{split} {c.tokens:,} tokens in {c.rows:,} rows"
       for split, c in self.counts.items()
     )
+    remark = self.tokenizer.remark and f" ({self.tokenizer.remark})"
     return (
-      f"{self.source.describe()}; tokenizer {self.tokenizer.name}: {sizes}; "
+      f"{self.source.describe()}; tokenizer {self.tokenizer.name}{remark}: "
+      f"{sizes}; "
       f"fingerprint {self.fingerprint[:12]}"
     )
 
@@ -119,6 +122,8 @@ def load(
   bad_documents: Annotated[str, fields.OneOf("refuse", "skip")] = "refuse",
   separator: str = "",
   tokenizer: str = "bytes",
+  bos: bool = False,
+  special_tokens: Annotated[str, fields.OneOf("parse", "text")] = "parse",
   sequence_length: Annotated[int, fields.Whole(1)],
   batch_size: Annotated[int, fields.Whole(1)],
   rows: Annotated[str, fields.OneOf(*ROWS)] = "packed",
@@ -145,6 +150,9 @@ def load(
     separator: between the documents of a file of "text", as "<|endoftext|>",
       with the line breaks around it; "": a file is one.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
+    bos: whether documents begin with the tokenizer's token for that, which
+      `sample` and `read` begin with, too.
+    special_tokens: of a tokenizer.json, in a text: "parse", or take as "text".
     sequence_length: tokens of a row, a multiple of the model's alignment.
     batch_size: rows of a step, over all processes.
     rows: "packed", in a new order each epoch, or "stream", in the order in
@@ -178,7 +186,7 @@ def load(
   source = source or infer(path)
   if source not in NAMES:
     raise errors.unknown_name("data.source", source, NAMES)
-  ids = tokenizers.load(tokenizer)
+  ids = tokenizers.load(tokenizer, bos=bos, special_tokens=special_tokens)
   if vocab_size is not None:
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
@@ -194,6 +202,12 @@ def load(
     bad_documents,
     separator,
   )
+  made_before = source in ("prepared", *sources.WITHOUT_PATH)
+  if bad_documents != bad_lib.POLICIES[0] and made_before:
+    raise ValueError(
+      f"data.bad_documents={bad_documents} is of files with text; got "
+      f"data.source={source!r}"
+    )
   if separator and "text" not in [name for name, *_ in named]:
     raise sources.no_separator(separator, source)
   parts = [_part(*part, how) for part in named]

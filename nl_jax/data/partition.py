@@ -28,6 +28,7 @@ class Settings(NamedTuple):
     document_bytes: a longer text file is cut into documents at line edges.
     bad_documents: "refuse", or "skip" those that cannot be used.
     separator: between the documents of a text file; "": each is one.
+    bos, special_tokens: of `tokenizers.load`.
   """
 
   kind: str
@@ -41,6 +42,8 @@ class Settings(NamedTuple):
   document_bytes: int = 2**20
   bad_documents: str = bad_documents.POLICIES[0]
   separator: str = ""
+  bos: bool = False
+  special_tokens: str = "parse"
 
 
 class Piece(NamedTuple):

@@ -76,7 +76,15 @@ def check(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
       "--validation_percent must be between 0 and 100, got "
       f"{settings.validation_percent}"
     )
-  return tokenizers_lib.load(settings.tokenizer)
+  return _tokenizer(settings)
+
+
+def _tokenizer(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
+  return tokenizers_lib.load(
+    settings.tokenizer,
+    bos=settings.bos,
+    special_tokens=settings.special_tokens,
+  )
 
 
 def run_job(job: Job, advance: Callable[[int], None]) -> bool:
@@ -98,7 +106,7 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
     advance(sum(piece.size for piece in job.pieces))
     return False
   (out / prepared.MANIFEST).unlink(missing_ok=True)
-  tokenizer = tokenizers_lib.load(job.settings.tokenizer)
+  tokenizer = _tokenizer(job.settings)
   writers = {
     split: _Writer(out, split, job, tokenizer) for split in sources.SPLITS
   }
@@ -337,6 +345,8 @@ def claim(
     del values[_BAD]  # As plans of before it say it.
   if not settings.separator:
     del values["separator"]
+  for name in ("bos", "special_tokens"):  # Of the tokenizer's fingerprint.
+    del values[name]
   values = {"source": values.pop("kind"), **values}
   values["tokenizer"] = {
     "name": pathlib.Path(tokenizer.name).name,

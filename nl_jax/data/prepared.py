@@ -228,5 +228,6 @@ def check(
   if manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint:
     raise ValueError(
       "data.tokenizer is not the one that the corpus was prepared with, "
-      f"{manifest['tokenizer']['name']}; give that one"
+      f"{manifest['tokenizer']['name']}; give that one, and data.bos and "
+      "data.special_tokens as they were"
     )

@@ -186,7 +186,7 @@ class Checkpoints:
     """Whether some process was told to stop; the same answer on all."""
     return self._manager.reached_preemption(step)
 
-  def restore(self, like: Any) -> Restored | None:
+  def restore(self, like: Any, without: str = "") -> Restored | None:
     """The newest checkpoint that can be read; None where there is none.
 
     Nothing is changed: `open` moves steps that cannot be read to the folder
@@ -194,13 +194,14 @@ class Checkpoints:
 
     Args:
       like: the abstract state; its shardings are those of the result.
+      without: a branch of the state that is not read.
 
     Raises:
       LeavesMismatchError: the checkpoint is of another model or optimizer.
       FormatError: it is of a format that this version does not read.
       ValueError: there are checkpoints and none can be read.
     """
-    read = lambda step: stored.read(self._folder, step, like)
+    read = lambda step: stored.read(self._folder, step, like, without)
     restored, damaged = stored.newest(self._workdir, read)
     if damaged and restored is None:
       raise stored.unreadable(self._folder, damaged)
@@ -262,7 +263,9 @@ def read_config(workdir: str) -> dict[str, Any]:
   return config
 
 
-def read_other(workdir: str, like: Any, step: int | None = None) -> Restored:
+def read_other(
+  workdir: str, like: Any, step: int | None = None, without: str = ""
+) -> Restored:
   """A checkpoint of another run.
 
   Nothing in the workdir is changed.
@@ -271,6 +274,7 @@ def read_other(workdir: str, like: Any, step: int | None = None) -> Restored:
     workdir: of the run.
     like: as in `Checkpoints.restore`.
     step: which; None: the newest that can be read.
+    without: a branch of the state that is not read.
 
   Raises:
     ValueError: no checkpoint there that can be read.
@@ -278,15 +282,21 @@ def read_other(workdir: str, like: Any, step: int | None = None) -> Restored:
   """
   if step is not None:
     folder = stored.folder_of(workdir)
-    return stored.one(workdir, step, lambda s: stored.read(folder, s, like))
-  restored = Checkpoints(pathlib.Path(workdir)).restore(like)
+    read = lambda s: stored.read(folder, s, like, without)
+    return stored.one(workdir, step, read)
+  restored = Checkpoints(pathlib.Path(workdir)).restore(like, without)
   if restored is None:
     raise stored.no_checkpoint(workdir)
   return restored
 
 
 def check_origin(
-  workdir: str, like: Any, *, params_only: bool, step: int | None = None
+  workdir: str,
+  like: Any,
+  *,
+  params_only: bool,
+  step: int | None = None,
+  without: str = "",
 ) -> None:
   """Finds early that another run's checkpoint cannot be started from.
 
@@ -295,6 +305,7 @@ def check_origin(
     like: the abstract state.
     params_only: only the parameters will be taken.
     step: which; None: the newest.
+    without: a branch of the state that will not be taken.
 
   Raises:
     ValueError: no checkpoint there.
@@ -308,7 +319,8 @@ def check_origin(
     raise
   except reading.DAMAGE:
     return  # An older one may be whole: reading finds it.
-  expected = stored.describe_leaves(like)
+  expected = stored.left(stored.describe_leaves(like), without)
+  saved = stored.left(saved, without)
   if params_only:
     saved, expected = (
       {k: v for k, v in leaves.items() if k.startswith("params/")}

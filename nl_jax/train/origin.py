@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nl_jax.train import checkpoint, files
+from nl_jax.train import checkpoint, files, state
 
 WEIGHTS, OPTIMIZER, ALL = KEEPS = ("weights", "optimizer", "all")
 
@@ -75,7 +75,11 @@ def check(origin: Origin, workdir: str, fingerprint: str, like: Any) -> None:
   try:
     params_only = origin.keep == WEIGHTS
     checkpoint.check_origin(
-      origin.workdir, like, params_only=params_only, step=origin.step
+      origin.workdir,
+      like,
+      params_only=params_only,
+      step=origin.step,
+      without=without(origin),
     )
   except checkpoint.LeavesMismatchError as error:
     if params_only:
@@ -86,6 +90,14 @@ def check(origin: Origin, workdir: str, fingerprint: str, like: Any) -> None:
   if origin.keep == ALL:
     before = files.read_about(there)["fingerprint"]
     check_data(origin, before, fingerprint)
+
+
+def without(origin: Origin) -> str:
+  """The branch of a state that is not taken along; "": all of it is.
+
+  What streams carry is of the documents that they are in.
+  """
+  return "" if origin.keep == ALL else state.CARRIED
 
 
 def check_data(origin: Origin, before: str, now: str) -> None:

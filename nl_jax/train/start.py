@@ -12,6 +12,7 @@ from absl import logging
 
 from nl_jax.train import checkpoint, files, optimizer
 from nl_jax.train import origin as origin_lib
+from nl_jax.train import state as state_lib
 
 
 @dataclasses.dataclass
@@ -100,7 +101,9 @@ class Finder:
 
   def _from(self, origin: origin_lib.Origin) -> Start:
     """Where another run stands, with all but the place in other data."""
-    restored = checkpoint.read_other(origin.workdir, self.like, origin.step)
+    without = origin_lib.without(origin)
+    like = {k: x for k, x in self.like.items() if k != without}
+    restored = checkpoint.read_other(origin.workdir, like, origin.step, without)
     start = self._at(restored, origin.workdir)
     start.chain = self._chain(origin, restored.step)
     if origin.keep == origin_lib.ALL:
@@ -108,6 +111,7 @@ class Finder:
       origin_lib.check_data(origin, before, now)
     else:
       start.place, start.rows = None, 0
+      start.state = state_lib.with_carried(self.model, start.state, self.like)
     if start.step == self.steps:
       raise ValueError(
         f"{origin.workdir} is at step {start.step}, and train.steps="

@@ -103,6 +103,24 @@ def create(
   return jax.jit(draw, out_shardings=shardings(like))(jax.random.key(seed))
 
 
+def with_carried(model: Any, state: State, like: State) -> State:
+  """A state whose streams, if it has any, have read nothing.
+
+  Args:
+    model: of the parameters.
+    state: without what streams carry.
+    like: of `abstract`.
+  """
+  if CARRIED not in like:
+    return state
+  streams = like[CARRIED]["document_B"].shape[0]
+  begin = jax.jit(
+    lambda params: carry.begin(model, params, streams),
+    out_shardings=shardings(like)[CARRIED],
+  )
+  return {**state, CARRIED: begin(state["params"])}
+
+
 def shardings(like: State) -> State:
   """The shardings of an abstract state."""
   return jax.tree.map(lambda x: x.sharding, like)

@@ -85,9 +85,18 @@ def unreadable(
   )
 
 
-def read(folder: pathlib.Path, step: int, like: Any) -> Restored:
-  """One checkpoint, whole and as it was saved."""
-  read = lambda: _read_items(folder, step, like)
+def read(
+  folder: pathlib.Path, step: int, like: Any, without: str = ""
+) -> Restored:
+  """One checkpoint, whole and as it was saved.
+
+  Args:
+    folder: of all checkpoints.
+    step: which.
+    like: the abstract state.
+    without: a branch of the state that is not read, whether or not it is there.
+  """
+  read = lambda: _read_items(folder, step, like, without)
   meta, state, data = reading.agreed(read)
   check_step(step, state)
   seal.check_sums(state, meta)
@@ -97,12 +106,12 @@ def read(folder: pathlib.Path, step: int, like: Any) -> Restored:
 
 
 def _read_items(
-  folder: pathlib.Path, step: int, like: Any
+  folder: pathlib.Path, step: int, like: Any, without: str
 ) -> tuple[dict[str, Any], Any, Any]:
   """`meta`, the state and the place in the data."""
   # Read first: a mismatch must not look like damage.
   meta = read_meta(folder, step)
-  check_leaves(step, meta["leaves"], describe_leaves(like))
+  check_leaves(step, left(meta["leaves"], without), describe_leaves(like))
   data = json_of(folder, step, "data")
   state = reading.arrays(folder / str(step) / "state", like)
   return meta, state, data
@@ -121,6 +130,12 @@ def describe_leaves(state: Any) -> dict[str, str]:
     sharding.path_name(path): f"{x.dtype}{list(x.shape)}"
     for path, x in jax.tree_util.tree_leaves_with_path(state)
   }
+
+
+def left(leaves: Mapping[str, str], without: str) -> dict[str, str]:
+  """Leaves but those of a branch."""
+  branch = f"{without}/"
+  return {k: x for k, x in leaves.items() if not k.startswith(branch)}
 
 
 def check_leaves(

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _raster, _reading
+from experiments import _raster, _reading, _text
 from nl_jax import stream
 from nl_jax.data import tokenizers
 from tests.experiments import forked
@@ -60,6 +60,22 @@ def test_the_sum_is_the_loss_of_the_text(model, tmp_path, monkeypatch):
   np.testing.assert_allclose(np.mean(means), done.nats / len(ids), rtol=0.02)
   for period, parts in done.chunks.values():
     assert period == 8 and parts[:, 1].sum() == len(ids) - 1
+
+
+@pytest.mark.parametrize("prompt,first,begin,read", [
+  ("ab", True, 8, [8, 100, 101]), ("", True, 8, [8]), ("", True, None, [13]),
+  ("ab", False, 8, [100, 101]), ("", False, 8, None),
+])  # fmt: skip
+def test_what_is_written_begins_as_documents_do(prompt, first, begin, read):
+  seen = []
+  reader = types.SimpleNamespace(
+    logits=None if first else 1, read=lambda ids: seen.append(ids[0].tolist()),
+    sample=lambda *args, **kinds: iter(()),
+  )  # fmt: skip
+  tokenizer = tokenizers.Bytes()
+  tokenizer.begin_id = begin
+  assert list(_text.generate(reader, tokenizer, prompt, 5)) == [""]
+  assert seen == ([] if read is None else [read])
 
 
 @pytest.mark.parametrize("start,place", [(0, 101), (0, 1101), (300, 2999)])

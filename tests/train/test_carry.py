@@ -7,12 +7,23 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from nl_jax import sharding
 from nl_jax.data import packing, streams
 from nl_jax.models import lm
-from nl_jax.train import carry, loop, optimizer, settings, step
+from nl_jax.train import (
+  carry,
+  checkpoint,
+  files,
+  loop,
+  optimizer,
+  origin,
+  settings,
+  start,
+  step,
+)
 from nl_jax.train import state as state_lib
 from tests.laws.models import MODELS
 
@@ -140,6 +151,36 @@ def test_micro_batches_and_meshes_change_nothing(how):
   np.testing.assert_allclose(losses, others, rtol=1e-5)
   close(state["carried"], other["carried"], rtol=1e-3, atol=1e-4)
   np.testing.assert_array_equal(state["carried"]["document_B"], [4, 3, 3, 4])
+
+
+@pytest.mark.parametrize("keep", ["all", "optimizer"])
+def test_other_data_begin_with_streams_that_have_read_nothing(tmp_path, keep):
+  model = lm.at_edges(MODELS["gated_deltanet"]())
+  mesh = sharding.mesh(devices=jax.devices()[:1])
+  like = state_lib.abstract(model, optax.sgd(0.1), mesh, STREAMS)
+  number = lambda x: jax.device_put(jnp.ones(x.shape, x.dtype), x.sharding)
+  with checkpoint.Checkpoints(tmp_path / "a") as saver:
+    meta = {
+      "rows_consumed": 6,
+      "train_seconds": 1.0,
+      "fingerprint": "f",
+      "batch_size": 6,
+      "sequence_length": T,
+    }
+    saver.save(1, jax.tree.map(number, like), {"next_row": 6}, meta)
+  files.write_json(
+    tmp_path / "a" / "config.json", {"config": {}, "fingerprint": "f"}
+  )
+  saver = checkpoint.Checkpoints(tmp_path / "b")
+  about = {"fingerprint": "f", "batch_size": 6, "sequence_length": T}
+  found = start.Finder(
+    tmp_path / "b", saver, model, like, mesh, about, lambda step: 0.1, 9
+  ).find(None, origin.Origin(str(tmp_path / "a"), keep))
+  expected = jax.tree.map(number, like)["carried"]
+  if keep == "optimizer":
+    expected = carry.begin(model, found.state["params"], STREAMS)
+  close(found.state["carried"], expected)
+  assert found.place == ({"next_row": 6} if keep == "all" else None)
 
 
 def test_a_step_that_is_skipped_leaves_the_memory_as_it_was():
