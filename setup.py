@@ -31,6 +31,8 @@ _DEV = [
   "pytest-xdist>=3.6",
   "ruff>=0.9",
   "jaxtyping>=0.3",
+  "scikit-learn>=1.6",  # The digits of examples/optimizers.py.
+  "equinox>=0.13",  # Optimizers are tested in it.
   # Compiles for TPUs ahead of time; of the release that jax[tpu] names.
   "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'",
 ]

@@ -231,10 +231,11 @@ def _train(config: _setup.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
   """(what is held, a function that compiles) of the step of experiments.lm."""
   net = _setup.model(config)
   made = _setup.make_optimizer(config, net)
-  like = state_lib.abstract(net, made.tx, mesh)
+  like = state_lib.abstract(net, made.tx, mesh, _setup.streams(config))
   step = step_lib.make(
     net, made.tx, made.schedule, made.labels,
     accumulate=config.train.accumulate,
+    carry_gradient=config.train.carry_gradient,
     max_skipped=config.train.max_skipped,
   )  # fmt: skip
   data = config.data

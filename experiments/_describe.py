@@ -1,10 +1,10 @@
 """What a run is, in text: its config, its parameters, its level card."""
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from experiments import _setup
 from nl_jax import card, data
@@ -94,15 +94,8 @@ def walks(calls: Iterable[kernels.Call]) -> list[dict[str, str | None]]:
 
 def walk_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:
   """Which walks over chunks a layer takes, here and on a TPU; "" of none."""
-  data = config.data
-  tokens = jax.ShapeDtypeStruct(
-    (data.batch_size, data.sequence_length), jnp.int32
-  )
-  run = lambda params, tokens: net.apply(params, tokens, segment_ids=tokens)
-  with kernels.recorded() as calls:
-    jax.eval_shape(run, jax.eval_shape(net.init, jax.random.key(0)), tokens)
   lines = []
-  for walk in walks(calls):
+  for walk in walks(_setup.walks(config, net)):
     why = walk["refused"]
     there = "its kernels" if why is None else f"XLA: {why}"
     lines.append(
@@ -110,6 +103,38 @@ def walk_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:
       f"a TPU {there}"
     )
   return "\n".join(lines)
+
+
+def sequence_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:
+  """How rows that are split over devices go through walks; "" where not.
+
+  Raises:
+    ValueError: they cannot be split so.
+  """
+  sizes = _setup.mesh_sizes(config, jax.device_count())
+  shards = sizes["sequence"]
+  if shards == 1:
+    return ""
+  fixed = math.prod(n for n in sizes.values() if n > 0)
+  left = max(jax.device_count() // fixed, 1)
+  sizes = {axis: left if n == -1 else n for axis, n in sizes.items()}
+  _setup.check_sequence(config, shards)
+  tokens = config.data.sequence_length
+  waiting = [
+    call.name
+    for call in _setup.walks(config, net)
+    if not call.affine and math.prod(call.places.real.shape[1:]) == tokens
+  ]
+  if not waiting:
+    return f"mesh.sequence={shards}: no device waits for another in a walk"
+  parts = sizes["replica"] * sizes["fsdp"] * config.train.accumulate
+  rows = max(config.data.batch_size // parts, 1)
+  steps = rows + shards - 1
+  return (
+    f"mesh.sequence={shards}: {rows} rows a device go through the walk "
+    f"{' and '.join(dict.fromkeys(waiting))} in {steps} steps, of which a "
+    f"device waits {shards - 1} ({(shards - 1) / steps:.0%})"
+  )
 
 
 def flops_text(config: _setup.ConfigDict, net: lm.LanguageModel) -> str:

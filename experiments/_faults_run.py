@@ -19,15 +19,15 @@ from experiments import _main
 class _Poisoned:
   """Data with one batch that is not finite; otherwise what it is given."""
 
-  def __init__(self, data: Any, batch: int):
-    self._data, self._batch = data, batch
+  def __init__(self, data: Any, batch: int, batch_size: int):
+    self._data, self._batch, self._size = data, batch, batch_size
     self.get_state, self.set_state = data.get_state, data.set_state
 
   def __iter__(self) -> Iterator[Mapping[str, np.ndarray]]:
     return self
 
   def __next__(self) -> Mapping[str, np.ndarray]:
-    number = self.get_state()["next_index"]
+    number = self.get_state()["next_row"] // self._size
     rows = next(self._data)
     if number != self._batch:
       return rows
@@ -46,10 +46,11 @@ def main(batch: int) -> int:
 
   train = loop.train
 
-  def poisoned(*, data: Any, **arguments: Any) -> loop.Result:
+  def poisoned(*, data: Any, batch_size: int, **arguments: Any) -> loop.Result:
     # Small programs are compiled once too.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    return train(data=_Poisoned(data, batch), **arguments)
+    data = _Poisoned(data, batch, batch_size)
+    return train(data=data, batch_size=batch_size, **arguments)
 
   loop.train = poisoned
   lm._finish = lambda *result: None

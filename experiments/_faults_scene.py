@@ -94,7 +94,7 @@ class Start:
     """Args: flags of `experiments.lm`, and the batch that is not finite."""
     if _stopped.is_set():
       raise StoppedError
-    self._begun = time.time()
+    self._begun, self._mark = time.time(), time.monotonic()
     self.process = subprocess.Popen(
       [sys.executable, "-m", "experiments._faults_run", str(poison)]
       + arguments,
@@ -120,7 +120,7 @@ class Start:
     except subprocess.TimeoutExpired:
       raise WrongError(f"hangs: no end after {_PATIENCE:.0f} s") from None
     self._reader.join()
-    seconds = time.time() - self._begun
+    seconds = time.monotonic() - self._mark
     return Ended(status, "".join(self._said), self._begun, seconds)
 
   def close(self) -> None:

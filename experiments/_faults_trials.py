@@ -138,9 +138,10 @@ def _pace(
   workdir: pathlib.Path, seconds: float, begun: float
 ) -> scene_lib.Pace:
   times = [line["wall_time"] for line in scene_lib.read_lines(workdir)]
+  # Clocks of the day may be set back: no wait is negative.
   return scene_lib.Pace(
-    start=times[0] - begun,
-    step=(times[-1] - times[0]) / scene_lib.STEPS,
+    start=max(0.0, times[0] - begun),
+    step=max(0.0, times[-1] - times[0]) / scene_lib.STEPS,
     end=max(0.0, begun + seconds - times[-1]),
   )
 
@@ -243,7 +244,7 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
   further = min(mark.step + 1, scene_lib.STEPS)
   # Of the last start: a run that is told to end makes a step before it does.
   later = [
-    line["wall_time"] - mark.time
+    max(0.0, line["wall_time"] - mark.time)
     for line in scene_lib.read_lines(scene.workdir)
     if line["step"] >= further and line["wall_time"] > ended.begun
   ]

@@ -8,6 +8,7 @@ while the flags are read, and said in one sentence.
 
 import difflib
 import importlib.util
+import math
 import pathlib
 import re
 import sys
@@ -21,6 +22,8 @@ from ml_collections import config_dict, config_flags
 from nl_jax import files
 
 _FOLDER = pathlib.Path(__file__).parent / "configs"
+# What random keys tell apart, and what is counted in int32.
+_SEEDS, _LARGEST = 2**32 - 1, 2**31 - 1
 _OVERRIDE = re.compile(r"--?(no)?config\.(?P<path>[^=]*)")
 # What a config file with a mistake in it raises.
 _FILE_ERRORS = (
@@ -136,6 +139,7 @@ def parse(
         flag_values["config"].parser.required,
       )
     rest = flag_values(argv)
+    _check_numbers(flag_values)
     _expand_homes(flag_values)
   except (flags.Error, ValueError) as error:
     _exit(error)
@@ -173,6 +177,24 @@ def _expand_homes(flag_values: flags.FlagValues) -> None:
 def _expanded(value: Any) -> Any:
   is_home = isinstance(value, str) and value.startswith("~")
   return str(files.expand(value)) if is_home else value
+
+
+def _check_numbers(flag_values: flags.FlagValues) -> None:
+  """Raises ValueError for a number that is none, or that int32 does not hold.
+
+  Fields of a config have ranges of their own.
+  """
+  for name in flag_values:
+    value = flag_values[name].value
+    if name.startswith("config."):
+      continue
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f"flag --{name} must be a finite number, got {value}")
+    most = _SEEDS if name == "seed" else _LARGEST
+    if type(value) is int and not -_LARGEST <= value <= most:
+      raise ValueError(
+        f"flag --{name} must be a whole number of at most {most}, got {value}"
+      )
 
 
 class _ConfigByName(config_flags.config_flags.ConfigFileFlagParser):

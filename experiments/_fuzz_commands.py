@@ -54,7 +54,7 @@ def cases(count: int, folder: pathlib.Path, draw: random.Random) -> list[Case]:
       continue
     command = _drawn(draw) if number else _lm("runs/a", draw, ())
     run = functools.partial(_run, folder, command)
-    made.append(Case("command", " ".join(command), run, 240))
+    made.append(Case("command", " ".join(command), run))
   return made
 
 

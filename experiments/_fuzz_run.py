@@ -7,14 +7,13 @@ status 1 or 2 and one sentence.
 
 import contextlib
 import os
-import pathlib
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 _LONGEST = 400  # Characters of a sentence that is quoted.
 _ENDED = (0, 1, 2)
@@ -38,7 +37,7 @@ class Case(NamedTuple):
   kind: str
   what: str
   run: Callable[[], str]
-  seconds: int = 60
+  seconds: int = 300
 
 
 class Result(NamedTuple):
@@ -134,24 +133,3 @@ def _told(sentence: str) -> int:
   print(f"error: {sentence}")
   one = "\n" not in sentence.strip() and len(sentence) > 8
   return 1 if one else 72
-
-
-def forked(cases: list[Case], told: Callable[[Result], Any]) -> list[Result]:
-  """Runs cases one after the other.
-
-  Args:
-    cases: to run.
-    told: called with each result.
-  """
-  results = []
-  for case in cases:
-    results.append(run(case))
-    told(results[-1])
-  return results
-
-
-def write(path: pathlib.Path, content: bytes) -> pathlib.Path:
-  """A file of a case, its folder made if missing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_bytes(content)
-  return path

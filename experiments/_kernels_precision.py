@@ -46,8 +46,10 @@ def _error(x: Any, y: Any) -> float:
   return max(float(e) for e in jax.tree.leaves(each))
 
 
-def _delta(correlation: float, rate: float | None, policy: str) -> Any:
-  """Reads and last state of the gated delta rule."""
+def _delta(
+  correlation: float, rate: float | None, policy: str, decays: bool = True
+) -> Any:
+  """Reads and last state of the gated delta rule, or without decay."""
   keys = jax.random.split(jax.random.key(0), 5)
   shape = _SHAPE[:3]
   rule = memory.Rule(
@@ -59,6 +61,7 @@ def _delta(correlation: float, rate: float | None, policy: str) -> Any:
   eta = jax.nn.sigmoid(jax.random.normal(keys[3], shape))
   eta = eta if rate is None else jnp.full(shape, rate)
   alpha = jax.nn.log_sigmoid(jax.random.normal(keys[4], shape) + 4.0)
+  alpha = alpha if decays else 0 * alpha
   state = memory.chunked.start(
     {"w": jnp.zeros((_SHAPE[2], _SHAPE[3], _SHAPE[3]))}, _SHAPE[0], rule
   )
@@ -88,6 +91,13 @@ def _mlp(correlation: float, rate: float | None, policy: str) -> Any:
   return y, state.w
 
 
+_BODIES = (
+  ("gated delta rule", _delta),
+  ("delta rule", functools.partial(_delta, decays=False)),
+  ("MLP memory", _mlp),
+)
+
+
 def _hope(arch: str, policy: str) -> Any:
   """Self-modifying Titans as the configs have them, random inputs."""
   matrix = dict(
@@ -111,7 +121,7 @@ def rows() -> list[tuple[str, str, dict[str, tuple[float, float]]]]:
   """(walk, case, by policy the errors of reads and of the last state)."""
   bodies = [
     (f"{name}", case, functools.partial(body, correlation, rate))
-    for name, body in (("gated delta rule", _delta), ("MLP memory", _mlp))
+    for name, body in _BODIES
     for case, correlation, rate in CASES
   ]
   bodies += [

@@ -1,14 +1,13 @@
-"""A byte language model on Python's standard library (spec 6.2, 6.3).
+"""A byte language model on the embedded corpus (spec 6.2, 6.3).
 
 Decoder: D 128, L 2, H 4, T 128, B 16, bytes, pre-RMSNorm, RoPE, GELU of 4 D, no
 biases, untied head: 459,392 parameters. It is written here, in few lines and in
 JAX alone, so that figures of optimizers do not move with our models.
 """
 
+import ast
 import functools
 import hashlib
-import pathlib
-import sysconfig
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ import numpy as np
 import optax
 
 from experiments import _optimizer_arms as arms
+from nl_jax.data import sources
 
 D, LAYERS, HEADS, T, B, VOCAB = 128, 2, 4, 128, 16, 256
 TOPIC_BYTES = 600_000
@@ -75,36 +75,56 @@ def loss_fn(params: dict, tokens: jax.Array) -> jax.Array:
   ).mean()
 
 
-def _source(pattern: str) -> bytes:
-  folder = pathlib.Path(sysconfig.get_path("stdlib"))
-  return b"".join(p.read_bytes() for p in sorted(folder.glob(pattern)))
+@functools.cache
+def _documents() -> tuple[str, ...]:
+  """The files of the corpus that travels with nl_jax, in its order."""
+  source = sources.embedded()
+  return (*source.train, *source.validation)
 
 
 def corpus() -> tuple[np.ndarray, str]:
-  """(bytes of the top-level modules, what they are)."""
-  data = _source("*.py")
+  """(its bytes, what they are)."""
+  data = "".join(_documents()).encode()
+  return np.frombuffer(data, np.uint8), f"embedded corpus, {_about(data)}"
+
+
+def _about(data: bytes) -> str:
   digest = hashlib.sha256(data).hexdigest()
-  about = f"standard library, {len(data):,} bytes, SHA-256 {digest[:16]}"
-  return np.frombuffer(data, np.uint8), about
+  return f"{len(data):,} bytes, SHA-256 {digest[:16]}"
+
+
+def _docstrings() -> str:
+  """The prose in the corpus."""
+  kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+  found = (
+    ast.get_docstring(node)
+    for text in _documents()
+    for node in ast.walk(ast.parse(text))
+    if isinstance(node, kinds)
+  )
+  return "\n\n".join(text for text in found if text)
 
 
 def topics() -> tuple[dict[str, np.ndarray], str]:
-  """({name: bytes}, what they are): the four topics of the stream."""
+  """({name: bytes}, what they are): the four topics of the stream.
+
+  Code and prose are of the embedded corpus, tables and sums are drawn.
+  """
   rng = np.random.default_rng(7)
   pairs = rng.integers(0, 1000, (60_000, 2))
-  sums = "".join(f"{a}+{b}={a + b}\n" for a, b in pairs).encode()
+  codes = rng.integers(0, 2**16, 40_000)
   found = {
-    "code": _source("*.py"),
-    "tables": _source("encodings/*.py"),
-    "prose": _source("pydoc_data/topics.py"),
-    "sums": sums,
+    "code": "".join(_documents()),
+    "tables": "".join(f"{i:>5} 0x{i:04x} 0b{i:016b}\n" for i in codes),
+    "prose": _docstrings(),
+    "sums": "".join(f"{a}+{b}={a + b}\n" for a, b in pairs),
   }
-  found = {k: v[:TOPIC_BYTES] for k, v in found.items()}
-  digest = hashlib.sha256(b"".join(found.values())).hexdigest()
-  about = ", ".join(f"{k} {len(v):,}" for k, v in found.items())
+  cut = {k: v.encode()[:TOPIC_BYTES] for k, v in found.items()}
+  sizes = ", ".join(f"{k} {len(v):,}" for k, v in cut.items())
+  about = _about(b"".join(cut.values()))
   return (
-    {k: np.frombuffer(v, np.uint8) for k, v in found.items()},
-    f"topics in bytes: {about}; SHA-256 {digest[:16]}",
+    {k: np.frombuffer(v, np.uint8) for k, v in cut.items()},
+    f"topics in bytes: {sizes}; {about}",
   )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from experiments import _text
 from nl_jax import stream
 from nl_jax.data import documents
 
@@ -55,22 +56,31 @@ class Result:
   """What a reading showed.
 
   Attributes:
+    begin: tokens that the reader had read before.
     tokens: read now.
     bytes: read now.
     nats: their sum; the first token of a stream has none.
     seconds: of reading.
     place: {"bytes", "sha256"} of the text read so far.
     curve: nat per token over the text.
+    without: the same with a memory that begins again (`Forgetful`); no point
+      where it was not asked for.
+    forget_every: tokens after which that one begins again; 0: it was not.
+    nats_without: its sum.
     chunks: by the names of the levels of a period: the period in tokens, and
       [sum, count] of nats by the part of it that a token stands in.
   """
 
+  begin: int = 0
   tokens: int = 0
   bytes: int = 0
   nats: float = 0.0
   seconds: float = 0.0
   place: dict[str, Any] = dataclasses.field(default_factory=dict)
   curve: Curve = dataclasses.field(default_factory=Curve)
+  without: Curve = dataclasses.field(default_factory=Curve)
+  forget_every: int = 0
+  nats_without: float = 0.0
   chunks: dict[str, tuple[int, np.ndarray]] = dataclasses.field(
     default_factory=dict
   )
@@ -84,6 +94,11 @@ class Result:
       f"{self.nats / self.bytes:.4f} nat per byte, "
       f"{self.tokens / max(self.seconds, 1e-9):,.0f} tokens a second"
     ]
+    if self.forget_every:
+      lines.append(
+        f"with a memory that begins again every {self.forget_every:,} tokens: "
+        f"{self.nats_without / self.bytes:.4f} nat per byte"
+      )
     for name, (period, parts) in self.chunks.items():
       means = parts[:, 0] / np.maximum(parts[:, 1], 1)
       lines.append(
@@ -91,6 +106,51 @@ class Result:
         f"an update, {means[0]:.4f} after it"
       )
     return "\n".join(lines)
+
+
+class Forgetful:
+  """A model that begins again every so many tokens: what memory is worth.
+
+  A token at a new beginning is still predicted from the one before it.
+  """
+
+  def __init__(self, model: Any, params: Any, every: int):
+    """Args: a `LanguageModel`, its weights, tokens between two beginnings."""
+    self._model, self._params, self.every = model, params, every
+    self._reader = stream.start(model, params)
+    self._last: np.ndarray | None = None
+    self._left = every
+
+  def score(self, ids_1xT: np.ndarray) -> np.ndarray:
+    """Nats of tokens [1,T], as `stream.Stream.score`."""
+    found, at = [], 0
+    while at < ids_1xT.shape[1]:
+      if not self._left:
+        self._reader = stream.start(self._model, self._params)
+        self._reader.read(self._last)
+        self._left = self.every
+      piece = ids_1xT[:, at : at + self._left]
+      found.append(self._reader.score(piece))
+      self._last = piece[:, -1:]
+      self._left -= piece.shape[1]
+      at += piece.shape[1]
+    return np.concatenate(found, axis=1)
+
+
+def check_text(text: pathlib.Path) -> None:
+  """Raises ValueError, with the place, for a text that is not UTF-8."""
+  decoder, at = codecs.getincrementaldecoder("utf-8")(), 0
+  with text.open("rb") as file:
+    while True:
+      block = file.read(_BLOCK)
+      held = decoder.getstate()[0]
+      try:
+        decoder.decode(block, final=not block)
+      except UnicodeDecodeError:
+        documents.decode(held + block, text, at - len(held))
+      if not block:
+        return
+      at += len(block)
 
 
 def place(text: pathlib.Path, before: dict[str, Any] | None) -> int:
@@ -113,6 +173,7 @@ def read(
   start: int,
   net: Any,
   asked: Any,
+  without: Forgetful | None = None,
 ) -> Result:
   """Reads a text from a byte on, until its end or until it is asked to stop.
 
@@ -126,11 +187,12 @@ def read(
     start: byte to go on from.
     net: the model: for its levels.
     asked: of `stop.listen`.
+    without: reads the same, to compare; its time is not counted.
 
   Raises:
     ValueError: the text is not UTF-8.
   """
-  done = Result()
+  done = Result(begin=int(reader.state.position_B[0]))
   by_period: dict[int, list[str]] = {}
   for row in net.levels()[0]:
     if row.state_bytes and row.chunk > 1:
@@ -139,21 +201,22 @@ def read(
     "; ".join(names): (period, np.zeros((_PLACES, 2)))
     for period, names in by_period.items()
   }
-  digest, begin = hashlib.sha256(), time.monotonic()
+  done.forget_every = without.every if without else 0
+  digest = hashlib.sha256()
   size = text.stat().st_size
   with text.open("rb") as file, _Bar(start, size) as bar:
     for _ in range(0, start, _BLOCK):
       digest.update(file.read(min(_BLOCK, start - file.tell())))
     while not asked.reason and (block := _piece(file)):
-      offset = file.tell() - len(block)
-      ids = tokenizer.encode(documents.decode(block, text, offset))
+      offset = start + done.bytes
+      piece = documents.decode(block, text, offset)
+      ids = _text.encode(tokenizer, piece, is_first=not offset)
       digest.update(block)
       done.bytes += len(block)
       if len(ids):
-        _add(done, reader, np.asarray(ids, np.int32))
+        _add(done, reader, np.asarray(ids, np.int32), without)
       bar(start + done.bytes, done)
     done.place = {"bytes": start + done.bytes, "sha256": digest.hexdigest()}
-  done.seconds = time.monotonic() - begin
   return done
 
 
@@ -172,10 +235,22 @@ def _piece(file: Any) -> bytes:
   return block[:cut]
 
 
-def _add(done: Result, reader: stream.Stream, ids: np.ndarray) -> None:
+def _add(
+  done: Result,
+  reader: stream.Stream,
+  ids: np.ndarray,
+  without: Forgetful | None,
+) -> None:
   """Reads tokens and notes how much each surprised."""
-  first = int(reader.state.position_B[0])
+  first, begin = done.begin + done.tokens, time.monotonic()
   nats = reader.score(ids[None])[0]
+  done.seconds += time.monotonic() - begin
+  if without:
+    others = without.score(ids[None])[0]
+    # Only tokens that both have predicted.
+    others = np.where(np.isfinite(nats), others, np.nan)
+    done.without.add(done.tokens, others)
+    done.nats_without += float(np.nansum(others))
   done.curve.add(done.tokens, nats)
   done.tokens += len(ids)
   done.nats += float(np.nansum(nats))
@@ -190,30 +265,37 @@ def _add(done: Result, reader: stream.Stream, ids: np.ndarray) -> None:
 
 
 def draw(done: Result, path: pathlib.Path) -> None:
-  """Surprise over the text, and within the chunks of each memory."""
+  """Surprise over the text, and within the chunks of each memory.
+
+  Raises:
+    StorageError: the picture cannot be written.
+  """
   from experiments import _report_charts as charts
 
-  xs, ys = done.curve.points()
+  every = f"memory begins again every {done.forget_every:,} tokens"
+  over = [
+    charts.Curve("memory goes on" if done.forget_every else "",
+                 *done.curve.points(), 0),
+    charts.Curve(every, *done.without.points(), 1, style=1),
+  ]  # fmt: skip
+  within = []
+  for number, (name, (period, parts)) in enumerate(done.chunks.items()):
+    means = parts[:, 0] / np.maximum(parts[:, 1], 1)
+    place = [100 * (i + 0.5) / _PLACES for i in range(_PLACES)]
+    label = f"{name} (every {period} tokens)"
+    within.append(charts.Curve(label, place, list(means), number, marks=True))
   panels = [
     charts.Panel(
       "Surprise over the text (nat per token)", "tokens read",
-      [charts.Curve("", xs, ys, 0)],
-    )
-  ]  # fmt: skip
-  curves = []
-  for number, (name, (period, parts)) in enumerate(done.chunks.items()):
-    means = parts[:, 0] / np.maximum(parts[:, 1], 1)
-    # Two periods, to show the update between them.
-    place = [100 * (i + 0.5) / _PLACES for i in range(2 * _PLACES)]
-    label = f"{name} (every {period} tokens)"
-    curves.append(charts.Curve(label, place, [*means, *means], number))
-  panels.append(
+      [curve for curve in over if curve.xs],
+    ),
     charts.Panel(
-      "Surprise within a chunk, two in a row; an update at 100 %",
-      "place in the chunk (%)", curves,
-    )
-  )  # fmt: skip
-  charts.png([p for p in panels if p.curves], path.stem, path)
+      "Surprise within a chunk: updates are at 0 and 100 % (nat per token)",
+      "place in the chunk (%)", within,
+    ),
+  ]  # fmt: skip
+  shown = [p for p in panels if p.curves]
+  charts.save(shown, path.with_suffix("").name, path)
 
 
 class _Bar:

@@ -5,7 +5,6 @@ import pathlib
 from experiments import _report_charts as charts
 from experiments import _report_page, _setup
 from experiments import _report_runs as runs_lib
-from nl_jax import files as whole
 from nl_jax.train import files
 
 PICTURE = "report.png"
@@ -31,9 +30,7 @@ def write(workdirs: list[str], out: pathlib.Path) -> list[pathlib.Path]:
   page = _report_page.page(runs, shown, [_card(run) for run in runs])
   files.make_workdir(out)
   files.replace(out / PAGE, page)
-  title = " · ".join(run.name for run in runs)
-  with files.writing(out / PICTURE), whole.replacing(out / PICTURE) as picture:
-    charts.png(shown, title, picture)
+  charts.save(shown, " · ".join(run.name for run in runs), out / PICTURE)
   return [out / PAGE, out / PICTURE]
 
 

@@ -1,10 +1,13 @@
 """The charts of a report: one drawing function, many panels."""
 
 import io
+import itertools
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 from experiments import _report_runs as runs_lib
+from nl_jax import files
 
 # Both readable on white and on near-black.
 COLOURS = (
@@ -14,6 +17,8 @@ _INK = "#7d858f"
 _LONGEST = 120  # Characters of a text that is drawn.
 _STYLES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "^", "s", "x")
+_FEW = 8  # Points that have no running mean.
+_CLOSE = 0.01  # Of the height of a panel: lines so near lie on each other.
 
 
 def plain(text: str) -> str:
@@ -39,6 +44,9 @@ class Curve(NamedTuple):
     run: number of the run: its colour.
     style: number of the kind of line or dot.
     dots: whether the points are not joined.
+    marks: whether the points of a line are marked.
+    faint: it lies behind another one, its mean.
+    colour: number of the colour; None: by run, of one run by place.
   """
 
   label: str
@@ -47,6 +55,9 @@ class Curve(NamedTuple):
   run: int
   style: int = 0
   dots: bool = False
+  marks: bool = False
+  faint: bool = False
+  colour: int | None = None
 
 
 class Panel(NamedTuple):
@@ -57,19 +68,21 @@ class Panel(NamedTuple):
     x: label of the x axis.
     curves: the lines.
     log: whether the y axis is logarithmic.
+    changes: where the config of a run changed: upright lines.
   """
 
   title: str
   x: str
   curves: list[Curve]
   log: bool = False
+  changes: tuple[float, ...] = ()
 
 
 def panels(runs: list[runs_lib.Run]) -> list[Panel]:
   """All charts that the runs have something to show in."""
   made = [
-    _loss(runs, "tokens", "tokens"),
-    _loss(runs, "seconds", "seconds of training"),
+    *_losses(runs, "tokens", "tokens"),
+    *_losses(runs, "seconds", "seconds of training"),
     *_levels(runs),
     *_optimizer(runs),
     *_speed(runs),
@@ -77,16 +90,68 @@ def panels(runs: list[runs_lib.Run]) -> list[Panel]:
   return [panel for panel in made if panel.curves]
 
 
-def _loss(runs: list[runs_lib.Run], x: str, label: str) -> Panel:
-  curves = []
-  for i, run in enumerate(runs):
-    name = _name(runs, run, "train")
-    curves += _curve(run, i, "train/loss", x, name)
-    for key in run.keys("eval/"):
-      if key.endswith("/loss"):
-        name = _name(runs, run, key.split("/")[1])
-        curves += _curve(run, i, key, x, name, dots=True)
-  return Panel(f"Loss over {label} (nat per token)", label, curves)
+def _losses(runs: list[runs_lib.Run], x: str, label: str) -> list[Panel]:
+  """A panel for each tokenizer: a nat per token of others means another one."""
+  groups = runs_lib.by_tokenizer(runs)
+  made = []
+  for name, numbers in groups.items():
+    title = f"Loss over {label} (nat per token)"
+    if len(groups) > 1:
+      title = f"Loss (nat per token of {name})"
+    curves, changes = [], []
+    for i in numbers:
+      curves += _loss(runs, i, x, 2 * len(made) if len(groups) > 1 else 0)
+      changes += runs[i].changed_at(x)
+    made.append(Panel(title, label, curves, changes=tuple(changes)))
+  return made
+
+
+def _loss(
+  runs: list[runs_lib.Run], number: int, x: str, first: int
+) -> list[Curve]:
+  """Training loss as it was, its running mean, and validation."""
+  run, alone = runs[number], len(runs) == 1
+  colour = first if alone else number
+  name = _name(runs, run, "train")
+  curves = _curve(run, number, "train/loss", x, name)
+  if curves:
+    mean = running_mean(curves[0].ys)
+    if mean:
+      raw = curves[0]._replace(label="", faint=True, colour=colour)
+      curves = [raw, raw._replace(label=name, ys=mean, faint=False)]
+    else:
+      curves = [curves[0]._replace(colour=colour)]
+  keys = [key for key in run.keys("eval/") if key.endswith("/loss")]
+  for j, key in enumerate(keys):
+    name = _name(runs, run, key.split("/")[1])
+    found = _curve(run, number, key, x, name, style=j + 1)
+    colour = j + 1 if alone else number
+    curves += [c._replace(marks=True, colour=colour) for c in found]
+  return curves
+
+
+def running_mean(ys: list[float]) -> list[float] | None:
+  """Means over about a 15th of the points, centred; gaps stay gaps.
+
+  Towards both ends fewer points are taken, as many before as behind. None where
+  there are too few to have a mean.
+  """
+  count = len(ys)
+  if count < _FEW:
+    return None
+  known = [math.isfinite(y) for y in ys]
+  sums = [
+    0.0,
+    *itertools.accumulate(y if k else 0.0 for y, k in zip(ys, known)),
+  ]
+  counts = [0, *itertools.accumulate(map(int, known))]
+  means = []
+  for i in range(count):
+    reach = min(max(1, count // 30), i, count - 1 - i)
+    low, high = i - reach, i + reach + 1
+    mean = (sums[high] - sums[low]) / max(counts[high] - counts[low], 1)
+    means.append(mean if known[i] else math.nan)
+  return means
 
 
 def _curve(
@@ -175,18 +240,29 @@ def _name(runs: list[runs_lib.Run], run: runs_lib.Run, part: str) -> str:
 def draw(axes: Any, panel: Panel, ink: str) -> None:
   """One panel on matplotlib axes."""
   alone = len({curve.run for curve in panel.curves}) == 1
+  for x in panel.changes:
+    axes.axvline(x, color=ink, linewidth=0.8, linestyle=":")
+  under = covered(panel)
   for number, curve in enumerate(panel.curves):
-    colour = COLOURS[(number if alone else curve.run) % len(COLOURS)]
+    place = number if alone else curve.run
+    place = place if curve.colour is None else curve.colour
+    look = dict(linestyle=_STYLES[curve.style % 4], linewidth=1.4)
+    if curve.faint:
+      look |= dict(alpha=0.35, linewidth=0.8)
+    if number in under:  # A band, seen on both sides of the lines on it.
+      width = 2.0 + 2.5 * min(under[number], 2)
+      look |= dict(alpha=0.45, linewidth=width, linestyle="-")
+    marker = _MARKERS[curve.style % len(_MARKERS)]
     if curve.dots:
-      marker = _MARKERS[curve.style % len(_MARKERS)]
       look = dict(linestyle="none", marker=marker, markersize=3.5)
-    else:
-      look = dict(linestyle=_STYLES[curve.style % 4], linewidth=1.4)
-      if len(curve.xs) == 1:
-        look = dict(linestyle="none", marker="s", markersize=4)
-    axes.plot(
-      curve.xs, curve.ys, color=colour, label=plain(curve.label), **look
-    )
+    elif len(curve.xs) == 1:
+      look = dict(linestyle="none", marker="s", markersize=4)
+    elif curve.marks:
+      look |= dict(marker=marker, markersize=3.5)
+    colour = COLOURS[place % len(COLOURS)]
+    # A label that begins so is left out of legends by matplotlib.
+    label = plain(curve.label) or "_nolegend_"
+    axes.plot(curve.xs, curve.ys, color=colour, label=label, **look)
   axes.set_title(plain(panel.title), fontsize=10, color=ink, loc="left", pad=8)
   axes.set_xlabel(panel.x, fontsize=8, color=ink)
   if panel.log:
@@ -198,8 +274,27 @@ def draw(axes: Any, panel: Panel, ink: str) -> None:
     spine.set_visible(side in ("left", "bottom"))
     spine.set_color(ink)
   axes.patch.set_alpha(0)
-  if len(panel.curves) > 1:
+  if sum(bool(curve.label) for curve in panel.curves) > 1:
     axes.legend(fontsize=7, frameon=False, labelcolor=ink, loc="best", ncols=1)
+
+
+def covered(panel: Panel) -> dict[int, int]:
+  """How many later lines lie on a line, all along; by its number."""
+  lines = [
+    (number, dict(zip(curve.xs, curve.ys)))
+    for number, curve in enumerate(panel.curves)
+    if not curve.dots and not curve.faint and len(curve.xs) > 1
+  ]
+  values = [y for _, line in lines for y in line.values() if math.isfinite(y)]
+  near = _CLOSE * (max(values) - min(values)) if values else 0.0
+  found: dict[int, int] = {}
+  for i, (number, line) in enumerate(lines):
+    for _, other in lines[i + 1 :]:
+      shared = [x for x in line if x in other]
+      gaps = [abs(line[x] - other[x]) for x in shared]
+      if len(shared) > 1 and all(not gap > near for gap in gaps):
+        found[number] = found.get(number, 0) + 1
+  return found
 
 
 def _engineering() -> Any:
@@ -229,6 +324,16 @@ def png(shown: list[Panel], title: str, path: Any) -> None:
     draw(figure.add_subplot(rows, columns, number + 1), panel, ink)
   figure.suptitle(plain(title), fontsize=13, color=ink, x=0.01, ha="left")
   figure.savefig(path, format="png", dpi=110, facecolor="white")
+
+
+def save(shown: list[Panel], title: str, path: pathlib.Path) -> None:
+  """`png` into a file that is whole or not there.
+
+  Raises:
+    StorageError: the system refuses.
+  """
+  with files.writing(path), files.replacing(path) as file:
+    png(shown, title, file)
 
 
 def dots(values: dict[str, list[float]], title: str, path: Any) -> None:

@@ -55,7 +55,8 @@ def page(
   sections = [
     f"<h1>{_text(title)}</h1>",
     *(
-      f"<p class=soft>{_text(line)}</p>" for run in runs for line in _notes(run)
+      f"<p class=soft>{_text(line)}</p>"
+      for line in [*_of_all(runs), *(x for run in runs for x in _notes(run))]
     ),
     "<h2>Figures</h2>",
     _table(("", *(run.name for run in runs)), _figures(runs)),
@@ -77,12 +78,27 @@ def page(
   )
 
 
+def _of_all(runs: list[runs_lib.Run]) -> Iterable[str]:
+  """What must be known before runs are compared."""
+  groups = runs_lib.by_tokenizer(runs)
+  if len(groups) > 1:
+    yield (
+      f"These runs have {len(groups)} tokenizers, so their losses in nat per "
+      "token stand in panels of their own. Nat per byte can be compared where "
+      "the held-out text is the same."
+    )
+
+
 def _notes(run: runs_lib.Run) -> Iterable[str]:
   """What a reader must know before the figures."""
   step = run.lines[-1]["step"]
   steps = run.config.get("train", {}).get("steps", "?")
   if not run.results:
     yield f"{run.name} is not done: step {step} of {steps}."
+  for i, told in enumerate(run.chain):
+    yield f"{run.name} {'came' if i == 0 else '… then'} {told}."
+  for step, change in run.changes:
+    yield f"{run.name} changed at step {step}: {change}."
   if run.not_finite():
     yield (
       f"{run.name}: {run.not_finite()} logged steps were not finite; they are "

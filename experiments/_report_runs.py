@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nl_jax.train import files, metrics
+from nl_jax.train import files, kept, metrics, origin
 
 
 class Run(NamedTuple):
@@ -21,6 +21,10 @@ class Run(NamedTuple):
     results: of results.json; {} of a run that is not done.
     sample: text that it wrote; "" where there is none.
     torn: lines of metrics.jsonl that could not be read.
+    changes: of the config while it ran: (step, "key: old -> new"), oldest
+      first.
+    chain: what it came from, oldest first, in words.
+    tokenizer: what tells it from others: its name and its hash.
   """
 
   name: str
@@ -31,6 +35,9 @@ class Run(NamedTuple):
   results: dict[str, Any]
   sample: str
   torn: int
+  changes: tuple[tuple[int, str], ...] = ()
+  chain: tuple[str, ...] = ()
+  tokenizer: tuple[str, str] = ("", "")
 
   def series(self, key: str, x: str = "tokens") -> tuple[list, list]:
     """(x, values) of a metric; what was not finite is nan, and so a gap.
@@ -57,6 +64,16 @@ class Run(NamedTuple):
         tokens = line["tokens"]
       times.append(total)
     return times
+
+  def changed_at(self, x: str) -> list[float]:
+    """Where on an axis, "tokens" or "seconds", the config changed."""
+    seconds, places = self.seconds(), []
+    for step in sorted({step for step, _ in self.changes}):
+      before = [i for i, line in enumerate(self.lines) if line["step"] <= step]
+      if before:
+        i = before[-1]
+        places.append(seconds[i] if x == "seconds" else self.lines[i][x])
+    return places
 
   def last(self, key: str) -> float | None:
     """The last value of a metric; None where it was never finite."""
@@ -108,7 +125,36 @@ def read(workdir: str) -> Run:
     results=files.read_json(results) if results.is_file() else {},
     sample=sample.read_text(encoding="utf-8") if sample.is_file() else "",
     torn=torn,
+    changes=tuple(
+      (entry["step"], change)
+      for entry in about.get(files.CHANGES, ())
+      for change in entry["changes"]
+    ),
+    chain=tuple(map(origin.describe, about.get(files.CHAIN, ()))),
+    tokenizer=_tokenizer(about),
   )
+
+
+def _tokenizer(about: dict[str, Any]) -> tuple[str, str]:
+  """Name and hash; of a run of before, which kept none, its path."""
+  name = about["config"].get("data", {}).get("tokenizer", "")
+  own = about.get(kept.KEY)
+  if not own:
+    return pathlib.Path(name).name, name
+  return own["file"], own["sha256"][own["file"]]
+
+
+def by_tokenizer(runs: list[Run]) -> dict[str, list[int]]:
+  """Numbers of the runs with each tokenizer, by a name that tells it."""
+  found: dict[tuple[str, str], list[int]] = {}
+  for number, run in enumerate(runs):
+    found.setdefault(run.tokenizer, []).append(number)
+  names = [name for name, _ in found]
+  return {
+    (name[:24] or "no tokenizer")
+    + (f" {mark[:8]}" if names.count(name) > 1 else ""): numbers
+    for (name, mark), numbers in found.items()
+  }
 
 
 def _lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:

@@ -9,14 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from ml_collections import config_dict
 
 from nl_jax import data, fields, sharding
-from nl_jax.data import sources
+from nl_jax.data import sources, tokenizers
 from nl_jax.eval import evaluate
+from nl_jax.kernels import walk as kernels
 from nl_jax.models import cms, incontext, lm
-from nl_jax.train import checkpoint, files, optimizer
+from nl_jax.train import checkpoint, files, optimizer, rules
 from nl_jax.train import config as configs
 from nl_jax.train import settings as settings_lib
 
@@ -67,16 +69,30 @@ def of_run(
     ) from error
 
 
+def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
+  """The tokenizer of the group `data`.
+
+  Raises:
+    ValueError, FileNotFoundError: what `tokenizers.load` raises.
+  """
+  values = config.data
+  return tokenizers.load(
+    values.tokenizer, bos=values.bos, special_tokens=values.special_tokens
+  )
+
+
 def resolve(config: ConfigDict) -> ConfigDict:
   """A config that is checked, with what depends on the machine filled in.
 
-  Configs from files of before get the fields that they do not list; what the
-  machine decides is the dtype of activations.
+  Configs from files of before get the fields that they do not list; groups of
+  rules that are not chosen go, where they say nothing; what the machine decides
+  is the dtype of activations.
 
   Raises:
     ValueError: as `from_plain`.
   """
   values = configs.upgraded(config.to_dict())
+  values["optim"] = rules.chosen(values["optim"])
   known = configs.flat(configs.table_of(values))
   config = ConfigDict(from_plain(_split(values, known)).to_dict())
   if config.train.dtype == "auto":
@@ -169,14 +185,51 @@ def dataset(
       "model or a tokenizer.json, of at most model.vocab_size="
       f"{config.model.vocab_size} ids"
     )
+  _check_rows(config, net)
   part, parts = (0, 1) if on is None else part_of_batch(on)
   return data.load(
     **config.data.to_dict(),
+    consecutive=config.train.carry_gradient,
     alignment=net.alignment,
     vocab_size=net.vocab_size,
     process_index=part,
     process_count=parts,
   )
+
+
+def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
+  """Raises ValueError where rows cannot be carried on as the config says."""
+  rows, reset = config.data.rows, config.data.reset
+  if rows != "stream":
+    for path, value, default in (
+      ("data.reset", reset, "document"),
+      ("train.carry_gradient", config.train.carry_gradient, 1),
+    ):
+      if value != default:
+        raise ValueError(
+          f"{path}={value!r} is of data.rows=stream, got data.rows={rows!r}"
+        )
+    return
+  if net.grows:
+    raise ValueError(
+      "data.rows=stream carries what a model remembers from row to row, and "
+      f"that of model.arch={net.arch!r} grows with the text: set "
+      "model.mixer.window, or use a model of memories, such as hope"
+    )
+  levels = getattr(net, "options", None)
+  if levels and (levels.reset == "document") != (reset == "document"):
+    fits = {"document": "document", "never": "sequence"}[reset]
+    raise ValueError(
+      f"with data.rows=stream and data.reset={reset} levels in context begin "
+      f"anew with model.cms.reset={fits}, got {levels.reset!r}"
+    )
+
+
+def streams(config: ConfigDict) -> int:
+  """Rows that carry their memories from step to step; 0: none does."""
+  if config.data.rows != "stream":
+    return 0
+  return config.data.batch_size // config.train.carry_gradient
 
 
 def part_of_batch(on: jax.sharding.Mesh) -> tuple[int, int]:
@@ -224,10 +277,17 @@ def tokens_per_step(config: ConfigDict) -> int:
 def make_optimizer(
   config: ConfigDict, net: lm.LanguageModel
 ) -> optimizer.Optimizer:
-  """The optimizer of the group `optim`."""
+  """The optimizer of the group `optim`.
+
+  Raises:
+    ValueError: a value that does not fit, or that the rule does not read.
+  """
+  group = rules.chosen(config.optim.to_dict())
+  options = group.pop(group["name"])
   return optimizer.make(
     net,
-    **config.optim.to_dict(),
+    **group,
+    options=options,
     steps=config.train.steps,
     tokens_per_step=tokens_per_step(config),
   )
@@ -248,7 +308,8 @@ def mesh_sizes(config: ConfigDict, count: int) -> dict[str, int]:
   axes = [sizes[axis] for axis in ("fsdp", "sequence", "tensor")]
   if axes != [-1, 1, 1] or replica < 1 or count % replica:
     return sizes
-  rows = config.data.batch_size // (config.train.accumulate * replica)
+  rows = config.data.batch_size // config.train.carry_gradient
+  rows //= config.train.accumulate * replica
   fsdp = math.gcd(count // replica, rows)
   return sizes | dict(fsdp=fsdp, tensor=count // replica // fsdp)
 
@@ -276,11 +337,57 @@ def mesh(
     )
   sharding.check_batch(
     made,
-    config.data.batch_size,
+    config.data.batch_size // config.train.carry_gradient,
     config.data.sequence_length,
     config.train.accumulate,
   )
+  check_sequence(config, made.shape["sequence"])
   return made
+
+
+def walks(
+  config: ConfigDict, net: lm.LanguageModel | incontext.InContextModel
+) -> list[kernels.Call]:
+  """The walks over chunks of a layer in a training step, traced by shapes."""
+  shape = config.data.batch_size, config.data.sequence_length
+  tokens = jax.ShapeDtypeStruct(shape, jnp.int32)
+  run = lambda params, tokens: net.apply(params, tokens, segment_ids=tokens)
+  with kernels.recorded() as calls:
+    jax.eval_shape(run, jax.eval_shape(net.init, jax.random.key(0)), tokens)
+  return calls
+
+
+def check_sequence(config: ConfigDict, shards: int) -> None:
+  """Raises ValueError unless rows of tokens can be split over devices.
+
+  Args:
+    config: resolved.
+    shards: devices that a row is to be split over.
+  """
+  if shards == 1:
+    return
+  net, tokens = model(config), config.data.sequence_length
+  if isinstance(net, incontext.InContextModel):
+    raise ValueError(
+      f"mesh.sequence={shards} splits the tokens of a row, but the levels of "
+      "this model learn in context, from all tokens in order: set "
+      "mesh.sequence=1 and use mesh.fsdp or mesh.tensor"
+    )
+  for call in walks(config, net):
+    count, chunk = call.places.real.shape[1:]
+    # A walk inside a chunk of another is not split.
+    if count * chunk < tokens or tokens % (shards * chunk) == 0:
+      continue
+    part = shards * chunk
+    sizes = [max(tokens // part, 1) * part, (tokens // part + 1) * part]
+    fits = " or ".join(map(str, dict.fromkeys(sizes)))
+    divisors = [n for n in range(1, shards) if tokens % (n * chunk) == 0]
+    raise ValueError(
+      f"mesh.sequence={shards} must give each device whole chunks of {chunk} "
+      f"tokens (walk {call.name}), got data.sequence_length={tokens}; nearest: "
+      f"data.sequence_length={fits}, or mesh.sequence="
+      f"{', '.join(map(str, divisors)) or 1}"
+    )
 
 
 def settings(config: ConfigDict) -> settings_lib.Settings:
@@ -300,6 +407,8 @@ def settings(config: ConfigDict) -> settings_lib.Settings:
     log_every=train.log_every,
     eval_every=train.eval_every,
     accumulate=train.accumulate,
+    streams=streams(config),
+    carry_gradient=train.carry_gradient,
     nan_policy=train.nan_policy,
     max_skipped=train.max_skipped,
     checkpoint_every=config.checkpoint.every,

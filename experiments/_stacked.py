@@ -88,7 +88,7 @@ def save(
   """Writes the workdir of a run that has made no step, without an optimizer.
 
   It has no place in any data, so `lm` starts from it in a workdir of its own
-  (--init_from).
+  (--from, --keep=weights).
 
   Args:
     workdir: made if missing.

@@ -88,7 +88,7 @@ def _trained(asked: Asked, step: int | None) -> Loaded:
   cache = str(workdir / "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", cache)
   mesh = sharding.mesh()
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(
     asked.workdir, net, step=step, mesh=mesh
   )
@@ -100,7 +100,7 @@ def _trained(asked: Asked, step: int | None) -> Loaded:
 def _random(name: str, config: _setup.ConfigDict) -> Loaded:
   config = _setup.resolve(config)
   net, mesh = _setup.model(config), sharding.mesh()
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   shapes = jax.eval_shape(net.init, jax.random.key(0))
   shardings = sharding.param_shardings(shapes, mesh)
   init = jax.jit(net.init, out_shardings=shardings)

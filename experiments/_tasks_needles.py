@@ -23,7 +23,7 @@ from experiments import _tasks_problems as problems
 from experiments import _tasks_training as training
 from experiments import _tasks_trials as trials
 from nl_jax import stream
-from nl_jax.data import documents, sources, tokenizers
+from nl_jax.data import documents, sources
 from nl_jax.tasks import batches, needles
 from nl_jax.train import checkpoint
 
@@ -107,7 +107,7 @@ class Answer(NamedTuple):
 def load(workdir: pathlib.Path) -> Subject:
   """The newest checkpoint of a run."""
   config, net = _setup.of_run(str(workdir))
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(str(workdir), net)
   _main.say(f"{config.model.arch} at step {step} of {workdir}")
   about = {
@@ -136,7 +136,7 @@ def learned(
     size: of the training; its first rate is taken.
   """
   config = _flags.load_config(arm.config)
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   length, vocab_size = asked.lengths[0], config.model.vocab_size
   train, test = (
     _rows(tokenizer, dataclasses.replace(asked, seed=seed), text, count)

@@ -1,4 +1,4 @@
-"""Folders of safetensors files: read tensor by tensor, written whole.
+"""Folders of safetensors files, read tensor by tensor.
 
 A model's weights are in `model.safetensors`, or in several files that
 `model.safetensors.index.json` names. Nothing is read before it is asked for,
@@ -6,22 +6,18 @@ so that a model takes no more memory than the arrays made of it.
 """
 
 import dataclasses
-import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from nl_jax import files as whole
-from nl_jax.train import files
+from nl_jax import tensors
 
 MODEL = "model.safetensors"
 _INDEX = f"{MODEL}.index.json"
 _READ = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_WRITTEN = {dtype: code for code, dtype in _READ.items()}
-_HEADER_MULTIPLE = 8  # The format's: bytes that the header is padded to.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,12 +29,14 @@ class Stored:
     name: in the file.
     shape: of the tensor.
     dtype: name of the stored dtype.
+    seals: of the file's tensors, where it has any (nl_jax.tensors).
   """
 
   file: pathlib.Path
   name: str
   shape: tuple[int, ...]
   dtype: str
+  seals: Mapping[str, str] | None = None
 
   def __array__(
     self, dtype: Any = None, copy: bool | None = None
@@ -48,7 +46,9 @@ class Stored:
     import safetensors
 
     with safetensors.safe_open(str(self.file), "numpy") as file:
-      return file.get_tensor(self.name).astype(dtype or np.float32)
+      found = file.get_tensor(self.name)
+    tensors.check(self.file, self.name, found, self.seals)
+    return found.astype(dtype or np.float32)
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
@@ -111,65 +111,20 @@ def _entries(path: pathlib.Path) -> list[Stored]:
   entries = []
   try:
     with safetensors.safe_open(str(path), "numpy") as file:
+      seals = tensors.seals_of(tensors.open_texts(path, file.metadata()))
       for name in file.keys():
         part = file.get_slice(name)
         shape, dtype = tuple(part.get_shape()), part.get_dtype()
-        entries.append(Stored(path, name, shape, _READ.get(dtype, dtype)))
+        stored = _READ.get(dtype, dtype)
+        entries.append(Stored(path, name, shape, stored, seals))
   except safetensors.SafetensorError as error:
     raise ValueError(
       f"{path} is no safetensors file, or a torn one ({error}); fetch it again"
     ) from error
   for stored in entries:
-    if stored.dtype not in _WRITTEN:
+    if stored.dtype not in _READ.values():
       raise ValueError(
         f"{path} holds {stored.name} as {stored.dtype}; weights must be "
-        f"{', '.join(_WRITTEN)}: quantized models are not read"
+        f"{', '.join(_READ.values())}: quantized models are not read"
       )
   return entries
-
-
-def write(
-  path: pathlib.Path,
-  tensors: Mapping[str, np.ndarray],
-  dtype: str,
-  metadata: Mapping[str, str],
-) -> None:
-  """Writes a safetensors file; killed at any moment, it is whole or not there.
-
-  Tensors are made contiguous one by one, so views cost no memory.
-
-  Args:
-    path: of the file.
-    tensors: by name.
-    dtype: "float32", "bfloat16" or "float16".
-    metadata: texts for the file's header.
-
-  Raises:
-    StorageError: the system refuses.
-  """
-  with files.writing(path), whole.replacing(path) as file:
-    file.write(_header(tensors, dtype, metadata))
-    file.writelines(_contents(tensors.values(), dtype))
-
-
-def _header(
-  tensors: Mapping[str, np.ndarray], dtype: str, metadata: Mapping[str, str]
-) -> bytes:
-  header: dict[str, Any] = {"__metadata__": dict(metadata)}
-  at, width = 0, jnp.dtype(dtype).itemsize
-  for name, x in tensors.items():
-    end = at + x.size * width
-    header[name] = {
-      "dtype": _WRITTEN[dtype],
-      "shape": list(x.shape),
-      "data_offsets": [at, end],
-    }
-    at = end
-  text = json.dumps(header).encode()
-  text += b" " * (-len(text) % _HEADER_MULTIPLE)
-  return len(text).to_bytes(8, "little") + text
-
-
-def _contents(tensors: Iterable[np.ndarray], dtype: str) -> Iterable[bytes]:
-  for x in tensors:
-    yield np.ascontiguousarray(x, jnp.dtype(dtype)).tobytes()

@@ -34,12 +34,15 @@ def generate(
     reader: the model, with what it has read.
     tokenizer: of `nl_jax.data.tokenizers`.
     prompt: read first. May be empty: then the text follows what was read
-      before, and a line break where that is nothing. (How a document begins is
-      no target of training, so there is no token to start from.)
+      before, and where that is nothing the tokenizer's begin id, or a line
+      break. (Without a begin id, how a document begins is no target of
+      training.)
     tokens: how many at most; the end of a document ends the text.
     temperature, top_p, seed: of `stream.Stream.sample`.
   """
-  ids = encode(tokenizer, prompt or ("\n" if reader.logits is None else ""))
+  is_first = reader.logits is None
+  bare = is_first and tokenizer.begin_id is None
+  ids = encode(tokenizer, prompt or ("\n" if bare else ""), is_first)
   if ids.size:
     reader.read(ids[None])
   pieces = tokenizer.stream()
@@ -57,8 +60,13 @@ def generate(
   yield pieces.flush()
 
 
-def encode(tokenizer: Any, text: str) -> np.ndarray:
+def encode(tokenizer: Any, text: str, is_first: bool = False) -> np.ndarray:
   """The int32 ids of a text.
+
+  Args:
+    tokenizer: of `nl_jax.data.tokenizers`.
+    text: the text.
+    is_first: whether nothing comes before it: then it begins as documents do.
 
   Raises:
     ValueError: it is not UTF-8.
@@ -69,4 +77,7 @@ def encode(tokenizer: Any, text: str) -> np.ndarray:
     raise ValueError(
       f"the prompt is not UTF-8 at character {error.start}"
     ) from None
-  return np.asarray(tokenizer.encode(text), np.int32)
+  ids = np.asarray(tokenizer.encode(text), np.int32)
+  if not is_first or tokenizer.begin_id is None:
+    return ids
+  return np.concatenate([np.asarray([tokenizer.begin_id], np.int32), ids])

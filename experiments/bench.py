@@ -288,6 +288,9 @@ def main() -> int:
     )
   import jax
 
+  from nl_jax.train import heap
+
+  heap.keep_freed()  # As in training.
   about = dict(
     jax=jax.__version__,
     device=str(jax.devices()[0].device_kind),

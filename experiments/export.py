@@ -53,6 +53,7 @@ def main() -> int:
   import numpy as np
 
   from experiments import _setup, _tensors
+  from nl_jax import tensors as sealed
   from nl_jax.models import incontext
   from nl_jax.train import checkpoint, files
 
@@ -63,7 +64,7 @@ def main() -> int:
   reason, about, tensors = _form(config, base, params)
   files.make_workdir(out)
   origin = {"format": "pt", "step": str(step), "workdir": _WORKDIR.value}
-  _tensors.write(out / _tensors.MODEL, tensors, _DTYPE.value, origin)
+  sealed.write(out / _tensors.MODEL, tensors, origin, _DTYPE.value)
   if not reason:
     _copy_tokenizer(config, out)
   # Last: a folder with a config is whole.
@@ -114,8 +115,7 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
   Of another model its tokenizer's ids.
   """
-  from experiments import _tensors
-  from nl_jax.data import tokenizers
+  from experiments import _setup, _tensors
 
   if not config.data.tokenizer:
     return {}
@@ -125,9 +125,9 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
   said = _tensors.read_object(beside) if pretrained else {}
   if said.get("model_type") == model_type:
     return {key: said[key] for key in _KEPT if key in said}
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   return {
-    "bos_token_id": None,
+    "bos_token_id": tokenizer.begin_id,
     "eos_token_id": tokenizer.end_id,
     "pad_token_id": tokenizer.pad_id,
   }
@@ -135,10 +135,13 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
 def _copy_tokenizer(config: Any, out: pathlib.Path) -> None:
   """The files of the run's tokenizer, where it has any."""
+  from nl_jax import files
+
   folder = pathlib.Path(config.data.tokenizer)
   for name in _BESIDE if folder.is_file() else ():
     if folder.with_name(name).is_file():
-      shutil.copyfile(folder.with_name(name), out / name)
+      with files.writing(out / name):
+        shutil.copyfile(folder.with_name(name), out / name)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,10 @@ column, and an entry of a tuple is `model.cms.widths[1]` in a message.
 `python -m experiments.lm --config=<name> --describe` prints the fields of any
 config as they will be used.
 
+`optim.name` chooses a rule, and the group of its name has its options; in these
+groups `none` stands for None, and so does 0 where a number may be None. What
+the chosen rule does not read is refused.
+
 Defaults are those of the dataclass or function that reads a group; where there
 is none, every config says a value. What configs say besides stands below the
 tables of mixers, at the size `tiny`. This page is printed by

@@ -12,7 +12,6 @@ went wrong, with what makes it again; status 3 if one did.
 import pathlib
 import random
 import tempfile
-from collections.abc import Iterable
 
 from absl import flags
 
@@ -27,6 +26,9 @@ _COMMANDS = flags.DEFINE_integer(
   "commands", 40, "Commands in any order, on the same few folders.",
   lower_bound=0,
 )  # fmt: skip
+_SHAPES = flags.DEFINE_boolean(
+  "shapes", True, "Trace what configs make, not only build it."
+)
 _KINDS = flags.DEFINE_list(
   "kinds", [], "Kinds of files, with commas between; by default all."
 )
@@ -39,10 +41,7 @@ def main() -> int:
   jax.config.update("jax_platforms", "cpu")
 
   with tempfile.TemporaryDirectory() as folder:
-    results = run(
-      pathlib.Path(folder), _SEED.value, _CONFIGS.value, _FILES.value,
-      _COMMANDS.value, _KINDS.value,
-    )  # fmt: skip
+    results = _run(pathlib.Path(folder), _SEED.value)
   print(table(results))
   wrong = [x for x in results if x.fault]
   for x in wrong:
@@ -50,47 +49,42 @@ def main() -> int:
   return _main.PARTLY_FAILED if wrong else _main.DONE
 
 
-def run(
-  folder: pathlib.Path,
-  seed: int,
-  configs: int,
-  files: int,
-  commands: int,
-  kinds: Iterable[str] = (),
-) -> list:
-  """Runs cases; their results, in order.
+def _run(folder: pathlib.Path, seed: int) -> list:
+  """Runs what the flags ask for; the results, in order.
 
   Args:
     folder: for whole files and the folders of commands.
     seed: of all that is drawn.
-    configs, files, commands: how many of each.
-    kinds: of files; by default all.
 
   Raises:
     ValueError: a kind that there is not.
   """
   from experiments import _fuzz_commands, _fuzz_configs, _fuzz_files, _fuzz_run
 
-  chosen = list(kinds) or [*_fuzz_files.KINDS]
-  for name in chosen:
+  kinds = _KINDS.value or [*_fuzz_files.KINDS]
+  for name in kinds:
     if name not in _fuzz_files.KINDS:
       raise ValueError(
         f"--kinds must be of {', '.join(_fuzz_files.KINDS)}; got {name!r}"
       )
-  cases = _fuzz_configs.cases(configs, random.Random(f"configs {seed}"))
-  if files:
+  draw = lambda what: random.Random(f"{what} {seed}")
+  cases = _fuzz_configs.cases(_CONFIGS.value, draw("configs"), _SHAPES.value)
+  if _FILES.value:
     whole = folder / "whole"
     whole.mkdir()
     making = _fuzz_run.Case("files", "made", lambda: _made(whole), 300)
     made = _fuzz_run.run(making)
     if made.fault or made.status:
       raise ValueError(f"the whole files were not made: {made.said}")
-    draw = random.Random(f"files {seed}")
-    cases += _fuzz_files.cases(files, whole, draw, chosen)
-  if commands:
-    draw = random.Random(f"commands {seed}")
-    cases += _fuzz_commands.cases(commands, folder / "commands", draw)
-  return _fuzz_run.forked(cases, _told)
+    cases += _fuzz_files.cases(_FILES.value, whole, draw("files"), kinds)
+  if _COMMANDS.value:
+    there = folder / "commands"
+    cases += _fuzz_commands.cases(_COMMANDS.value, there, draw("commands"))
+  results = []
+  for case in cases:
+    results.append(_fuzz_run.run(case))
+    _told(results[-1])
+  return results
 
 
 def _made(whole: pathlib.Path) -> str:

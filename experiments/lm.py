@@ -33,12 +33,22 @@ _ALLOW = flags.DEFINE_boolean(
 _CACHE = flags.DEFINE_string(
   "compilation_cache", None, "Folder of compiled steps; default in the workdir."
 )
-_RESUME = flags.DEFINE_string(
-  "resume_from", "", "Workdir of another run to go on from, if this has none."
-)
-_INIT = flags.DEFINE_string(
-  "init_from", "", "Workdir of a run whose parameters to start from."
-)
+_FROM = flags.DEFINE_string(
+  "from", "",
+  "Another run to start from, if this has no checkpoint: workdir, or "
+  "workdir@step.",
+)  # fmt: skip
+_KEEP = flags.DEFINE_string(
+  "keep", "",
+  "What of it is kept: weights; optimizer, with all counters, for other data "
+  "or a cooldown; all, with the place in the data.",
+)  # fmt: skip
+# Flags of before, and what --keep says in their place.
+_BEFORE = (
+  (flags.DEFINE_string("resume_from", "", "Now --from, --keep=all."), "all"),
+  (flags.DEFINE_string("init_from", "", "Now --from, --keep=weights."),
+   "weights"),
+)  # fmt: skip
 _PREEMPTED = flags.DEFINE_integer(
   "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
 )
@@ -58,9 +68,14 @@ def main() -> int:
   from experiments import _describe, _setup
   from nl_jax.models import flops
   from nl_jax.train import loop
+  from nl_jax.train import origin as origin_lib
 
-  if _RESUME.value and _INIT.value:
-    raise ValueError("--resume_from and --init_from are two ways; give one")
+  for flag, keep in _BEFORE:
+    if flag.value:
+      raise ValueError(
+        f"--{flag.name}={flag.value} is now --from={flag.value} --keep={keep}"
+      )
+  origin = origin_lib.parse(_FROM.value, _KEEP.value)
   _refuse_stores()
   if not _DESCRIBE.value:
     _distributed.initialize(preemption=True)
@@ -75,8 +90,13 @@ def main() -> int:
     print(_describe.config_text(config))
     print(_describe.parameter_table(net))
     print(_describe.card_text(config, net, optimizer))
+    for group in optimizer.groups:
+      print(f"group {group}")
+    print(optimizer.chosen(jax.eval_shape(net.init, jax.random.key(0))))
     if walks := _describe.walk_text(config, net):
       print(walks)
+    if split := _describe.sequence_text(config, net):
+      print(split)
     print(_describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return _main.DONE
@@ -110,8 +130,7 @@ def main() -> int:
     mesh=mesh,
     evaluate=evaluate,
     allow_config_change=_ALLOW.value,
-    resume_from=_RESUME.value,
-    init_from=_INIT.value,
+    origin=origin,
     flops_per_token=flops.training(net, config.data.sequence_length),
   )
   if result.status == "interrupted":
@@ -129,7 +148,7 @@ def main() -> int:
 
 def _refuse_stores() -> None:
   """pathlib would make a folder `gs:` here."""
-  for flag in (_WORKDIR, _RESUME, _INIT):
+  for flag in (_WORKDIR, _FROM):
     if "://" in (flag.value or ""):
       raise ValueError(
         f"--{flag.name}={flag.value} is in a store, and a run renames, appends "
@@ -230,7 +249,8 @@ def _finish(
   text = prompt + "".join(
     _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
-  files.write(workdir / _SAMPLE, text)
+  with files.writing(workdir / _SAMPLE):
+    files.write(workdir / _SAMPLE, text)
   logging.flush()
   print("\n--- sample, after " + repr(prompt) + " ---")
   print(text)

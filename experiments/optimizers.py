@@ -49,7 +49,14 @@ def _run_trial(
 ) -> dict:
   path = _trial_path(folder, trial)
   if path.exists():
-    return json.loads(path.read_text(encoding="utf-8"))
+    found = json.loads(path.read_text(encoding="utf-8"))
+    if found.get("text") != trial["text"]:
+      raise ValueError(
+        f"{path} is of another text ({found.get('text', 'not said')}) than "
+        f"that of this version ({trial['text']}), and figures of two texts do "
+        "not compare; give another --folder"
+      )
+    return found
   begin = time.perf_counter()
   result = run(trial["arm"], trial["rate"], trial["b1"], trial["seed"])
   result |= trial | {"seconds": time.perf_counter() - begin}
@@ -67,8 +74,9 @@ def _value(result: dict) -> float:
 
 
 def _compare(
-  folder: pathlib.Path, names: Iterable[str], run: Callable[..., dict],
-  full: bool, seeds: tuple[int, ...], extensions: int = _EXTENSIONS,
+  folder: pathlib.Path, text: str, names: Iterable[str],
+  run: Callable[..., dict], full: bool, seeds: tuple[int, ...],
+  extensions: int = _EXTENSIONS,
 ) -> None:  # fmt: skip
   from experiments import _optimizer_arms as arms
 
@@ -79,7 +87,7 @@ def _compare(
       rates = (rates[0] / 10**0.5, *rates, rates[-1] * 10**0.5)
       b1s = arms.B1S
     grid = [
-      dict(arm=name, rate=float(f"{rate:.3g}"), b1=b1, seed=seed)
+      dict(arm=name, rate=float(f"{rate:.3g}"), b1=b1, seed=seed, text=text)
       for rate, b1, seed in itertools.product(
         rates, b1s, seeds if full else seeds[:1]
       )
@@ -98,7 +106,7 @@ def _compare(
 
 def _key(trial: dict) -> dict:
   """What names a trial."""
-  return {k: trial[k] for k in ("arm", "rate", "b1", "seed")}
+  return {k: trial[k] for k in ("arm", "rate", "b1", "seed", "text")}
 
 
 def _beyond(best: float, rates: Iterable[float]) -> float | None:
@@ -198,22 +206,20 @@ figures do not show is not claimed: see docs/optimizers.md.
 
 def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
   """The page of all results that lie in the folder."""
-  from experiments import _optimizer_lm
-
   parts = [_INTRO]
   command = "python -m experiments.optimizers --suite="
   lm, stream = _load(folder / "lm"), _load(folder / "topics")
   if lm:
     parts.append(
       f"## Byte language model, validation loss in nat per byte\n\n"
-      f"`{command}lm`; {_optimizer_lm.corpus()[1]}.\n\n"
+      f"`{command}lm`; {_text_of(lm)}.\n\n"
       + _table(lm, ("validation", "seconds"))
     )
     if _plot(lm, plot):
       parts.append(f"![training loss]({plot.name})")
   if stream:
     parts.append(
-      f"## Topic stream\n\n`{command}topics`; {_optimizer_lm.topics()[1]}.\n"
+      f"## Topic stream\n\n`{command}topics`; {_text_of(stream)}.\n"
       "Compare retention at equal online loss only: the rate moves it most.\n\n"
       + _table(stream, ("online", "retention", "forgetting", "recovery"))
     )
@@ -221,6 +227,11 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
   if toys:
     parts.append(f"## Toy problems\n\n`{command}toys`\n\n" + _toy_tables(toys))
   return "\n\n".join(parts) + "\n"
+
+
+def _text_of(results: list[dict]) -> str:
+  """What the trials read; all of a folder read the same."""
+  return results[0].get("text", "of a text that the trials do not name")
 
 
 def _toy_names(folder: pathlib.Path) -> list[str]:
@@ -263,18 +274,19 @@ def main() -> int:
 
     if _SUITE.value == "lm":
       names = tuple(arms.ARMS) if full else arms.SHORT
-      print(lm.corpus()[1], flush=True)
+      text = lm.corpus()[1]
       sizes = (4, 16) if smoke else (300, 256)
       run = lambda *args: lm.run_lm(*args, *sizes)
     else:
       names = tuple(arms.ARMS) if full else arms.TOPICS
-      print(lm.topics()[1], flush=True)
+      text = lm.topics()[1]
       sizes = (2, 16) if smoke else (60, 64)
       run = lambda *args: lm.run_topics(*args, *sizes)
     seeds = _SEEDS[:2] if smoke else _SEEDS
     names = names[:2] if smoke else names
     further = 0 if smoke else _EXTENSIONS
-    _compare(folder / _SUITE.value, names, run, full, seeds, further)
+    print(text, flush=True)
+    _compare(folder / _SUITE.value, text, names, run, full, seeds, further)
   if _TABLE.value:
     path = pathlib.Path(_TABLE.value)
     plot = path.with_suffix(".png")

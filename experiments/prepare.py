@@ -46,6 +46,16 @@ _BAD = flags.DEFINE_enum(
   "bad_documents", "refuse", ["refuse", "skip"],
   "What to do with documents that cannot be used.",
 )  # fmt: skip
+_SEPARATOR = flags.DEFINE_string(
+  "separator", "", "Between the documents of a text file; empty: it is one."
+)
+_BOS = flags.DEFINE_boolean(
+  "bos", False, "Begin documents with the tokenizer's token for that."
+)
+_SPECIAL = flags.DEFINE_enum(
+  "special_tokens", "parse", ["parse", "text"],
+  "What those of a tokenizer.json are in a text.",
+)  # fmt: skip
 _LENGTH = flags.DEFINE_integer(
   "sequence_length", 0, "Tokens of a row; 0: of --config."
 )
@@ -74,7 +84,8 @@ _VOCAB = flags.DEFINE_integer(
 
 # Fields that the library's sentences name, and that are flags here.
 _FIELDS = re.compile(
-  r"\bdata\.(source|path|text_key|tokenizer|sequence_length)\b"
+  r"\bdata\.(source|path|text_key|bad_documents|separator|tokenizer|bos|"
+  r"special_tokens|sequence_length)\b"
 )
 
 
@@ -189,6 +200,9 @@ def _settings() -> Any:
     validation_percent=_PERCENT.value,
     shard_bytes=_SHARD.value * 2**20,
     bad_documents=_BAD.value,
+    separator=_SEPARATOR.value,
+    bos=_BOS.value,
+    special_tokens=_SPECIAL.value,
   )
 
 
@@ -229,6 +243,10 @@ def _next_command(settings: Any, vocab_size: int) -> str:
   ]
   if not config or config.data.tokenizer != settings.tokenizer:
     parts.append(f"--config.data.tokenizer={shlex.quote(settings.tokenizer)}")
+  if settings.bos:
+    parts.append("--config.data.bos=True")
+  if settings.special_tokens != "parse":
+    parts.append(f"--config.data.special_tokens={settings.special_tokens}")
   if not config or config.data.sequence_length != settings.sequence_length:
     parts.append(f"--config.data.sequence_length={settings.sequence_length}")
   if not config or config.model.vocab_size < vocab_size:
@@ -249,7 +267,7 @@ def _train_tokenizer() -> int:
     raise errors.unknown_name("data.source", kind, partition.KINDS)
   settings = partition.Settings(
     kind, _PATH.value, "", 1, 1, _TEXT_KEY.value, _PERCENT.value,
-    bad_documents=_BAD.value,
+    bad_documents=_BAD.value, separator=_SEPARATOR.value,
   )  # fmt: skip
   size = sum(p.size for pieces in partition.plan(settings) for p in pieces)
   with _main.busy(f"learning {_VOCAB.value:,} pieces from {size:,} bytes"):

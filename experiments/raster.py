@@ -33,7 +33,7 @@ def main() -> int:
     raise FileNotFoundError(f"no file --text={text}")
   logging.set_verbosity(logging.WARNING)
   from experiments import _raster, _setup, _text
-  from nl_jax.data import documents, tokenizers
+  from nl_jax.data import documents
   from nl_jax.train import checkpoint
 
   config, net = _setup.of_run(str(workdir))
@@ -42,13 +42,13 @@ def main() -> int:
       f"model.arch={config.model.arch!r} has no memory that changes while it "
       "reads; draw a model of memories, such as hope"
     )
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   # Enough bytes for the tokens, cut behind a character.
   with text.open("rb") as file:
     content = file.read(32 * _TOKENS.value)
   content = content.decode("utf-8", "ignore").encode("utf-8")
   read = documents.decode(content, text)
-  ids = _text.encode(tokenizer, read)[: _TOKENS.value]
+  ids = _text.encode(tokenizer, read, is_first=True)[: _TOKENS.value]
   params, step = checkpoint.load_params(str(workdir), net)
   _main.say(f"{config.model.arch} at step {step} of {workdir}")
   trace = _raster.trace(net, params, ids)

@@ -4,8 +4,13 @@
 
 With --memory_out the model's memory of prompt and text is kept in a file, and
 with --memory_in it goes on from there, in another process or on another day.
+
+--prompts=texts.jsonl --memories=folder writes on from many texts at once, each
+with the memory of its name where there is one (lines {"name": ..., "text":
+...}), and prints lines of the same form.
 """
 
+import json
 import pathlib
 import sys
 
@@ -27,6 +32,11 @@ _FILE = flags.DEFINE_string(
 )
 _IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
+_OVERWRITE = flags.DEFINE_boolean(
+  "overwrite", False, "Replace --memory_out, if it is there."
+)
+_PROMPTS = flags.DEFINE_string("prompts", "", "Go on from texts of this JSONL.")
+_MEMORIES = flags.DEFINE_string("memories", "", "Folder of their memories.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
 
 
@@ -37,15 +47,19 @@ def main() -> int:
   if not pathlib.Path(_WORKDIR.value).is_dir():
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
   logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
+  if _PROMPTS.value:
+    return _sample_many()
   import jax
 
   from experiments import _setup, _text
-  from nl_jax import stream
-  from nl_jax.data import documents, tokenizers
+  from nl_jax import files, stream
+  from nl_jax.data import documents
   from nl_jax.train import checkpoint
 
+  if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
+    files.refuse_taken("--memory_out", _OUT.value)
   config, net = _setup.of_run(_WORKDIR.value)
-  tokenizer = tokenizers.load(config.data.tokenizer)
+  tokenizer = _setup.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
   prompt = _PROMPT.value
@@ -61,6 +75,8 @@ def main() -> int:
     size = _text.encode(tokenizer, prompt).size + 1
     mesh = stream.mesh_of(net, params, jax.local_devices())
     reader = stream.start(net, params, length=size + _TOKENS.value, mesh=mesh)
+  if _OUT.value:
+    stream.check_place(_OUT.value, "--memory_out", net, reader.state)
   sys.stdout.write(_PROMPT.value)
   for piece in _text.generate(
     reader,
@@ -79,6 +95,30 @@ def main() -> int:
       _OUT.value, net, params, reader.state, logits=reader.logits
     )
     _main.say(f"memory: {_OUT.value}")
+  return _main.DONE
+
+
+def _sample_many() -> int:
+  """Writes on from many texts; returns the exit status."""
+  others = (_PROMPT, _FILE, _IN, _OUT)
+  if given := [flag.name for flag in others if flag.present]:
+    raise ValueError(f"--{given[0]} is for one text, and --prompts for many")
+  if not _MEMORIES.value:
+    raise ValueError("--memories is required: the folder of their memories")
+  from experiments import _many, _setup
+  from nl_jax.data import tokenizers
+  from nl_jax.train import checkpoint
+
+  prompts = _many.load(_PROMPTS.value, _MEMORIES.value)
+  config, net = _setup.of_run(_WORKDIR.value)
+  tokenizer = tokenizers.load(config.data.tokenizer)
+  params, step = checkpoint.load_params(_WORKDIR.value, net)
+  _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  for prompt, text in _many.sample(
+    prompts, net, params, tokenizer, _TOKENS.value,
+    temperature=_TEMPERATURE.value, top_p=_TOP_P.value, seed=_SEED.value,
+  ):  # fmt: skip
+    print(json.dumps({"name": prompt.name, "text": text}), flush=True)
   return _main.DONE
 
 

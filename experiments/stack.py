@@ -10,7 +10,7 @@ With --chunks=512,2048 the fast levels of the last quarter of the layers learn
 in context, every so many tokens; without, levels change in training only.
 
 The new workdir holds a checkpoint of step 0 for `sample`, `export` and
-`lm --init_from`, and config.json, the config to train it with.
+`lm --from --keep=weights`, and config.json, the config to train it with.
 """
 
 import pathlib
@@ -137,8 +137,8 @@ def _summary(workdir: pathlib.Path, net: Any, chunks: tuple[int, ...]) -> str:
     f"each: {levels}",
     *learning,
     f"write:  {run}sample --workdir={folder} --prompt='Once'",
-    f"train:  {run}lm --config={folder}/config.json --init_from={folder} "
-    f"--workdir={folder}_trained --config.data.path=<text>",
+    f"train:  {run}lm --config={folder}/config.json --from={folder} "
+    f"--keep=weights --workdir={folder}_trained --config.data.path=<text>",
     f"back:   {run}export --workdir={folder} --out=<folder>",
   ])  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and locks: once for every room.
+"""Files that are whole or not there, locks, hashes: once for every room.
 
 Others may write to a folder, too, and lay a symbolic link where a file is about
 to be made; what is opened here never goes through one.
@@ -7,16 +7,47 @@ to be made; what is opened here never goes through one.
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import pathlib
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
+
+ADVICE = "free space, mend the permissions, or give another place"
+_BLOCK = 2**20  # Bytes.
+_SEAL = "sha256"
 
 
 class HeldError(ValueError):
   """A lock that another process holds."""
+
+
+class BrokenSealError(ValueError):
+  """What is not what was written."""
+
+
+class StorageError(OSError):
+  """A file cannot be written; the message says which, why, and what to do."""
+
+  @classmethod
+  def of(
+    cls, path: str | os.PathLike, reason: object, advice: str = ADVICE
+  ) -> "StorageError":
+    """The sentence about a path."""
+    return cls(f"{path} cannot be written: {reason}; {advice}")
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike, advice: str = ADVICE) -> Iterator[None]:
+  """What the system says of a path becomes a `StorageError`."""
+  try:
+    yield
+  except StorageError:
+    raise
+  except OSError as error:
+    raise StorageError.of(path, error.strerror or error, advice) from error
 
 
 def expand(path: str | os.PathLike) -> pathlib.Path:
@@ -84,6 +115,90 @@ def write(path: pathlib.Path, content: str | bytes) -> None:
     content = content.encode("utf-8")
   with replacing(path) as file:
     file.write(content)
+
+
+def check_place(path: str | os.PathLike, flag: str, size: int = 0) -> None:
+  """Finds before long work that a file could not be written at its end.
+
+  Args:
+    path: of the file.
+    flag: that named it, as "--out".
+    size: bytes that it will take, about.
+
+  Raises:
+    ValueError: a folder is there, or there is no folder to write it in.
+    StorageError: the system refuses, or has too little space.
+  """
+  path = pathlib.Path(path)
+  if path.is_dir():
+    raise ValueError(f"{flag}={path} is a folder; give it a file")
+  if not path.parent.is_dir():
+    raise ValueError(
+      f"{flag}={path}: there is no folder {path.parent}; make it, or give "
+      "another file"
+    )
+  hidden = beside(path)
+  with writing(path):
+    create(hidden).close()
+    hidden.unlink()
+    room = os.statvfs(path.parent)
+  free = room.f_bavail * room.f_frsize
+  if free < size:
+    raise StorageError.of(
+      path, f"it takes {size:,} bytes, and {free:,} are free"
+    )
+
+
+def refuse_taken(flag: str, *paths: str | os.PathLike) -> None:
+  """Raises ValueError where something would be replaced.
+
+  Args:
+    flag: that names the first file, as "--out".
+    paths: of the files that would be written.
+  """
+  for path in map(pathlib.Path, paths):
+    if path.is_file():
+      raise ValueError(
+        f"{path} is there already: give {flag} another file, or --overwrite "
+        "to replace it"
+      )
+
+
+def sha256(path: str | os.PathLike) -> str:
+  """SHA-256 (hex) of a file."""
+  digest = hashlib.sha256()
+  with pathlib.Path(path).open("rb") as file:
+    while block := file.read(_BLOCK):
+      digest.update(block)
+  return digest.hexdigest()
+
+
+def json_hash(value: Any) -> str:
+  """SHA-256 (hex) of a JSON value, however its keys are ordered."""
+  text = json.dumps(value, sort_keys=True)
+  return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """JSON values with a hash of themselves."""
+  return {**values, _SEAL: json_hash(values)}
+
+
+def unsealed(values: Mapping[str, Any], what: str) -> dict[str, Any]:
+  """JSON values without their hash; those of before have none.
+
+  Args:
+    values: of `sealed`.
+    what: they are, for the sentence.
+
+  Raises:
+    BrokenSealError: they are not what was written.
+  """
+  bare = dict(values)
+  expected = bare.pop(_SEAL, None)
+  if expected is not None and expected != json_hash(bare):
+    raise BrokenSealError(f"{what} is not what was written")
+  return bare
 
 
 def read_json(path: pathlib.Path) -> Any:

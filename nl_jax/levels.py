@@ -276,12 +276,14 @@ class _Runner:
       grads = jax.lax.stop_gradient(grads)
     # A unit of padding adds exactly 0, whatever its gradient.
     real = weight > 0
-    there = (weight >= 0).astype(jnp.int32)
+    there = weight >= 0
     weight = jnp.maximum(weight, 0)
     new = {}
     for level in self.levels:
       at = state[level.name]
-      at = at._replace(clock=at.clock + there)
+      # A level that never updates counts up to 2^31 - 1, and no further.
+      later = optax.safe_increment(at.clock)
+      at = at._replace(clock=jnp.where(there, later, at.clock))
       if level.period is not None:
         add = lambda sum_, g: sum_ + jnp.where(real, g, 0).astype(sum_.dtype)
         at = at._replace(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -121,7 +122,8 @@ STATES = (
   (_LAYERS + r"mamba/h_BxIxN", ("heads", "mem_in")),
   (_LAYERS + r"S_BxHxKxK", ("heads", "mem_in", "mem_out")),
   (
-    _LAYERS + r"memory/(generators|memory)/(anchor|w|s|carried)/\w+",
+    _LAYERS + r"(lmm/)?memory/(generators|memory|local|wide|keys)/"
+    r"(anchor|w|s|carried)/\w+",
     ("heads", "mem_in", "mem_out"),
   ),
   (_FAR + r"(anchor|w|s|carried)/\w+", ("heads", "mem_in", "mem_out")),
@@ -129,7 +131,7 @@ STATES = (
     _LAYERS + r"segment/carried/(anchor|s|carried)/\w+",
     ("heads", "mem_in", "mem_out"),
   ),
-  (_FAR + r"(\w+/)?(phase|segment)", ()),
+  (_FAR + r"(\w+/)?(phase|segment|place)", ()),
   (
     _CACHE + r"(recall_)?(keys|values)_BxSxHxK",
     ("length", "heads", "head_dim"),
@@ -236,10 +238,12 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
   An axis of one is not split: a row of a batch, where rows are mapped over.
   """
-  if not set(AXES) <= set(jax.sharding.get_abstract_mesh().axis_names):
+  mesh = jax.sharding.get_abstract_mesh()
+  if not set(AXES) <= set(mesh.axis_names):
     return x
-  split = [None if n == 1 else name for n, name in zip(x.shape, names)]
-  return jax.lax.with_sharding_constraint(x, spec(*split))
+  free = lambda name: tuple(a for a in _over(name) if a in mesh.auto_axes)
+  split = [None if n == 1 else free(name) for n, name in zip(x.shape, names)]
+  return jax.lax.with_sharding_constraint(x, P(*split))
 
 
 def by_tokens(
@@ -274,6 +278,76 @@ def by_tokens(
     in_specs=(tokens, *(spec(*axes) for axes in names)),
     out_specs=tokens,
   )(x_BxTxD, *kernels)
+
+
+def with_reach(
+  f: Callable[..., Tree],
+  reach: int,
+  near: Sequence[jax.Array],
+  own: Sequence[jax.Array] = (),
+  whole: Sequence[jax.Array] = (),
+) -> Tree:
+  """f of tokens and of those just before them, each shard with its own.
+
+  What looks a few tokens back then sends these alone over `length`.
+
+  Args:
+    f: of near [B, reach + t, ...], own [B, t, ...] and whole, to arrays
+      [B, t, ...]; token i of a shard stands at reach + i of `near`, and 0 is
+      what stands before the first token of a row.
+    reach: tokens to look back.
+    near, own: arrays [B, T, ...].
+    whole: arrays that every shard reads.
+  """
+  shards = length_shards(near[0].shape[1])
+  if shards == 1:
+    lay = lambda x: jnp.pad(x, [(0, 0), (reach, 0), *[(0, 0)] * (x.ndim - 2)])
+    return f(*map(lay, near), *own, *whole)
+  axis = LOGICAL["length"]
+
+  def run(near: list, own: list, whole: list) -> Tree:
+    return f(*(_reaching(x, reach, axis, shards) for x in near), *own, *whole)
+
+  tokens = P(None, axis)
+  return jax.shard_map(
+    run,
+    in_specs=(tokens, tokens, P()),
+    out_specs=tokens,
+    axis_names={axis},
+  )(list(near), list(own), list(whole))
+
+
+def _reaching(x: jax.Array, reach: int, axis: str, shards: int) -> jax.Array:
+  """A shard's tokens [B, t, ...] behind the `reach` tokens before them."""
+  size, pieces = x.shape[1], [x]
+  for by in range(1, min(-(-reach // size), shards - 1) + 1):
+    last = x[:, max(by * size - reach, 0) :]
+    pairs = [(i, i + by) for i in range(shards - by)]
+    pieces.insert(0, jax.lax.ppermute(last, axis, pairs))
+  missing = reach + size - sum(piece.shape[1] for piece in pieces)
+  rest = [(0, 0)] * (x.ndim - 2)
+  x = jnp.concatenate(pieces, axis=1)
+  return jnp.pad(x, [(0, 0), (missing, 0), *rest]) if missing else x
+
+
+def whole_rows(x_BxT: jax.Array) -> jax.Array:
+  """[B, T, ...] with all tokens of a row where some of them were."""
+  if length_shards(x_BxT.shape[1]) == 1:
+    return x_BxT
+  free = (P.UNCONSTRAINED,) * (x_BxT.ndim - 2)
+  where = P(P.UNCONSTRAINED, None, *free)
+  return jax.lax.with_sharding_constraint(x_BxT, where)
+
+
+def length_shards(tokens: int) -> int:
+  """Shards of the tokens of a row; 1 without a mesh or where they do not fit.
+
+  Args:
+    tokens: of a row.
+  """
+  mesh, axis = jax.sharding.get_abstract_mesh(), LOGICAL["length"]
+  shards = mesh.shape.get(axis, 1)
+  return 1 if tokens % shards or axis in mesh.manual_axes else shards
 
 
 def shard_shape(
@@ -397,6 +471,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Of the arrays [B,T] of a batch."""
   return NamedSharding(mesh, spec("batch", "length"))
+
+
+def rows_sharding(mesh: Mesh) -> NamedSharding:
+  """Of an array [B], a number for each row of a batch."""
+  return NamedSharding(mesh, spec("batch"))
 
 
 def check_batch(

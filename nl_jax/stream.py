@@ -4,6 +4,9 @@ A stream reads tokens through `LMState`, the state that training uses too, so
 what it says equals one call over all tokens. A token costs the same however
 many came before, unless the model has an unbounded attention cache.
 
+What it remembers can be rolled back to a named point, and can be given a bound
+on how far it may move from one.
+
 A memory is a file: `save_memory` writes the state, without the weights, and
 `load_memory` gives it back to the model that it came from.
 """
@@ -17,20 +20,23 @@ import os
 import pathlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from nl_jax import files, formats, sharding, upgrade
+from nl_jax import drift, files, formats, sharding, tensors, upgrade
 from nl_jax.models import lm
 
 FORMAT = 2  # Of a memory file.
 # Fields that change no number, of the model and of all that is in it.
-_FREE = ("sequence_length", "remat", "walk")
+_FREE = ("sequence_length", "remat", "walk", "at_edge")
 _KEY = "nl_jax"  # Of the manifest, in the file's metadata.
+_FIELDS = {"model", "weights", "rows", "slots", "tokens_seen", "leaves"}
 _LOGITS = "logits"
+_POINT = "points/"
 # Prompts are read in pieces of these lengths, so that few shapes compile.
 _PIECES = (256, 16, 1)
 
@@ -85,6 +91,22 @@ def _choose(
   return jnp.where(temperature > 0, drawn, jnp.argmax(logits, axis=-1))
 
 
+class Point(NamedTuple):
+  """What a stream remembered when it was marked.
+
+  Attributes:
+    state: of the model.
+    logits: [B,Vocab] after its last token, or None.
+    seen: tokens read.
+    about: JSON values.
+  """
+
+  state: lm.LMState
+  logits: jax.Array | None
+  seen: int
+  about: dict[str, Any]
+
+
 @dataclasses.dataclass
 class Stream:
   """A model that reads on from wherever it stands.
@@ -96,6 +118,8 @@ class Stream:
     slots: tokens that an unbounded attention cache has room for; None where
       the state does not grow.
     logits: [B,Vocab] after the last token; None before the first.
+    points: what `mark` kept, by name.
+    stopped_B: bool, rows that write no more; None without a bound.
     mesh: of the devices that share the work, or None.
   """
 
@@ -104,8 +128,11 @@ class Stream:
   state: lm.LMState
   slots: int | None
   logits: jax.Array | None = None
-  _seen: int = 0
+  points: dict[str, Point] = dataclasses.field(default_factory=dict)
+  stopped_B: np.ndarray | None = None
   mesh: jax.sharding.Mesh | None = None
+  _seen: int = 0
+  _bound: tuple[float, str] | None = None
 
   def read(self, tokens: np.ndarray) -> jax.Array:
     """Reads tokens [B,T], T >= 1 (prefill); returns the logits after them.
@@ -115,9 +142,11 @@ class Stream:
     """
     with self._where():
       for piece in self._pieces(tokens):
+        held = self._held()
         self.logits, self.state = _read(
           self.model, self.params, piece, self.state
         )
+        self._hold(held)
     return self.logits
 
   def _where(self) -> contextlib.AbstractContextManager:
@@ -142,11 +171,95 @@ class Stream:
         vocab_size = self.model.vocab_size
         before = jnp.full((piece.shape[0], vocab_size), jnp.nan)
       with self._where():
+        held = self._held()
         nats, self.logits, self.state = _score(
           self.model, self.params, piece, self.state, before
         )
+        self._hold(held)
       scores.append(np.asarray(nats, np.float32))
     return np.concatenate(scores, axis=1)
+
+  def mark(self, name: str, about: Mapping[str, Any] | None = None) -> None:
+    """Keeps what is remembered now as a named point.
+
+    Args:
+      name: of the point; one of that name is replaced.
+      about: JSON values to keep with it.
+    """
+    state = clone(self.state)
+    self.points[name] = Point(state, self.logits, self._seen, dict(about or {}))
+
+  def roll_back(self, name: str) -> Point:
+    """Goes back to a point: all that was read since then is forgotten.
+
+    Raises:
+      ValueError: no point of that name.
+    """
+    point = self._point(name)
+    self.state, self.logits = clone(point.state), point.logits
+    self._seen = point.seen
+    if self.stopped_B is not None:
+      self.stopped_B = np.zeros_like(self.stopped_B)
+    return point
+
+  def bound(self, limit: float, since: str) -> None:
+    """Stops the writing of a row whose memory moves too far from a point.
+
+    Such a row reads on as before, but its fast weights keep nothing of it. They
+    are looked at after each piece of up to 256 tokens; a piece that went
+    beyond the bound is not kept either.
+
+    Args:
+      limit: largest norm of the change of all fast weights of a row.
+      since: name of the point.
+
+    Raises:
+      ValueError: no such point, no memory, or a limit that is not above 0.
+    """
+    if not 0 < limit < float("inf"):
+      raise ValueError(f"the bound on drift must be above 0, got {limit}")
+    if not drift.has_memory(self.state):
+      raise ValueError(
+        f"model.arch={self.model.arch!r} has no fast weights to bound"
+      )
+    self._point(since)
+    self._bound = limit, since
+    self.stopped_B = np.zeros(self.state.position_B.shape, bool)
+
+  def drift(self, since: str) -> np.ndarray:
+    """[B]: norm of the change of each row's fast weights since a point.
+
+    Raises:
+      ValueError: no point of that name.
+    """
+    return np.asarray(drift.distance(self.state, self._point(since).state))
+
+  def _point(self, name: str) -> Point:
+    if name not in self.points:
+      known = ", ".join(self.points) or "none"
+      raise ValueError(f"the memory has no point {name!r}; it has: {known}")
+    return self.points[name]
+
+  def _held(self) -> lm.LMState | None:
+    """A copy to go back to; None where nothing is bounded."""
+    return clone(self.state) if self._bound else None
+
+  def _hold(self, held: lm.LMState | None) -> None:
+    """Takes back what rows wrote that are, or now went, beyond the bound."""
+    if held is None:
+      return
+    limit, since = self._bound
+    far_B = self.drift(since)
+    new_B = ~(far_B <= limit) & ~self.stopped_B
+    for row in np.flatnonzero(new_B):
+      logging.warning(
+        "row %d: its memory has moved by %.4g from the point %r, beyond the "
+        "bound of %.4g; it writes no more",
+        row, far_B[row], since, limit,
+      )  # fmt: skip
+    self.stopped_B = self.stopped_B | new_B
+    if self.stopped_B.any():
+      self.state = drift.hold(self.state, held, self.stopped_B)
 
   def _pieces(self, tokens: np.ndarray) -> Iterator[np.ndarray]:
     """The tokens in pieces of the lengths that are compiled."""
@@ -324,7 +437,8 @@ def go_on(
     path, model, params, other_weights=other_weights
   )
   seen = int(np.max(np.asarray(state.position_B)))
-  reader = Stream(model, params, state, manifest["slots"], logits, seen)
+  reader = Stream(model, params, state, manifest["slots"], logits, _seen=seen)
+  reader.points = _load_points(path, state, manifest)
   return reader, manifest
 
 
@@ -335,6 +449,7 @@ def save_memory(
   state: lm.LMState,
   *,
   logits: jax.Array | None = None,
+  points: Mapping[str, Point] | None = None,
   about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Writes a memory to one safetensors file, as a whole or not at all.
@@ -348,18 +463,20 @@ def save_memory(
     params: the weights that it was learned with.
     state: what was read, B rows.
     logits: [B,Vocab] after the last token, to sample on without a token.
+    points: of the stream, to roll back to later.
     about: JSON values to keep in the manifest.
 
   Returns:
     The manifest: format, hashes of model and weights, tokens seen by each row,
-    clocks by level, leaves, slots of an attention cache, time, `about`.
+    clocks by level, leaves, slots of an attention cache, points, time,
+    `about`.
 
   Raises:
-    ValueError: the path holds something else.
+    ValueError: the path holds something else, or the state is not finite.
+    StorageError: the system refuses; what was at the path stays.
   """
-  from safetensors import flax as safetensors
-
   path = pathlib.Path(path)
+  _check_taken(path, model)
   manifest = {
     "format": FORMAT,
     "model": model_hash(model),
@@ -369,21 +486,55 @@ def save_memory(
     "tokens_seen": [int(x) for x in np.asarray(state.position_B)],
     "clocks": _clocks(state),
     "leaves": _describe(state),
+    "points": {
+      name: {"seen": point.seen, "about": point.about}
+      for name, point in (points or {}).items()
+    },
     "time": round(time.time(), 3),
     "about": dict(about or {}),
   }
-  if path.exists():
-    before = read_manifest(path)
-    if before["model"] != manifest["model"]:
-      raise ValueError(
-        f"{path} holds the memory of another model; give another file"
-      )
-  leaves = {name: jnp.asarray(x) for name, x in _named(state)}
+  leaves = {name: np.asarray(x) for name, x in _named(state)}
   if logits is not None:
-    leaves[_LOGITS] = logits
-  content = safetensors.save(leaves, {_KEY: json.dumps(manifest)})
-  files.write(path, content)
+    leaves[_LOGITS] = np.asarray(logits)
+  for name, point in (points or {}).items():
+    of_point = {key: np.asarray(x) for key, x in _named(point.state)}
+    if point.logits is not None:
+      of_point[_LOGITS] = np.asarray(point.logits)
+    leaves |= {_POINT + f"{name}/{key}": x for key, x in of_point.items()}
+  _check_finite(path, leaves)
+  tensors.write(path, leaves, {_KEY: json.dumps(manifest)})
   return manifest
+
+
+def check_place(
+  path: str | os.PathLike,
+  flag: str,
+  model: lm.LanguageModel,
+  state: lm.LMState,
+) -> None:
+  """Finds before a long text that its memory could not be kept.
+
+  Args:
+    path: of the file.
+    flag: that named it, as "--memory_out".
+    model: that is to read.
+    state: its state, of the size that it will have.
+
+  Raises:
+    ValueError: a folder, or something that is no memory of this model.
+    StorageError: the system refuses, or has too little space.
+  """
+  size = sum(x.nbytes for x in jax.tree.leaves(state))
+  files.check_place(path, flag, size)
+  _check_taken(pathlib.Path(path), model)
+
+
+def _check_taken(path: pathlib.Path, model: lm.LanguageModel) -> None:
+  """Raises ValueError unless a memory may be written to a path."""
+  if path.exists() and read_manifest(path)["model"] != model_hash(model):
+    raise ValueError(
+      f"{path} holds the memory of another model; give another file"
+    )
 
 
 def load_memory(
@@ -407,10 +558,9 @@ def load_memory(
 
   Raises:
     FileNotFoundError: nothing there.
-    ValueError: no memory file, a torn one, or one of another model or weights.
+    ValueError: no memory file, a torn or damaged one, or one of another model
+      or weights.
   """
-  from safetensors import flax as safetensors
-
   manifest = read_manifest(path)
   if manifest["model"] != model_hash(model):
     raise ValueError(
@@ -423,19 +573,53 @@ def load_memory(
       f"{path} was learned with other weights of this model (another "
       "checkpoint or run); give that one, or allow other weights"
     )
-  leaves = safetensors.load(pathlib.Path(path).read_bytes())
+  leaves, _ = tensors.read(path)
+  _check_finite(path, leaves)
+  leaves = {k: x for k, x in leaves.items() if not k.startswith(_POINT)}
   like = jax.eval_shape(
     lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
   )
   logits = leaves.pop(_LOGITS, None)
+  if logits is not None:
+    wanted = {_LOGITS: f"float32[{manifest['rows']}, {model.vocab_size}]"}
+    _check_leaves(path, {_LOGITS: logits}, wanted)
+    logits = jnp.asarray(logits)
   if manifest["format"] == 1:
     _check_leaves(path, leaves, manifest["leaves"])
     leaves = upgrade.memory(leaves, model, params)
   _check_leaves(path, leaves, _describe(like))
   names = [name for name, _ in _named(like)]
   tree = jax.tree.structure(like)
-  state = jax.tree.unflatten(tree, [leaves[name] for name in names])
+  state = jax.tree.unflatten(tree, [jnp.asarray(leaves[x]) for x in names])
   return state, logits, manifest
+
+
+def _load_points(
+  path: str | os.PathLike, state: lm.LMState, manifest: Mapping[str, Any]
+) -> dict[str, Point]:
+  """The points of a memory file, of states like the one given."""
+  found = manifest.get("points", {})
+  if not found:
+    return {}
+  leaves, _ = tensors.read(path)
+  points = {}
+  for name, said in found.items():
+    start = f"{_POINT}{name}/"
+    own = {
+      key.removeprefix(start): x
+      for key, x in leaves.items()
+      if key.startswith(start)
+    }
+    logits = own.pop(_LOGITS, None)
+    _check_leaves(path, own, _describe(state))
+    arrays = [jnp.asarray(own[key]) for key, _ in _named(state)]
+    points[name] = Point(
+      jax.tree.unflatten(jax.tree.structure(state), arrays),
+      None if logits is None else jnp.asarray(logits),
+      said["seen"],
+      said["about"],
+    )
+  return points
 
 
 def _check_leaves(
@@ -443,7 +627,7 @@ def _check_leaves(
   leaves: Mapping[str, jax.Array],
   wanted: Mapping[str, str],
 ) -> None:
-  """Raises ValueError for arrays of other names, types or shapes."""
+  """Raises ValueError for arrays of other names, dtypes or shapes."""
   found = {k: f"{x.dtype}{list(x.shape)}" for k, x in leaves.items()}
   wrong = [
     f"{k} is {found.get(k, 'missing')}, expected {wanted.get(k, 'nothing')}"
@@ -452,6 +636,18 @@ def _check_leaves(
   ]
   if wrong:
     raise ValueError(f"{path} does not fit this model: {'; '.join(wrong[:5])}")
+
+
+def _check_finite(
+  path: str | os.PathLike, leaves: Mapping[str, np.ndarray]
+) -> None:
+  """Raises ValueError for numbers that no memory holds."""
+  for name, x in leaves.items():
+    if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
+      raise ValueError(
+        f"{path}: {name} is not finite, so this is no memory to go on from; "
+        "read the text again with a checkpoint whose loss is finite"
+      )
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
@@ -468,30 +664,41 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     raise FileNotFoundError(f"no memory file {path}")
   try:
     with safetensors.safe_open(str(path), "numpy") as file:
-      metadata = file.metadata() or {}
+      texts = tensors.open_texts(path, file.metadata())
   except safetensors.SafetensorError as error:
     raise ValueError(
       f"{path} is no memory file, or a torn one ({error})"
     ) from error
-  if _KEY not in metadata:
+  if _KEY not in texts:
     raise ValueError(f"{path} is a safetensors file but no memory")
-  manifest = json.loads(metadata[_KEY])
+  try:
+    manifest = json.loads(texts[_KEY])
+  except json.JSONDecodeError as error:
+    raise ValueError(f"{path} is a damaged memory file ({error})") from error
   otherwise = "read the text again with the command that wrote the file"
-  formats.check(path, "a memory", manifest.get("format"), FORMAT, otherwise)
+  found = manifest.get("format") if isinstance(manifest, dict) else None
+  formats.check(path, "a memory", found, FORMAT, otherwise)
+  missing = sorted(_FIELDS - {*manifest})
+  if missing:
+    raise ValueError(
+      f"{path} is a damaged memory file: it does not say {', '.join(missing)}"
+    )
   return manifest
 
 
 def model_hash(model: lm.LanguageModel) -> str:
   """SHA-256 (hex) of all that decides the shape and meaning of a state.
 
-  Not in it: `sequence_length` and `remat`, which change no number of it. The
-  fields go by the names that they had in the first memory files.
+  Not in it: `sequence_length`, `remat` and others that change no number of it.
+  The fields go by the names that they had in the first memory files.
   """
   values = _without_free(dataclasses.asdict(model))
   net = values.get("base", values)
   mixer = net.pop("mixer")
   if mixer and "memory" in mixer:
     mixer["arch"] = mixer.pop("memory")
+  if mixer and "remat_group" in mixer:
+    mixer["remat_group"] = 4  # Of the first files; it changes no number.
   net["memory"] = mixer
   text = json.dumps(values, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()
@@ -529,7 +736,7 @@ def reset(
     raise ValueError(f"rows_B must be bool [{batch}], got {rows_B.shape}")
 
   def choose(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
-    axis = _batch_axis(path)
+    axis = lm.batch_axis(path)
     shape = [1] * old.ndim
     shape[axis] = batch
     return jnp.where(rows_B.reshape(shape), new, old)
@@ -540,7 +747,7 @@ def reset(
 def take(state: lm.LMState, rows: np.ndarray) -> lm.LMState:
   """Rows of a state, in the order given; a row may be taken several times."""
   rows = jnp.asarray(rows, jnp.int32)
-  pick = lambda path, x: jnp.take(x, rows, axis=_batch_axis(path))
+  pick = lambda path, x: jnp.take(x, rows, axis=lm.batch_axis(path))
   return jax.tree_util.tree_map_with_path(pick, state)
 
 
@@ -552,11 +759,6 @@ def clone(state: lm.LMState) -> lm.LMState:
 def detach(state: lm.LMState) -> lm.LMState:
   """The same state, through which no gradient flows."""
   return jax.lax.stop_gradient(state)
-
-
-def _batch_axis(path: Any) -> int:
-  """Leaves of layers are [L,B,...], the others [B,...]."""
-  return 1 if path[0].name == "layers" else 0
 
 
 def _slots(model: lm.LanguageModel, state: lm.LMState) -> int | None:

@@ -36,6 +36,8 @@ def _small(command: list[str]) -> list[str]:
   if name == "faults":
     # Faults themselves: tests/experiments/test_faults.py.
     args.append("--only=list")
+  cooldown = r"(?<=optim\.cooldown_steps=)\d+"
+  args = [re.sub(cooldown, "1", arg) for arg in args]
   for i, arg in enumerate(args):
     if re.fullmatch(r"--config=\w+", arg):
       args[i] = f"{arg}:smoke"
@@ -45,7 +47,9 @@ def _small(command: list[str]) -> list[str]:
     if not any(a.startswith("--workdir") for a in args):
       args.append(f"--workdir=runs/{folder[0]}")
     cache = os.environ["NL_TEST_CACHE"]
+    longer = any(a.startswith("--config.train.steps=") for a in args)
     args += [*_SMALL, f"--compilation_cache={cache}"]
+    args += ["--config.train.steps=3"] if longer else []
   return [name, *args]
 
 

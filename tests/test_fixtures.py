@@ -13,7 +13,8 @@ from experiments import _setup
 from nl_jax import data, formats, stream
 from nl_jax.data import preparation as preparation_lib
 from nl_jax.data import prepared, tokenizers
-from nl_jax.train import checkpoint, files, loop, seal
+from nl_jax.files import sealed, unsealed
+from nl_jax.train import checkpoint, files, loop
 from tests.fixtures import make, others
 from tests.laws.models import MODELS
 
@@ -193,8 +194,8 @@ def test_an_unknown_run_is_refused(run):
 
 def test_an_unknown_checkpoint_is_refused_and_not_moved_aside(run):
   path = run / "checkpoints" / str(make.KEPT) / "meta" / "metadata"
-  meta = seal.open_(json.loads(path.read_text("utf-8"))) | {"format": 3}
-  path.write_text(json.dumps(seal.close(meta)))
+  meta = unsealed(json.loads(path.read_text("utf-8")), "") | {"format": 3}
+  path.write_text(json.dumps(sealed(meta)))
   net = _setup.model(config_of(run))
   for read in (
     lambda: go_on(run),

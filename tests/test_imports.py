@@ -11,18 +11,25 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "files",
-  "formats", "upgrade", "fields",
+  "formats", "upgrade", "tensors", "drift", "fields",
+  "rows",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
   "train": {
     "models", "optim", "data", "sharding", "levels", "card", "formats",
+    "files",
   },
   "eval": {"data", "models", "tasks", "levels", "sharding"},
-  "stream": {"models", "levels", "sharding", "formats", "upgrade"},
+  "stream": {
+    "models", "levels", "sharding", "formats", "upgrade", "files", "tensors",
+    "drift",
+  },
+  "drift": {"models", "sharding", "types"},
+  "rows": {"stream", "models"},
   "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
-  "data": {"tasks", "formats"},
+  "data": {"tasks", "formats", "files"},
   "memory": {"kernels"},
   "optim": {"kernels"},
   "levels": set(),
@@ -33,6 +40,7 @@ MAY = {
   "types": set(),
   "files": set(),
   "formats": set(),
+  "tensors": {"files"},
   "fields": set(),
 }  # fmt: skip
 WITH_TYPES = ROOMS - {"kernels", "optim", "tasks"}
@@ -41,6 +49,7 @@ LIBRARIES = {
   "kernels": CORE, "memory": CORE, "optim": CORE, "levels": CORE,
   "sharding": CORE, "card": CORE, "tasks": {"numpy"},
   "fields": set(), "files": set(), "formats": set(),
+  "tensors": {"numpy", "safetensors"},
 }  # fmt: skip
 FILES = [
   *ROOT.glob("nl_jax/**/*.py"), *ROOT.glob("kernels/**/*.py"),

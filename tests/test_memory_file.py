@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax import stream
+from nl_jax import files, stream, tensors
 from tests.laws.models import MODELS
+from tests.train import test_storage
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENS = np.random.default_rng(0).integers(3, 259, (2, 35))
@@ -66,10 +67,26 @@ def test_going_on_from_a_file_is_one_pass(model, half):
     }
 
 
+def test_points_are_in_the_file(model, half, tmp_path):
+  net, params = model
+  reader, _ = stream.go_on(net, params, half)
+  reader.mark("half", {"page": 7})
+  reader.read(TOKENS[:, 19:])
+  path = tmp_path / "points.memory"
+  stream.save_memory(path, net, params, reader.state, points=reader.points)
+  again, manifest = stream.go_on(net, params, path)
+  assert manifest["points"] == {"half": {"seen": 19, "about": {"page": 7}}}
+  equal(again.state, reader.state)
+  again.roll_back("half")
+  np.testing.assert_array_equal(again.read(TOKENS[:, 19:]), reader.logits)
+  equal(again.state, reader.state)
+
+
 _PROCESS = """
 import sys, jax, numpy as np
-from nl_jax import stream
+from nl_jax import files, stream, tensors
 from tests.laws.models import MODELS
+from tests.train import test_storage
 net = MODELS["hope"]()
 params = net.init(jax.random.key(0))
 tokens = np.load("tokens.npy")
@@ -153,6 +170,112 @@ def test_leaves_that_do_not_fit_are_named(model, half, tmp_path):
   path.write_bytes(safetensors.save(leaves, {"nl_jax": json.dumps(manifest)}))
   with pytest.raises(ValueError, match=f"does not fit this model: {name} is"):
     stream.load_memory(path, net, params)
+
+
+def rewritten(half, path, change):
+  """The file with other arrays, as a program without seals writes it."""
+  from safetensors import numpy as safetensors
+
+  leaves, _ = tensors.read(half)
+  manifest = stream.read_manifest(half)
+  leaves = {k: np.asarray(change(x)) for k, x in leaves.items()}
+  text = {"nl_jax": json.dumps(manifest)}
+  path.write_bytes(safetensors.save(leaves, text))
+
+
+@pytest.mark.parametrize(("change", "text"), [
+  (lambda x: x * np.nan if x.dtype.kind == "f" else x, "is not finite"),
+  (lambda x: x.astype(np.int64) if x.dtype.kind == "f" else x, "does not fit"),
+  (lambda x: x.astype(np.float64) if x.dtype.kind == "f" else x,
+   "does not fit"),
+  (lambda x: x.astype(np.int64) if x.dtype.kind == "i" else x, "does not fit"),
+])  # fmt: skip
+def test_numbers_that_are_no_memory_are_refused(
+  model, half, tmp_path, change, text
+):
+  rewritten(half, tmp_path / "a", change)
+  with pytest.raises(ValueError, match=text):
+    stream.load_memory(tmp_path / "a", *model)
+
+
+def test_every_turned_bit_is_found(model, half, tmp_path):
+  """In the header's texts, in its table, and in the arrays."""
+  content, path = half.read_bytes(), tmp_path / "a"
+  header = int.from_bytes(content[:8], "little")
+  places = [*range(8, 8 + header, 131), *range(8 + header, len(content), 2711)]
+  fine = stream.load_memory(half, *model)[0]
+  for place in [*places, len(content) - 1]:
+    hurt = bytearray(content)
+    hurt[place] ^= 2
+    path.write_bytes(hurt)
+    try:
+      state, _, _ = stream.load_memory(path, *model)
+    except ValueError as error:
+      assert str(path) in str(error) and "\n" not in str(error)
+    else:
+      # Spaces behind the header's last brace.
+      assert place < 8 + header and content[place : place + 1] == b" "
+      equal(state, fine)
+
+
+def test_a_state_that_is_not_finite_is_not_kept(model, half, tmp_path):
+  net, params = model
+  state = stream.load_memory(half, net, params)[0]
+  bad = lambda x: x * jnp.nan if x.dtype == jnp.float32 else x
+  with pytest.raises(ValueError, match="is not finite"):
+    stream.save_memory(tmp_path / "a", net, params, jax.tree.map(bad, state))
+  assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(
+  model, half, tmp_path
+):
+  net, params = model
+  state = stream.load_memory(half, net, params)[0]
+  path = tmp_path / "a.memory"
+  path.write_bytes(half.read_bytes())
+  with test_storage.limit() as (full, free):
+    full()
+    with pytest.raises(files.StorageError, match="a.memory cannot be written"):
+      stream.save_memory(path, net, params, state)
+    free()
+  assert [p.name for p in tmp_path.iterdir()] == ["a.memory"]
+  assert path.read_bytes() == half.read_bytes()
+
+
+def test_a_place_is_checked_before_the_work(model, half, tmp_path):
+  net, params = model
+  state = stream.load_memory(half, net, params)[0]
+  check = lambda path: stream.check_place(path, "--out", net, state)
+  check(tmp_path / "new")
+  check(half)
+  (tmp_path / "poem").write_text("a poem")
+  for path, text in (
+    (tmp_path, "is a folder"), (tmp_path / "no" / "a", "there is no folder"),
+    (tmp_path / "poem", "no memory file"),
+  ):  # fmt: skip
+    with pytest.raises(ValueError, match=text):
+      check(path)
+  other = MODELS["hope_momentum"]()
+  with pytest.raises(ValueError, match="holds the memory of another model"):
+    stream.check_place(half, "--out", other, state)
+  # A link that somebody left is not written through.
+  (tmp_path / "precious").write_text("x")
+  (tmp_path / ".new.tmp").symlink_to(tmp_path / "precious")
+  stream.save_memory(tmp_path / "new", net, params, state)
+  assert (tmp_path / "precious").read_text() == "x"
+
+
+def test_states_at_their_start_are_finite():
+  for name, make in MODELS.items():
+    net = make()
+    state = jax.jit(lambda p, net=net: net.init_state(p, 1, 8))
+    params = jax.tree.map(
+      lambda x: np.ones(x.shape, x.dtype),
+      jax.eval_shape(net.init, jax.random.key(0)),
+    )
+    for x in jax.tree.leaves(state(params)):
+      assert np.isfinite(np.asarray(x, np.float64)).all(), name
 
 
 def test_rows_are_reset_taken_and_cloned(model):

@@ -325,9 +325,38 @@ def test_loops_over_chunks_have_no_collective(name):
   assert not [c for c in counts.collectives if "nested" in c.place]
 
 
-def gradient_of_stack(m: lm.LanguageModel, length: int) -> _compile_hlo.Counts:
+# Three tokens of convolutions; gradients of weights.
+_AROUND = {"collective-permute", "all-reduce"}
+
+
+@pytest.mark.parametrize(
+  ("name", "inside", "around"),
+  [
+    ("hope_linear", {"collective-permute"}, _AROUND),
+    # A gather of summaries a walk, and back.
+    ("gated_deltanet", set(), _AROUND | {"all-gather", "reduce-scatter"}),
+  ],
+)
+def test_loops_over_rows_send_fast_weights_alone(name, inside, around):
+  mesh = sharding.mesh(fsdp=2, sequence=4)
+  counts = gradient_of_stack(smoke(name), 128, mesh)
+  nested = [c for c in counts.collectives if "nested" in c.place]
+  assert {c.kind for c in nested} == inside
+  assert all(c.axes == "sequence" for c in nested)
+  # Over the steps of the rows, not over their chunks.
+  assert all(c.place.endswith("in 2 nested loops") for c in nested)
+  of_layers = [
+    c for c in counts.collectives
+    if c.axes == "sequence" and c.place.endswith("in a loop")
+  ]  # fmt: skip
+  assert {c.kind for c in of_layers} <= around
+
+
+def gradient_of_stack(
+  m: lm.LanguageModel, length: int, mesh: jax.sharding.Mesh | None = None
+) -> _compile_hlo.Counts:
   """What the layers and their gradients send between eight devices."""
-  mesh = sharding.mesh(2, 2, 1, 2)
+  mesh = mesh or sharding.mesh(2, 2, 1, 2)
   blocks = jax.eval_shape(m.init, jax.random.key(0))["blocks"]
   shardings = sharding.param_shardings({"blocks": blocks}, mesh)["blocks"]
   blocks = jax.tree.map(

@@ -1,6 +1,7 @@
 """A stream says what one call over all its tokens says."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nl_jax import sharding, stream
+from nl_jax import drift, sharding, stream
 from tests.laws.models import MODELS
 
 
@@ -78,6 +79,100 @@ def test_mistakes(model):
   reader.read(np.zeros((1, 1), int))
   with pytest.raises(ValueError, match="top_p in"):
     next(reader.sample(1, vocab_size=259, top_p=0.0))
+
+
+@pytest.fixture(scope="module")
+def reader_of():
+  net = MODELS["hope"]()
+  params = net.init(jax.random.key(0))
+  return lambda rows: stream.start(net, params, batch_size=rows)
+
+
+def text(rows, length=96):
+  return np.random.default_rng(1).integers(3, 259, (rows, length))
+
+
+def test_a_memory_is_rolled_back_to_a_point(reader_of):
+  tokens, reader = text(1), reader_of(1)
+  reader.read(tokens[:, :32])
+  reader.mark("early", {"page": 3})
+  first = reader.score(tokens[:, 32:64])
+  assert reader.drift("early")[0] > 0
+  point = reader.roll_back("early")
+  assert point.about == {"page": 3} and reader.drift("early")[0] == 0
+  np.testing.assert_array_equal(first, reader.score(tokens[:, 32:64]))
+
+
+def test_a_row_beyond_its_bound_writes_no_more(reader_of, caplog):
+  tokens = text(2)
+  free, bounded = reader_of(2), reader_of(2)
+  moved = []
+  for reader in (free, bounded):
+    reader.mark("start")
+    if moved:
+      # Beyond what the first row has moved by half of the text.
+      bounded.bound(float(moved[2][0]) * 1.001, "start")
+    for at in range(0, 96, 16):
+      if at == 48:
+        # The first row reads one token over and over.
+        tokens[0, at:] = 7
+      reader.read(tokens[:, at : at + 16])
+      moved.append(reader.drift("start"))
+  limit = moved[2][0] * 1.001
+  after = np.stack(moved[6:])
+  assert (after <= limit).all() and bounded.stopped_B.any()
+  stopped = np.flatnonzero(bounded.stopped_B)
+  assert f"row {stopped[0]}: its memory has moved by" in caplog.text
+  # It is told once, and the text is read on.
+  assert caplog.text.count(f"row {stopped[0]}:") == 1
+  np.testing.assert_array_equal(bounded.state.position_B, [96, 96])
+  held = bounded.state.layers.memory.memory.w["w_in"][:, stopped[0]]
+  bounded.read(tokens[:, :16])
+  np.testing.assert_array_equal(
+    held, bounded.state.layers.memory.memory.w["w_in"][:, stopped[0]]
+  )
+  bounded.roll_back("start")
+  assert not bounded.stopped_B.any()
+
+
+def test_what_cannot_be_bounded_is_refused(reader_of):
+  reader = reader_of(1)
+  with pytest.raises(ValueError, match="has no point 'x'; it has: none"):
+    reader.roll_back("x")
+  reader.mark("a")
+  for limit in (0.0, -1.0, float("nan")):
+    with pytest.raises(ValueError, match="must be above 0"):
+      reader.bound(limit, "a")
+  net = MODELS["hope_attention_window"]()
+  other = stream.start(net, net.init(jax.random.key(0)))
+  other.mark("a")
+  with pytest.raises(ValueError, match="has no fast weights to bound"):
+    other.bound(1.0, "a")
+
+
+@pytest.mark.parametrize("name", [n for n in MODELS if n != "transformer"])
+def test_what_writes_is_known_of_every_model(name):
+  """Every leaf is a fast weight, or follows the text by its name."""
+  net = MODELS[name]()
+  state = jax.eval_shape(
+    lambda key: net.init_state(net.init(key), 2), jax.random.key(0)
+  )
+  follows = (
+    r".*((convs|recall|cache|buffer)/.*|(keys|values|slot_document)_\w+|_B|"
+    r"segment|segment/phase)"
+  )
+  names = [
+    sharding.path_name(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(state)
+  ]
+  rest = [x for x in names if not drift.WRITTEN.fullmatch(x)]
+  assert [x for x in rest if not re.fullmatch(follows, x)] == []
+  has = drift.has_memory(state)
+  assert has == (
+    not name.startswith("hope_attention")
+    or "context" in name
+    or "local" in name
+  )
 
 
 def test_on_a_mesh_it_says_the_same(model):

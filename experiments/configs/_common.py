@@ -13,7 +13,7 @@ from ml_collections import config_dict
 
 from experiments import _groups
 from nl_jax.models import presets
-from nl_jax.train import config
+from nl_jax.train import config, rules
 
 ConfigDict = config_dict.ConfigDict
 
@@ -124,7 +124,15 @@ def language_model(
   )
   group = of("model", **sizes | said)
   group.mixer = of("model.mixer", **mixer)
+  if small and "remat_group" in group.mixer:
+    group.mixer.remat_group = 1  # All states are kept: memory is no matter.
   group.cms = of("model.cms", **levels)
+  optim = of(
+    "optim",
+    learning_rate=learning_rate or scale.learning_rate,
+    warmup_steps=scale.warmup_steps,
+  )
+  optim.update({name: of(f"optim.{name}") for name in rules.RULES})
   return ConfigDict(
     dict(
       model=group,
@@ -135,11 +143,7 @@ def language_model(
         sequence_length=scale.sequence_length,
         batch_size=scale.batch_size,
       ),
-      optim=of(
-        "optim",
-        learning_rate=learning_rate or scale.learning_rate,
-        warmup_steps=scale.warmup_steps,
-      ),
+      optim=optim,
       train=of(
         "train",
         steps=scale.steps,

@@ -39,7 +39,7 @@ def general_delta_rule(
     begins: bool [B,T], tokens that begin a new document, from S = 0; None:
       none does.
     chunk: tokens computed at once.
-    remat_group: chunks that the backward pass recomputes together.
+    remat_group: chunks between two states that are kept for the backward pass.
     implementation: "reference" (token loop), or what runs the chunk form, see
       `kernels.walk`: "xla", "pallas_tpu", "pallas_interpret"; None: the kernel
       on a TPU where it takes the call, else "xla". One token is always "xla".

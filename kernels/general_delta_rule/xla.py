@@ -74,6 +74,18 @@ def body(
   return walks.State(S, state.s), y, None
 
 
+def _columns() -> walks.Columns:
+  """Columns of S go their own ways; those of v alone make them differ."""
+
+  def write(*of) -> tuple[walks.State, tuple, None]:
+    return body(*of)[0], (), None
+
+  def widen(slow: None, xs: dict, heads: int, count: int) -> tuple[None, dict]:
+    return slow, xs | {"v": walks.wider(xs["v"], heads, count)}
+
+  return walks.Columns(write, widen)
+
+
 def general_delta_rule(
   q: jax.Array,
   k: jax.Array,
@@ -100,6 +112,6 @@ def general_delta_rule(
     state=walks.State(state, ()), group=remat_group, chunk_free=True,
     # A single token is no work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
-    spec=spec, name="general_delta_rule",
+    spec=spec, name="general_delta_rule", columns=_columns(),
   )  # fmt: skip
   return y[:, :tokens].reshape(v.shape), after.w

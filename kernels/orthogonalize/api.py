@@ -20,7 +20,7 @@ def orthogonalize(
   x: jax.Array,
   *,
   coeffs: str | coefficients.Table = "jordan",
-  ns_steps: int = 5,
+  ns_steps: coefficients.Steps = 5,
   eps: jax.typing.ArrayLike = 1e-12,
   zeta: jax.typing.ArrayLike = 0.25,
   ns_dtype: jax.typing.DTypeLike | None = None,
@@ -37,7 +37,8 @@ def orthogonalize(
     x: float or complex tensor of rank >= 2.
     coeffs: a name of `NS_COEFFS`, a table (k, 3) (more steps repeat its last
       row), or "eq44", the gradient step of eq. 44.
-    ns_steps: iterations; 0 returns x itself, not normalised.
+    ns_steps: iterations; 0 returns x itself, not normalised. A traced count
+      (`optax.inject_hyperparams`) has no derivative backwards.
     eps: added to the norm.
     zeta: step size of "eq44"; stable below 0.4.
     ns_dtype: of the iteration; None is at least float32. The norm always is.
@@ -61,7 +62,7 @@ def orthogonalize_tree(
   dims: Tree,
   *,
   coeffs: str | coefficients.Table = "jordan",
-  ns_steps: int = 5,
+  ns_steps: coefficients.Steps = 5,
   eps: jax.typing.ArrayLike = 1e-12,
   zeta: jax.typing.ArrayLike = 0.25,
   ns_dtype: jax.typing.DTypeLike | None = None,
@@ -80,7 +81,8 @@ def orthogonalize_tree(
   coefficients.check(coeffs, ns_steps)
   leaves, treedef = jax.tree.flatten(tree)
   specs = flat_dims(dims, tree)
-  if not ns_steps:
+  static = coefficients.is_static(ns_steps)
+  if static and not ns_steps:
     return tree
   layouts = _leaf_specs(tree, leaves, sharding)
 
@@ -105,7 +107,10 @@ def orthogonalize_tree(
       size = parts[i][0].shape[0]
       piece = y if len(stacks) == 1 else y[start : start + size]
       start += size
-      leaves[i] = _unpart(piece, leaves[i], specs[i])
+      made = _unpart(piece, leaves[i], specs[i])
+      if not static:
+        made = jnp.where(ns_steps > 0, made, leaves[i])
+      leaves[i] = made
   return jax.tree.unflatten(treedef, leaves)
 
 

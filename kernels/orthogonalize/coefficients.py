@@ -6,9 +6,12 @@ s becomes a s + b s^3 + c s^5.
 
 from collections.abc import Sequence
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 Table = Sequence[Sequence[float]]
+Steps = int | jax.Array  # A traced count, as `inject_hyperparams` makes one.
 
 # The gradient step of eq. 44 is no polynomial table; it has a loop of its own.
 EQ44 = "eq44"
@@ -32,11 +35,17 @@ NS_COEFFS = {
 NORM_FACTORS = {"polar_express": 1.02}
 
 
-def check(coeffs: str | Table, ns_steps: int) -> None:
+def check(coeffs: str | Table, ns_steps: Steps) -> None:
   """Raises ValueError or TypeError for arguments that mean nothing."""
-  if not isinstance(ns_steps, int) or isinstance(ns_steps, bool):
-    raise TypeError(f"ns_steps must be a Python int, got {ns_steps!r}")
-  if ns_steps < 0:
+  if not is_static(ns_steps):
+    if ns_steps.ndim or not jnp.issubdtype(ns_steps.dtype, jnp.integer):
+      raise TypeError(
+        "ns_steps must be an int or one integer of an array, got "
+        f"{ns_steps.dtype} of shape {ns_steps.shape}"
+      )
+  elif not isinstance(ns_steps, int) or isinstance(ns_steps, bool):
+    raise TypeError(f"ns_steps must be an int, got {ns_steps!r}")
+  elif ns_steps < 0:
     raise ValueError(f"ns_steps must be >= 0, got {ns_steps}")
   if isinstance(coeffs, str):
     names = (*NS_COEFFS, EQ44)
@@ -53,8 +62,18 @@ def check(coeffs: str | Table, ns_steps: int) -> None:
     )
 
 
-def table(coeffs: str | Table, ns_steps: int) -> np.ndarray:
+def is_static(ns_steps: Steps) -> bool:
+  """Whether the count is known when the program is made."""
+  return not isinstance(ns_steps, jax.Array)
+
+
+def rows(coeffs: str | Table) -> np.ndarray:
+  """The table (k, 3) of a name, or that given."""
+  found = NS_COEFFS[coeffs] if isinstance(coeffs, str) else coeffs
+  return np.asarray(found, np.float64)
+
+
+def repeated(rows: np.ndarray, ns_steps: int) -> np.ndarray:
   """(ns_steps, 3): the first rows, or all and then the last one again."""
-  rows = NS_COEFFS[coeffs] if isinstance(coeffs, str) else coeffs
-  rows = np.asarray(rows, np.float64)[:ns_steps]
+  rows = rows[:ns_steps]
   return np.pad(rows, ((0, ns_steps - len(rows)), (0, 0)), mode="edge")

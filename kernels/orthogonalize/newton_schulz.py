@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nl_jax.kernels.orthogonalize import coefficients
 
@@ -37,7 +38,7 @@ def orthogonalize_stack(
   x: jax.Array,
   *,
   coeffs: str | coefficients.Table,
-  ns_steps: int,
+  ns_steps: coefficients.Steps,
   eps: jax.typing.ArrayLike,
   zeta: jax.typing.ArrayLike,
   axis_name: str | None = None,
@@ -47,7 +48,7 @@ def orthogonalize_stack(
   With `axis_name` n is split over a mesh axis (inside `shard_map`), and the
   m x m Gram matrix is summed over it in every step.
   """
-  if not ns_steps:
+  if coefficients.is_static(ns_steps) and not ns_steps:
     return x
 
   def loop(x):
@@ -79,12 +80,20 @@ def _loop(x, coeffs, ns_steps, eps, zeta, axis_name):
       pull = 2 * (jnp.matmul(gram(x), x) - x)
       return x - zeta * (x - goal + pull), None
 
-    return jax.lax.scan(step, x, length=ns_steps)[0]
+    rows = np.zeros((1, 3))
+  else:
 
-  def step(x, abc):
-    a, b, c = abc
-    A = gram(x)
-    return a * x + jnp.matmul(b * A + c * jnp.matmul(A, A), x), None
+    def step(x, abc):
+      a, b, c = abc
+      A = gram(x)
+      return a * x + jnp.matmul(b * A + c * jnp.matmul(A, A), x), None
 
-  rows = coefficients.table(coeffs, ns_steps)
-  return jax.lax.scan(step, x, jnp.asarray(rows, jnp.real(x).dtype))[0]
+    rows = coefficients.rows(coeffs)
+  if coefficients.is_static(ns_steps):
+    rows = coefficients.repeated(rows, ns_steps)
+    return jax.lax.scan(step, x, jnp.asarray(rows, jnp.real(x).dtype))[0]
+  # A loop of unknown length: it has no derivative backwards.
+  rows = jnp.asarray(rows, jnp.real(x).dtype)
+  last = rows.shape[0] - 1
+  body = lambda i, x: step(x, rows[jnp.minimum(i, last)])[0]
+  return jax.lax.fori_loop(0, ns_steps, body, x)

@@ -69,11 +69,12 @@ def batch_shape(shape: tuple[int, ...], dims: Dims) -> tuple[int, ...]:
 
 def pack(x: jax.Array, dims: Dims) -> jax.Array:
   """x as [S, c, r]."""
-  order = sum(axes(x.shape, dims), ())
-  c, r = sizes(x.shape, dims)
+  shape, order = x.shape, sum(axes(x.shape, dims), ())
+  c, r = sizes(shape, dims)
   if order != tuple(range(x.ndim)):
     x = x.transpose(order)
-  return x.reshape((-1, c, r))
+  # Not -1: a leaf may be empty.
+  return x.reshape((math.prod(batch_shape(shape, dims)), c, r))
 
 
 def unpack(x: jax.Array, shape: tuple[int, ...], dims: Dims) -> jax.Array:

@@ -1,5 +1,7 @@
 """One walk over chunks for every memory, by XLA or as TPU kernels."""
 
+from nl_jax.kernels.walk.affine import Columns as Columns
+from nl_jax.kernels.walk.affine import wider as wider
 from nl_jax.kernels.walk.api import IMPLEMENTATIONS as IMPLEMENTATIONS
 from nl_jax.kernels.walk.api import Call as Call
 from nl_jax.kernels.walk.api import default_policy as default_policy

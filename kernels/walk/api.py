@@ -18,7 +18,16 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from nl_jax.kernels.walk import blocks, contract, pallas, products, vmem, xla
+from nl_jax.kernels.walk import (
+  affine,
+  blocks,
+  contract,
+  pallas,
+  products,
+  sequence,
+  vmem,
+  xla,
+)
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu", "pallas_interpret")
 _TILES = pathlib.Path(__file__).with_name("tiles.json")
@@ -39,6 +48,7 @@ class Call(NamedTuple):
     group, policy, chunk_free: see `walk`; what the policy was in the end.
     asked, implementation: what was named, and what ran it.
     reason: why no kernel of a TPU takes the call, or None.
+    affine: devices that split tokens do not wait for each other, see `walk`.
   """
 
   name: str
@@ -53,6 +63,7 @@ class Call(NamedTuple):
   asked: str | None
   implementation: str
   reason: str | None
+  affine: bool
 
 
 class Kernel(NamedTuple):
@@ -120,6 +131,7 @@ def walk(
   spec: P | None = None,
   name: str = "walk",
   chunk_free: bool = False,
+  columns: affine.Columns | None = None,
 ) -> tuple[Any, contract.State, Any, jax.Array | None]:
   """Runs `body` over N chunks of C tokens.
 
@@ -134,7 +146,8 @@ def walk(
     state: fast weights before the call.
     anchor: tree like `state.w`, the weights at the last chunk edge; None where
       every row stands at an edge.
-    group: chunks that the XLA form makes again together in the backward pass.
+    group: chunks between two states that the XLA form keeps for the backward
+      pass; where it is more than 1 the states between are made again too.
     save: chunks between the saved states of a kernel; those between are made
       again. None: what `tiles.json` has, or as few as let all states that are
       kept at once (see `kept`) stay within `KEPT_BYTES`. Of both the next
@@ -151,6 +164,9 @@ def walk(
     name: of the kernels.
     chunk_free: the chunk is no part of the function, and documents may begin
       inside one in a kernel as well.
+    columns: of a walk that is affine in its state, see `affine`: where the
+      tokens of a row are split over devices, these then do not wait for each
+      other. None: they do, see `sequence`.
 
   Returns:
     (ys leaves [B,N*C,h*d] with the heads h that the body returned, state, the
@@ -187,31 +203,58 @@ def walk(
       name, body, *shapes, group, tile.policy, chunk_free, asked,
       implementation,
       why("pallas_tpu"),
+      columns is not None,
     )  # fmt: skip
     for calls in _calls:
       calls.append(call)
-  if implementation == "xla":
-    return xla.walk(
-      body, slow, xs, places,
-      state=state, anchor=anchor, heads=H, group=group, tile=tile,
-      name=name,
-    )  # fmt: skip
-  interpret = implementation == "pallas_interpret"
-  kernel = Kernel(body, tile.policy, name, heads, save, interpret)
-  run = functools.partial(_fused, kernel)
   mesh = jax.sharding.get_abstract_mesh()
+  pieces = sequence.parts(mesh, spec)[1]
+  split = pieces > 1 and anchor is None and not places.real.shape[1] % pieces
+  interpret = implementation == "pallas_interpret"
+
+  def of(body: contract.Body, name: str) -> sequence.Run:
+    if implementation == "xla":
+      return functools.partial(
+        _xla, body, heads=H, group=group, tile=tile, name=name
+      )
+    kernel = Kernel(body, tile.policy, name, heads, save, interpret)
+    return functools.partial(_fused, kernel)
+
+  run = of(body, name)
+  if split:
+    how = dict(mesh=mesh, spec=spec, manual=implementation != "xla")
+    if columns is None:
+      return sequence.walk(run, slow, xs, places, state, **how)
+    narrow = of(columns.body, f"{name}_columns")
+    return affine.walk(run, narrow, columns, slow, xs, places, state, **how)
+  if implementation == "xla":
+    return run(slow, xs, places, state, anchor)
   if spec is None or mesh.empty or mesh.size == 1:
     return run(slow, xs, places, state)
-  rows, _, across = (*spec, None, None)[:3]
+  rows, _, across = sequence.axes(mesh, spec)
   own = P(rows, across)
   shard = jax.shard_map(
     run,
     in_specs=(P(across), P(rows, None, across), P(rows), own),
     out_specs=(P(rows, None, across), own, own, own),
+    axis_names=set(mesh.axis_names) - set(mesh.manual_axes),
     # A kernel does not say over which axes its outputs vary.
     check_vma=False,
   )
   return shard(slow, xs, places, state)
+
+
+def _xla(
+  body: contract.Body,
+  slow: Any,
+  xs: Any,
+  places: contract.Places,
+  state: contract.State,
+  anchor: Any = None,
+  **how: Any,
+) -> tuple[Any, contract.State, Any, jax.Array | None]:
+  """`xla.walk`, arrays in the order of the kernels."""
+  return xla.walk(body, slow, xs, places, state=state, anchor=anchor, **how)
 
 
 def _fused(
@@ -255,12 +298,13 @@ def plan(
   entry = _tile(chip, kernel.name, C, state)
   limit = int(0.8 * capacity)
   save = kernel.save or entry.get("save") or _save(N, state, kernel.policy)
+  save = xla.divisor(N, save)
 
   def how(G: int) -> blocks.How:
     pack = max(p for p in (1, 2, 4, 8, 16) if p * C <= 128 and G % p == 0)
     return blocks.How(
       kernel.body, products.Tile(kernel.policy, fused=True, pack=pack), C, G,
-      xla.divisor(N, save), kernel.name, limit, kernel.interpret,
+      save, kernel.name, limit, kernel.interpret,
     )  # fmt: skip
 
   need = functools.cache(
@@ -343,7 +387,7 @@ def supports(
   C = places.real.shape[-1]
   H = heads_of(slow, state)
   mesh = jax.sharding.get_abstract_mesh()
-  parts = _parts(mesh, spec)
+  parts = sequence.parts(mesh, spec)
   if implementation == "pallas_tpu":
     if (platform := _platform()) != "tpu":
       return (
@@ -382,8 +426,11 @@ def supports(
         )
   if any(x.dtype.itemsize == 8 for x in jax.tree.leaves(xs)):
     return "kernels take float32 and bfloat16 inputs; 'xla' takes float64"
-  if parts[1] > 1:
-    return "the tokens of a row cannot be split over devices"
+  if (count := places.real.shape[1]) % parts[1]:
+    return (
+      f"{count} chunks of a row do not divide over {parts[1]} devices of the "
+      "mesh"
+    )
   for what, size, part in (
     ("rows", places.real.shape[0], parts[0]), ("heads", H, parts[2]),
   ):  # fmt: skip
@@ -394,15 +441,6 @@ def supports(
   if heads is not None and heads not in may:
     return _no_group(heads, own, may)
   return None
-
-
-def _parts(
-  mesh: jax.sharding.AbstractMesh, spec: P | None
-) -> tuple[int, int, int]:
-  """Devices over which rows, tokens and heads are split."""
-  spec = (*(spec or ()), None, None, None)[:3]
-  axes = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
-  return tuple(math.prod(mesh.shape.get(n, 1) for n in a) for a in axes)
 
 
 def _platform() -> str:

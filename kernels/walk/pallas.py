@@ -331,7 +331,7 @@ def saved_dtype(policy: products.Policy, x: Any) -> jnp.dtype:
     x: the leaf, or its shape.
   """
   tiles = x.shape[-2] % 16 == 0 and x.shape[-1] % 128 == 0
-  return jnp.bfloat16 if policy.rounded and tiles else _f32
+  return jnp.bfloat16 if policy.read == "x1" and tiles else _f32
 
 
 def _forward(

@@ -9,9 +9,13 @@ the three forms, since that of `dot_general` ends in transposes.
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend import core
+from jax.interpreters import ad, batching, mlir
 
 _FORMS = {"nn": (1, 0), "nt": (1, 1), "tn": (0, 0)}  # Axes that are summed.
 _DERIVATIVES = {  # (form, operands) of both cotangents; "g" is the incoming.
@@ -57,8 +61,11 @@ class Policy:
 
 F32 = Policy("f32", *["full"] * 6, rounded=False)
 LEAN = Policy("lean", "x1", "x2", "x1", "newton1", "x3", "x1", rounded=True)
-# Rates beyond 1: the inverse is worse conditioned.
-LEAN2 = dataclasses.replace(LEAN, name="lean2", inverse="newton2", steady=True)
+# Rates beyond 1: the inverse is worse conditioned, and weights along a key that
+# comes again and again are large, so that reads are small differences.
+LEAN2 = dataclasses.replace(
+  LEAN, name="lean2", inverse="newton2", read="x3", steady=True
+)
 POLICIES = {policy.name: policy for policy in (F32, LEAN, LEAN2)}
 
 
@@ -84,6 +91,60 @@ def _product(x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
   if how == "x2":
     return dot(x0, y0) + dot(x0, y1)
   return dot(x0, y0) + (dot(x0, y1) + dot(x1, y0))
+
+
+def _rows_first(
+  x: jax.Array, y: jax.Array, *, form: str, how: str
+) -> jax.Array:
+  """`_product`; a CPU is slow to sum over the rows of both."""
+  if form == "tn":
+    x, form = jnp.swapaxes(x, -1, -2), "nn"
+  return _product(x, y, form, how)
+
+
+def _transposed(
+  which: int, g: jax.Array, x: Any, y: Any, *, form: str, how: str
+) -> jax.Array:
+  other, names = _DERIVATIVES[form][which]
+  of = {"x": x, "y": y, "g": g}
+  return _product_p.bind(of[names[0]], of[names[1]], form=other, how=how)
+
+
+def _batched(
+  arrays: Sequence[jax.Array], axes: Sequence[int | None], **how: str
+) -> tuple[jax.Array, int]:
+  size = next(x.shape[a] for x, a in zip(arrays, axes) if a is not None)
+  lay = lambda x, a: (
+    jnp.broadcast_to(x[None], (size, *x.shape))
+    if a is None
+    else jnp.moveaxis(x, a, 0)
+  )
+  return _product_p.bind(*map(lay, arrays, axes), **how), 0
+
+
+def _out(x: Any, y: Any, *, form: str, how: str) -> jax.core.ShapedArray:
+  i, j = _FORMS[form]
+  shape = (*x.shape[:-2], x.shape[-1 - i], y.shape[-1 - j])
+  dtype = x.dtype if how == "full" else jnp.float32
+  return jax.core.ShapedArray(shape, dtype)
+
+
+# In XLA too the derivative stays in the three forms, and as precise as the
+# product: that of `dot_general` with respect to its second operand is the
+# transpose of a product, for which a CPU takes twice the time. A primitive that
+# is linear in each operand, so that it has derivatives of both modes.
+_product_p = core.Primitive("product")
+_product_p.def_impl(_rows_first)
+_product_p.def_abstract_eval(_out)
+ad.defbilinear(
+  _product_p,
+  functools.partial(_transposed, 0),
+  functools.partial(_transposed, 1),
+)
+batching.primitive_batchers[_product_p] = _batched
+mlir.register_lowering(
+  _product_p, mlir.lower_fun(_rows_first, multiple_results=False)
+)
 
 
 def _by_head(x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
@@ -112,30 +173,26 @@ def _stacked(
   return rows(xs), rows(ys)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _split_product(
-  x: jax.Array, y: jax.Array, form: str, how: str, by_head: bool
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _fused_product(
+  x: jax.Array, y: jax.Array, form: str, how: str
 ) -> jax.Array:
-  """A product whose derivatives are products of the same precision.
-
-  Of themselves, those of a product of bfloat16 would be bfloat16.
-  """
-  return (_by_head if by_head else _product)(x, y, form, how)
+  return _by_head(x, y, form, how)
 
 
-def _split_fwd(x: jax.Array, y: jax.Array, form: str, how: str, by_head: bool):
-  return _split_product(x, y, form, how, by_head), (x, y)
+def _fused_fwd(x: jax.Array, y: jax.Array, form: str, how: str):
+  return _fused_product(x, y, form, how), (x, y)
 
 
-def _split_bwd(form: str, how: str, by_head: bool, kept, g: jax.Array):
+def _fused_bwd(form: str, how: str, kept, g: jax.Array):
   of = {"x": kept[0], "y": kept[1], "g": g}
   return tuple(
-    _split_product(of[names[0]], of[names[1]], other, how, by_head)
+    _fused_product(of[names[0]], of[names[1]], other, how)
     for other, names in _DERIVATIVES[form]
   )
 
 
-_split_product.defvjp(_split_fwd, _split_bwd)
+_fused_product.defvjp(_fused_fwd, _fused_bwd)
 
 
 @jax.custom_jvp
@@ -181,11 +238,9 @@ class Tile:
     x = jnp.broadcast_to(x, (*lead, *x.shape[-2:]))
     y = jnp.broadcast_to(y, (*lead, *y.shape[-2:]))
     if not self.fused:
-      if how == "full":  # In forward mode too.
-        return _product(x, y, form, how)
-      return _split_product(x, y, form, how, False)
+      return _product_p.bind(x, y, form=form, how=how)
     flat = lambda z: z.reshape(-1, *z.shape[-2:])
-    out = _split_product(flat(x), flat(y), form, how, True)
+    out = _fused_product(flat(x), flat(y), form, how)
     return out.reshape(*lead, *out.shape[-2:])
 
   def rounded(self, x: jax.Array) -> jax.Array:
@@ -233,12 +288,10 @@ class Tile:
     alone, so it is backward stable (kernels.md 1.5); `block` is a power of
     two.
     """
-    if self.fused:
-      flat = L.reshape(-1, *L.shape[-2:])
-      return _split_inverse(flat, self, block).reshape(L.shape)
-    if self.policy.solve == "full":  # In forward mode too.
+    if not self.fused:
       return _inverse(L, self, block)
-    return _split_inverse(L, self, block)
+    flat = L.reshape(-1, *L.shape[-2:])
+    return _fused_inverse(flat, self, block).reshape(L.shape)
 
 
 EXACT = Tile()
@@ -280,18 +333,18 @@ def _inverse_jvp(tile: Tile, block: int, primals, tangents):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _split_inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
+def _fused_inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
   return _invert(L, tile, block)
 
 
-def _split_inverse_fwd(L: jax.Array, tile: Tile, block: int):
-  X = _split_inverse(L, tile, block)
+def _fused_inverse_fwd(L: jax.Array, tile: Tile, block: int):
+  X = _fused_inverse(L, tile, block)
   return X, X
 
 
-def _split_inverse_bwd(tile: Tile, block: int, X: jax.Array, g: jax.Array):
+def _fused_inverse_bwd(tile: Tile, block: int, X: jax.Array, g: jax.Array):
   how = tile.policy.solve
   return (-tile._mm(tile._mm(X, g, "tn", how), X, "nt", how),)
 
 
-_split_inverse.defvjp(_split_inverse_fwd, _split_inverse_bwd)
+_fused_inverse.defvjp(_fused_inverse_fwd, _fused_inverse_bwd)

@@ -91,23 +91,26 @@ def walk(
     jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), places),
     jax.tree.map(fold, xs),
   )
-  group = divisor(N, group)
-  by_group = jax.tree.map(
-    lambda x: x.reshape(N // group, group, *x.shape[1:]), by_chunk
-  )
-  (edges, state), (ys, sums) = jax.lax.scan(
-    jax.checkpoint(functools.partial(jax.lax.scan, chunk), prevent_cse=False),
-    (state.w if anchor is None else anchor, state),
-    by_group,
-  )
+  # A chunk's intermediates are made again, and never stacked: writing those of
+  # several chunks out and reading them back costs more than making them.
+  again = functools.partial(jax.checkpoint, prevent_cse=False)
+  run = functools.partial(jax.lax.scan, again(chunk))
+  carry = (state.w if anchor is None else anchor, state)
+  if (group := divisor(N, group)) == 1:
+    (edges, state), (ys, sums) = run(carry, by_chunk)
+  else:  # Of the states too, all but one a group are made again.
+    fold = lambda x: x.reshape(N // group, group, *x.shape[1:])
+    flat = lambda x: x.reshape(N, *x.shape[2:])
+    grouped = jax.tree.map(fold, by_chunk)
+    (edges, state), made = jax.lax.scan(again(run), carry, grouped)
+    ys, sums = jax.tree.map(flat, made)
 
   def unfold(y: jax.Array) -> jax.Array:
-    y = jnp.moveaxis(y.reshape(N, *y.shape[2:]), (0, 2), (1, 3))
-    return y.reshape(B, N * C, -1)
+    return jnp.moveaxis(y, (0, 2), (1, 3)).reshape(B, N * C, -1)
 
   if sums is not None:
     sums = jax.lax.stop_gradient(sums[..., 0, :])
-    sums = sums.astype(jnp.float32).sum(axis=(0, 1))
+    sums = sums.astype(jnp.float32).sum(axis=0)
   return jax.tree.map(unfold, ys), state, edges, sums
 
 

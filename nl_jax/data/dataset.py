@@ -11,12 +11,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import numpy as np
 
 from nl_jax import fields, files
+from nl_jax.data import bad_documents as bad_lib
 from nl_jax.data import errors, packing, prepared, sources, tokenizers
 
 if TYPE_CHECKING:
   import grain
 
 NAMES = (*sources.NAMES, "prepared", "mixture")
+ROWS = ("packed", "stream")
+RESETS = ("document", "never")  # Of streams.
 _FORMAT = 1  # Raise it when the packer lays the same tokens out otherwise.
 
 
@@ -44,7 +47,8 @@ class Dataset:
     source: the documents.
     tokenizer: text to ids and back.
     train: endless iterator of this process's batches; `get_state()` is
-      {"next_index": batches drawn}, `set_state` takes it, on any process count.
+      {"next_row": rows drawn}, `set_state` takes it, on any process count and
+      with any batch size.
     fingerprint: SHA-256 (hex) of all that decides the training batches but
       their size: source, tokenizer, packing, seed and shuffle.
     counts: sizes of the splits "train" and "validation".
@@ -86,8 +90,10 @@ class Dataset:
       f"{split} {c.tokens:,} tokens in {c.rows:,} rows"
       for split, c in self.counts.items()
     )
+    remark = self.tokenizer.remark and f" ({self.tokenizer.remark})"
     return (
-      f"{self.source.describe()}; tokenizer {self.tokenizer.name}: {sizes}; "
+      f"{self.source.describe()}; tokenizer {self.tokenizer.name}{remark}: "
+      f"{sizes}; "
       f"fingerprint {self.fingerprint[:12]}"
     )
 
@@ -114,9 +120,15 @@ def load(
   path: str = "",
   text_key: str = "text",
   bad_documents: Annotated[str, fields.OneOf("refuse", "skip")] = "refuse",
+  separator: str = "",
   tokenizer: str = "bytes",
+  bos: bool = False,
+  special_tokens: Annotated[str, fields.OneOf("parse", "text")] = "parse",
   sequence_length: Annotated[int, fields.Whole(1)],
   batch_size: Annotated[int, fields.Whole(1)],
+  rows: Annotated[str, fields.OneOf(*ROWS)] = "packed",
+  reset: Annotated[str, fields.OneOf(*RESETS)] = "document",
+  consecutive: int = 1,
   seed: Annotated[int, fields.SEED] = 0,
   alignment: int = 1,
   vocab_size: int | None = None,
@@ -135,9 +147,18 @@ def load(
     text_key: field or column with the text, where there are many.
     bad_documents: of documents that cannot be used: "refuse" the first with its
       place, or "skip" all, and say how many and where the first three are.
+    separator: between the documents of a file of "text", as "<|endoftext|>",
+      with the line breaks around it; "": a file is one.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
+    bos: whether documents begin with the tokenizer's token for that, which
+      `sample` and `read` begin with, too.
+    special_tokens: of a tokenizer.json, in a text: "parse", or take as "text".
     sequence_length: tokens of a row, a multiple of the model's alignment.
     batch_size: rows of a step, over all processes.
+    rows: "packed", in a new order each epoch, or "stream", in the order in
+      which they follow each other, with memories carried on (`streams.make`).
+    reset: of streams, where memories begin anew: "document" or "never".
+    consecutive: rows of each stream in a batch.
     seed: of the order of the rows, and of the documents of "synthetic".
     alignment: documents start at its multiples: `model.alignment`.
     vocab_size: of the model, checked against the tokenizer's when given.
@@ -149,10 +170,15 @@ def load(
     FileNotFoundError: a missing file.
   """
   # Grain takes seconds to import: only when batches are wanted.
-  from nl_jax.data import pipeline
+  from nl_jax.data import pipeline, streams
 
   numbers = dict(
-    sequence_length=sequence_length, batch_size=batch_size, seed=seed
+    sequence_length=sequence_length,
+    batch_size=batch_size,
+    bad_documents=bad_documents,
+    rows=rows,
+    reset=reset,
+    seed=seed,
   )
   fields.check("data", load, numbers)
   packing.check_lengths(sequence_length, alignment)
@@ -160,42 +186,71 @@ def load(
   source = source or infer(path)
   if source not in NAMES:
     raise errors.unknown_name("data.source", source, NAMES)
-  ids = tokenizers.load(tokenizer)
+  ids = tokenizers.load(tokenizer, bos=bos, special_tokens=special_tokens)
   if vocab_size is not None:
     tokenizers.check_vocabulary(ids, vocab_size)
   mixed = source == "mixture"
   named = parse_mixture(path) if mixed else [(source, path, 1.0)]
-  how = _How(ids, sequence_length, alignment, seed, text_key, bad_documents)
+  apart = (rows, reset) != ("stream", "never")
+  how = _How(
+    ids,
+    sequence_length,
+    alignment,
+    apart,
+    seed,
+    text_key,
+    bad_documents,
+    separator,
+  )
+  made_before = source in ("prepared", *sources.WITHOUT_PATH)
+  if bad_documents != bad_lib.POLICIES[0] and made_before:
+    raise ValueError(
+      f"data.bad_documents={bad_documents} is of files with text; got "
+      f"data.source={source!r}"
+    )
+  if separator and "text" not in [name for name, *_ in named]:
+    raise sources.no_separator(separator, source)
   parts = [_part(*part, how) for part in named]
-  rows, counts = _joined(parts)
+  tables, counts = _joined(parts)
   if not counts["validation"].rows:
     raise ValueError(
       f"the text held out of data.source={source!r} data.path={path!r} has no "
       "tokens; give more text"
     )
-  pipeline.check_rows(rows["train"], batch_size, alignment, process_count)
+  pipeline.check_rows(tables["train"], batch_size, alignment, process_count)
   mix = pipeline.Mix(
     tuple(packing.count(part.rows["train"]) for part in parts),
     tuple(part.weight for part in parts),
   )
-  train = pipeline.batches(
-    rows["train"],
-    batch_size=batch_size,
-    seed=seed,
-    mix=mix,
-    process_index=process_index,
-    process_count=process_count,
-  )
+  part = dict(process_index=process_index, process_count=process_count)
+  if rows == "packed":
+    train = pipeline.batches(
+      tables["train"], batch_size=batch_size, seed=seed, mix=mix, **part
+    )
+  else:
+    train = streams.make(
+      tables["train"],
+      batch_size=batch_size,
+      end_id=ids.end_id,
+      reset=reset,
+      consecutive=consecutive,
+      mix=mix,
+      **part,
+    )
   whole = _mixed(path, parts) if mixed else parts[0].source
   decides = [_FORMAT, whole.fingerprint, ids.fingerprint]
-  decides += [sequence_length, alignment, pipeline.order_sample(mix, seed)]
+  decides += [sequence_length, alignment]
+  if rows == "packed":
+    decides += [pipeline.order_sample(mix, seed)]
+  else:
+    decides += [rows, reset, batch_size, consecutive]
   return Dataset(
     source=whole,
     tokenizer=ids,
     train=train,
     fingerprint=hashlib.sha256(json.dumps(decides).encode()).hexdigest(),
     counts=counts,
-    rows=rows,
+    rows=tables,
     batch_size=batch_size,
     process_index=process_index,
     process_count=process_count,
@@ -203,14 +258,20 @@ def load(
 
 
 class _How(NamedTuple):
-  """How a part becomes rows: arguments of `load`, and the tokenizer."""
+  """How a part becomes rows: arguments of `load`, and the tokenizer.
+
+  `apart` is false where the training documents follow each other without
+  padding: no memory begins anew between them.
+  """
 
   tokenizer: tokenizers.Tokenizer
   sequence_length: int
   alignment: int
+  apart: bool
   seed: int
   text_key: str
   bad_documents: str
+  separator: str
 
 
 def parse_mixture(path: str) -> list[tuple[str, str, float]]:
@@ -277,15 +338,25 @@ def infer(path: str) -> str:
 def _part(name: str, path: str, weight: float, how: _How) -> _Part:
   if name == "prepared":
     return _prepared(path, weight, how)
-  source = sources.load(name, path, how.seed, how.text_key, how.bad_documents)
+  separator = how.separator if name == "text" else ""
+  source = sources.load(
+    name, path, how.seed, how.text_key, how.bad_documents, separator
+  )
   rows, counts = {}, {}
   for split in sources.SPLITS:
-    rows[split], counts[split] = _pack(source.documents(split), how)
+    together = split == "train" and not how.apart
+    rows[split], counts[split] = _pack(source.documents(split), how, together)
   return _Part(source, weight, rows, counts)
 
 
 def _prepared(path: str, weight: float, how: _How) -> _Part:
   manifest = prepared.read_manifest(path)
+  if not how.apart and how.alignment > 1:
+    raise ValueError(
+      "data.reset=never reads documents without padding between them, and "
+      f"the rows in {path} have it, for a memory chunk of {how.alignment} "
+      "tokens: use data.reset=document, or the text itself"
+    )
   prepared.check(
     manifest,
     sequence_length=how.sequence_length,
@@ -335,13 +406,19 @@ def _mixed(path: str, parts: list[_Part]) -> sources.Source:
   )
 
 
-def _pack(documents: tuple[str, ...], how: _How) -> tuple[packing.Rows, Counts]:
+def _pack(
+  documents: tuple[str, ...], how: _How, together: bool
+) -> tuple[packing.Rows, Counts]:
+  """The rows of a split, `together`: full ones only, without padding."""
   rows = packing.pack(
     packing.tokenize(documents, how.tokenizer),
     how.sequence_length,
-    how.alignment,
+    1 if together else how.alignment,
     how.tokenizer.pad_id,
   )
+  if together:
+    full = int(np.count_nonzero(rows["segment_ids"][:, -1]))
+    rows = {key: x[:full] for key, x in rows.items()}
   counts = Counts(
     documents=len(documents),
     bytes=sum(len(document.encode("utf-8")) for document in documents),

@@ -5,7 +5,6 @@ file's path from the folder given, and its place there (bytes of jsonl, row of
 parquet). What is held out is decided by names, so that every reader agrees.
 """
 
-import contextlib
 import functools
 import json
 import pathlib
@@ -13,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from nl_jax import files as files_lib
-from nl_jax.data import packed
+from nl_jax.data import bad_documents, packed, parquet
 
 # Those of text and jsonl may be packed.
 SUFFIXES = {
@@ -22,52 +21,7 @@ SUFFIXES = {
   "parquet": (".parquet",),
 }
 _ARRAY = ".json"  # Where it may be one JSON array, not an object a line.
-POLICIES = ("refuse", "skip")
-_PLACES = 3  # Of bad documents that are told.
-_ROWS = 1024  # Of parquet that are held as text at once.
-
-
-class BadDocumentError(ValueError):
-  """A document that cannot be used, in a file that can."""
-
-
-OnBad = Callable[[BadDocumentError], None]  # Takes a bad document.
-
-
-class Skipped:
-  """Takes bad documents that are left out; `refuse` takes none.
-
-  Attributes:
-    count: how many.
-    places: the sentences of the first three.
-  """
-
-  def __init__(self):
-    self.count, self.places = 0, []
-
-  def __call__(self, error: BadDocumentError) -> None:
-    """Takes one."""
-    self.count += 1
-    if len(self.places) < _PLACES:
-      self.places.append(str(error))
-
-
-def refuse(error: BadDocumentError) -> None:
-  """Raises it."""
-  raise error
-
-
-def on_bad(policy: str) -> OnBad:
-  """What takes bad documents, for the field data.bad_documents.
-
-  Raises:
-    ValueError: no such policy.
-  """
-  if policy not in POLICIES:
-    raise ValueError(
-      f"data.bad_documents must be one of {', '.join(POLICIES)}; got {policy!r}"
-    )
-  return Skipped() if policy == "skip" else refuse
+_BLOCK = 2**20  # Bytes that are searched at once.
 
 
 class Document(NamedTuple):
@@ -223,7 +177,8 @@ def read(
   text_key: str = "text",
   start: int = 0,
   stop: int | None = None,
-  bad: OnBad = refuse,
+  bad: bad_documents.OnBad = bad_documents.refuse,
+  separator: str = "",
 ) -> Iterator[Document]:
   """The documents of a file, or of a part of it, in order.
 
@@ -234,15 +189,19 @@ def read(
     start: first byte of jsonl or text, first row group of parquet.
     stop: the byte or row group after the last; None: all.
     bad: takes the documents that cannot be used.
+    separator: between the documents of a text file, with the line breaks around
+      it; "": the file is one.
 
   Raises:
     ValueError: not what the kind says; the sentence names the place.
   """
   name = files.name(path)
-  if files.kind == "text":
+  if files.kind == "text" and separator:
+    found = _parted(path, name, separator.encode("utf-8"), start, stop)
+  elif files.kind == "text":
     found = iter([(name, functools.partial(_text, path, start, stop))])
   elif files.kind == "parquet":
-    found = _parquet(path, name, text_key, start, stop)
+    found = parquet.documents(path, name, text_key, start, stop)
   elif is_array(path):
     found = _array(path, name, text_key)
   else:
@@ -250,7 +209,7 @@ def read(
   for place, text in found:
     try:
       document = Document(place, text())
-    except BadDocumentError as error:
+    except bad_documents.BadDocumentError as error:
       bad(error)
     else:
       yield document
@@ -270,7 +229,7 @@ def decode(content: bytes, path: pathlib.Path | str, offset: int = 0) -> str:
   try:
     return content.decode("utf-8")
   except UnicodeDecodeError as error:
-    raise BadDocumentError(
+    raise bad_documents.BadDocumentError(
       f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
       f"{offset + error.start}; convert the file (iconv -t UTF-8) or leave it "
       "out"
@@ -293,19 +252,57 @@ def is_array(path: pathlib.Path) -> bool:
 
 
 def _text(path: pathlib.Path, start: int, stop: int | None) -> str:
+  return decode(_bytes(path, start, stop), path, start)
+
+
+def _bytes(path: pathlib.Path, start: int, stop: int | None) -> bytes:
   with packed.opened(path) as file:
     if start:
       file.seek(start)
-    content = file.read(-1 if stop is None else stop - start)
-  return decode(content, path, start)
+    return file.read(-1 if stop is None else stop - start)
 
 
-_Found = Iterator[tuple[str, Callable[[], str]]]  # Name, and what gives text.
+def _parted(
+  path: pathlib.Path,
+  name: str,
+  separator: bytes,
+  start: int,
+  stop: int | None,
+) -> bad_documents.Found:
+  offset = start
+  for part in _bytes(path, start, stop).split(separator):
+    text = part.lstrip(b"\r\n")
+    place = offset + len(part) - len(text)
+    text = functools.partial(decode, text.rstrip(b"\r\n"), path, place)
+    yield f"{name}:{offset}", text
+    offset += len(part) + len(separator)
+
+
+def behind(path: pathlib.Path, goal: int, separator: str) -> int | None:
+  """The first byte behind a separator that ends there or later; None: none.
+
+  Args:
+    path: of a text file that is not packed.
+    goal: the byte.
+    separator: between its documents.
+  """
+  mark = separator.encode("utf-8")
+  at = max(goal - len(mark), 0)
+  with path.open("rb") as file:
+    file.seek(at)
+    held = b""
+    while block := file.read(_BLOCK):
+      held += block
+      if (found := held.find(mark)) >= 0:
+        return at + found + len(mark)
+      at += max(len(held) - len(mark) + 1, 0)
+      held = held[-len(mark) + 1 :] if len(mark) > 1 else b""
+  return None
 
 
 def _jsonl(
   path: pathlib.Path, name: str, key: str, start: int, stop: int | None
-) -> _Found:
+) -> bad_documents.Found:
   offset = start
   before = functools.cache(lambda: _line_number(path, start))
   for number, line in enumerate(_lines(path, start)):
@@ -326,7 +323,7 @@ def _lines(path: pathlib.Path, start: int) -> Iterator[bytes]:
     yield from file
 
 
-def _array(path: pathlib.Path, name: str, key: str) -> _Found:
+def _array(path: pathlib.Path, name: str, key: str) -> bad_documents.Found:
   with packed.opened(path) as file:
     content = file.read()
   values = _parsed(decode(content, path), lambda: str(path))
@@ -350,20 +347,22 @@ def _parsed(text: str, where: Callable[[], str]) -> Any:
   try:
     return json.loads(text)
   except RecursionError as error:
-    raise BadDocumentError(
+    raise bad_documents.BadDocumentError(
       f"{where()}: JSON that is nested too deep to be read; leave it out"
     ) from error
   except ValueError as error:  # Python reads no number of 5,000 digits.
-    raise BadDocumentError(f"{where()}: no JSON ({error})") from error
+    raise bad_documents.BadDocumentError(
+      f"{where()}: no JSON ({error})"
+    ) from error
 
 
 def _of_object(value: Any, key: str, where: Callable[[], str]) -> str:
   if not isinstance(value, dict) or key not in value:
     has = ", ".join(value) if isinstance(value, dict) else "no object"
-    raise BadDocumentError(
+    raise bad_documents.BadDocumentError(
       f"{where()}: no field {key!r} (it has: {has}); set data.text_key"
     )
-  return string(value[key], key, where)
+  return bad_documents.string(value[key], key, where)
 
 
 def _line_number(path: pathlib.Path, offset: int) -> int:
@@ -374,103 +373,3 @@ def _line_number(path: pathlib.Path, offset: int) -> int:
       line = file.readline()
       count, number = count + len(line), number + 1
   return number
-
-
-def string(value: Any, key: str, where: Callable[[], str]) -> str:
-  """A value as the text of a document.
-
-  Raises:
-    BadDocumentError: it is something else, or has half a character; the
-      sentence begins with where().
-  """
-  if not isinstance(value, str):
-    found = "null" if value is None else type(value).__name__
-    raise BadDocumentError(
-      f"{where()}: {key!r} is {found}, expected text; set "
-      "data.text_key to the field with the text"
-    )
-  try:
-    if not value.isascii():
-      value.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise BadDocumentError(
-      f"{where()}: {key!r} has half a character, "
-      f"{value[error.start]!r}; mend the line or leave it out"
-    ) from None
-  return value
-
-
-def row_groups(path: pathlib.Path, key: str) -> list[tuple[int, int]]:
-  """(rows, bytes) of each row group of a parquet file.
-
-  Raises:
-    ValueError: no parquet, or no such column.
-  """
-  metadata = _open_parquet(path, key).metadata
-  groups = (metadata.row_group(i) for i in range(metadata.num_row_groups))
-  return [(group.num_rows, group.total_byte_size) for group in groups]
-
-
-def _open_parquet(path: pathlib.Path, key: str) -> Any:
-  from pyarrow import parquet
-
-  is_here = isinstance(path, pathlib.Path)
-  with _parquet_errors(f"{path} is no parquet file"):
-    file = parquet.ParquetFile(
-      path if is_here else path.open("rb"), page_checksum_verification=True
-    )
-  if key not in file.schema_arrow.names:
-    raise ValueError(
-      f"{path} has no column {key!r} (it has: "
-      f"{', '.join(file.schema_arrow.names)}); set data.text_key"
-    )
-  return file
-
-
-def _parquet(
-  path: pathlib.Path, name: str, key: str, start: int, stop: int | None
-) -> _Found:
-  file = _open_parquet(path, key)
-  groups = range(file.num_row_groups)[start:stop]
-  row = sum(file.metadata.row_group(i).num_rows for i in range(start))
-  for group in groups:
-    for values in _batches(file, group, key, f"{path}, row group {group}"):
-      for value in values:
-        where = lambda row=row: f"{path}, row {row}"
-        yield f"{name}:{row}", functools.partial(string, value, key, where)
-        row += 1
-
-
-def _batches(
-  file: Any, group: int, key: str, where: str
-) -> Iterator[list[Any]]:
-  """The values of a row group, some at a time."""
-  batches = file.iter_batches(_ROWS, [group], columns=[key])
-  while True:
-    with _parquet_errors(f"{where} is damaged"):
-      batch = next(batches, None)
-      if batch is None:
-        return
-      values = batch.column(0).to_pylist()
-    yield values
-
-
-@contextlib.contextmanager
-def _parquet_errors(what: str) -> Iterator[None]:
-  """Raises ValueError for what is wrong with a file's bytes.
-
-  Args:
-    what: the beginning of the sentence.
-  """
-  import pyarrow
-
-  try:
-    yield
-  except FileNotFoundError:
-    raise
-  # Of a page, of its compression, of the text in it.
-  except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-    reason = " ".join(str(error).split())
-    raise ValueError(
-      f"{what} ({reason}); get the file again or leave it out"
-    ) from error

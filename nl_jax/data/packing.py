@@ -37,9 +37,14 @@ class Table(Protocol):
 def tokenize(
   documents: Iterable[str], tokenizer: tokenizers.Tokenizer
 ) -> list[np.ndarray]:
-  """The int32 tokens [length + 1] of each document, with the end id."""
+  """The int32 tokens of each document, with the end id.
+
+  [length + 1], and one more where documents have a begin id.
+  """
   end = np.asarray([tokenizer.end_id], np.int32)
-  return [np.concatenate([tokenizer.encode(d), end]) for d in documents]
+  begin = () if tokenizer.begin_id is None else (tokenizer.begin_id,)
+  begin = np.asarray(begin, np.int32)
+  return [np.concatenate([begin, tokenizer.encode(d), end]) for d in documents]
 
 
 def pack(

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from nl_jax.data import documents, sources
+from nl_jax.data import bad_documents, documents, parquet, sources
 
 KINDS = tuple(documents.SUFFIXES)
 
@@ -27,6 +27,8 @@ class Settings(NamedTuple):
     shard_bytes: of input in a shard, about.
     document_bytes: a longer text file is cut into documents at line edges.
     bad_documents: "refuse", or "skip" those that cannot be used.
+    separator: between the documents of a text file; "": each is one.
+    bos, special_tokens: of `tokenizers.load`.
   """
 
   kind: str
@@ -38,7 +40,10 @@ class Settings(NamedTuple):
   validation_percent: float = float(sources.VALIDATION_PERCENT)
   shard_bytes: int = 2**26
   document_bytes: int = 2**20
-  bad_documents: str = documents.POLICIES[0]
+  bad_documents: str = bad_documents.POLICIES[0]
+  separator: str = ""
+  bos: bool = False
+  special_tokens: str = "parse"
 
 
 class Piece(NamedTuple):
@@ -81,7 +86,7 @@ def plan(settings: Settings) -> list[tuple[Piece, ...]]:
 def read(
   piece: Piece,
   settings: Settings,
-  bad: documents.OnBad = documents.refuse,
+  bad: bad_documents.OnBad = bad_documents.refuse,
 ) -> Iterator[tuple[documents.Document, str]]:
   """The documents of a piece that are not empty, and the split of each.
 
@@ -96,9 +101,15 @@ def read(
   folder = documents.root(settings.path)
   files = documents.Files(settings.kind, folder, (folder / piece.name,))
   for document in documents.read(
-    files, files.paths[0], settings.text_key, piece.start, piece.stop, bad
+    files,
+    files.paths[0],
+    settings.text_key,
+    piece.start,
+    piece.stop,
+    bad,
+    settings.separator,
   ):
-    if settings.kind == "text" and piece.stop is None:
+    if _is_text(settings) and piece.stop is None:
       yield from _unpacked(document, piece.split, settings)
     elif document.text:
       yield document, piece.split or _split_of(document.name, settings)
@@ -123,7 +134,7 @@ def _unpacked(
 
 def training_texts(settings: Settings) -> Iterator[str]:
   """The documents that are not held out, as a stream."""
-  bad = documents.on_bad(settings.bad_documents)
+  bad = bad_documents.on_bad(settings.bad_documents)
   for pieces in plan(settings):
     for piece in pieces:
       for document, split in read(piece, settings, bad):
@@ -131,13 +142,18 @@ def training_texts(settings: Settings) -> Iterator[str]:
           yield document.text
 
 
+def _is_text(settings: Settings) -> bool:
+  """Whether a file is one text, and not many documents."""
+  return settings.kind == "text" and not settings.separator
+
+
 def _pieces(files: documents.Files, settings: Settings) -> Iterator[Piece]:
-  is_text = files.kind == "text"
+  is_text = _is_text(settings)
   splits = _text_splits(files, settings) if is_text else {}
   for path in files.paths:
     name = files.name(path)
     if files.kind == "parquet":
-      groups = documents.row_groups(path, settings.text_key)
+      groups = parquet.row_groups(path, settings.text_key)
       for i, (_, size) in enumerate(groups):
         yield Piece(name, i, i + 1, size)
       continue
@@ -149,7 +165,7 @@ def _pieces(files: documents.Files, settings: Settings) -> Iterator[Piece]:
       continue
     limit = settings.document_bytes if is_text else settings.shard_bytes
     for start, stop, split in parts:
-      for low, high in _cut(path, start, stop, limit, is_text):
+      for low, high in _cut(path, start, stop, limit, settings):
         yield Piece(name, low, high, high - low, split)
 
 
@@ -183,14 +199,18 @@ def _split_of(name: str, settings: Settings) -> str:
 
 
 def _cut(
-  path: pathlib.Path, start: int, stop: int, limit: int, is_text: bool
+  path: pathlib.Path, start: int, stop: int, limit: int, settings: Settings
 ) -> Iterator[tuple[int, int]]:
-  """Ranges of about `limit` bytes, cut behind line ends."""
+  """Ranges of about `limit` bytes, cut behind line ends, or separators."""
   while start < stop:
     edge = stop
-    if stop - start > limit:
+    if stop - start > limit and settings.separator:
+      behind = documents.behind(path, start + limit, settings.separator)
+      edge = min(behind or stop, stop)
+    elif stop - start > limit:
       # A line of jsonl is a document, however long.
-      edge = _edge(path, start + limit, stop, limit if is_text else -1)
+      longest = limit if _is_text(settings) else -1
+      edge = _edge(path, start + limit, stop, longest)
     yield start, edge
     start = edge
 

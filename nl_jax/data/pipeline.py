@@ -4,10 +4,10 @@ The order is a function of the seed and of the numbers of rows alone: epochs of
 a seeded shuffle, of each part of a mixture its own, batch k being rows k *
 batch_size and on. A process takes its slice of each batch, so the global
 batches are the same for any number of processes, and the whole state is one
-integer, the number of batches drawn.
+integer, the number of rows drawn: it means the same for any size of a batch.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import grain
@@ -20,7 +20,7 @@ _READERS = 4  # Threads that read rows from disk.
 _AHEAD = 4  # Batches that they read before they are asked for.
 # Rows, more than any run reads: grain takes lengths for floats, and what it
 # calls infinite, 2^63 - 1, then has no length in batches of one row.
-_ENDLESS = 2**48
+FAR = 2**48
 
 
 class Mix(NamedTuple):
@@ -81,7 +81,7 @@ def batches(
 
   Returns:
     A grain iterator of dicts of [batch_size / process_count, T]. Its state is
-    {"next_index": batches drawn}, good for any process count.
+    {"next_row": rows drawn}, good for any process count and batch size.
 
   Raises:
     ValueError: batch_size or the process does not fit, a seed out of range.
@@ -89,15 +89,49 @@ def batches(
   check_batch(batch_size, process_index, process_count)
   take, size = _slice_of(batch_size, process_index, process_count)
   mix = Mix((packing.count(rows),)) if mix is None else mix
-  indices = _order(mix, seed).batch(batch_size)
-  dataset = indices.map(lambda index_B: _gather(rows, index_B[take], size))
+  order, options = _order(mix, seed), reading(rows)
+
+  def begin(row: int) -> grain.DatasetIterator:
+    indices = order.slice(slice(row, FAR)).batch(batch_size)
+    dataset = indices.map(lambda index_B: _gather(rows, index_B[take], size))
+    return iter(dataset.to_iter_dataset(options))
+
+  return _Batches(begin, batch_size)
+
+
+def reading(rows: packing.Rows | packing.Table) -> grain.ReadOptions:
+  """How batches are read ahead; from memory a thread would cost more."""
   in_memory = isinstance(rows, dict)
-  # From memory, a thread would cost more than it hides.
-  options = grain.ReadOptions(
+  return grain.ReadOptions(
     num_threads=0 if in_memory else _READERS,
     prefetch_buffer_size=0 if in_memory else _AHEAD,
   )
-  return iter(dataset.to_iter_dataset(options))
+
+
+class _Batches(grain.DatasetIterator):
+  """Batches from any row of the order on; the place is a number of rows."""
+
+  def __init__(
+    self, begin: Callable[[int], grain.DatasetIterator], batch_size: int
+  ):
+    """Args: what reads whole batches from a row on, and rows of a batch."""
+    super().__init__()
+    self._begin, self._size = begin, batch_size
+    self._start, self._batches = 0, begin(0)
+
+  def __next__(self) -> Batch:
+    return next(self._batches)
+
+  def get_state(self) -> dict[str, int]:
+    done = self._batches.get_state()["next_index"]
+    return {"next_row": self._start + done * self._size}
+
+  def set_state(self, state: dict[str, int]) -> None:
+    done, start = divmod(state["next_row"], self._size)
+    if start != self._start:
+      # Another batch size left a row in the middle of a batch.
+      self._start, self._batches = start, self._begin(start)
+    self._batches.set_state({"next_index": done})
 
 
 def eval_batches(
@@ -136,12 +170,10 @@ def eval_batches(
     index_N = index_N.astype(np.int64)
   take, size = _slice_of(batch_size, process_index, process_count)
   starts = range(0, len(index_N), batch_size)
-  return _Batches(
-    rows, [index_N[i : i + batch_size][take] for i in starts], size
-  )
+  return _Held(rows, [index_N[i : i + batch_size][take] for i in starts], size)
 
 
-class _Batches(Sequence):
+class _Held(Sequence):
   """Batches of given rows, read one by one."""
 
   def __init__(
@@ -222,7 +254,7 @@ def _order(mix: Mix, seed: int) -> grain.MapDataset:
     part = grain.MapDataset.range(start, start + count)
     # Parts of the same length must not go in step.
     order = part.shuffle(seed=(seed + number) % 2**32)
-    parts.append(order.repeat(_ENDLESS // max(count, 1)))
+    parts.append(order.repeat(FAR // max(count, 1)))
     start += count
   if len(parts) == 1:
     return parts[0]

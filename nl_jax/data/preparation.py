@@ -21,6 +21,7 @@ import numpy as np
 
 from nl_jax import files, formats
 from nl_jax.data import (
+  bad_documents,
   documents,
   errors,
   packing,
@@ -67,13 +68,23 @@ def check(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
   if settings.kind not in partition.KINDS:
     raise errors.unknown_name("data.source", settings.kind, partition.KINDS)
   packing.check_lengths(settings.sequence_length, settings.alignment)
-  documents.on_bad(settings.bad_documents)
+  bad_documents.on_bad(settings.bad_documents)
+  if settings.separator and settings.kind != "text":
+    raise sources.no_separator(settings.separator, settings.kind)
   if not 0 < settings.validation_percent < 100:
     raise ValueError(
       "--validation_percent must be between 0 and 100, got "
       f"{settings.validation_percent}"
     )
-  return tokenizers_lib.load(settings.tokenizer)
+  return _tokenizer(settings)
+
+
+def _tokenizer(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
+  return tokenizers_lib.load(
+    settings.tokenizer,
+    bos=settings.bos,
+    special_tokens=settings.special_tokens,
+  )
 
 
 def run_job(job: Job, advance: Callable[[int], None]) -> bool:
@@ -95,7 +106,7 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
     advance(sum(piece.size for piece in job.pieces))
     return False
   (out / prepared.MANIFEST).unlink(missing_ok=True)
-  tokenizer = tokenizers_lib.load(job.settings.tokenizer)
+  tokenizer = _tokenizer(job.settings)
   writers = {
     split: _Writer(out, split, job, tokenizer) for split in sources.SPLITS
   }
@@ -114,7 +125,7 @@ def _write(
   advance: Callable[[int], None],
 ) -> dict[str, Any]:
   """Writes the rows of a shard; returns its note."""
-  digest, bad = _Digest(), documents.on_bad(job.settings.bad_documents)
+  digest, bad = _Digest(), bad_documents.on_bad(job.settings.bad_documents)
   for piece in job.pieces:
     told = read = 0
     for document, split in partition.read(piece, job.settings, bad):
@@ -135,10 +146,10 @@ def _write(
 
 
 def _left_out(
-  bad: documents.OnBad, settings: partition.Settings
+  bad: bad_documents.OnBad, settings: partition.Settings
 ) -> dict[str, Any]:
   """What a note says of bad documents; nothing where they are refused."""
-  if not isinstance(bad, documents.Skipped):
+  if not isinstance(bad, bad_documents.Skipped):
     return {}
   # Names as in the rest of the note: wherever the corpus lies.
   folder = f"{documents.root(settings.path)}/"
@@ -263,7 +274,7 @@ def _holds(out: pathlib.Path, job: Job, advance: Callable[[int], None]) -> bool:
   )
   if not is_whole:
     return False
-  digest, bad = _Digest(), documents.on_bad(job.settings.bad_documents)
+  digest, bad = _Digest(), bad_documents.on_bad(job.settings.bad_documents)
   for piece in job.pieces:
     for document, _ in partition.read(piece, job.settings, bad):
       digest.update(document)
@@ -330,8 +341,12 @@ def claim(
   files = documents.find(settings.path, settings.kind)
   values = settings._asdict()
   del values["path"]
-  if settings.bad_documents == documents.POLICIES[0]:
+  if settings.bad_documents == bad_documents.POLICIES[0]:
     del values[_BAD]  # As plans of before it say it.
+  if not settings.separator:
+    del values["separator"]
+  for name in ("bos", "special_tokens"):  # Of the tokenizer's fingerprint.
+    del values[name]
   values = {"source": values.pop("kind"), **values}
   values["tokenizer"] = {
     "name": pathlib.Path(tokenizer.name).name,
@@ -447,7 +462,7 @@ def finish(
     "counts": counts,
     "opening": next(note["opening"] for note in notes if note["opening"]),
   }
-  _write_json(out / prepared.MANIFEST, manifest)
+  _write_json(out / prepared.MANIFEST, files.sealed(manifest))
   return manifest
 
 

@@ -186,6 +186,12 @@ def read_manifest(path: str) -> dict[str, Any]:
   manifest = files.read_json(file)
   if not isinstance(manifest, dict):
     raise ValueError(f"{file} is no manifest; {PREPARE_AGAIN}")
+  try:
+    manifest = files.unsealed(manifest, str(file))
+  except files.BrokenSealError as error:
+    raise ValueError(
+      f"{error}; run experiments.prepare again: it mends the folder"
+    ) from error
   found = manifest.get("format")
   formats.check(file, "a manifest", found, FORMAT, PREPARE_AGAIN)
   if wrong := errors.misfit(manifest, _SHAPE):
@@ -222,5 +228,6 @@ def check(
   if manifest["tokenizer"]["fingerprint"] != tokenizer_fingerprint:
     raise ValueError(
       "data.tokenizer is not the one that the corpus was prepared with, "
-      f"{manifest['tokenizer']['name']}; give that one"
+      f"{manifest['tokenizer']['name']}; give that one, and data.bos and "
+      "data.special_tokens as they were"
     )

@@ -8,21 +8,20 @@ with this package), `synthetic` (generated), and `files`, `array_record` and
 large for that is prepared once (`prepared`).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import importlib.resources
 import io
 import pathlib
 import zipfile
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 import numpy as np
 
 from nl_jax import files as files_lib
+from nl_jax.data import bad_documents as bad_lib
 from nl_jax.data import documents as documents_lib
-from nl_jax.data import errors, examples, prepared
+from nl_jax.data import errors, libraries
 
 # Of the archive that experiments/_embedded.py made. Without what some
 # distributions ship apart (curses, dbm, distutils, ensurepip, lib2to3, sqlite3,
@@ -56,8 +55,6 @@ VALIDATION_PERCENT = 10
 MIN_DOCUMENTS_TO_SPLIT_BY_NAME = 10
 SYNTHETIC_DOCUMENTS = 1024  # About 0.5 MB.
 SYNTHETIC_LENGTH = 512  # Characters of the longest document.
-# Of what save_to_disk wrote.
-_FOLDER_MARKS = ("dataset_dict.json", "dataset_info.json")
 WITHOUT_PATH = ("embedded", "synthetic")
 SPLITS = ("train", "validation")
 NAMES = (
@@ -118,7 +115,8 @@ def load(
   path: str = "",
   seed: int = 0,
   text_key: str = "text",
-  bad_documents: str = documents_lib.POLICIES[0],
+  bad_documents: str = bad_lib.POLICIES[0],
+  separator: str = "",
 ) -> Source:
   """The source of config fields data.source, data.path and so on.
 
@@ -129,6 +127,7 @@ def load(
     text_key: field or column with the text, of jsonl, parquet and
       hugging_face.
     bad_documents: "refuse" what cannot be used, or "skip" it and say so.
+    separator: between the documents of a file of "text"; "": each is one.
 
   Raises:
     ValueError: unknown name, a path that nothing reads, unusable text.
@@ -136,9 +135,11 @@ def load(
   """
   if name not in NAMES:
     raise errors.unknown_name("data.source", name, NAMES)
-  bad = documents_lib.on_bad(bad_documents)
+  if separator and name != "text":
+    raise no_separator(separator, name)
+  bad = bad_lib.on_bad(bad_documents)
   if name in documents_lib.SUFFIXES:
-    return _with_bad(files(path, name, text_key, bad), bad)
+    return _with_bad(files(path, name, text_key, bad, separator), bad)
   if name == "array_record":
     return _with_bad(array_record(path, text_key, bad), bad)
   if name == "hugging_face":
@@ -151,9 +152,17 @@ def load(
   return embedded() if name == "embedded" else synthetic(seed)
 
 
-def _with_bad(source: Source, bad: documents_lib.OnBad) -> Source:
+def no_separator(separator: str, name: str) -> ValueError:
+  """The error for a source whose documents no separator parts."""
+  return ValueError(
+    f"data.separator={separator!r} parts the documents of data.source=text; "
+    f"got data.source={name!r}"
+  )
+
+
+def _with_bad(source: Source, bad: bad_lib.OnBad) -> Source:
   """The source, which says what was left out of it."""
-  if not isinstance(bad, documents_lib.Skipped):
+  if not isinstance(bad, bad_lib.Skipped):
     return source
   places = tuple(bad.places)
   return dataclasses.replace(source, bad=bad.count, bad_places=places)
@@ -161,10 +170,12 @@ def _with_bad(source: Source, bad: documents_lib.OnBad) -> Source:
 
 def said_by(where: pathlib.Path) -> list[str]:
   """The sources that the ending of a file, or the files of a folder, say."""
-  if where.is_dir() and any((where / name).is_file() for name in _FOLDER_MARKS):
+  if where.is_dir() and any(
+    (where / name).is_file() for name in libraries.FOLDER_MARKS
+  ):
     return ["hugging_face"]
   is_said = {kind: documents_lib.is_of(kind) for kind in documents_lib.SUFFIXES}
-  is_said["array_record"] = _is_record
+  is_said["array_record"] = libraries.is_record
   if where.is_dir():
     return [k for k, of in is_said.items() if documents_lib.below(where, of)]
   return [kind for kind, of in is_said.items() if of(where.name)]
@@ -215,7 +226,8 @@ def files(
   path: str,
   kind: str,
   text_key: str = "text",
-  bad: documents_lib.OnBad = documents_lib.refuse,
+  bad: bad_lib.OnBad = bad_lib.refuse,
+  separator: str = "",
 ) -> Source:
   """A file, or those of a folder and its sub-folders.
 
@@ -228,6 +240,7 @@ def files(
     kind: "text", "jsonl" or "parquet".
     text_key: field or column with the text.
     bad: takes the documents that cannot be used.
+    separator: as of `load`.
 
   Raises:
     FileNotFoundError: nothing there.
@@ -237,178 +250,42 @@ def files(
   named = [
     tuple(document)
     for file in found.paths
-    for document in documents_lib.read(found, file, text_key, bad=bad)
+    for document in documents_lib.read(
+      found, file, text_key, bad=bad, separator=separator
+    )
   ]
-  if kind == "text" and files_lib.expand(path).is_file():
+  if kind == "text" and not separator and files_lib.expand(path).is_file():
     named = [("", body) for _, body in named]  # Whatever the file is called.
   return _split(kind, path, named, bad)
 
 
 def array_record(
-  path: str,
-  text_key: str = "text",
-  bad: documents_lib.OnBad = documents_lib.refuse,
+  path: str, text_key: str = "text", bad: bad_lib.OnBad = bad_lib.refuse
 ) -> Source:
-  """ArrayRecord files: one, or those of a folder.
-
-  Args:
-    path: file or folder.
-    text_key: the feature with the text, where a record is a
-      `tf.train.Example`; any other record is UTF-8 text.
-    bad: takes the documents that cannot be used.
-
-  Raises:
-    FileNotFoundError: nothing there.
-    ValueError: no such files, or no text in them, or unusable.
-  """
-  import grain
-
-  where = files_lib.expand(path)
-  if not path or not where.exists():
-    raise FileNotFoundError(
-      f"nothing at data.path={path!r}; data.source=array_record needs an "
-      "ArrayRecord file or a folder with .array_record files"
-    )
-  if not where.is_dir():
-    documents_lib.require_file(where)
-    found = [where]
-  else:
-    found = documents_lib.below(where, _is_record)
-  if not found:
-    raise ValueError(f"no .array_record file in the folder data.path={path!r}")
-  if (found[0].parent / prepared.MANIFEST).exists():
-    raise ValueError(
-      f"data.path={path!r} holds prepared rows, not text; set "
-      f"data.source=prepared and data.path={str(found[0].parent)!r}"
-    )
-  named = []
-  for file in found:
-    try:
-      records = grain.sources.ArrayRecordDataSource([str(file)])
-      contents = [records[i] for i in range(len(records))]
-    except (ValueError, RuntimeError, IndexError) as error:
-      raise ValueError(
-        f"{file} is no ArrayRecord file, or a damaged one ({error})"
-      ) from error
-    for i, content in enumerate(contents):
-      try:
-        text = _record(content, f"{file}, record {i}", text_key)
-      except documents_lib.BadDocumentError as error:
-        bad(error)
-      else:
-        named.append((f"{file.name}:{i}", text))
+  """The source of `libraries.array_record`, split like files."""
+  named = libraries.array_record(path, text_key, bad)
   return _split("array_record", path, named, bad)
 
 
-def _is_record(name: str) -> bool:
-  return ".array_record" in name.lower()
-
-
-def _record(content: bytes, where: str, key: str) -> str:
-  """The text of a record."""
-  features = examples.features(content)
-  if features is None:
-    return documents_lib.decode(content, where)
-  if key not in features:
-    raise documents_lib.BadDocumentError(
-      f"{where} is a tf.train.Example without a feature {key!r} (it has: "
-      f"{', '.join(features)}); set data.text_key"
-    )
-  chosen = features[key]
-  if chosen.kind != "bytes" or len(chosen.values) != 1:
-    raise documents_lib.BadDocumentError(
-      f"{where}: the feature {key!r} holds {len(chosen.values)} texts "
-      f"({chosen.kind}), expected one; set data.text_key"
-    )
-  return documents_lib.decode(chosen.values[0], f"{where}, {key!r}")
-
-
 def hugging_face(
-  path: str,
-  text_key: str = "text",
-  bad: documents_lib.OnBad = documents_lib.refuse,
+  path: str, text_key: str = "text", bad: bad_lib.OnBad = bad_lib.refuse
 ) -> Source:
-  """A folder that Hugging Face `datasets` wrote with `save_to_disk`.
-
-  Of a DatasetDict, "validation" (or else "test") is held out; a Dataset alone
-  is split like files.
-
-  Args:
-    path: the folder.
-    text_key: the column with the text.
-    bad: takes the documents that cannot be used.
+  """The source of `libraries.hugging_face`; without splits, split like files.
 
   Raises:
-    ModuleNotFoundError: `datasets` is not installed.
-    FileNotFoundError: nothing there.
-    ValueError: no such folder, or no such column.
+    ValueError: a split without text, and what is raised there.
   """
-  where = files_lib.expand(path)
-  if not path or not where.is_dir():
-    raise FileNotFoundError(
-      f"no folder data.path={path!r}; data.source=hugging_face needs a folder "
-      "that save_to_disk of the library datasets wrote"
-    )
-  import datasets
-
-  with _folder_errors(path, "is no folder of save_to_disk, or a damaged one"):
-    loaded = datasets.load_from_disk(str(where))
-  if not isinstance(loaded, datasets.DatasetDict):
-    named = _column(loaded, path, text_key, bad)
-    return _split("hugging_face", path, named, bad)
-  held_out = [x for x in ("validation", "test") if x in loaded]
-  if "train" not in loaded or not held_out:
-    raise ValueError(
-      f"data.path={path!r} has the splits {', '.join(loaded)}; it needs train "
-      "and validation or test"
-    )
-  train = _column(loaded["train"], path, text_key, bad)
-  validation = _column(loaded[held_out[0]], path, text_key, bad)
-  bodies = [tuple(body for _, body in x if body) for x in (train, validation)]
+  named = libraries.hugging_face(path, text_key, bad)
+  if len(named) == 1:
+    return _split("hugging_face", path, named[0], bad)
+  train, validation = named
+  bodies = [tuple(body for _, body in x if body) for x in named]
   if not all(bodies):
     raise ValueError(
       f"data.path={path!r} has a split without text; give both some"
     )
   mark = [*train, ("", ""), *validation]
   return Source("hugging_face", path, _fingerprint(mark), *bodies)
-
-
-def _column(
-  rows: Any, path: str, key: str, bad: documents_lib.OnBad
-) -> list[tuple[str, str]]:
-  if key not in rows.column_names:
-    raise ValueError(
-      f"data.path={path!r} has no column {key!r} (it has: "
-      f"{', '.join(rows.column_names)}); set data.text_key"
-    )
-  with _folder_errors(path, f"is damaged in column {key!r}"):
-    # Of the offsets and the text, which nothing else looks at.
-    rows.data.column(key).validate(full=True)
-    bodies = list(rows[key])
-  named = []
-  for i, body in enumerate(bodies):
-    where = lambda i=i: f"data.path={path!r}, row {i}"
-    try:
-      named.append((str(i), documents_lib.string(body, key, where)))
-    except documents_lib.BadDocumentError as error:
-      bad(error)
-  return named
-
-
-@contextlib.contextmanager
-def _folder_errors(path: str, what: str) -> Iterator[None]:
-  """What the library raises for a folder, as a ValueError that names it."""
-  import pyarrow
-
-  known = (pyarrow.ArrowException, OSError, ValueError, LookupError)
-  try:
-    yield
-  except (*known, AttributeError, TypeError, RecursionError) as error:
-    reason = " ".join(str(error).split())
-    raise ValueError(
-      f"data.path={path!r} {what} ({type(error).__name__}: {reason}); save it "
-      "again, or give another"
-    ) from error
 
 
 def synthetic(seed: int = 0, documents: int = SYNTHETIC_DOCUMENTS) -> Source:
@@ -463,11 +340,11 @@ def _split(
   kind: str,
   path: str,
   named: list[tuple[str, str]],
-  bad: documents_lib.OnBad,
+  bad: bad_lib.OnBad,
 ) -> Source:
   """A source of documents that come without a split."""
   named = [(name, body) for name, body in named if body]
-  if not named and isinstance(bad, documents_lib.Skipped) and bad.count:
+  if not named and isinstance(bad, bad_lib.Skipped) and bad.count:
     raise ValueError(
       f"all {bad.count:,} documents of data.path={path!r} are bad, the first: "
       f"{bad.places[0]}"

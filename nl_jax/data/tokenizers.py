@@ -34,6 +34,10 @@ _ENDS = (
 )
 
 
+_BEGINS = ("<s>", "<|begin_of_text|>", "<bos>", "[BOS]", "[CLS]")
+SPECIAL = ("parse", "text")
+
+
 class TextStream(Protocol):
   """Decodes ids as they come; never splits a character."""
 
@@ -52,17 +56,21 @@ class Tokenizer(Protocol):
     vocab_size: number of ids in use; a model's may be larger.
     end_id: the id that ends every document.
     pad_id: the id that fills padding, 0 where the tokenizer has none.
+    begin_id: the id that begins every document; None where none does.
     fingerprint: SHA-256 (hex) of all that decides the ids.
+    remark: how special tokens in a text are taken; "" where there are none.
   """
 
   name: str
   vocab_size: int
   end_id: int
   pad_id: int
+  begin_id: int | None
   fingerprint: str
+  remark: str
 
   def encode(self, text: str) -> np.ndarray:
-    """The int32 ids [tokens] of text, without an end id."""
+    """The int32 ids [tokens] of text, without those of its begin and end."""
 
   def decode(self, ids: Iterable[int]) -> str:
     """The text of ids; end and padding have none, bad ids give U+FFFD."""
@@ -78,6 +86,8 @@ class Bytes:
   vocab_size = 259
   end_id = 1
   pad_id = 0
+  begin_id = None
+  remark = ""
   fingerprint = hashlib.sha256(b"id = byte + 3, 1 end").hexdigest()
 
   def encode(self, text: str) -> np.ndarray:
@@ -103,13 +113,17 @@ class SentencePiece:
 
   Args:
     path: a `.model` file.
+    bos: whether documents begin with the model's begin id.
 
   Raises:
     FileNotFoundError: nothing at path.
-    ValueError: not a SentencePiece model, or one without an end id.
+    ValueError: not a SentencePiece model, one without an end id, or without a
+      begin id that is asked for.
   """
 
-  def __init__(self, path: str):
+  remark = ""
+
+  def __init__(self, path: str, *, bos: bool = False):
     import sentencepiece  # Not part of the base install.
 
     file = files.expand(path)
@@ -134,6 +148,12 @@ class SentencePiece:
     self.end_id = self._pieces.eos_id()
     self.pad_id = max(0, self._pieces.pad_id())
     self.fingerprint = hashlib.sha256(content).hexdigest()
+    self.begin_id = None
+    if bos:
+      self.begin_id = self._pieces.bos_id()
+      if self.begin_id < 0:
+        raise _no_begin(path)
+      self.fingerprint = _changed(self.fingerprint, "begin")
     if self.end_id < 0:
       raise ValueError(
         f"data.tokenizer={path!r} has no end id; train the SentencePiece model "
@@ -172,16 +192,21 @@ class HuggingFace:
   """A `tokenizer.json` of Hugging Face; special tokens are not added.
 
   The end of a document is `eos_token` of a tokenizer_config.json beside it,
-  else the first usual name that the vocabulary has.
+  else the first usual name that the vocabulary has; its begin is `bos_token`.
 
   Args:
     path: the file.
+    bos: whether documents begin with the begin id.
+    special_tokens: "parse" those in a text, or take them as "text".
 
   Raises:
-    ValueError: not such a file, or one without an end id.
+    ValueError: not such a file, one without an end id, or without a begin id
+      that is asked for.
   """
 
-  def __init__(self, path: str):
+  def __init__(
+    self, path: str, *, bos: bool = False, special_tokens: str = "parse"
+  ):
     import tokenizers  # Not part of the base install.
 
     file = files.expand(path)
@@ -201,7 +226,7 @@ class HuggingFace:
         f"data.tokenizer={path!r} has the id {self.vocab_size - 1}; ids must "
         f"be below {_MAX_IDS}"
       )
-    end = _end_token(file, vocabulary)
+    end = _named_token(file, "eos_token", _ENDS, vocabulary)
     if end is None:
       raise ValueError(
         f"data.tokenizer={path!r} has no end of document; put a "
@@ -216,6 +241,18 @@ class HuggingFace:
       )
     mark = content + b"\0" + end.encode("utf-8")
     self.fingerprint = hashlib.sha256(mark).hexdigest()
+    self.begin_id = None
+    if bos:
+      begin = _named_token(file, "bos_token", _BEGINS, vocabulary)
+      if begin is None:
+        raise _no_begin(path)
+      self.begin_id = vocabulary[begin]
+      self.fingerprint = _changed(self.fingerprint, f"begin {begin}")
+    as_text = special_tokens == "text"
+    self.remark = f"special tokens are {'text' if as_text else 'parsed'}"
+    if as_text:
+      self._tokenizer.encode_special_tokens = True
+      self.fingerprint = _changed(self.fingerprint, "special tokens as text")
 
   def encode(self, text: str) -> np.ndarray:
     """The int32 ids [tokens of text]."""
@@ -239,29 +276,54 @@ class HuggingFace:
     return _HuggingFaceStream(self, self._tokenizer)
 
 
-def load(name_or_path: str) -> Tokenizer:
+def load(
+  name_or_path: str, *, bos: bool = False, special_tokens: str = "parse"
+) -> Tokenizer:
   """The tokenizer of the config field data.tokenizer.
 
   Args:
     name_or_path: "bytes", or the path of a SentencePiece `.model` file or of a
       `tokenizer.json` of Hugging Face.
+    bos: whether documents begin with the token for that.
+    special_tokens: of a tokenizer.json, in a text: "parse", or take as "text".
 
   Raises:
     ValueError: neither a known name nor a path of a tokenizer.
     FileNotFoundError: a path with nothing there.
   """
+  if special_tokens not in SPECIAL:
+    raise errors.unknown_name("data.special_tokens", special_tokens, SPECIAL)
+  if special_tokens == "text" and not name_or_path.endswith(".json"):
+    raise ValueError(
+      "data.special_tokens=text is of a tokenizer.json: there are no others "
+      f"that data.tokenizer={name_or_path!r} could take as text"
+    )
   if name_or_path == Bytes.name:
+    if bos:
+      raise _no_begin(name_or_path)
     return Bytes()
   is_file = files.expand(name_or_path).is_file()
   if name_or_path.endswith(".json") and is_file:
-    return HuggingFace(name_or_path)
+    return HuggingFace(name_or_path, bos=bos, special_tokens=special_tokens)
   if name_or_path.endswith((".model", ".json")) or is_file:
-    return SentencePiece(name_or_path)
+    return SentencePiece(name_or_path, bos=bos)
   known = (
     Bytes.name,
     "<path of a SentencePiece .model file or a tokenizer.json>",
   )
   raise errors.unknown_name("data.tokenizer", name_or_path, known)
+
+
+def _no_begin(name: str) -> ValueError:
+  return ValueError(
+    f"data.bos needs a token that begins a text, and data.tokenizer={name!r} "
+    "has none; leave data.bos away"
+  )
+
+
+def _changed(fingerprint: str, how: str) -> str:
+  """The fingerprint of a tokenizer that is used otherwise."""
+  return hashlib.sha256(f"{fingerprint}\0{how}".encode()).hexdigest()
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
@@ -355,18 +417,23 @@ def _check_json(path: str, content: bytes) -> None:
     )
 
 
-def _end_token(file: pathlib.Path, vocabulary: dict[str, int]) -> str | None:
-  """The token that ends a document; None where none is known."""
+def _named_token(
+  file: pathlib.Path,
+  key: str,
+  usual: tuple[str, ...],
+  vocabulary: dict[str, int],
+) -> str | None:
+  """The token that tokenizer_config.json names, or a usual one; None: none."""
   beside = file.with_name("tokenizer_config.json")
   if beside.is_file():
     try:
-      said = json.loads(beside.read_text(encoding="utf-8")).get("eos_token")
+      said = json.loads(beside.read_text(encoding="utf-8")).get(key)
     except (ValueError, AttributeError, RecursionError) as error:
       raise ValueError(f"{beside} is no JSON object ({error})") from error
     said = said.get("content") if isinstance(said, dict) else said
     if isinstance(said, str) and said in vocabulary:
       return said
-  return next((end for end in _ENDS if end in vocabulary), None)
+  return next((token for token in usual if token in vocabulary), None)
 
 
 class _PieceStream:

@@ -3,7 +3,7 @@
 `linear` and `mlp` are memories with one signature (init, start, read,
 update); `self_modifying` couples several of them (paper eq. 83-90); `rule`
 says how any of them learns, but for `simplex`, whose rule is its own;
-`chunked` walks them over chunks.
+`chunked` walks them over chunks; `spans` sets local ones beside a global one.
 """
 
 from nl_jax.memory import chunked as chunked
@@ -12,6 +12,7 @@ from nl_jax.memory import mlp as mlp
 from nl_jax.memory import objectives as objectives
 from nl_jax.memory import self_modifying as self_modifying
 from nl_jax.memory import simplex as simplex
+from nl_jax.memory import spans as spans
 from nl_jax.memory.chunked import MemoryState as MemoryState
 from nl_jax.memory.chunked import Run as Run
 from nl_jax.memory.rule import Gates as Gates

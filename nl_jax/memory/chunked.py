@@ -225,6 +225,7 @@ def walk(
   chunk_free: bool = False,
   run: Run | None = None,
   name: str = "walk",
+  columns: walks.Columns | None = None,
 ) -> tuple[Any, MemoryState, jax.Array | None]:
   """Runs a chunk function over the chunks of a call.
 
@@ -235,7 +236,7 @@ def walk(
     slow: tree of [H, a, b], what the chunk function reads of slow parameters.
     xs: tree of [B, T, H, d], or [B, T, H] for gates: [..., C, 1] in the body.
     chunk: C.
-    group: chunks that the XLA form makes again together, see `kernels.walk`.
+    group: chunks between two states that are kept, see `kernels.walk`.
     segment_ids: int32 [B, T], 0 is padding; None continues `state.segment`.
     at_edge: the caller knows that every row stands at a chunk edge: spares the
       shift to each row's grid.
@@ -245,6 +246,7 @@ def walk(
     chunk_free: the chunk is no part of the function.
     run: what runs the walk, and where.
     name: of the kernels.
+    columns: of a walk that is affine in its state, see `kernels.walk`.
 
   Returns:
     (ys [B, T, h d], state, sums [B, H, n] or None).
@@ -284,6 +286,7 @@ def walk(
     group=group, name=name, chunk_free=chunk_free, spec=run.spec,
     rate=run.rate, policy=run.policy,
     implementation=run.implementation if kernels else "xla",
+    columns=columns,
   )  # fmt: skip
 
   def unlay(y: jax.Array) -> jax.Array:
@@ -392,12 +395,45 @@ def update(
       w = _scaled(block, w, fixed["row"])
     return walks.State(w, (after.s, after.carried)), reads, sums
 
+  columns = None
+  alone = slow is None and row is None and target is None and set(state.w)
+  if alone == {"w"} and rule.affine and not by_token:
+    columns = _columns(forward, rule, v.shape[-1])
   y, state, sums = walk(
     body, state, fixed, xs,
     chunk=rule.chunk, group=rule.remat_group, segment_ids=segment_ids,
     at_edge=at_edge, aligned=aligned, chunk_free=chunk_free, run=run, name=name,
+    columns=columns,
   )  # fmt: skip
   return y.reshape(B, T, H, -1), state, rules.metrics(sums)
+
+
+def _columns(
+  forward: rules.Forward, rule: rules.Rule, width: int
+) -> walks.Columns:
+  """A matrix memory whose columns, of `width` values, learn on their own."""
+
+  def write(fixed, now: walks.State, x, at: walks.At):
+    block = rules.Block(fixed["start"], now.w, *now.s, at)
+    v, k = x["v"], x["k"]
+    if rule.objective == "l2":  # What it predicts without weights is no goal.
+      none = lambda _, z: jnp.zeros((*z.shape[:-1], width), z.dtype)
+      base = forward(none, k)
+      rest = [(0, 0)] * (v.ndim - 1) + [(0, v.shape[-1] - width)]
+      v = v - jnp.pad(base, rest)
+    matrix = lambda apply, z: apply("w", z)
+    _, after, _ = rules.write_and_read(
+      matrix, block, rule, None, k, v, x["gates"]
+    )
+    return walks.State(after.w, (after.s, after.carried)), (), None
+
+  def widen(fixed, xs, heads: int, count: int):
+    behind = lambda w: jnp.pad(w, [(0, 0), (0, 0), (0, count)])
+    start = jax.tree.map(behind, fixed["start"])
+    xs = xs | {"v": walks.wider(xs["v"], heads, count)}
+    return fixed | {"start": start}, xs
+
+  return walks.Columns(write, widen)
 
 
 def _scaled(

@@ -7,6 +7,7 @@ work is ordered by stages, and in a stage by role, so that products which do
 not wait for each other stand next to each other.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Part(NamedTuple):
   Attributes:
     block: their weights, see `rule.Block`.
     anchor: dict of [..., a, b], their weights at the anchor.
+    outputs: of each role its output layer at the anchor; empty without one.
     roles: how many.
     architecture, residual: of each; `residual` adds the input.
     rule: how they learn.
@@ -34,32 +36,70 @@ class Part(NamedTuple):
 
   block: rules.Block
   anchor: rules.Weights
+  outputs: list[jax.Array]
   roles: int
   architecture: mlp.Architecture
   residual: bool
   rule: rules.Rule
   rate: float
 
-  def cut(self, name: str, W: jax.Array, begin: int, end: int) -> jax.Array:
-    """The weights of roles begin to end - 1."""
+  def cut(
+    self, name: str, W: jax.Array, counts: Sequence[int]
+  ) -> list[jax.Array]:
+    """The weights of so many adjacent roles each, of all roles together."""
     axis = W.ndim - (1 if name in self.architecture.inputs else 2)
-    size = W.shape[axis] // self.roles
-    if end - begin == self.roles:
-      return W
-    return jax.lax.slice_in_dim(W, begin * size, end * size, axis=axis)
+    return _split(self.block.at.tile, W, counts, axis)
 
-  def at_anchor(
-    self, name: str, x: jax.Array, begin: int, end: int, form: str = "nn"
+  def by_role(self, name: str, W: jax.Array) -> list[jax.Array]:
+    """The weights of each role."""
+    return self.cut(name, W, [1] * self.roles)
+
+  def read_inputs(
+    self, name: str, zs: Sequence[jax.Array], counts: Sequence[int]
+  ) -> list[jax.Array]:
+    """z W of an input layer at the anchor, each z of so many roles."""
+    weights = self.cut(name, self.anchor[name], counts)
+    starts = [None] * len(counts)
+    if self.block.at.ids is not None:
+      starts = self.cut(name, self.block.begin(name), counts)
+    return [self._through(*args, "nn") for args in zip(zs, weights, starts)]
+
+  def read_outputs(
+    self, hs: Sequence[jax.Array], form: str = "nn"
+  ) -> list[jax.Array]:
+    """h W (or h W^T) of each role's output layer at the anchor."""
+    starts, name = [None] * self.roles, self.architecture.output
+    if self.block.at.ids is not None:
+      starts = self.by_role(name, self.block.begin(name))
+    each = zip(hs, self.outputs, starts)
+    return [self._through(*args, form) for args in each]
+
+  def _through(
+    self, x: jax.Array, W: jax.Array, start: jax.Array | None, form: str
   ) -> jax.Array:
-    """x W (or x W^T) at the anchor, of adjacent roles, by document."""
+    """x W, by document: `start` in the place of W behind the first."""
     at = self.block.at
-    W = self.cut(name, self.anchor[name], begin, end)
     y = at.tile.mm(x, W, form, "anchor")
-    if at.ids is None:
+    if start is None:
       return y
     own = jnp.swapaxes(at.ids, -1, -2) == 0
-    begun = self.cut(name, self.block.begin(name), begin, end)
-    return jnp.where(own, y, at.tile.mm(x, begun, form, "anchor"))
+    return jnp.where(own, y, at.tile.mm(x, start, form, "anchor"))
+
+
+def _split(
+  tile: walk.Tile, x: jax.Array, counts: Sequence[int], axis: int
+) -> list[jax.Array]:
+  """Adjacent parts of an axis, of sizes in the ratio of `counts`."""
+  if len(counts) == 1:
+    return [x]
+  size = x.shape[axis] // sum(counts)
+  if not tile.fused:  # The derivative of slices would be a sum of padded ones.
+    return jax.lax.split(x, [size * n for n in counts], axis)
+  ends = itertools.accumulate(counts)
+  return [
+    jax.lax.slice_in_dim(x, (end - n) * size, end * size, axis=axis)
+    for n, end in zip(counts, ends)
+  ]
 
 
 def side_by_side(
@@ -73,7 +113,10 @@ def side_by_side(
   """A `Part` at the start of a chunk."""
   deviation = block.w if block.at.anchor is None else block.at.anchor
   anchor = {name: block.absolute(name, D) for name, D in deviation.items()}
-  return Part(block, anchor, roles, architecture, residual, rule, rate)
+  part = Part(block, anchor, [], roles, architecture, residual, rule, rate)
+  if (name := architecture.output) is None:
+    return part
+  return part._replace(outputs=part.by_role(name, anchor[name]))
 
 
 class _Pairs(NamedTuple):
@@ -92,10 +135,9 @@ class _Pairs(NamedTuple):
   terms: list[jax.Array]
 
 
-def lanes(x: jax.Array, i: int, of: int) -> jax.Array:
-  """The i-th of `of` equal parts of the last axis."""
-  size = x.shape[-1] // of
-  return x[..., i * size : (i + 1) * size]
+def _lanes(part: Part, x: jax.Array, roles: int) -> list[jax.Array]:
+  """The equal parts of the last axis, one a role."""
+  return _split(part.block.at.tile, x, [1] * roles, x.ndim - 1)
 
 
 def _concatenated(parts: Sequence[jax.Array]) -> jax.Array:
@@ -104,10 +146,9 @@ def _concatenated(parts: Sequence[jax.Array]) -> jax.Array:
 
 def _outputs(part: Part, hidden: Sequence[jax.Array]) -> list[jax.Array]:
   """What each role's output layer makes of its hidden units, unfinished."""
-  name = part.architecture.output
-  if name is None:
+  if part.architecture.output is None:
     return list(hidden)
-  return [part.at_anchor(name, h, r, r + 1) for r, h in enumerate(hidden)]
+  return part.read_outputs(hidden)
 
 
 def read_anchor(part: Part, inputs: Sequence[jax.Array]) -> list[jax.Array]:
@@ -118,16 +159,14 @@ def read_anchor(part: Part, inputs: Sequence[jax.Array]) -> list[jax.Array]:
     inputs: [..., C, K] of each role; one object where roles share it, and
       then these are adjacent.
   """
-  hidden, begin = [], 0
-  while begin < part.roles:  # Roles with one input: one product.
-    z, end = inputs[begin], begin + 1
-    while end < part.roles and inputs[end] is z:
-      end += 1
-    names = part.architecture.inputs
-    made = [part.at_anchor(name, z, begin, end) for name in names]
-    h = part.architecture.hidden(*made)
-    hidden += [lanes(h, i, end - begin) for i in range(end - begin)]
-    begin = end
+  groups = [list(g) for _, g in itertools.groupby(inputs, key=id)]
+  zs, counts = [g[0] for g in groups], [len(g) for g in groups]
+  # Roles with one input: one product.
+  names = part.architecture.inputs
+  made = [part.read_inputs(name, zs, counts) for name in names]
+  hidden = []
+  for count, *each in zip(counts, *made):
+    hidden += _lanes(part, part.architecture.hidden(*each), count)
   out = _outputs(part, hidden)
   finish = part.architecture.finish or (lambda y: y)
   out = [finish(y) for y in out]
@@ -147,12 +186,12 @@ def pairs(
   made, pulls, hiddens = [], [], []
   for part in parts:
     names = part.architecture.inputs
-    made.append([part.at_anchor(name, k, 0, part.roles) for name in names])
+    made.append([part.read_inputs(n, [k], [part.roles])[0] for n in names])
   for part, inputs in zip(parts, made):
     h, pull = jax.vjp(part.architecture.hidden, *inputs)
     if part.architecture.output is not None:
       h = part.block.at.tile.rounded(h)
-    hiddens.append([lanes(h, i, part.roles) for i in range(part.roles)])
+    hiddens.append(_lanes(part, h, part.roles))
     pulls.append(pull)
   outs = [_outputs(part, h) for part, h in zip(parts, hiddens)]
   errors, terms = [], []
@@ -173,9 +212,7 @@ def pairs(
     if name is None:
       h, own = [], []
     else:
-      below = [
-        part.at_anchor(name, e, r, r + 1, "nt") for r, e in enumerate(error)
-      ]
+      below = part.read_outputs(error, "nt")
     deltas = pull(_concatenated(below))
     deltas = dict(zip(part.architecture.inputs, deltas))
     result.append(_Pairs(deltas, h, own, term))
@@ -221,13 +258,13 @@ def by_chunk(
   for i, (part, pair) in enumerate(zip(parts, learned)):
     own, square = gates._replace(eta=part.rate * gates.eta), 0.0
     for name, delta in pair.deltas.items():
-      chunk = _chunk(part, tokens, own, name, k, delta, 0, part.roles)
+      (chunk,) = _chunks(part, tokens, own, name, [k], [delta])
       chunks[i, name, 0] = chunk
       sizes = _sizes(at.tile, k) * _sizes(at.tile, delta, part.roles)
       square += jnp.square(chunk.write) * sizes
     name, last = part.architecture.output, []
-    for r, (h, error) in enumerate(zip(pair.hidden, pair.errors)):
-      chunk = _chunk(part, tokens, own, name, h, error, r, r + 1)
+    outputs = _chunks(part, tokens, own, name, pair.hidden, pair.errors)
+    for r, (chunk, h) in enumerate(zip(outputs, pair.hidden)):
       chunks[i, name, r] = chunk
       last.append(jnp.square(chunk.write) * _sizes(at.tile, h))
     if last:
@@ -244,7 +281,9 @@ def by_chunk(
 
     def layer(name: str, x: jax.Array) -> jax.Array:
       if part.rule.read == "chunk_start":
-        return part.at_anchor(name, x, 0, 1)
+        if name == part.architecture.output:
+          return part.read_outputs([x])[0]
+        return part.read_inputs(name, [x], [1])[0]
       return chunks[i, name, 0].read(x, part.rule.read, rows[i, name, 0])
 
     y = part.architecture(layer, q)
@@ -268,29 +307,35 @@ def by_chunk(
   return Written(blocks, read, jnp.concatenate(sums, axis=-1))
 
 
-def _chunk(
+def _chunks(
   part: Part,
   tokens: rank_one.Tokens,
   gates: rules.Gates,
-  name: str,
-  u: jax.Array,
-  delta: jax.Array,
-  begin: int,
-  end: int,
-) -> rank_one.Chunk:
-  """One weight matrix, or those of adjacent roles that share u."""
+  name: str | None,
+  us: Sequence[jax.Array],
+  deltas: Sequence[jax.Array],
+) -> list[rank_one.Chunk]:
+  """Of a layer the weight matrices of each role, or of all that share u."""
+  if not us:
+    return []
   block, rule = part.block, part.rule
-  cut = lambda W: part.cut(name, W, begin, end)
-  erases = rules.erases(rule, name)
-  rates = rules.rates(rule, gates, u, block.at.real, erases)
-  D, start = cut(block.w[name]), cut(block.begin(name))
-  S = cut(block.s[name]) if name in block.s else None
-  R, fresh = start, None
+  cut = lambda W: part.cut(name, W, [part.roles // len(us)] * len(us))
+  erases, nothing = rules.erases(rule, name), [None] * len(us)
+  Ds, starts = cut(block.w[name]), cut(block.begin(name))
+  Ss = cut(block.s[name]) if name in block.s else nothing
+  Rs, fresh = starts, nothing
   if rule.retention_target == "zero":
-    D, R, fresh = D + start, None, start
-  return rank_one.Chunk(
-    tokens, u, delta, rates.write, rates.erase, D, S, R, fresh=fresh
-  )
+    Ds = [D + start for D, start in zip(Ds, starts)]
+    Rs, fresh = nothing, starts
+  made = []
+  for u, delta, D, S, R, begun in zip(us, deltas, Ds, Ss, Rs, fresh):
+    rates = rules.rates(rule, gates, u, block.at.real, erases)
+    made.append(
+      rank_one.Chunk(
+        tokens, u, delta, rates.write, rates.erase, D, S, R, fresh=begun
+      )
+    )
+  return made
 
 
 def _after(
@@ -337,10 +382,8 @@ def _sums(
     gates: columns [..., C, 1], without the part's rate.
   """
   absolute = {name: after.absolute(name, D) for name, D in after.w.items()}
-  sizes = [
-    rules.norm(part.cut(name, W, r, r + 1) for name, W in absolute.items())
-    for r in range(part.roles)
-  ]
+  weights = [part.by_role(name, W) for name, W in absolute.items()]
+  sizes = [rules.norm(each) for each in zip(*weights)]
   own = gates._replace(eta=part.rate * gates.eta)
   loss = rules.total(after.at, sum(pair.terms))
   steps = jnp.sum(steps, axis=-1, keepdims=True)
@@ -391,7 +434,7 @@ def _role(part: Part, role: int) -> rules.Block:
   def cut(tree: rules.Weights | None) -> rules.Weights | None:
     if tree is None:
       return None
-    return {n: part.cut(n, W, role, role + 1) for n, W in tree.items()}
+    return {n: part.by_role(n, W)[role] for n, W in tree.items()}
 
   block, at = part.block, part.block.at
   return block._replace(

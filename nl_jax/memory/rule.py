@@ -58,7 +58,7 @@ class Rule:
     read: "after" the token's own write, "before" it, or at "chunk_start".
     residual_clip: largest norm of an inner error; 0: off. Ours.
     inner_mean: inner errors are divided by the value width V.
-    remat_group: chunks that the backward pass recomputes at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
     stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
     omega: tokens whose gradients one token writes, each times its gate gamma
       (Atlas, see `window`); 1: its own, without gate.
@@ -102,6 +102,13 @@ class Rule:
   def has_momentum(self) -> bool:
     """Whether the memory keeps S beside W."""
     return self.momentum != "off"
+
+  @property
+  def affine(self) -> bool:
+    """Whether a matrix changes column by column, each affine in itself."""
+    plain = self.objective in ("dot", "l2") and self.omega == 1
+    whole = self.residual_clip or self.inner_mean or self.inner_muon != "off"
+    return plain and not whole and not self.stop_grad_writes
 
   @property
   def loops(self) -> bool:
@@ -274,12 +281,15 @@ def rates(
   )
 
 
-def _layer_gates(gates: Gates, W: jax.Array) -> Gates:
-  """Gates of one layer; those of a channel lie along its K-wide axis."""
-  size = gates.eta.shape[-1]
-  if size == 1:
+def layer_gates(gates: Gates, name: str) -> Gates:
+  """Gates of one layer; those of a channel, [..., C, K], along its K channels.
+
+  These are the inputs of a layer that is fed with the key, [..., C, K, 1], and
+  the outputs of another, [..., C, 1, K].
+  """
+  if gates.eta.shape[-1] == 1:
     return gates
-  axis = -1 if W.shape[-2] == size else -2
+  axis = -1 if name in INPUT_LAYERS else -2
   wide = lambda x: jnp.expand_dims(x, axis)
   return gates._replace(eta=wide(gates.eta), log_alpha=wide(gates.log_alpha))
 
@@ -414,7 +424,7 @@ def write_and_read(
   layers, momenta, steps = {}, {}, 0.0
   for name, D in block.w.items():
     u, delta = own(all_u[name]), own(all_delta[name])
-    gate = _layer_gates(gates._replace(eta=eta), D)
+    gate = layer_gates(gates._replace(eta=eta), name)
     rate = rates(rule, gate, u, at.real, erases(rule, name))
     past = None
     if laid is not None:

@@ -81,7 +81,7 @@ class Config:
       "chunk_start" (eq. 90), where generators are read.
     residual_clip: largest norm of an inner error; 0: off. Ours.
     inner_mean: inner errors are divided by the value width V.
-    remat_group: chunks that the backward pass recomputes at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
     stop_grad_writes: the outer gradient does not pass earlier chunks' writes.
     chunk_memory: tokens a chunk of M_memory (Fig. 3: 16).
     chunk_gen: tokens a chunk of the generators.

@@ -43,12 +43,6 @@ class _Block(rules.Block):
     return jnp.where(own, y, through(self.begin(name)))
 
 
-def _layer_gates(gates: rules.Gates, name: str) -> rules.Gates:
-  """[..., C, K] along the K channels of a layer, [..., C, K, 1] or 1, K."""
-  axis = -1 if name in rules.INPUT_LAYERS else -2
-  return jax.tree.map(lambda x: jnp.expand_dims(x, axis), gates)
-
-
 def _write_and_read(
   forward: rules.Forward,
   block: _Block,
@@ -64,7 +58,7 @@ def _write_and_read(
 
   def layer(name: str, z: jax.Array) -> jax.Array:
     u = inputs[name]
-    own = _layer_gates(gates, name)
+    own = rules.layer_gates(gates, name)
     y, ends[name] = kernels.simplex(
       u, errors[name], z, rules.rates(rule, own, u, at.real, erases=False),
       block.absolute(name, block.w[name]), lag=at.first > 0 if lag else None,
@@ -142,6 +136,7 @@ def update(
   y, state, sums = chunked.walk(
     body, state, start, {"q": q, "k": k, "v": v, "gates": gates},
     chunk=rule.chunk, group=rule.remat_group, segment_ids=segment_ids,
-    at_edge=at_edge, aligned=aligned, run=chunked.Run("xla"), name="simplex",
+    at_edge=at_edge, aligned=aligned, name="simplex",
+    run=chunked.Run("xla", None if run is None else run.spec),
   )  # fmt: skip
   return y.reshape(B, T, H, -1), state, rules.metrics(sums)

@@ -18,13 +18,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, types
+from nl_jax import card, fields, sharding, types
 from nl_jax.fields import Number, Whole
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, sliding_window, softmax
 
 if TYPE_CHECKING:
   from nl_jax.models import lm
+
+# Documents are counted modulo this: a cache never holds as many.
+_DOCUMENTS = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +93,12 @@ class AttentionState(NamedTuple):
       after zeros where there were fewer.
     values_BxSxHxK: their values.
     slot_document_BxS: int32, the document of each slot; 0 where it is empty.
-    length_B: int32, slots in use; with a window, tokens seen.
-    document_B: int32, the current document, counted from 1.
+    length_B: int32, slots in use.
+    document_B: int32, the current document, counted from 1, and from 1 again
+      after 2^30.
     segment_B: int32, the segment id of the last token; 0 before the first.
-    position_B: int32, tokens of the current document so far.
+    position_B: int32, tokens of the current document so far, modulo 2^32, see
+      `layers.rope`.
   """
 
   keys_BxSxHxK: types.Array
@@ -111,7 +116,7 @@ class _Places(NamedTuple):
   Attributes:
     real_BxT: bool, no padding.
     document_BxT: int32, counted as in `AttentionState.document_B`.
-    position_BxT: int32, from the start of the document.
+    position_BxT: int32, from the start of the document, modulo 2^32.
     slot_BxT: int32, in a cache without a window; past its end for padding.
   """
 
@@ -237,6 +242,8 @@ def _attend_own(
       q, k, v, own, options.window, options.implementation
     )
     return y if ids is None else _real(y, places)
+  # Each shard of a text has the keys and values of all of it.
+  k, v = sharding.whole_rows(k), sharding.whole_rows(v)
   if ids is None:
     return softmax.attention(q, k, v, None)
   mask = jnp.tril(jnp.ones((1,) + 2 * (q.shape[1],), bool))
@@ -266,7 +273,12 @@ def _attend_window(
   within = q.shape[1] <= options.window
   if fresh and (within or softmax.fused(q, k, options.implementation)):
     return _attend_own(q, k, v, places, ids, options), new_state
-  y = sliding_window.attend(q, keys, values, places.document_BxT, documents)
+  if fresh:
+    y = sliding_window.attend_own(
+      q, k, v, places.document_BxT, document, options.window
+    )
+  else:
+    y = sliding_window.attend(q, keys, values, places.document_BxT, documents)
   return _real(y, places), new_state
 
 
@@ -279,15 +291,13 @@ def _locate(ids: types.Array, state: AttentionState) -> _Places:
   """Documents, positions and slots of a call's tokens; ids [B,T]."""
   real = ids > 0
   index = segments.running_index(ids, state.segment_B)
+  position, _ = layers.positions(index, real, state.position_B)
   rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - 1  # Among real tokens.
-  before = jnp.concatenate([jnp.zeros_like(index[:, :1]), index[:, :-1]], 1)
-  start = jnp.where(index != before, rank, -state.position_B[:, None])
-  start = jax.lax.cummax(start, axis=1)
   capacity = state.keys_BxSxHxK.shape[1]
   return _Places(
     real,
-    state.document_B[:, None] + index,
-    rank - start,
+    (state.document_B[:, None] - 1 + index) % _DOCUMENTS + 1,
+    position,
     jnp.where(real, state.length_B[:, None] + rank, capacity),
   )
 
@@ -330,7 +340,8 @@ def _clocks(
     count > 0, jnp.take_along_axis(new, last[:, None], axis=1)[:, 0], old
   )
   return (
-    state.length_B + count,
+    # Not beyond the cache: a counter of all tokens would overflow.
+    jnp.minimum(state.length_B + count, state.keys_BxSxHxK.shape[1]),
     at_last(places.document_BxT, state.document_B),
     at_last(ids, state.segment_B),
     at_last(places.position_BxT + 1, state.position_B),

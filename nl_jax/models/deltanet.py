@@ -55,7 +55,7 @@ class Options:
     correction: start of D in the reads q - D p, of Comba alone; its authors:
       1, or 0.02 when small.
     chunk: tokens computed at once; changes no number.
-    remat_group: chunks that the backward pass recomputes at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
     walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
       they can), "xla", "pallas_tpu", "pallas_interpret".
   """
@@ -215,7 +215,7 @@ def apply(
     _gates(params, x_BxTxD, model),
     rule=model.mixer.rule,
     segment_ids=segment_ids,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
     chunk_free=True,
     run=layers.run(
       model.mixer.walk,

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from nl_jax import memory
 from nl_jax.memory import muon, self_modifying
-from nl_jax.models import attention, incontext, lm, local_loss, mamba, titans
+from nl_jax.models import attention, incontext, lm, local_loss, mamba
 
 _Shapes = Mapping[str, tuple[int, int]]  # (a, b) by layer, the output last.
 
@@ -311,13 +311,15 @@ def _memora(model: lm.LanguageModel, tokens: int) -> Flops:
 
 
 def _of_titans(model: lm.LanguageModel) -> float:
-  options: titans.Options = model.mixer
-  return chunked(
-    layers_of(options.memory, model.head_dim, options.hidden),
-    options,
-    normed=options.memory == "mlp_ln",
-    loop=options.loops,
-  )
+  options, K = model.mixer, model.head_dim
+  shapes = layers_of(options.memory, K, options.hidden)
+  normed = options.memory == "mlp_ln"
+  total = chunked(shapes, options, normed=normed, loop=options.loops)
+  if options.span:
+    wide = memory.spans.wide_rule(options, options.span)
+    total += chunked(shapes, wide, normed=normed)
+    total += chunked({"w": (K, K)}, memory.spans.keys_rule(options))
+  return total
 
 
 def _beside(model: lm.LanguageModel, tokens: int) -> Flops:

@@ -128,8 +128,8 @@ def apply(
     config=config,
     static_gates=_static_gates(params, x_BxTxD),
     segment_ids=segment_ids,
-    at_edge=fresh,
-    aligned=fresh,
+    at_edge=fresh or model.at_edge,
+    aligned=fresh or model.at_edge,
     run=layers.run(
       config.walk,
       by_token=config.gate_shape == "channel",

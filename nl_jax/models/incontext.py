@@ -294,8 +294,8 @@ class InContextModel:
       )
       logits = self.base.logits(params, x_BxTxD)
       seen = lm.count_real(tokens_BxT, segment_ids)
-      before = 0 if state is None else state.position_B
-      after = lm.LMState({"slow": slow, **held}, before + seen)
+      before = jnp.zeros_like(seen) if state is None else state.position_B
+      after = lm.LMState({"slow": slow, **held}, lm.counted(before, seen))
       return logits, after, _joined(metrics, fast_metrics)
     x_BxTxD, slow, metrics = self._before_levels(
       params, x_BxTxD, carried, segment_ids

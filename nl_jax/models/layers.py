@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from nl_jax import fields, memory, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
@@ -174,26 +175,25 @@ class RopeScaling:
       )
 
 
-def rope_rates(
-  half: int, theta: float, scaling: RopeScaling, dtype: jnp.dtype
-) -> types.Array:
-  """Radians a token of each pair of features, [half]: theta^(-i/half), scaled.
+def rope_turns(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
+  """How far a token turns each pair of features, uint32 [half] of 2^-32 turns.
+
+  theta^(-i/half) radians, scaled, rounded to a multiple of 2^-32 of a turn.
 
   Args:
     half: K/2.
     theta: base of the wave lengths.
     scaling: see `RopeScaling`.
-    dtype: of the result.
   """
-  rates = theta ** (-jnp.arange(half, dtype=dtype) / half)
-  if scaling.kind == "none":
-    return rates
+  rates = theta ** (-np.arange(half) / half)
   if scaling.kind == "linear":
-    return rates / scaling.factor
-  waves = scaling.trained_length * rates / (2 * jnp.pi)
-  kept = (waves - scaling.low) / (scaling.high - scaling.low)
-  kept = jnp.clip(kept, 0.0, 1.0)
-  return kept * rates + (1 - kept) * rates / scaling.factor
+    rates = rates / scaling.factor
+  elif scaling.kind == "llama3":
+    waves = scaling.trained_length * rates / (2 * np.pi)
+    kept = (waves - scaling.low) / (scaling.high - scaling.low)
+    kept = np.clip(kept, 0.0, 1.0)
+    rates = kept * rates + (1 - kept) * rates / scaling.factor
+  return np.rint(rates / (2 * np.pi) * 2.0**32).astype(np.uint32)
 
 
 def rope(
@@ -205,24 +205,49 @@ def rope(
   """Rotary positions over the full head width (arXiv 2104.09864).
 
   Feature i < K/2 turns with feature i + K/2 by position · theta^(-2i/K), the
-  pairing of Llama. The angle is computed in float32 at least.
+  pairing of Llama. Exact at any position: turns are counted in integers of 32
+  bits, of which whole turns fall off. So 2^32 tokens turn nothing, a counter
+  of positions may overflow, and two tokens stand to each other as their
+  distance says, however long the text before them.
 
   Args:
     x_BxTxHxK: queries or keys, K even.
-    positions_BxT: int32, counted from the start of the document.
+    positions_BxT: int32, counted from the start of the document, modulo 2^32.
     theta: base of the wave lengths.
     scaling: of the rates.
   """
   half = x_BxTxHxK.shape[-1] // 2
   wide = at_least_float32(x_BxTxHxK.dtype)
-  rates = rope_rates(half, theta, scaling, wide)
-  angles = positions_BxT.astype(wide)[:, :, None, None] * rates.reshape(
-    1, 1, 1, half
-  )
+  turns = jnp.asarray(rope_turns(half, theta, scaling)).reshape(1, 1, 1, half)
+  turned = positions_BxT.astype(jnp.uint32)[:, :, None, None] * turns
+  # As a signed number, at most half a turn: what is small keeps all its bits.
+  turned = jax.lax.bitcast_convert_type(turned, jnp.int32).astype(wide)
+  angles = turned * (2 * np.pi / 2.0**32)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   a, b = jnp.split(x_BxTxHxK.astype(wide), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return turned.astype(x_BxTxHxK.dtype)
+
+
+def positions(
+  index_BxT: types.Array, real_BxT: types.Array, carried_B: types.Array
+) -> tuple[types.Array, types.Array]:
+  """Places of a call's tokens in their documents, and of the next token.
+
+  Args:
+    index_BxT: documents that began in the call, of `segments.running_index`.
+    real_BxT: bool, no padding, which takes no place.
+    carried_B: int32, tokens of the current document before the call.
+
+  Returns:
+    int32 [B,T] and [B], modulo 2^32, which is all that `rope` reads.
+  """
+  before = jnp.pad(index_BxT[:, :-1], [(0, 0), (1, 0)])
+  rank = jnp.cumsum(real_BxT, axis=1, dtype=jnp.int32) - real_BxT
+  start = jnp.where(index_BxT != before, rank, -1)
+  start = jax.lax.cummax(start, axis=1)
+  places = jnp.where(start < 0, carried_B[:, None] + rank, rank - start)
+  return places, (places + real_BxT)[:, -1]
 
 
 class ConvState(NamedTuple):
@@ -280,13 +305,15 @@ def conv_apply(
   """
   batch, tokens, channels = x_BxTxE.shape
   w_4xE = w_4xE.astype(x_BxTxE.dtype)
-  if state is None:
+  fresh = state is None
+  if fresh:
     state = conv_state(batch, channels, x_BxTxE.dtype)
     if segment_ids is None:  # Nothing to mask: the path of plain training.
-      buffer = jnp.concatenate([state.inputs_Bx3xE, x_BxTxE], axis=1)
+      y_BxTxE = sharding.with_reach(_taps, 3, [x_BxTxE], whole=[w_4xE])
+      last = jnp.concatenate([state.inputs_Bx3xE, x_BxTxE[:, -3:]], axis=1)
       ids = (jnp.arange(3) >= 3 - tokens).astype(jnp.int32)
-      last = jnp.broadcast_to(ids[None], (batch, 3))
-      return _taps(w_4xE, buffer, None), ConvState(buffer[:, -3:], last)
+      ids = jnp.broadcast_to(ids[None], (batch, 3))
+      return y_BxTxE, ConvState(last[:, -3:], ids)
   if segment_ids is None:
     carried = jnp.maximum(state.segment_Bx3[:, -1:], 1)
     segment_ids = jnp.broadcast_to(carried, (batch, tokens))
@@ -294,11 +321,17 @@ def conv_apply(
   buffer = lay(state.inputs_Bx3xE.astype(x_BxTxE.dtype), x_BxTxE, begin)
   ids = lay(state.segment_Bx3, segment_ids, begin)
   index = segments.running_index(segment_ids, previous=state.segment_Bx3[:, -1])
-  carried_index = jnp.zeros_like(state.segment_Bx3)
-  index = jnp.where(ids > 0, lay(carried_index, index, begin), -1)
-  y_BxTxE = _taps(w_4xE, buffer, index)
+  laid = lay(jnp.zeros_like(state.segment_Bx3), index, begin)
+  laid = jnp.where(ids > 0, laid + 1, 0)
+  if fresh:  # No token reads what is carried: each shard has enough.
+    index = jnp.where(segment_ids > 0, index + 1, 0)
+    y_BxTxE = sharding.with_reach(
+      lambda x, index, w: _taps(x, w, index), 3, [x_BxTxE, index], whole=[w_4xE]
+    )
+  else:
+    y_BxTxE = _taps(buffer, w_4xE, laid)
   cut = jax.vmap(lambda a, i: jax.lax.dynamic_slice_in_dim(a, i, 3))
-  last_ids, last_index = cut(ids, end), cut(index, end)
+  last_ids, last_index = cut(ids, end), cut(laid, end)
   last_ids = jnp.where(last_index == last_index[:, -1:], last_ids, 0)
   return y_BxTxE, ConvState(cut(buffer, end), last_ids)
 
@@ -338,16 +371,16 @@ def short_convs(
 
 
 def _taps(
-  w_4xE: types.Array, buffer: types.Array, index: types.Array | None
+  buffer: types.Array, w_4xE: types.Array, index: types.Array | None = None
 ) -> types.Array:
-  """Σ over taps; buffer [B,3+T,E], index [B,3+T] of documents, -1 nothing."""
+  """Σ over taps; buffer [B,3+T,E], index [B,3+T] of documents, 0 nothing."""
   tokens = buffer.shape[1] - 3
   total = 0.0
   for tap in range(CONV_WIDTH):
     term = buffer[:, tap : tap + tokens] * w_4xE[tap][None, None]
     if index is not None:
       here = index[:, 3:]
-      same = (index[:, tap : tap + tokens] == here) & (here >= 0)
+      same = (index[:, tap : tap + tokens] == here) & (here > 0)
       term = jnp.where(same[:, :, None], term, 0)
     total = total + term
   return total

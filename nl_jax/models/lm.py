@@ -78,7 +78,7 @@ class LMState(NamedTuple):
 
   Attributes:
     layers: states of the mixers, every leaf [L,B,...].
-    position_B: int32, real tokens seen.
+    position_B: int32, real tokens seen, at most 2^31 - 1.
   """
 
   layers: Any
@@ -138,8 +138,11 @@ class LanguageModel:
       without, and for attention with none on.
     dtype: of activations; weights, fast weights, gates, logits and the loss
       are float32 at least.
-    remat: "layer" recomputes each layer in the backward pass but for what its
-      kernels made, "none" keeps what it needs beyond the chunks.
+    remat: "layer" recomputes each layer in the backward pass, but for what
+      its kernels made; "none" keeps what it needs beyond the chunks.
+    at_edge: whether `apply` may take it that a state stands at the edge of
+      all chunks and that documents begin at edges alone, as rows of training
+      do; it spares the shift to each row's grid.
     tied: the output weights are those of the embedding.
     norm_epsilon: of the norms of blocks, levels and output.
   """
@@ -155,6 +158,7 @@ class LanguageModel:
   mixer: Any = None
   dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
   remat: Annotated[str, OneOf("layer", "none")] = "layer"
+  at_edge: bool = False
   tied: bool = True
   norm_epsilon: Annotated[float, _EPSILONS] = layers.EPSILON
 
@@ -285,6 +289,8 @@ class LanguageModel:
     del learn
     if segment_ids is not None:
       segment_ids = jnp.asarray(segment_ids, jnp.int32)
+      # Documents are counted along whole rows, before any layer.
+      segment_ids = sharding.whole_rows(segment_ids)
     dtype = layers.activation_dtype(self.dtype, params)
     x_BxTxD = params["embed"].astype(dtype)[tokens_BxT]
     carried = None if state is None else state.layers
@@ -294,7 +300,7 @@ class LanguageModel:
     logits = self.logits(params, x_BxTxD)
     seen = count_real(tokens_BxT, segment_ids)
     before = jnp.zeros_like(seen) if state is None else state.position_B
-    return logits, LMState(stacked, before + seen), metrics
+    return logits, LMState(stacked, counted(before, seen)), metrics
 
   @jax.named_scope("output")
   def logits(self, params: types.Params, x_BxTxD: types.Array) -> types.Array:
@@ -474,6 +480,21 @@ def _in_place(
   return stream, states, metrics
 
 
+def at_edges(model: Any) -> Any:
+  """The model as rows of training are read by it, see `at_edge`.
+
+  Levels in context read on from within chunks: their model stays as it is.
+  """
+  if not isinstance(model, LanguageModel):
+    return model
+  return dataclasses.replace(model, at_edge=True)
+
+
+def batch_axis(path: Any) -> int:
+  """Of a leaf of a state: those of layers are [L,B,...], others [B,...]."""
+  return 1 if path[0].name == "layers" else 0
+
+
 def count_real(
   tokens_BxT: types.Array, segment_ids: types.Array | None
 ) -> types.Array:
@@ -482,3 +503,12 @@ def count_real(
     batch, tokens = tokens_BxT.shape
     return jnp.full((batch,), tokens, jnp.int32)
   return jnp.sum(segment_ids > 0, axis=1, dtype=jnp.int32)
+
+
+def counted(before_B: types.Array, seen_B: types.Array) -> types.Array:
+  """int32 [B], the sum; at 2^31 - 1 it stands still, so that it never wraps.
+
+  Nothing that a model computes reads the counter.
+  """
+  after = before_B + seen_B
+  return jnp.where(after < before_B, jnp.iinfo(jnp.int32).max, after)

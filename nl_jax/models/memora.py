@@ -40,6 +40,7 @@ class Options(titans.Options):
   momentum: Annotated[str, Only("off", titans.LMM)] = "off"
   retention_target: Annotated[str, Only("zero", titans.LMM)] = "zero"
   omega: Annotated[int, Only(1, titans.LMM)] = 1
+  span: Annotated[int, Only(0, titans.LMM)] = 0
   memory: Annotated[str, Only("mlp_ln", titans.LMM)] = "mlp_ln"
   # At 0.1 gradients reach 1e4 at 256 tokens; ours.
   eta_max: Annotated[float, fields.POSITIVE] = 0.01
@@ -104,7 +105,7 @@ def apply(
     state.memory,
     segment_ids,
     model=model,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
     rates=gates(params["gate"], x_BxTxD, model),
     update=functools.partial(memory.simplex.update, lag=model.mixer.lag),
   )

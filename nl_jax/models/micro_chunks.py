@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from nl_jax import levels as runner
 from nl_jax import types
-from nl_jax.models import cms, layers, open_chunk
+from nl_jax.models import cms, layers, lm, open_chunk
 
 if TYPE_CHECKING:
   from nl_jax.models import incontext
@@ -30,7 +30,7 @@ class InContextState(NamedTuple):
       the open micro-chunk and after the last token.
     levels: `LevelState` of each fast level, leaves [B,...].
     buffer: the open micro-chunk.
-    position_B: int32, real tokens seen.
+    position_B: int32, real tokens seen, at most 2^31 - 1.
   """
 
   layers: dict[str, Any]
@@ -351,7 +351,7 @@ def go_on(
   mixers = {"slow": None, "begin": begin, "now": now}
   return (
     model.base.logits(params, out),
-    InContextState(mixers, at, buffer, state.position_B + seen),
+    InContextState(mixers, at, buffer, lm.counted(state.position_B, seen)),
     jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics),
   )
 

@@ -38,7 +38,7 @@ class Options:
 
   Attributes:
     chunk: tokens computed at once.
-    remat_group: chunks that the backward pass recomputes at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
     walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
       they can), "xla", "pallas_tpu", "pallas_interpret".
   """
@@ -68,7 +68,8 @@ class RetNetState(NamedTuple):
 
   Attributes:
     memory: fast weights w (B,H,K,2K) and their clocks.
-    position_B: int32, tokens of the current document so far.
+    position_B: int32, tokens of the current document so far, modulo 2^32, see
+      `layers.rope`.
   """
 
   memory: memory.MemoryState
@@ -150,7 +151,7 @@ def apply(
     memory.Gates(jnp.ones_like(decay_BxTxH), decay_BxTxH),
     rule=model.mixer.rule,
     segment_ids=segment_ids,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
     chunk_free=True,
     run=layers.run(model.mixer.walk),
   )
@@ -168,13 +169,8 @@ def _positions(
   if segment_ids is None:
     steps = jnp.arange(tokens, dtype=jnp.int32)
     return state.position_B[:, None] + steps[None], state.position_B + tokens
-  real = segment_ids > 0
   index = segments.running_index(segment_ids, state.memory.segment)
-  before = jnp.pad(index[:, :-1], [(0, 0), (1, 0)])
-  rank = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real  # Real ones before.
-  start = jnp.where(index != before, rank, -state.position_B[:, None])
-  places = rank - jax.lax.cummax(start, axis=1)
-  return places, (places + real)[:, -1]
+  return layers.positions(index, segment_ids > 0, state.position_B)
 
 
 def _start(model: "lm.LanguageModel", dtype: jnp.dtype) -> types.Params:

@@ -58,7 +58,7 @@ class Options:
     gate_rank: inner width of that of the output gate g.
     chunk: tokens computed at once; changes no number. Beyond 64 decays leave
       float32.
-    remat_group: chunks that the backward pass recomputes at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
     walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
       they can), "xla", "pallas_tpu", "pallas_interpret".
   """

@@ -10,7 +10,7 @@ as tokens of the window.
 import jax
 import jax.numpy as jnp
 
-from nl_jax import types
+from nl_jax import sharding, types
 from nl_jax.models import layers, softmax
 
 
@@ -32,6 +32,40 @@ def lay(
   size = carried.shape[1]
   cut = lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, size)
   return buffer, jax.vmap(cut)(buffer, end)
+
+
+def attend_own(
+  q_BxTxHxK: types.Array,
+  k: types.Array,
+  v: types.Array,
+  query_document_BxT: types.Array,
+  document_BxT: types.Array,
+  window: int,
+  always: tuple[types.Array, types.Array] | None = None,
+) -> types.Array:
+  """`attend` among the tokens of a call that nothing is before.
+
+  Each shard of a text looks W-1 tokens back, into those before it.
+
+  Args:
+    q_BxTxHxK: rotated queries.
+    k, v: [B,T,G,K].
+    query_document_BxT: int32, the document of each token.
+    document_BxT: int32, that of each key; 0 where there is none.
+    window: W.
+    always: as `attend`.
+
+  Returns:
+    y_BxTxHxK.
+  """
+
+  def run(k, v, document, q, own, *always):
+    return attend(q, k, v, own, document, always or None)
+
+  return sharding.with_reach(
+    run, window - 1, [k, v, document_BxT], [q_BxTxHxK, query_document_BxT],
+    always or (),
+  )  # fmt: skip
 
 
 def attend(

@@ -11,6 +11,7 @@ from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
@@ -38,6 +39,8 @@ class Options(memory.Rule):
     hidden: M, hidden units of an MLP memory; 0: the key width K.
     residual: the memory adds its input.
     value_norm: "none", or "l2": values of unit norm.
+    span: S, tokens after which the memory begins anew, beside a global one with
+      chunks of S (TNT, see `memory.spans`); 0: one memory of all tokens.
     eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
       eta_bias).
     eta_bias: of eta, see eta_max.
@@ -59,11 +62,26 @@ class Options(memory.Rule):
   hidden: Annotated[int, Whole(0)] = 0
   residual: bool = True
   value_norm: Annotated[str, OneOf("none", "l2")] = "none"
+  span: Annotated[int, Whole(0)] = 0
   eta_max: Annotated[float, fields.POSITIVE] = 0.1
   eta_bias: Annotated[float, fields.LOGIT] = 0.0
   alpha_bias: Annotated[float, fields.LOGIT] = 4.0
   beta_bias: Annotated[float, fields.LOGIT] = 2.2
   walk: rule.Walk = "auto"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.span % self.chunk:
+      raise ValueError(
+        f"model.mixer.span must be 0 or a multiple of model.mixer.chunk="
+        f"{self.chunk}, got {self.span}"
+      )
+    if self.span and (self.omega > 1 or self.inner_muon != "off"):
+      raise ValueError(
+        "model.mixer.span begins memories anew, which windows and inner Muon "
+        "do not: set model.mixer.omega=1 and model.mixer.inner_muon='off', or "
+        f"model.mixer.span=0; got {self.span}"
+      )
 
   @property
   def forward(self) -> rule.Forward:
@@ -71,6 +89,11 @@ class Options(memory.Rule):
     if self.memory == "linear":
       return linear.forward_residual if self.residual else linear.forward
     return mlp.forward(self.memory, self.residual)
+
+  @property
+  def memories(self) -> int:
+    """Memories of a head: one, or a local and a global one."""
+    return 2 if self.span else 1
 
   @property
   def gates(self) -> tuple[str, ...]:
@@ -87,7 +110,7 @@ class TitansState(NamedTuple):
   """
 
   convs: dict[str, layers.ConvState]
-  memory: memory.MemoryState
+  memory: memory.MemoryState | memory.spans.State
 
 
 check = layers.check_heads
@@ -113,7 +136,11 @@ def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
   params["w_o"] = layers.normal(next(keys), (inner, model.width), std)
   params["norm"] = {"scale": jnp.ones((model.head_dim,))}
   params["gate"] = gate_init(next(keys), model)
-  params["memory"] = memory_init(next(keys), model)
+  own = next(keys)
+  params["memory"] = memory_init(own, model)
+  if model.mixer.span:
+    wide = memory_init(jax.random.fold_in(own, 0), model)
+    params["memory"] = {"local": params["memory"], "wide": wide}
   return params
 
 
@@ -173,7 +200,7 @@ def apply(
     state.memory,
     segment_ids,
     model=model,
-    at_edge=fresh,
+    at_edge=fresh or model.at_edge,
   )
 
 
@@ -181,7 +208,7 @@ def advance(
   params: types.Params,
   x_BxTxD: types.Array,
   convs: dict[str, layers.ConvState] | None,
-  fast: memory.MemoryState,
+  fast: memory.MemoryState | memory.spans.State,
   segment_ids: types.Array | None,
   *,
   model: "lm.LanguageModel",
@@ -201,10 +228,14 @@ def advance(
     update: in place of `memory.chunked.update`, called as it is.
   """
   options = model.mixer
+  if update is None:
+    update = memory.chunked.update
+    if options.span:
+      update = functools.partial(memory.spans.update, span=options.span)
   z, convs = layers.short_convs(
     params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
-  y_BxTxHxK, fast, metrics = (update or memory.chunked.update)(
+  y_BxTxHxK, fast, metrics = update(
     options.forward,
     params["memory"],
     fast,
@@ -261,32 +292,38 @@ def init_state(
   dtype = layers.activation_dtype(model.dtype, params)
   inner = model.heads * model.head_dim
   window = layers.conv_state(batch_size, inner, dtype)
-  return TitansState(
-    dict.fromkeys(PROJECTED, window),
-    memory.chunked.start(params["memory"], batch_size, model.mixer),
-  )
+  options, starts = model.mixer, params["memory"]
+  if options.span:
+    fast = memory.spans.start(
+      starts, batch_size, model.head_dim, options, options.span
+    )
+  else:
+    fast = memory.chunked.start(starts, batch_size, options)
+  return TitansState(dict.fromkeys(PROJECTED, window), fast)
 
 
 def starts(
   params: types.Params, model: "lm.LanguageModel"
 ) -> dict[str, types.Params]:
   """What each memory of one layer learns from, by its place in the state."""
-  del model
+  if model.mixer.span:
+    return {f"memory/{name}": own for name, own in params["memory"].items()}
   return {"memory": params["memory"]}
 
 
 def alignment(model: "lm.LanguageModel") -> int:
-  """The chunk: documents begin at its edges."""
-  return model.mixer.chunk
+  """The chunk, or the span: documents begin at its edges."""
+  return model.mixer.span or model.mixer.chunk
 
 
 def memory_size(model: "lm.LanguageModel") -> int:
   """Parameters of the memories of one layer's heads."""
   options, K = model.mixer, model.head_dim
+  heads = model.heads * options.memories
   if options.memory == "linear":
-    return model.heads * K * K
+    return heads * K * K
   count = 3 if options.memory == "glu" else 2
-  return model.heads * count * K * (options.hidden or K)
+  return heads * count * K * (options.hidden or K)
 
 
 def parameter_count(model: "lm.LanguageModel") -> int:
@@ -308,6 +345,8 @@ def rule_name(options: Options) -> str:
     name += f" of {options.omega} tokens"
   if options.inner_muon != "off":
     name += f" by Muon at each {options.inner_muon}"
+  if options.span:
+    name += f", local to {options.span} tokens and global"
   return name + ", retention"
 
 

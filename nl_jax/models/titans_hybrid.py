@@ -60,7 +60,8 @@ class WindowState(NamedTuple):
     values_BxSxHxK: their values.
     slot_document_BxS: int32, 1 for tokens of the current document, else 0.
     segment_B: int32, the segment id of the last token; 0 before the first.
-    position_B: int32, tokens of the current document so far.
+    position_B: int32, tokens of the current document so far, modulo 2^32, see
+      `layers.rope`.
   """
 
   keys_BxSxHxK: types.Array
@@ -210,23 +211,30 @@ def window(
     y_BxTxD and the state after the call.
   """
   batch, tokens, _ = x_BxTxD.shape
-  if state is None:
+  fresh = state is None
+  if fresh:
     state = empty_window(batch, model, x_BxTxD.dtype)
   ids = segment_ids
   if ids is None:
     ids = jnp.maximum(state.segment_B, 1)[:, None]
     ids = jnp.broadcast_to(ids, (batch, tokens))
   real = ids > 0
-  document, position = _places(ids, state)
+  index = segments.running_index(ids, state.segment_B)
+  document = index + 1  # 1 is the carried one.
+  position, position_B = layers.positions(index, real, state.position_B)
   q, k, v = project(params["attention"], "qkv", x_BxTxD, model)
   q, k = layers.rope(q, position), layers.rope(k, position)
   keys, last_keys = sliding_window.lay(state.keys_BxSxHxK, k, real)
   values, last_values = sliding_window.lay(state.values_BxSxHxK, v, real)
-  documents, slots = sliding_window.lay(
-    state.slot_document_BxS, jnp.where(real, document, 0), real
-  )
+  own = jnp.where(real, document, 0)
+  documents, slots = sliding_window.lay(state.slot_document_BxS, own, real)
   always = persistent(params, 0, x_BxTxD.dtype, model)
-  y = sliding_window.attend(q, keys, values, document, documents, always)
+  if fresh:
+    y = sliding_window.attend_own(
+      q, k, v, document, own, model.mixer.window, always
+    )
+  else:
+    y = sliding_window.attend(q, keys, values, document, documents, always)
   at = jnp.max(jnp.where(real, jnp.arange(tokens)[None], 0), axis=1)[:, None]
   last = lambda new, old: jnp.where(
     real.any(axis=1), jnp.take_along_axis(new, at, axis=1)[:, 0], old
@@ -236,20 +244,9 @@ def window(
     last_values,
     (slots == document[:, -1:]).astype(jnp.int32),
     last(ids, state.segment_B),
-    last(position + 1, state.position_B),
+    position_B,
   )
   return project_out(params, y, real), state
-
-
-def _places(
-  ids: types.Array, state: WindowState
-) -> tuple[types.Array, types.Array]:
-  """[B,T]: documents, 1 the carried one, and positions in them."""
-  index = segments.running_index(ids, state.segment_B)
-  rank = jnp.cumsum(ids > 0, axis=1, dtype=jnp.int32) - 1  # Of real tokens.
-  before = jnp.pad(index[:, :-1], [(0, 0), (1, 0)])
-  start = jnp.where(index != before, rank, -state.position_B[:, None])
-  return index + 1, rank - jax.lax.cummax(start, axis=1)
 
 
 def empty_window(

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax import card, memory, types
-from nl_jax.fields import Whole
+from nl_jax.fields import Only, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers, titans, titans_hybrid
@@ -46,6 +46,8 @@ class Options(titans_hybrid.Options):
       "silu" or "linear" (as it is); ours, unstated.
   """
 
+  # The memory goes from segment to segment.
+  span: Annotated[int, Only(0, titans.LMM)] = 0
   segment: Annotated[int, Whole(2)] = 1024
   mag_gate: titans_hybrid.Gate = "sigmoid"
 
@@ -151,6 +153,7 @@ def apply(
   wide = lambda x: jnp.broadcast_to(x, (batch, tokens, model.heads))
   xs = layers.l2_norm(query["q"]), layers.rope(q, places)
   xs += layers.rope(k, places), v, wide(order), wide(document)
+  xs += (wide(places[:, :, None]),)
   dtype = jax.tree.leaves(walk.w)[0].dtype
 
   def body(start, now, xs, at):
@@ -160,7 +163,7 @@ def apply(
     own = [x.astype(x_BxTxD.dtype) for x in xs[1:4]]
     count = [x[:, 0, :, 0].astype(jnp.int32) for x in xs[4:]]
     y, w, carried, learned = _segment(
-      params, model, fresh, places[:, 0], block, xs[0], *own, *count
+      params, model, fresh, block, xs[0], *own, *count
     )
     sums = jnp.stack(learned, axis=-1)[:, :, None]
     return kernels.State(w, (now.s[0], carried)), y, sums
@@ -175,7 +178,8 @@ def apply(
     segment_ids=segment_ids,
     at_edge=fresh,
     aligned=fresh,
-    run=memory.Run("xla"),  # Attention stands in the chunk function.
+    # Attention stands in the chunk function: no kernel.
+    run=memory.Run("xla", layers.run("xla").spec),
     name="mac_segments",
   )
   walk = walk._replace(carried=_renumbered(walk.carried))
@@ -202,7 +206,6 @@ def _segment(
   params: types.Params,
   model: "lm.LanguageModel",
   fresh: bool,
-  begin_B: types.Array,
   block: memory.rule.Block,
   recall: types.Array,
   q: types.Array,
@@ -210,18 +213,19 @@ def _segment(
   v: types.Array,
   order: types.Array,
   ids: types.Array,
+  place: types.Array,
 ) -> tuple[types.Array, Any, SegmentState, memory.Metrics]:
   """One segment, or one token of it; inputs [B,H,c,K], c = S or 1.
 
   Args:
     params, model: as `apply`.
     fresh: whether all rows began the call at the start of a sequence.
-    begin_B: place of the call's first token in its segment.
     block: memory and documents, see its type.
     recall: unit queries.
     q, k, v: of the tokens, rotated.
     order: int32 [B,c], the number of each token in the call.
     ids: int32 [B,c], documents, 0 is padding.
+    place: int32 [B,c], the place of each in its segment.
 
   Returns:
     out [B,1,c,D], the memory, what else is carried, and its metrics.
@@ -230,7 +234,7 @@ def _segment(
   size = ids.shape[1]
   # Tokens of the open segment in earlier calls: at the block's head those are
   # masked, unless it is a single token.
-  seen_B = begin_B
+  seen_B = place[:, 0]
   if size > 1:
     ahead = jnp.arange(size, dtype=jnp.int32)[None] - order
     seen_B = jnp.max(jnp.where(real, jnp.maximum(ahead, 0), 0), axis=1)

@@ -38,7 +38,8 @@ class Options:
     chunk: tokens of a mini-batch; RoPE's positions restart with each.
     base_lr: the inner learning rate before its gates; not warmed up.
     pre_conv: x + conv4(RMSNorm(x)) stands before the mixer.
-    remat_group: mini-batches that the backward pass recomputes at once.
+    remat_group: mini-batches between states that the backward pass keeps; 1 is
+      fastest.
     stop_grad_writes: the outer gradient does not pass earlier writes.
     walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
       they can), "xla", "pallas_tpu", "pallas_interpret".
@@ -264,8 +265,8 @@ def apply(
     rule=options.rule,
     slow=affine,
     segment_ids=segment_ids,
-    at_edge=fresh,
-    aligned=fresh,
+    at_edge=fresh or model.at_edge,
+    aligned=fresh or model.at_edge,
     row=_token_rates(params),
     run=layers.run(options.walk, dtype=x_BxTxD.dtype),
     name=model.arch,

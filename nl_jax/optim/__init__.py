@@ -51,15 +51,19 @@ from nl_jax.optim._delta_momentum import (
 from nl_jax.optim._delta_momentum import (
   scale_by_delta_momentum as scale_by_delta_momentum,
 )
-from nl_jax.optim._dims import DEFAULT_EXCLUDE as DEFAULT_EXCLUDE
-from nl_jax.optim._dims import DEFAULT_RULES as DEFAULT_RULES
-from nl_jax.optim._dims import DENSE_GENERAL_RULES as DENSE_GENERAL_RULES
-from nl_jax.optim._dims import matrix_dims_from_paths as matrix_dims_from_paths
 from nl_jax.optim._dims import scale_by_shape as scale_by_shape
 from nl_jax.optim._m3 import ScaleByM3State as ScaleByM3State
 from nl_jax.optim._m3 import m3 as m3
 from nl_jax.optim._m3 import m3_paper as m3_paper
+from nl_jax.optim._m3 import muon as muon
 from nl_jax.optim._m3 import scale_by_m3 as scale_by_m3
+from nl_jax.optim._matrices import DEFAULT_EXCLUDE as DEFAULT_EXCLUDE
+from nl_jax.optim._matrices import DEFAULT_RULES as DEFAULT_RULES
+from nl_jax.optim._matrices import DENSE_GENERAL_RULES as DENSE_GENERAL_RULES
+from nl_jax.optim._matrices import explain_matrices as explain_matrices
+from nl_jax.optim._matrices import (
+  matrix_dims_from_paths as matrix_dims_from_paths,
+)
 from nl_jax.optim._multi_frequency import (
   MultiFrequencyState as MultiFrequencyState,
 )

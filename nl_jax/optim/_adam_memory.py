@@ -9,7 +9,7 @@ P = H. Deviation: EMAs with bias correction by default; the paper prints sums
 weighted by b1 and b2.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,9 +46,9 @@ def scale_by_adam_memory(
   eps: A = 1e-8,
   ridge: A | None = None,
   *,
-  accumulate: str = "ema",
+  accumulate: Literal["ema", "sum"] = "ema",
   bias_correction: bool = True,
-  target: str = "rms",
+  target: Literal["rms", "square"] = "rms",
   mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> base.GradientTransformationExtraArgs:
   """M P / (H + lambda): the read-out of the element-wise memory.
@@ -118,9 +118,9 @@ def adam_memory(
   mask: Tree | None = None,
   *,
   ridge: A | None = None,
-  accumulate: str = "ema",
+  accumulate: Literal["ema", "sum"] = "ema",
   bias_correction: bool = True,
-  target: str = "rms",
+  target: Literal["rms", "square"] = "rms",
   mu_dtype: jax.typing.DTypeLike | None = None,
 ) -> base.GradientTransformationExtraArgs:
   """`scale_by_adam_memory` with decoupled weight decay.

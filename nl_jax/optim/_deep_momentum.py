@@ -16,7 +16,7 @@ typed and affordable. The first update is exactly that of SGD.
 import dataclasses
 import zlib
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
-from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes
+from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes, _matrices
 
 A = jax.typing.ArrayLike
 Tree = Any
@@ -65,6 +65,11 @@ class MLPMemory:
     _checks.one_of("activation", self.activation, tuple(ACTIVATIONS))
     if self.hidden < 0:
       raise ValueError(f"hidden must be >= 0, got {self.hidden}")
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """The weights of a memory, in the order of a dict's leaves."""
+    return ("w_in", "w_out") if self.depth == 2 else ("w_out",)
 
   def width(self, c: int) -> int:
     """Hidden units of a memory of c features."""
@@ -168,14 +173,14 @@ def scale_by_deep_momentum(
   target_decay: A = 0.9,
   *,
   memory: MLPMemory | LinearMemory = MLPMemory(),  # noqa: B008 (frozen)
-  inner_step: str = "normalized",
-  loss: str = "l2",
-  target: str = "ema",
-  readout: str | None = None,
-  read: str = "post",
+  inner_step: Literal["normalized", "gd"] = "normalized",
+  loss: Literal["l2", "dot"] = "l2",
+  target: Literal["ema", "self", "ones"] = "ema",
+  readout: Literal["apply", "state"] | None = None,
+  read: Literal["post", "pre"] = "post",
   output: str | Callable[[jax.Array], jax.Array] | None = None,
-  decay_layers: str = "output",
-  vector_rule: str = "identity",
+  decay_layers: Literal["output", "all"] = "output",
+  vector_rule: Literal["identity", "trace", "mlp"] = "identity",
   eta: A = 1.0,
   ns_steps: int = 5,
   coeffs: str | coefficients.Table = "jordan",
@@ -205,7 +210,10 @@ def scale_by_deep_momentum(
     vector_rule: for leaves that are no matrices: "identity" is the gradient,
       "trace" momentum with alpha and eta, "mlp" one sample of all entries.
     eta: rate of the write of linear memories and of "trace".
-    ns_steps, coeffs, ns_dtype, ns_sharding: of output="orthogonalize".
+    ns_steps: Newton-Schulz iterations of output="orthogonalize".
+    coeffs: its coefficients, a name or a table (`orthogonalize`).
+    ns_dtype: of its iterations; None is at least float32.
+    ns_sharding: where it runs on a mesh.
     dims: the matrices; None is (-2, -1) for rank >= 2.
 
   Returns:
@@ -236,16 +244,18 @@ def scale_by_deep_momentum(
     decay_layers == "all",
   )  # fmt: skip
 
-  def kind(spec):
+  def kind(x, spec):
     """How a leaf learns: "trace", "identity" or "memory"."""
     if keeps_state:
       return "trace"
+    if not x.size:
+      return "identity"
     return "memory" if spec is not None or vector_rule == "mlp" else vector_rule
 
   def memory_of(path, p, spec):
-    if kind(spec) == "trace":
+    if kind(p, spec) == "trace":
       return _dtypes.slow(p, None)
-    if kind(spec) == "identity":
+    if kind(p, spec) == "identity":
       return ()
     if not is_mlp and spec is None:
       raise ValueError(
@@ -266,12 +276,12 @@ def scale_by_deep_momentum(
     specs = _dims.flat(dims, params)
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     memories = [
-      memory_of(jax.tree_util.keystr(path), p, spec)
+      memory_of(jax.tree_util.keystr(_matrices.bare(path)), p, spec)
       for (path, p), spec in zip(paths, specs)
     ]
     learns = target == "ema" and not keeps_state
     targets = [
-      _dtypes.slow(p, None) if learns and kind(spec) == "memory" else ()
+      _dtypes.slow(p, None) if learns and kind(p, spec) == "memory" else ()
       for (_, p), spec in zip(paths, specs)
     ]
     return ScaleByDeepMomentumState(
@@ -286,9 +296,10 @@ def scale_by_deep_momentum(
 
     def one(g, weights, goal, spec):
       raw, g = g, g.astype(_dtypes.wide(g))
-      if kind(spec) == "identity":
+      how = kind(g, spec)
+      if how == "identity":
         return g, weights, goal
-      if kind(spec) == "trace":
+      if how == "trace":
         m = alpha * weights + eta * g
         return m, m, goal
       t = g if target == "self" else jnp.ones_like(g)
@@ -299,12 +310,18 @@ def scale_by_deep_momentum(
       s = _rms(G)
       u, v = _dtypes.safe_divide(G, s), _dtypes.safe_divide(t, _rms(t))
       S = G.shape[0]
-      flat = jax.tree.map(lambda w: w.reshape((S, *w.shape[-2:])), weights)
+      # What wraps a state may have made another mapping of a dict: the leaves
+      # are read and written in their order.
+      olds, structure = jax.tree.flatten(weights)
+      flat = [w.reshape((S, *w.shape[-2:])) for w in olds]
       if is_mlp:
-        y, new = _mlp_step(memory, flat, u, v, rule)
+        names = memory.names
+        y, new = _mlp_step(memory, dict(zip(names, flat)), u, v, rule)
+        new = [new[name] for name in names]
       else:
-        y, new = _linear_step(flat, u, v, rule)
-      new = jax.tree.map(lambda w, like: w.reshape(like.shape), new, weights)
+        y, *new = _linear_step(*flat, u, v, rule)
+      new = [w.reshape(old.shape) for w, old in zip(new, olds)]
+      new = structure.unflatten(new)
       d = s * y
       d = d.reshape(g.shape) if spec is None else stack.unpack(d, g.shape, spec)
       return stack.like(d, raw), new, goal
@@ -348,14 +365,14 @@ def deep_momentum(
   fallback_learning_rate: base.ScalarOrSchedule | None = None,
   target_decay: A = 0.9,
   memory: MLPMemory | LinearMemory = MLPMemory(),  # noqa: B008 (frozen)
-  inner_step: str = "normalized",
-  loss: str = "l2",
-  target: str = "ema",
-  readout: str | None = None,
-  read: str = "post",
+  inner_step: Literal["normalized", "gd"] = "normalized",
+  loss: Literal["l2", "dot"] = "l2",
+  target: Literal["ema", "self", "ones"] = "ema",
+  readout: Literal["apply", "state"] | None = None,
+  read: Literal["post", "pre"] = "post",
   output: str | Callable[[jax.Array], jax.Array] | None = None,
-  decay_layers: str = "output",
-  vector_rule: str = "identity",
+  decay_layers: Literal["output", "all"] = "output",
+  vector_rule: Literal["identity", "trace", "mlp"] = "identity",
   eta: A = 1.0,
   ns_steps: int = 5,
   coeffs: str | coefficients.Table = "jordan",

@@ -14,7 +14,7 @@ would track the negative gradient, and K = G, which is stable only for small G.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,10 +47,10 @@ def scale_by_delta_momentum(
   eta: A = 1.0,
   eta_decay: A = 0.5,
   *,
-  decay: str = "linear",
-  granularity: str = "matrix",
-  side: str = "input",
-  key: str = "frobenius",
+  decay: Literal["linear", "clip", "implicit", "prox"] = "linear",
+  granularity: Literal["matrix", "tensor", "element"] = "matrix",
+  side: Literal["input", "output"] = "input",
+  key: Literal["frobenius", "raw"] = "frobenius",
   preconditioner: base.GradientTransformation | None = None,
   eps: A = 1e-8,
   mu_dtype: jax.typing.DTypeLike | None = None,
@@ -203,10 +203,10 @@ def delta_momentum(
   mask: Tree | None = None,
   *,
   eta: A = 1.0,
-  decay: str = "linear",
-  granularity: str = "matrix",
-  side: str = "input",
-  key: str = "frobenius",
+  decay: Literal["linear", "clip", "implicit", "prox"] = "linear",
+  granularity: Literal["matrix", "tensor", "element"] = "matrix",
+  side: Literal["input", "output"] = "input",
+  key: Literal["frobenius", "raw"] = "frobenius",
   preconditioner: base.GradientTransformation | None = None,
   eps: A = 1e-8,
   mu_dtype: jax.typing.DTypeLike | None = None,

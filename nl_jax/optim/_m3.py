@@ -15,7 +15,7 @@ Deviation: the paper prints sums, a second moment of raw gradients and chunks of
 f + 1 gradients; `m3_paper` follows it but for the f + 1, the defaults do not.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -51,7 +51,7 @@ class ScaleByM3State(NamedTuple):
 
 
 def scale_by_m3(
-  b1: A = 0.95,
+  b1: A = 0.8,
   b2: A = 0.95,
   b3: A = 0.9,
   alpha: A | None = 0.1,
@@ -59,10 +59,10 @@ def scale_by_m3(
   ns_steps: int = 5,
   slow_every: A = 100,
   *,
-  accumulate: str = "ema",
-  second_moment: str | None = "ortho",
-  chunk_reduce: str = "mean",
-  slow_read: str = "next",
+  accumulate: Literal["ema", "sum"] = "ema",
+  second_moment: Literal["ortho", "grad"] | None = "ortho",
+  chunk_reduce: Literal["mean", "sum"] = "mean",
+  slow_read: Literal["next", "same"] = "next",
   bias_correction: bool = True,
   nesterov: bool = False,
   coeffs: str | coefficients.Table = "jordan",
@@ -80,7 +80,10 @@ def scale_by_m3(
   """Orthogonalised momentum at two time scales; see the module docstring.
 
   Args:
-    b1, b2, b3: decays of the fast momentum, second moment, slow momentum.
+    b1: decay of the fast momentum; .8 was best on small problems, Muon's own
+      is .95.
+    b2: decay of the second moment.
+    b3: decay of the slow momentum.
     alpha: weight of the slow memory; None leaves it out (Muon).
     eps: in the denominators.
     ns_steps: Newton-Schulz iterations.
@@ -91,10 +94,16 @@ def scale_by_m3(
     slow_read: "next" uses o2 from the step after (Algorithm 1), or "same".
     bias_correction: of m1 and nu, with accumulate="ema".
     nesterov: NS(b1 m1 / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)).
-    coeffs, ns_eps, ns_dtype, ns_sharding: see `orthogonalize_tree`.
+    coeffs: of Newton-Schulz, a name or a table (`orthogonalize`).
+    ns_eps: added to the norms that it divides by.
+    ns_dtype: of its iterations; None is at least float32.
+    ns_sharding: where it runs on a mesh.
     cache_slow: keep o2; otherwise it is computed anew in every step.
     stagger: groups of equal shapes refresh at different steps.
-    mu_dtype, nu_dtype, slow_dtype, o2_dtype: of m1; nu; m2 and slow_sum; o2.
+    mu_dtype: of m1; None as the parameters.
+    nu_dtype: of nu; None is at least float32.
+    slow_dtype: of m2 and slow_sum; None is at least float32.
+    o2_dtype: of o2; None as m1.
     dims: the matrices; None is (-2, -1) for rank >= 2. Leaves under None take
       the same rule without NS.
 
@@ -246,7 +255,7 @@ def _shape_groups(
 
 def m3(
   learning_rate: base.ScalarOrSchedule,
-  b1: A = 0.95,
+  b1: A = 0.8,
   b2: A = 0.95,
   b3: A = 0.9,
   alpha: A | None = 0.1,
@@ -264,10 +273,10 @@ def m3(
   fallback_eps: A = 1e-8,
   fallback_weight_decay: A = 0.0,
   require_matrix: bool = False,
-  accumulate: str = "ema",
-  second_moment: str | None = "ortho",
-  chunk_reduce: str = "mean",
-  slow_read: str = "next",
+  accumulate: Literal["ema", "sum"] = "ema",
+  second_moment: Literal["ortho", "grad"] | None = "ortho",
+  chunk_reduce: Literal["mean", "sum"] = "mean",
+  slow_read: Literal["next", "same"] = "next",
   bias_correction: bool = True,
   nesterov: bool = False,
   coeffs: str | coefficients.Table = "jordan",
@@ -294,6 +303,11 @@ def m3(
       sqrt(max(1, r / c)).
     fallback: a complete optimizer for the other leaves; None is AdamW with the
       `fallback_*` arguments and, by default, the same learning rate.
+    fallback_learning_rate: AdamW's, for what is no matrix; None is the same.
+    fallback_b1: its decay of the first moment.
+    fallback_b2: its decay of the second moment.
+    fallback_eps: added to the root of its second moment.
+    fallback_weight_decay: its weight decay.
     require_matrix: raise if no leaf is a matrix.
     dims: the matrices; None selects them by `matrix_dims_from_paths`.
     b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate, second_moment,
@@ -327,6 +341,50 @@ def m3(
       fallback_b1, fallback_b2, fallback_eps, fallback_weight_decay,
     )  # fmt: skip
   return _dims.partition(matrices, fallback, dims, require_matrix)
+
+
+def muon(
+  learning_rate: base.ScalarOrSchedule,
+  b1: A = 0.8,
+  ns_steps: int = 5,
+  weight_decay: A = 0.0,
+  mask: Tree | None = None,
+  *,
+  consistent_rms: A | None = 0.2,
+  fallback: base.GradientTransformation | None = None,
+  fallback_learning_rate: base.ScalarOrSchedule | None = None,
+  fallback_b1: A = 0.9,
+  fallback_b2: A = 0.95,
+  fallback_eps: A = 1e-8,
+  fallback_weight_decay: A = 0.0,
+  require_matrix: bool = False,
+  nesterov: bool = False,
+  coeffs: str | coefficients.Table = "jordan",
+  ns_eps: A = 1e-12,
+  ns_dtype: jax.typing.DTypeLike | None = None,
+  mu_dtype: jax.typing.DTypeLike | None = None,
+  dims: _dims.DimsLike = None,
+  ns_sharding: orthogonalize.NSSharding | None = None,
+) -> base.GradientTransformationExtraArgs:
+  """Muon: M3 without its slow memory and second moment.
+
+  Args:
+    learning_rate: a number or a schedule.
+    b1, ns_steps, weight_decay, mask, consistent_rms, fallback,
+      fallback_learning_rate, fallback_b1, fallback_b2, fallback_eps,
+      fallback_weight_decay, require_matrix, nesterov, coeffs, ns_eps, ns_dtype,
+      mu_dtype, dims, ns_sharding: see `m3`.
+  """
+  return m3(
+    learning_rate, b1, alpha=None, second_moment=None, ns_steps=ns_steps,
+    weight_decay=weight_decay, mask=mask, consistent_rms=consistent_rms,
+    fallback=fallback, fallback_learning_rate=fallback_learning_rate,
+    fallback_b1=fallback_b1, fallback_b2=fallback_b2,
+    fallback_eps=fallback_eps, fallback_weight_decay=fallback_weight_decay,
+    require_matrix=require_matrix, nesterov=nesterov, coeffs=coeffs,
+    ns_eps=ns_eps, ns_dtype=ns_dtype, mu_dtype=mu_dtype, dims=dims,
+    ns_sharding=ns_sharding,
+  )  # fmt: skip
 
 
 def m3_paper(

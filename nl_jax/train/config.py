@@ -13,7 +13,7 @@ from typing import Any
 
 from nl_jax import data, fields, sharding
 from nl_jax.models import cms, incontext, lm
-from nl_jax.train import optimizer, settings
+from nl_jax.train import optimizer, rules, settings
 
 Field = fields.Field
 
@@ -21,12 +21,14 @@ _ARCHS = tuple(lm.MIXERS)
 _SHAPE = ("arch", "width", "layers", "heads", "head_dim", "vocab_size",
           "tied", "norm_epsilon")  # fmt: skip
 # Of `data.load`, what no config says.
-_NOT_DATA = ("alignment", "vocab_size", "process_index", "process_count")
+_NOT_DATA = ("alignment", "vocab_size", "process_index", "process_count",
+             "consecutive")  # fmt: skip
 _OPTIM = ("name", "learning_rate", "warmup_steps", "weight_decay", "clip_norm",
-          "min_ratio", "b1", "b2", "eps", "reduce", "nested_meta",
-          "nested_rate")  # fmt: skip
-_TRAIN = ("steps", "log_every", "eval_every", "accumulate", "dtype", "remat",
-          "seed", "nan_policy", "max_skipped", "profile_steps")  # fmt: skip
+          "min_ratio", "schedule", "cooldown_steps", "groups", "reduce",
+          "nested_meta", "nested_rate")  # fmt: skip
+_TRAIN = ("steps", "log_every", "eval_every", "accumulate", "carry_gradient",
+          "dtype", "remat", "seed", "nan_policy", "max_skipped",
+          "profile_steps")  # fmt: skip
 _MESH = ("replica", "fsdp", "sequence", "tensor")
 # What stands for the dtype of activations until the machine is known.
 AUTO = "auto"
@@ -36,12 +38,16 @@ _WAS = {
 }
 
 
-def table(arch: str, in_context: bool = False) -> dict[str, dict[str, Field]]:
+def table(
+  arch: str, in_context: bool = False, names: Iterable[str] = rules.RULES
+) -> dict[str, dict[str, Field]]:
   """The fields of every group by the group's path, in a config's order.
 
   Args:
     arch: a key of `lm.MIXERS`.
     in_context: whether its levels learn in context.
+    names: rules of the optimizer whose groups there are: before a rule is
+      chosen, all.
 
   Raises:
     ValueError: no such arch.
@@ -56,6 +62,7 @@ def table(arch: str, in_context: bool = False) -> dict[str, dict[str, Field]]:
   )
   made["data"] = _without(fields.of(data.load), _NOT_DATA)
   made["optim"] = _chosen(fields.of(optimizer.make), _OPTIM)
+  made |= {f"optim.{name}": rules.options(name) for name in names}
   loop = fields.of(settings.Settings)
   made["train"] = _chosen(loop | model | {"dtype": _dtype(model)}, _TRAIN)
   made["checkpoint"] = {
@@ -103,14 +110,17 @@ def check(config: Mapping[str, Any]) -> None:
 def upgraded(config: Any) -> Any:
   """A config of any format as this version writes it.
 
-  In format 1 the group `model.mixer` was `model.memory`, and the kind of a
-  memory its field `arch`. What a config does not list has the value that it
-  had then. What is no config stays as it is, for `check` to tell.
+  In format 1 the group `model.mixer` was `model.memory`, the kind of a memory
+  its field `arch`, and b1, b2 and eps of AdamW stood in `optim`. What a config
+  does not list has the value that it had then. What is no config stays as it
+  is, for `check` to tell.
   """
   if not _has_groups(config) or config["model"].get("arch") not in _ARCHS:
     return config
   model = config["model"]
   config = {**config, "model": _renamed(model)}
+  if config.get("optim"):
+    config["optim"] = rules.upgraded(config["optim"])
   was = _WAS.get(model["arch"], {})
   for path, group in table_of(config).items():
     node = config
@@ -158,7 +168,11 @@ def table_of(config: Mapping[str, Any]) -> dict[str, dict[str, Field]]:
     raise ValueError("the config has no group model")
   levels = model.get("cms")
   learns = isinstance(levels, Mapping) and "chunks" in levels
-  return table(model.get("arch"), learns)
+  said = config.get("optim")
+  said = said if isinstance(said, Mapping) else {}
+  chosen = said.get("name", rules.DEFAULT)
+  names = [x for x in rules.RULES if x == chosen or x in said]
+  return table(model.get("arch"), learns, names)
 
 
 def leaves(

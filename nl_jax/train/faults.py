@@ -50,7 +50,8 @@ def write(
   path = workdir / f"nan_step_{step}.json"
   process = jax.process_index()
   suffix = f"_{process}" if process else ""
-  with whole.replacing(workdir / f"nan_step_{step}{suffix}.npz") as file:
+  rows_path = workdir / f"nan_step_{step}{suffix}.npz"
+  with files.writing(rows_path), whole.replacing(rows_path) as file:
     np.savez(file, **rows)
   if not process:
     files.write_json(path, report)

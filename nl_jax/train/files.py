@@ -1,6 +1,7 @@
-"""Files that are whole or not there, and the folder of one run."""
+"""The folder of one run: whose it is, what it holds, what changed when."""
 
 import contextlib
+import functools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
@@ -9,12 +10,21 @@ from typing import Any
 from nl_jax import files as whole
 from nl_jax import formats
 from nl_jax.train import config as configs
-from nl_jax.train import environment
+from nl_jax.train import environment, kept
 
 FORMAT = 2  # Of config.json and of a checkpoint's meta; both say it.
 CONFIG = "config.json"
+METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 CHECKPOINTS = "checkpoints"
+CHANGES = "changes"  # Of config.json: [{"step", "changes"}], oldest first.
+CHAIN = "chain"  # Of config.json: what the run came from (`origin.chain`).
+_ORIGIN = ("workdir", "keep", "source", "path", "fingerprint")
+_TRACES = {
+  CHANGES: {"step": int, "changes": list},
+  CHAIN: {"step": int, **dict.fromkeys(_ORIGIN, str)},
+}
+_SAVED = "saved"  # Of config.json: whether there has been a checkpoint.
 _LOCK = ".lock"
 
 # Keys that change no number of the run: they may differ on resume.
@@ -22,6 +32,7 @@ FREE = (
   "checkpoint",
   "eval",
   "mesh",
+  "model.mixer.remat_group",
   "model.mixer.walk",
   "train.eval_every",
   "train.log_every",
@@ -31,29 +42,12 @@ FREE = (
 )
 _MISSING = "nothing"
 
-
-class StorageError(OSError):
-  """A file of the run cannot be written; the message says which and why."""
-
-  @classmethod
-  def of(cls, path: pathlib.Path, reason: object) -> "StorageError":
-    """The sentence about a path."""
-    return cls(
-      f"{path} cannot be written: {reason}; free space or mend the "
-      "permissions, and start the same command again: it goes on from the "
-      "newest checkpoint"
-    )
-
-
-@contextlib.contextmanager
-def writing(path: pathlib.Path) -> Iterator[None]:
-  """What the system says of a path becomes a `StorageError`."""
-  try:
-    yield
-  except StorageError:
-    raise
-  except OSError as error:
-    raise StorageError.of(path, error.strerror or error) from error
+StorageError = whole.StorageError
+_ADVICE = (
+  "free space or mend the permissions, and start the same command again: it "
+  "goes on from the newest checkpoint"
+)
+writing = functools.partial(whole.writing, advice=_ADVICE)
 
 
 def make_workdir(workdir: pathlib.Path) -> None:
@@ -134,7 +128,21 @@ def read_config_file(path: pathlib.Path) -> dict[str, Any]:
     raise _no_config(path)
   if not isinstance(config.get("model", {}), dict):
     raise _no_config(path)
+  for key, shape in _TRACES.items():
+    if not _is_trace(about, key, shape):
+      raise _no_config(path)
   return about | {"config": configs.upgraded(config)}
+
+
+def _is_trace(
+  about: Mapping[str, Any], key: str, shape: Mapping[str, type]
+) -> bool:
+  """Whether a key is missing, or a list of objects with these fields."""
+  return isinstance(about.get(key, []), list) and all(
+    isinstance(entry, dict)
+    and all(isinstance(entry.get(k), kind) for k, kind in shape.items())
+    for entry in about.get(key, [])
+  )
 
 
 def _no_config(path: pathlib.Path) -> ValueError:
@@ -144,13 +152,86 @@ def _no_config(path: pathlib.Path) -> ValueError:
   )
 
 
+def check(
+  workdir: pathlib.Path,
+  config: Mapping[str, Any],
+  fingerprint: str,
+  *,
+  allow_config_change: bool = False,
+) -> dict[str, Any] | None:
+  """Finds whether a workdir is, or can become, this run's; changes nothing.
+
+  Args:
+    workdir: need not be there.
+    config: resolved, nested dicts of JSON values.
+    fingerprint: of the data.
+    allow_config_change: the config may differ.
+
+  Returns:
+    What its `CONFIG` says; None where there is none.
+
+  Raises:
+    ValueError: the workdir holds another run; the differing keys are listed.
+  """
+  if (workdir / CONFIG).exists():
+    before = read_about(workdir)
+    now = {"config": _plain(config), "fingerprint": fingerprint}
+    _check_same(workdir, before, now, allow_config_change)
+    return before
+  names = (CHECKPOINTS, METRICS, RESULTS)
+  foreign = [name for name in names if (workdir / name).exists()]
+  if foreign:
+    raise ValueError(
+      f"{workdir} holds {', '.join(foreign)} but no {CONFIG}, so it cannot "
+      "be this run's; give another --workdir or move it away"
+    )
+  return None
+
+
+def check_lost(workdir: pathlib.Path, before: Mapping[str, Any] | None) -> None:
+  """Refuses to begin again where a run was that lost its checkpoints.
+
+  Args:
+    workdir: has no checkpoint.
+    before: of `check`.
+
+  Raises:
+    ValueError: there has been a checkpoint.
+  """
+  if before is None:
+    return
+  found = [name for name in (METRICS, RESULTS) if (workdir / name).exists()]
+  had = before.get(_SAVED, False) or RESULTS in found
+  if before.get("format", 1) == 1 and METRICS in found:
+    # It did not say whether it had saved; its last line may tell.
+    every = before["config"].get("checkpoint", {}).get("every", 0)
+    had = had or 0 < every < _last_step(workdir / METRICS)
+  if had:
+    raise ValueError(
+      f"{workdir} is a run that lost its checkpoints: {CHECKPOINTS} is gone or "
+      f"empty, beside {', '.join([CONFIG, *found])}; bring {CHECKPOINTS} back "
+      "(is its disk mounted?), or give another --workdir to begin again"
+    )
+
+
+def _last_step(path: pathlib.Path) -> int:
+  """Of the last whole line of the metrics; 0 where there is none."""
+  step = 0
+  for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+      step = int(json.loads(text)["step"])
+  return step
+
+
 def claim(
   workdir: pathlib.Path,
   config: Mapping[str, Any],
   fingerprint: str,
   *,
   allow_config_change: bool = False,
-) -> None:
+  step: int = 0,
+  more: Mapping[str, Any] | None = None,
+) -> list[str]:
   """Makes the workdir this run's, or finds that it already is.
 
   Args:
@@ -158,31 +239,54 @@ def claim(
     config: resolved, nested dicts of JSON values.
     fingerprint: of the data.
     allow_config_change: take the new config where it differs.
+    step: that the run stands at: what changes is written down with it.
+    more: what else a new `CONFIG` says.
+
+  Returns:
+    "key: old -> new" of each field that changed.
 
   Raises:
     ValueError: the workdir holds another run; the differing keys are listed.
+    StorageError: it cannot be written.
   """
+  before = check(
+    workdir, config, fingerprint, allow_config_change=allow_config_change
+  )
   make_workdir(workdir)
-  path = workdir / CONFIG
-  config = json.loads(json.dumps(config))
-  about = {"config": config, "fingerprint": fingerprint}
-  if not path.exists():
-    foreign = [
-      name
-      for name in (CHECKPOINTS, "metrics.jsonl", RESULTS)
-      if (workdir / name).exists()
-    ]
-    if foreign:
-      raise ValueError(
-        f"{workdir} holds {', '.join(foreign)} but no {CONFIG}, so it cannot "
-        "be this run's; give another --workdir or move it away"
-      )
-  else:
-    before = read_about(workdir)
-    _check_same(workdir, before, about, allow_config_change)
-    if before["config"] == config:
-      return
-  write_json(path, {"format": FORMAT, **about, **environment.describe()})
+  config = _plain(config)
+  changes = differences(before["config"], config, free=()) if before else []
+  tokenizer = before.get(kept.KEY) if before else None
+  if tokenizer is None:
+    with writing(workdir / kept.FOLDER):
+      tokenizer = kept.keep(workdir, config)
+  if before and not changes and tokenizer == before.get(kept.KEY):
+    return []
+  about = {
+    **(before or {_SAVED: False, **(more or {})}),
+    "format": FORMAT,
+    "config": config,
+    "fingerprint": fingerprint,
+    **({kept.KEY: tokenizer} if tokenizer else {}),
+    **environment.describe(),
+  }
+  if changes:
+    about[CHANGES] = [
+      *about.get(CHANGES, []), {"step": step, "changes": changes}
+    ]  # fmt: skip
+  write_json(workdir / CONFIG, about)
+  return changes
+
+
+def mark_saved(workdir: pathlib.Path) -> None:
+  """Notes that the run has a checkpoint: it is not begun again without."""
+  about = read_about(workdir)
+  if not about.get(_SAVED, False):
+    write_json(workdir / CONFIG, {**about, "format": FORMAT, _SAVED: True})
+
+
+def _plain(config: Mapping[str, Any]) -> dict[str, Any]:
+  """As JSON gives it back."""
+  return json.loads(json.dumps(config))
 
 
 def _check_same(
@@ -195,7 +299,8 @@ def _check_same(
     raise ValueError(
       f"{workdir} was trained on other data (fingerprint "
       f"{before['fingerprint'][:12]}, now {now['fingerprint'][:12]}); restore "
-      "the data or give another --workdir"
+      f"the data, or go on with these in another --workdir: --from={workdir} "
+      "--keep=optimizer"
     )
   changes = differences(before["config"], now["config"])
   if changes and not allow_config_change:
@@ -206,17 +311,20 @@ def _check_same(
 
 
 def differences(
-  before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+  before: Mapping[str, Any],
+  now: Mapping[str, Any],
+  prefix: str = "",
+  free: tuple[str, ...] = FREE,
 ) -> list[str]:
-  """ "key: old -> new" for each key that differs, but those of `FREE`."""
+  """ "key: old -> new" for each key that differs, but those that are free."""
   changes = []
   for key in sorted({*before, *now}):
     name = f"{prefix}{key}"
     a, b = before.get(key, _MISSING), now.get(key, _MISSING)
-    if name in FREE or a == b:
+    if name in free or a == b:
       continue
     if isinstance(a, Mapping) and isinstance(b, Mapping):
-      changes += differences(a, b, f"{name}.")
+      changes += differences(a, b, f"{name}.", free)
     else:
       shown = [x if x is _MISSING else repr(x) for x in (a, b)]
       changes.append(f"{name}: {' -> '.join(shown)}")
@@ -227,9 +335,12 @@ def differences(
 def lock(workdir: pathlib.Path) -> Iterator[None]:
   """Holds the workdir for this process; the system frees it on any death.
 
+  A folder that was made for it and that no run claimed is gone afterwards.
+
   Raises:
     ValueError: another process trains there.
   """
+  made = not workdir.exists()
   make_workdir(workdir)
   with contextlib.ExitStack() as stack:
     try:
@@ -244,3 +355,6 @@ def lock(workdir: pathlib.Path) -> Iterator[None]:
     finally:
       if not (workdir / CONFIG).exists():  # It was not made this run's.
         (workdir / _LOCK).unlink(missing_ok=True)
+        if made:
+          with contextlib.suppress(OSError):  # Something else is in it.
+            workdir.rmdir()

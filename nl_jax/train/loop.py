@@ -22,13 +22,16 @@ from nl_jax.train import (
   environment,
   faults,
   files,
+  heap,
   profile,
   progress,
   reading,
 )
 from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
+from nl_jax.train import origin as origin_lib
 from nl_jax.train import settings as settings_lib
+from nl_jax.train import start as start_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
 from nl_jax.train import stop as stop_lib
@@ -93,14 +96,13 @@ def train(
   mesh: jax.sharding.Mesh | None = None,
   evaluate: Evaluate | None = None,
   allow_config_change: bool = False,
-  resume_from: str = "",
-  init_from: str = "",
+  origin: origin_lib.Origin | None = None,
   flops_per_token: float = 0.0,
 ) -> Result:
   """Trains a model.
 
   It starts from the first of these that there is: the newest checkpoint of the
-  workdir, that of `resume_from`, the parameters of `init_from`, the seed.
+  workdir, that of `origin`, the seed.
 
   Args:
     model: `init(key) -> params` and `apply(params, tokens, segment_ids=) ->
@@ -120,10 +122,8 @@ def train(
     evaluate: (params, step) -> {"eval/<set>/<metric>": value}; all processes
       call it.
     allow_config_change: go on with a config that differs from the workdir's.
-    resume_from: workdir of another run of the same model, optimizer and data,
-      to go on from its newest checkpoint; nothing there is changed.
-    init_from: workdir of a run of the same model, to start from its
-      parameters.
+    origin: a checkpoint of another run to start from, and what of it is kept;
+      nothing there is changed.
     flops_per_token: of a training step, for MFU; 0: not shown.
 
   Returns:
@@ -137,21 +137,27 @@ def train(
     OutOfMemoryError: of the devices.
   """
   mesh = sharding.mesh() if mesh is None else mesh
-  sharding.check_batch(mesh, batch_size, sequence_length, settings.accumulate)
-  like = state_lib.abstract(model, optimizer.tx, mesh)
+  if mesh.devices.flat[0].platform == "cpu":
+    heap.keep_freed()
+  sharding.check_batch(
+    mesh,
+    batch_size // settings.carry_gradient,
+    sequence_length,
+    settings.accumulate,
+  )
+  like = state_lib.abstract(model, optimizer.tx, mesh, settings.streams)
   folder = pathlib.Path(workdir).resolve()
-  if checkpoint.latest_step(workdir) is None and (resume_from or init_from):
-    checkpoint.check_origin(
-      resume_from or init_from, like, params_only=not resume_from
-    )
+  if origin and checkpoint.latest_step(workdir) is None:
+    origin_lib.check(origin, workdir, fingerprint, like)
   with contextlib.ExitStack() as stack:
     stack.enter_context(jax.set_mesh(mesh))
+    before = None
     if jax.process_index() == 0:
       stack.enter_context(files.lock(folder))
-      files.claim(
+      before = files.check(
         folder, config, fingerprint, allow_config_change=allow_config_change
       )
-    _barrier("workdir claimed")
+    _barrier("workdir held")
     reading.check_shared(folder)
     saver = checkpoint.Checkpoints(
       folder, keep=settings.keep, keep_period=settings.keep_period
@@ -162,13 +168,27 @@ def train(
       "fingerprint": fingerprint,
       "processes": jax.process_count(),
       "batch_size": batch_size,
+      "sequence_length": sequence_length,
       **environment.describe(),
     }
-    run = _Run(model, data, evaluate, settings, folder, saver, mesh, about)
-    state = run.restore(like, optimizer.tx, resume_from, init_from)
-    stack.enter_context(run.open(batch_size * sequence_length, flops_per_token))
+    finder = start_lib.Finder(
+      folder, saver, model, like, mesh, about, optimizer.schedule,
+      settings.steps,
+    )  # fmt: skip
+    start = finder.find(before, origin)
+    optimizer.clocks.clear()
+    optimizer.clocks.update(start.clocks)
+    run = _Run(
+      model, optimizer, data, evaluate, settings, folder, saver, mesh, about,
+      start,
+    )  # fmt: skip
+    # Nothing of the run has changed up to here.
+    run.claim(allow_config_change)
+    saver.open()
+    state = run.begin(like)
+    stack.enter_context(run.open(flops_per_token))
     stack.enter_context(_memory_told())
-    step = run.compile(optimizer, like, batch_size, sequence_length)
+    step = run.compile(like, batch_size, sequence_length)
     result = run.loop(step, state)
     saver.wait()
     run.finish(result)
@@ -181,6 +201,7 @@ class _Run:
   def __init__(
     self,
     model: Any,
+    optimizer: optimizer_lib.Optimizer,
     data: Any,
     evaluate: Evaluate | None,
     settings: settings_lib.Settings,
@@ -188,80 +209,60 @@ class _Run:
     saver: checkpoint.Checkpoints,
     mesh: jax.sharding.Mesh,
     about: Mapping[str, Any],
+    start: start_lib.Start,
   ):
-    self.model, self.data, self.evaluate = model, data, evaluate
+    self.model, self.optimizer = model, optimizer
+    self.data, self.evaluate = data, evaluate
     self.settings, self.folder, self.saver = settings, folder, saver
     self.mesh, self.about = mesh, about
-    self.start = 0  # Updates made before this start of the run.
-    self.saved = -1  # The newest step that has a checkpoint.
-    self.skipped = 0
+    self.begun = start
+    self.start = start.step  # Updates made before this start of the run.
+    self.saved = start.saved  # The newest step that has a checkpoint.
+    self.skipped = start.skipped
+    self.timer = timer_lib.Timer(start.seconds)
     self.pending: _Pending | None = None
 
-  def restore(
-    self,
-    like: state_lib.State,
-    tx: Any,
-    resume_from: str,
-    init_from: str,
-  ) -> state_lib.State:
-    """The state to go on from, and everything else set to the same step."""
-    restored, origin = self.saver.restore(like), self.folder
-    if restored is not None:
-      self.saved = restored.step
-    elif resume_from:
-      restored = checkpoint.read_newest(resume_from, like)
-      origin = resume_from
-      self._check_origin(resume_from, restored)
-    if restored is None:
-      return self._create(like, tx, init_from)
-    logging.info("going on from step %d in %s", restored.step, origin)
-    if restored.step > self.settings.steps:
-      raise ValueError(
-        f"{origin} is at step {restored.step}, beyond train.steps="
-        f"{self.settings.steps}; raise train.steps or give another --workdir"
+  def claim(self, allow_config_change: bool) -> None:
+    """Makes the workdir this run's; what changes is said and written down."""
+    chain = self.begun.chain
+    if jax.process_index() == 0:
+      changes = files.claim(
+        self.folder,
+        self.about["config"],
+        self.about["fingerprint"],
+        allow_config_change=allow_config_change,
+        step=self.start,
+        more={files.CHAIN: chain} if chain else None,
       )
-    self.start = restored.step
-    self.skipped = int(restored.state["skipped"])
-    self.data.set_state(restored.data)
-    self.timer = timer_lib.Timer(restored.meta["train_seconds"])
-    return restored.state
+      for change in changes:
+        logging.info("changed at step %d: %s", self.start, change)
+      if self.saved >= 0:
+        files.mark_saved(self.folder)
+    _barrier("workdir claimed")
 
-  def _create(
-    self, like: state_lib.State, tx: Any, init_from: str
-  ) -> state_lib.State:
-    """The state of a run at its beginning."""
-    self.timer = timer_lib.Timer()
-    params, origin = None, "scratch"
-    if init_from:
-      params, step = checkpoint.load_params(
-        init_from, self.model, mesh=self.mesh
-      )
-      origin = f"the parameters of step {step} in {init_from}"
-    logging.info("starting from %s in %s", origin, self.folder)
-    return state_lib.create(
-      self.model, tx, like, seed=self.settings.seed, params=params
-    )
-
-  def _check_origin(self, folder: str, restored: checkpoint.Restored) -> None:
-    """Raises ValueError where a place in the data would mean another one."""
-    for key, what in (("fingerprint", "data"), ("batch_size", "batch size")):
-      before, now = restored.meta[key], self.about[key]
-      if before != now:
-        raise ValueError(
-          f"{folder} was trained with another {what} ({str(before)[:12]}, now "
-          f"{str(now)[:12]}); use --init_from to start from its parameters"
-        )
+  def begin(self, like: state_lib.State) -> state_lib.State:
+    """The state to go on from, and the data at the same place."""
+    if self.begun.place is not None:
+      self.data.set_state(self.begun.place)
+    if self.begun.state is not None:
+      state, self.begun.state = self.begun.state, None  # It is given away.
+      return state
+    tx, seed = self.optimizer.tx, self.settings.seed
+    params = self.begun.params
+    return state_lib.create(self.model, tx, like, seed=seed, params=params)
 
   @contextlib.contextmanager
-  def open(self, tokens_per_step: int, flops: float) -> Iterator[None]:
+  def open(self, flops: float) -> Iterator[None]:
     """Metrics, display and signal handlers, while the context lasts."""
     steps = self.settings.steps
+    tokens_per_step = self.about["batch_size"] * self.about["sequence_length"]
     self.rates = progress.Rates(steps, tokens_per_step, flops)
     traced = settings_lib.parse_steps(self.settings.profile_steps)
     with (
       metrics_lib.Writer(
         self.folder,
         step=self.start if self.saved >= 0 else None,
+        since=(self.start, self.begun.tokens),
         tokens_per_step=tokens_per_step,
         enabled=jax.process_index() == 0,
       ) as self.writer,
@@ -277,7 +278,6 @@ class _Run:
 
   def compile(
     self,
-    optimizer: optimizer_lib.Optimizer,
     like: state_lib.State,
     batch_size: int,
     sequence_length: int,
@@ -291,10 +291,11 @@ class _Run:
     )
     step = step_lib.make(
       self.model,
-      optimizer.tx,
-      optimizer.schedule,
-      optimizer.labels,
+      self.optimizer.tx,
+      self.optimizer.schedule,
+      self.optimizer.labels,
       accumulate=settings.accumulate,
+      carry_gradient=settings.carry_gradient,
       max_skipped=self.max_skipped,
     )
     if self.start == settings.steps:
@@ -434,12 +435,21 @@ class _Run:
       begin = time.monotonic()
       # Lines up to this step must be there when the checkpoint is.
       self.writer.sync()
+      rows = (step - self.start) * self.about["batch_size"]
       meta = {
         **self.about,
-        "rows_consumed": step * self.about["batch_size"],
+        "rows_consumed": self.begun.rows + rows,
+        "tokens": self.begun.tokens + rows * self.about["sequence_length"],
         "train_seconds": self.timer.train_seconds,
+        "clocks": dict(self.optimizer.clocks),
+        "learning_rate": float(self.optimizer.schedule(step)),
       }
       self.saver.save(step, state, self.data.get_state(), meta)
+      if self.saved < 0:
+        # From the first one on the run is never begun again without.
+        self.saver.wait()
+        if jax.process_index() == 0:
+          files.mark_saved(self.folder)
       seconds = time.monotonic() - begin
     self.saved = step
     logging.info("checkpoint of step %d begun in %.2f s", step, seconds)

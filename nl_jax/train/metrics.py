@@ -18,7 +18,7 @@ from tensorboardX.proto import event_pb2
 
 from nl_jax.train import files
 
-FILE = "metrics.jsonl"
+FILE = files.METRICS
 EVENTS = "events"
 HEADER = ("step", "tokens", "wall_time")
 
@@ -35,6 +35,7 @@ class Writer:
     workdir: pathlib.Path,
     *,
     step: int | None = None,
+    since: tuple[int, int] = (0, 0),
     tokens_per_step: int = 1,
     enabled: bool = True,
   ):
@@ -43,10 +44,12 @@ class Writer:
     Args:
       workdir: of the run.
       step: of the checkpoint gone on from; None: a run from its beginning.
-      tokens_per_step: slots of a batch, padding included.
+      since: step and tokens seen when this start of the run begins.
+      tokens_per_step: slots of a batch from now on, padding included.
       enabled: False on all processes but one: nothing is written.
     """
     self.last: dict[str, float] = {}
+    self._since = since
     self._tokens_per_step = tokens_per_step
     self._enabled = enabled
     if not enabled:
@@ -90,7 +93,8 @@ class Writer:
     Raises:
       StorageError: the disk is full, or gone.
     """
-    tokens = step * self._tokens_per_step
+    first, seen = self._since
+    tokens = seen + (step - first) * self._tokens_per_step
     line = {"step": step, "tokens": tokens, "wall_time": round(time.time(), 3)}
     line |= {name: _number(value) for name, value in values.items()}
     self._remember(line)

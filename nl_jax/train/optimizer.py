@@ -4,12 +4,12 @@
 
 Clipping stands before the levels, so that what a slow level gathers is what
 the fast ones saw. A level that fires every n-th step has a learning rate of
-its own clock: its k-th firing takes the rate of step k n.
+its own clock: its k-th firing takes the rate of step k n. Where the batch has
+changed since, so has n, and it is counted from there on (`clocks_of`).
 """
 
-import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -18,43 +18,15 @@ import optax
 
 from nl_jax import card, fields, optim, sharding
 from nl_jax.fields import OneOf, Whole
-from nl_jax.train import settings
+from nl_jax.train import groups as groups_lib
+from nl_jax.train import rules, schedules, settings
 
 # By path: no parameter of these is a matrix that should shrink to zero.
 _NO_DECAY = re.compile(
   r"(^|/)([^/]*norm[^/]*/.*|conv_\w+|b_\w+|bias|scale|mix|A_log|D_skip)$"
 )
-# Narrower matrices, as gates of heads, are AdamW's; stacked vectors too.
 _MIN_SIDE = 16
 _NO_MATRIX = (r"(^|/)(conv_\w+|b_\w+|mix)$",)
-
-
-class _Rule(NamedTuple):
-  """How a named optimizer is made.
-
-  Attributes:
-    factory: (learning_rate, *, weight_decay, mask, **options).
-    preset: options that the name stands for.
-    matrices: it is for matrices, and takes a fallback for what is none.
-  """
-
-  factory: Callable[..., optax.GradientTransformation]
-  preset: Mapping[str, Any] = {}
-  matrices: bool = False
-
-
-RULES = {
-  "adamw": _Rule(optax.adamw),
-  "adam_memory": _Rule(optim.adam_memory),
-  "deep_momentum": _Rule(optim.deep_momentum, matrices=True),
-  "delta_momentum": _Rule(optim.delta_momentum),
-  "m3": _Rule(optim.m3, matrices=True),
-  # M3 without slow memory and second moment.
-  "muon": _Rule(optim.m3, {"alpha": None, "second_moment": None}, True),
-}
-_M3_EVERY = inspect.signature(optim.m3).parameters["slow_every"].default
-# Set by the recipe, not by options.
-_RESERVED = ("weight_decay", "mask", "fallback", "dims")
 
 
 class Optimizer(NamedTuple):
@@ -65,12 +37,23 @@ class Optimizer(NamedTuple):
     schedule: step (from 0) -> learning rate of the slow weights.
     labels: params -> tree of level names.
     rows: its rows of the level card.
+    groups: what `optim.groups` hold, a line each.
+    clocks: by label, the step and the count of firings that its rate is
+      counted from, (0, 0) where it is not there; set before `tx` is traced.
+    name: of its rule.
   """
 
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   labels: Callable[[Any], Any]
   rows: tuple[card.Row, ...]
+  groups: tuple[str, ...] = ()
+  clocks: dict[str, tuple[int, int]] = {}
+  name: str = "adamw"
+
+  def chosen(self, params: Any) -> str:
+    """Which parameters are the rule's, and which AdamW's, in a line."""
+    return _chosen(self.name, params)
 
 
 def make(
@@ -79,14 +62,14 @@ def make(
   steps: int,
   tokens_per_step: int,
   learning_rate: Annotated[float, fields.AT_LEAST_0],
-  name: Annotated[str, OneOf(*RULES)] = "adamw",
+  name: Annotated[str, OneOf(*rules.RULES)] = "adamw",
   warmup_steps: Annotated[int, Whole(0)] = 0,
   weight_decay: Annotated[float, fields.AT_LEAST_0] = 0.1,
   clip_norm: Annotated[float, fields.AT_LEAST_0] = 1.0,
   min_ratio: Annotated[float, fields.SHARE] = 0.1,
-  b1: Annotated[float, fields.DECAY] = 0.9,
-  b2: Annotated[float, fields.DECAY] = 0.95,
-  eps: Annotated[float, fields.POSITIVE] = 1e-8,
+  schedule: Annotated[str, OneOf(*schedules.NAMES)] = "cosine",
+  cooldown_steps: Annotated[int, Whole(0)] = 0,
+  groups: tuple[str, ...] = (),
   reduce: Annotated[str, OneOf("mean", "sum")] = "mean",
   nested_meta: Annotated[str, OneOf("none", "reptile", "fomaml")] = "none",
   nested_rate: Annotated[float, fields.SHARE] = 1.0,
@@ -97,25 +80,25 @@ def make(
   Args:
     model: its `levels()` labels the parameters; `model.cms` has the levels'
       periods in tokens and the variant.
-    steps: of the whole run: the end of the cosine.
+    steps: of the whole run: the end of the schedule.
     tokens_per_step: tokens of a batch, batch_size * sequence_length; every
       CMS period is a multiple.
     learning_rate: peak.
-    name: a key of `RULES`.
+    name: the rule; the group of its name has its options.
     warmup_steps: steps of linear warm-up.
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
     min_ratio: the last learning rate over the peak.
-    b1: AdamW's decay of the first moment, here and below where AdamW is the
-      rule, or serves what is no matrix.
-    b2: AdamW's decay of the second moment.
-    eps: AdamW's, added to the root of the second moment.
+    schedule: of the learning rate, after the warm-up.
+    cooldown_steps: at the end, of wsd and inverse_root.
+    groups: texts of parameters that are frozen, or have a rate or decay of
+      their own: pattern:frozen, or pattern:rate=0.1,decay=0 (optimizers.md).
     reduce: of the gradients that a slow level gathers: "mean", or "sum"
       (literal eq. 71).
     nested_meta: with the CMS variant "nested", how a level's initial state
       learns: "none", "reptile" or "fomaml".
     nested_rate: of that, 0 to 1.
-    options: keyword arguments of another rule than AdamW.
+    options: of the rule, what differs from the defaults of `rules.options`.
 
   Raises:
     ValueError: an unknown name or option, a value out of range, a period that
@@ -123,55 +106,112 @@ def make(
   """
   fields.check("optim", make, locals())
   fields.check("train", settings.Settings, {"steps": steps})
-  adam = {"b1": b1, "b2": b2, "eps": eps}
-  options = _options(name, options or {})
-  rates = schedule(learning_rate, warmup_steps, steps, min_ratio)
+  values = rules.filled(name, options or {})
+  rates = schedules.make(
+    schedule,
+    peak=learning_rate,
+    warmup_steps=warmup_steps,
+    steps=steps,
+    min_ratio=min_ratio,
+    cooldown_steps=cooldown_steps,
+  )
   every = firing_steps(model.cms, tokens_per_step)
   labels = model.levels()[1]
+  parts = groups_lib.parse(groups)
+  named = groups_lib.label(parts, labels)
+  told = ()
+  if parts:
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    told = tuple(groups_lib.check(parts, shapes))
+    names = sorted(set(jax.tree.leaves(named(shapes))))
+  else:
+    names = list(every)
 
-  def at(period: int) -> optax.GradientTransformation:
-    rate = optim.reclock_schedule(rates, period)
-    return _build(name, rate, weight_decay, adam, options)
+  clocks: dict[str, tuple[int, int]] = {}
+
+  def at(label: str) -> optax.GradientTransformation:
+    group = groups_lib.of(parts, label)
+    factor, decay = 1.0, weight_decay
+    if group:
+      factor = group.rate
+      decay = weight_decay if group.decay is None else group.decay
+    n = every[groups_lib.level_of(label)]
+
+    def rate(count: jax.typing.ArrayLike) -> jax.Array:
+      step, fired = clocks.get(label, (0, 0))
+      value = rates(step + (count - fired) * n)
+      return value if factor == 1 else factor * value
+
+    return rules.build(
+      name, values, rate, learning_rate, weight_decay=decay,
+      mask=decay_mask, dims=matrices,
+    )  # fmt: skip
+
+  def period_of(label: str) -> int | None:
+    group = groups_lib.of(parts, label)
+    if group and group.frozen:
+      return None
+    n = every[groups_lib.level_of(label)]
+    return 1 if n == 1 else n * tokens_per_step
 
   levels = optim.multi_frequency(
-    {label: at(period) for label, period in every.items()},
-    {k: 1 if n == 1 else n * tokens_per_step for k, n in every.items()},
-    labels,
+    {label: at(label) for label in names},
+    {label: period_of(label) for label in names},
+    named,
     unit="tokens",
     tokens_per_step=tokens_per_step,
     reduce=reduce,
     # Newton-Schulz is dear: only when a level fires.
-    mode="cond" if RULES[name].matrices else "select",
+    mode="cond" if rules.RULES[name].matrices else "select",
   )
   chain = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
+  if any(group.frozen for group in parts):
+    chain.insert(0, _without_frozen(parts, named))
   tx = optax.chain(*chain, levels)
   order = [label for label in every if label != "slow"]
   if getattr(model.cms, "variant", "") == "nested" and len(order) > 1:
+    if any("@" in name and name.startswith("cms/") for name in names):
+      raise ValueError(
+        "optim.groups cannot hold levels of model.cms.variant='nested', which "
+        "restart as a whole; leave blocks/cms out of them"
+      )
     tx = optim.reset_on_slower(
       tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
     )
-  rows = _rows(name, every, options, tokens_per_step)
-  return Optimizer(tx, rates, labels, rows)
+  rows = _rows(name, every, values, tokens_per_step)
+  return Optimizer(tx, rates, labels, rows, told, clocks, name)
 
 
-def schedule(
-  peak: float, warmup_steps: int, steps: int, min_ratio: float
-) -> optax.Schedule:
-  """Linear warm-up, then half a cosine down to `min_ratio * peak`.
+def clocks_of(opt_state: Any, step: int) -> dict[str, tuple[int, int]]:
+  """The clocks of all levels where a run goes on with another batch.
 
-  Step i (from 0) of the warm-up has rate peak (i + 1) / warmup_steps, so that
-  no step is lost at rate 0; the last step has min_ratio * peak.
+  Args:
+    opt_state: of `Optimizer.tx`.
+    step: that it stands at.
+
+  Returns:
+    {label: (step at which its open period began, firings so far)}.
   """
-  last = max(steps - 1 - warmup_steps, 1)
+  fired = optax.tree.get(opt_state, "fired")
+  waiting = optax.tree.get(opt_state, "n_acc")
+  return {
+    label: (step - int(waiting[label]), int(count))
+    for label, count in fired.items()
+  }
 
-  def rate(count: jax.typing.ArrayLike) -> jax.Array:
-    count = jnp.asarray(count, jnp.float32)
-    warm = (count + 1) / max(warmup_steps, 1)
-    done = jnp.clip((count - warmup_steps) / last, 0, 1)
-    fall = min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))
-    return peak * jnp.where(count < warmup_steps, warm, fall)
 
-  return rate
+def _without_frozen(
+  parts: Sequence[groups_lib.Group], named: Callable[[Any], Any]
+) -> optax.GradientTransformation:
+  """Gradients of frozen parameters count for no norm."""
+
+  def kept(label: str, x: jax.Array) -> jax.Array:
+    group = groups_lib.of(parts, label)
+    return jnp.zeros_like(x) if group and group.frozen else x
+
+  return optax.stateless(
+    lambda updates, _: jax.tree.map(kept, named(updates), updates)
+  )
 
 
 def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:
@@ -209,72 +249,71 @@ def decay_mask(params: Any) -> Any:
 
   def decays(path: tuple, leaf: jax.Array) -> bool:
     name = sharding.path_name(path)
-    rank = leaf.ndim - name.startswith("blocks/")
-    return rank >= 2 and not _NO_DECAY.search(name)
+    return _rank(name, leaf) >= 2 and not _NO_DECAY.search(name)
 
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def _build(
-  name: str,
-  rate: optax.Schedule,
-  weight_decay: float,
-  adam: Mapping[str, float],
-  options: Mapping[str, Any],
-) -> optax.GradientTransformation:
-  """The rule of one level."""
-  rule = RULES[name]
-  decay = {"weight_decay": weight_decay, "mask": decay_mask}
-  adamw = optax.adamw(rate, **adam, **decay)
-  if rule.factory is optax.adamw:
-    return adamw
-  routing = {"fallback": adamw, "dims": _matrices} if rule.matrices else {}
-  return rule.factory(rate, **decay, **routing, **rule.preset, **options)
+def _rank(name: str, leaf: jax.Array) -> int:
+  """Axes of one layer's parameter; those in blocks/ are stacked."""
+  return leaf.ndim - name.startswith("blocks/")
 
 
-def _matrices(params: Any) -> Any:
-  exclude = (*optim.DEFAULT_EXCLUDE, *_NO_MATRIX)
-  return optim.matrix_dims_from_paths(
-    params, exclude=exclude, min_dim=_MIN_SIDE
+def matrices(params: Any) -> Any:
+  """The specs of the matrices that a rule for matrices learns; None: AdamW's.
+
+  Narrow ones are AdamW's too, as gates of heads are.
+  """
+  specs = optim.matrix_dims_from_paths(
+    params,
+    exclude=(*optim.DEFAULT_EXCLUDE, *_NO_MATRIX),
+    min_dim=_MIN_SIDE,
+    by_shape=False,  # Our names tell all; stacks of heads look like filters.
+  )
+
+  def one(path: tuple, leaf: jax.Array, spec: Any) -> Any:
+    if isinstance(leaf, optax.MaskedNode):
+      return None
+    return spec if _rank(sharding.path_name(path), leaf) >= 2 else None
+
+  return jax.tree_util.tree_map_with_path(
+    one, params, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
   )
 
 
-def _options(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
-  """The options, checked against the rule's signature.
-
-  Raises:
-    ValueError: an unknown name or option.
-  """
-  if name not in RULES:
-    raise ValueError(
-      f"optim.name must be one of {', '.join(RULES)}; got {name!r}"
-    )
-  rule = RULES[name]
-  known = list(inspect.signature(rule.factory).parameters)[1:]
-  known = [k for k in known if k not in (*_RESERVED, *rule.preset)]
-  if name == "adamw":
-    known = []
-  unknown = sorted(set(options) - set(known))
-  if unknown:
-    raise ValueError(
-      f"optim.name={name!r} has no option {', '.join(unknown)}; it has "
-      f"{', '.join(known) or 'none but b1, b2 and eps'}"
-    )
-  return options
+def _chosen(name: str, params: Any) -> str:
+  if not rules.RULES[name].matrices:
+    return f"optimizer: {name} for all parameters"
+  is_spec = lambda x: (
+    x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
+  )
+  specs = jax.tree.leaves(matrices(params), is_leaf=is_spec)
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  count = sum(x.size for (_, x), spec in zip(leaves, specs) if spec)
+  share = count / max(sum(x.size for _, x in leaves), 1)
+  others = [
+    sharding.path_name(path)
+    for (path, _), spec in zip(leaves, specs)
+    if not spec
+  ]
+  return (
+    f"optimizer: {name} for {count:,} parameters in matrices ({share:.1%}), "
+    f"adamw for {', '.join(others)}"
+  )
 
 
 def _rows(
   name: str,
   every: Mapping[str, int],
-  options: Mapping[str, Any],
+  values: Mapping[str, Any],
   tokens_per_step: int,
 ) -> tuple[card.Row, ...]:
   """The momenta of each group: levels that learn from its gradients."""
   rows = []
   for label, period in every.items():
     chunks = {"momenta": period}
-    if name == "m3":
-      chunks["slow momentum"] = period * options.get("slow_every", _M3_EVERY)
+    if values.get("alpha") and "slow_every" in values:
+      chunks["slow momentum"] = period * values["slow_every"]
     rows += [
       card.Row(
         name=f"{name} {what} of {label}",

@@ -107,6 +107,13 @@ def agreed(read: Callable[[], T]) -> T:
   return found
 
 
+def of_first(number: int) -> int:
+  """The number that process 0 has; all processes call it."""
+  if jax.process_count() == 1:
+    return number
+  return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+
+
 def check_shared(workdir: pathlib.Path) -> None:
   """Finds that a process does not see the folder that process 0 writes to.
 

@@ -2,26 +2,19 @@
 
 What reads arrays and JSON back finds that a file was cut, but not that a bit of
 it was turned. So `meta` holds the sum of the bits of each leaf, which is the
-same on every mesh, and a hash of itself.
+same on every mesh, and a hash of itself (`files.sealed`).
 """
 
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import sharding
+from nl_jax import files, sharding
 
 SUMS = "sums"  # The key in `meta`.
-_HASH = "sha256"
 _UNSIGNED = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}
-
-
-class BrokenSealError(ValueError):
-  """A checkpoint that is not what was saved."""
 
 
 @jax.jit
@@ -45,7 +38,7 @@ def sums(tree: Any) -> dict[str, int]:
 
 
 def check_sums(tree: Any, meta: Mapping[str, Any]) -> None:
-  """Raises BrokenSealError unless the leaves have the sums that were saved.
+  """Raises `files.BrokenSealError` unless the leaves are what was saved.
 
   Args:
     tree: what was read.
@@ -56,27 +49,4 @@ def check_sums(tree: Any, meta: Mapping[str, Any]) -> None:
     return
   for name, value in sums(tree).items():
     if meta[SUMS].get(name) != value:
-      raise BrokenSealError(f"{name} is not what was saved")
-
-
-def close(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """JSON values with a hash of themselves."""
-  return {**meta, _HASH: _hash(meta)}
-
-
-def open_(meta: Mapping[str, Any]) -> dict[str, Any]:
-  """JSON values without their hash; those of old checkpoints have none.
-
-  Raises:
-    BrokenSealError: they are not what was saved.
-  """
-  values = dict(meta)
-  expected = values.pop(_HASH, None)
-  if expected is not None and expected != _hash(values):
-    raise BrokenSealError("its meta is not what was saved")
-  return values
-
-
-def _hash(meta: Mapping[str, Any]) -> str:
-  text = json.dumps(meta, sort_keys=True)
-  return hashlib.sha256(text.encode("utf-8")).hexdigest()
+      raise files.BrokenSealError(f"{name} is not what was saved")

@@ -49,6 +49,10 @@ class Settings:
     log_every: a line of metrics every so many steps (and at 1 and the last).
     eval_every: an evaluation every so many steps and at the end; 0: at the end.
     accumulate: micro-batches of one step; divides the batch.
+    streams: rows that carry their memories from step to step; 0: every row is
+      read from an empty memory.
+    carry_gradient: rows of each stream in a step, which gradients reach
+      through, with data.rows=stream.
     nan_policy: of a step that is not finite: "raise", or "skip" its update.
     max_skipped: with "skip", more skipped steps than these raise.
     checkpoint_every: a checkpoint every so many steps and at the end; 0: at
@@ -63,6 +67,8 @@ class Settings:
   log_every: Annotated[int, Whole(1)] = 10
   eval_every: Annotated[int, Whole(0)] = 0
   accumulate: Annotated[int, Whole(1)] = 1
+  streams: Annotated[int, Whole(0)] = 0
+  carry_gradient: Annotated[int, Whole(1)] = 1
   nan_policy: Annotated[str, OneOf("raise", "skip")] = "raise"
   max_skipped: Annotated[int, Whole(0)] = 100
   checkpoint_every: Annotated[int, Whole(0)] = 0

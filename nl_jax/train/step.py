@@ -5,6 +5,7 @@
 Everything the loop wants to know is reduced here, on the device.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ import optax
 from absl import logging
 
 from nl_jax import sharding
+from nl_jax.models import lm
+from nl_jax.train import carry as carry_lib
 from nl_jax.train import state as state_lib
 
 Batch = Mapping[str, jax.Array]
@@ -73,19 +76,33 @@ def loss_sum(
 
   Memory sums are over layers, rows and heads.
   """
-  logits, _, metrics = model.apply(
-    params, batch["inputs"], segment_ids=batch["segment_ids"]
+  loss, more, _ = _loss_from(model, params, batch, None)
+  return loss, more
+
+
+def _loss_from(
+  model: Any, params: Any, batch: Batch, memory: Any
+) -> tuple[jax.Array, tuple[jax.Array, Any], Any]:
+  """As `loss_sum`, from a state of the model on; and the state after it."""
+  given = () if memory is None else (memory,)
+  logits, memory, metrics = model.apply(
+    params, batch["inputs"], *given, segment_ids=batch["segment_ids"]
   )
   logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
   losses = cross_entropy(logits, batch["targets"])
   weights = batch["weights"].astype(losses.dtype)
   sums = jax.tree.map(jnp.sum, metrics)
-  return jnp.sum(weights * losses), (jnp.sum(weights), sums)
+  return jnp.sum(weights * losses), (jnp.sum(weights), sums), memory
 
 
 def gradient(
-  params: Any, model: Any, batch: Batch, accumulate: int
-) -> tuple[jax.Array, Any, jax.Array, Any]:
+  params: Any,
+  model: Any,
+  batch: Batch,
+  accumulate: int,
+  carried: carry_lib.Carried | None = None,
+  rows: int = 1,
+) -> tuple[jax.Array, Any, jax.Array, Any, carry_lib.Carried | None]:
   """Loss and gradient of a batch, taken in micro-batches.
 
   Sums of all micro-batches are divided by the weight of all, so that the
@@ -95,32 +112,56 @@ def gradient(
     params: of the model.
     model: see `loss_sum`.
     batch: arrays [B,T].
-    accumulate: number of micro-batches, a divisor of B.
+    accumulate: number of micro-batches, a divisor of the streams.
+    carried: what the streams of the batch carry; None: each row is read from
+      an empty memory.
+    rows: of each stream in the batch.
 
   Returns:
-    loss, gradient, sum of weights, memory sums.
+    loss, gradient, sum of weights, memory sums, what is carried on or None.
   """
-  value_and_grad = jax.value_and_grad(loss_sum, has_aux=True)
-  one = lambda part: value_and_grad(params, model, part)
+  row = functools.partial(_loss_from, model)
+
+  def loss(params: Any, part: Batch, carried: Any) -> tuple[jax.Array, Any]:
+    if carried is None:
+      total, more, _ = row(params, part, None)
+      return total, (more, None)
+    return carry_lib.read_on(row, params, part, carried, rows)
+
+  value_and_grad = jax.value_and_grad(loss, has_aux=True)
+
+  def one(part: Batch, carried: Any) -> tuple[Any, Any]:
+    (total, (more, carried)), grads = value_and_grad(params, part, carried)
+    return (total, more, grads), carried
+
   if accumulate == 1:
-    (total, (weight, sums)), grads = one(batch)
+    found, carried = one(batch, carried)
   else:
-    parts = {k: _micro(x, accumulate) for k, x in batch.items()}
+    parts = {k: _micro(x, accumulate, rows) for k, x in batch.items()}
+    cut = None if carried is None else carry_lib.micro(carried, accumulate)
+    xs = (parts, cut)
     zero = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype),
-      jax.eval_shape(one, {k: x[0] for k, x in parts.items()}),
+      jax.eval_shape(one, *jax.tree.map(lambda x: x[0], xs))[0],
     )
-    add = lambda carry, part: (jax.tree.map(jnp.add, carry, one(part)), None)
-    ((total, (weight, sums)), grads), _ = jax.lax.scan(add, zero, parts)
+
+    def add(total: Any, x: Any) -> tuple[Any, Any]:
+      found, carried = one(*x)
+      return jax.tree.map(jnp.add, total, found), carried
+
+    found, cut = jax.lax.scan(add, zero, xs)
+    carried = None if carried is None else carry_lib.whole(cut)
+  total, (weight, sums), grads = found
   scale = 1 / jnp.maximum(weight, 1)
   grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
-  return total * scale, grads, weight, sums
+  return total * scale, grads, weight, sums, carried
 
 
-def _micro(x_BxT: jax.Array, accumulate: int) -> jax.Array:
+def _micro(x_BxT: jax.Array, accumulate: int, rows: int) -> jax.Array:
   """[B,T] to [accumulate, B / accumulate, T]; each device keeps its rows."""
   batch, length = x_BxT.shape
-  x = x_BxT.reshape(batch // accumulate, accumulate, length).swapaxes(0, 1)
+  shape = (batch // accumulate // rows, accumulate, rows, length)
+  x = x_BxT.reshape(shape).swapaxes(0, 1).reshape(accumulate, -1, length)
   return sharding.constrain(x, None, "batch", "length")
 
 
@@ -131,6 +172,7 @@ def make(
   labels: Callable[[Any], Any],
   *,
   accumulate: int = 1,
+  carry_gradient: int = 1,
   max_skipped: int = 0,
 ) -> Step:
   """The step function (state, batch) -> (state, metrics), to be compiled.
@@ -146,14 +188,21 @@ def make(
     schedule: for the metric of the learning rate.
     labels: params -> tree of level names; each gets an update norm.
     accumulate: micro-batches of a step.
+    carry_gradient: rows of each stream in a batch, where the state carries
+      memories: what gradients reach through.
     max_skipped: steps that may be skipped, over the whole run.
   """
+  # Rows that are carried end at edges of all chunks.
+  model = lm.at_edges(model)
 
   def step(
     state: state_lib.State, batch: Batch
   ) -> tuple[state_lib.State, Metrics]:
     params = state["params"]
-    loss, grads, weight, sums = gradient(params, model, batch, accumulate)
+    before = state.get(state_lib.CARRIED)
+    loss, grads, weight, sums, after = gradient(
+      params, model, batch, accumulate, before, carry_gradient
+    )
     with jax.named_scope("optimizer"):
       updates, opt = tx.update(grads, state["opt"], params)
     grad_norm = optax.tree.norm(grads)
@@ -182,6 +231,8 @@ def make(
       "step": state["step"] + 1,
       "skipped": skipped,
     }
+    if before is not None:
+      new[state_lib.CARRIED] = jax.tree.map(keep, after, before)
     return new, metrics
 
   return step

@@ -41,7 +41,7 @@ class Timer:
     try:
       yield
     finally:
-      self._paused += time.monotonic() - begin
+      self._paused += _since(begin)
 
   @contextlib.contextmanager
   def wait(self) -> Iterator[None]:
@@ -50,7 +50,7 @@ class Timer:
     try:
       yield
     finally:
-      self._waiting += time.monotonic() - begin
+      self._waiting += _since(begin)
 
   def step(self) -> None:
     """Counts one step."""
@@ -60,7 +60,13 @@ class Timer:
     """What happened since the last call."""
     now = time.monotonic()
     seconds = max(now - self._mark - self._paused, 1e-9)
-    interval = Interval(self._steps, seconds, self._waiting)
+    waiting = min(self._waiting, seconds)
+    interval = Interval(self._steps, seconds, waiting)
     self.train_seconds += seconds
     self._mark, self._paused, self._waiting, self._steps = now, 0.0, 0.0, 0
     return interval
+
+
+def _since(begin: float) -> float:
+  """Seconds; never below 0, whatever a machine does to its clock."""
+  return max(0.0, time.monotonic() - begin)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nl_jax import data
+from tests.data import test_tokenizers
 
 
 def _load(**changes) -> data.Dataset:
@@ -57,6 +58,28 @@ def test_a_path_that_does_not_say_what_it_is(tmp_path):
   with pytest.raises(FileNotFoundError, match="nothing at data.path='x.txt'"):
     data.infer("x.txt")
   assert _load(source="", path=str(tmp_path / "a.txt")).source.name == "text"
+
+
+def test_a_begin_is_learned_from_and_the_first_token_is_a_target(tmp_path):
+  (tmp_path / "a.txt").write_text("abc\n" * 200)
+  (tmp_path / "b.txt").write_text("cab\n" * 200)
+  path = test_tokenizers.letters(tmp_path)
+  load = lambda **changes: _load(
+    source="text", path=str(tmp_path), tokenizer=path, **changes
+  )
+  plain, begun = load(), load(bos=True)
+  for split in ("train", "validation"):
+    counts = [x.counts[split] for x in (plain, begun)]
+    assert counts[1].tokens == counts[0].tokens + counts[0].documents
+  first = begun.rows["train"]
+  assert first["inputs"][0, 0] == 8 and first["targets"][0, 0] == 4
+  prints = {x.fingerprint for x in (plain, begun, load(special_tokens="text"))}
+  assert len(prints) == 3
+  assert "tokenizer.json (special tokens are parsed): train" in (
+    plain.describe()
+  )
+  with pytest.raises(ValueError, match="bad_documents=skip is of files with"):
+    _load(bad_documents="skip")
 
 
 def test_an_epoch_has_every_token_once_across_a_resume():

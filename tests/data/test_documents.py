@@ -10,7 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from nl_jax.data import documents, examples, packed, sources
+from nl_jax.data import bad_documents, documents, examples, packed, sources
+from nl_jax.data import parquet as parquet_lib
 
 TEXTS = ["one\nline", "zwei", "", "日本", "four " * 9] * 4
 
@@ -109,6 +110,45 @@ def test_bad_documents_are_left_out_with_their_places(tmp_path, kind):
     sources.load(kind, str(tmp_path), bad_documents="drop")
 
 
+SEPARATED = ["one\n\ntwo", "  three", "", "ünïcode\r\nfour", "five"] * 9
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.zst"])
+@pytest.mark.parametrize("mark", ["<|endoftext|>\n", "\n<|endoftext|>\n\n"])
+def test_a_separator_parts_a_text(tmp_path, name, mark):
+  content = mark.join(SEPARATED).encode()
+  path = write_packed(tmp_path / name, content)
+  source = sources.load("text", str(path), separator="<|endoftext|>")
+  kept = [text for text in SEPARATED if text]
+  assert sorted(source.train + source.validation) == sorted(kept)
+  assert len(source.validation) > 1
+  write_packed(path, content.replace("ü".encode(), b"\xff", 1))
+  place = content.index("ü".encode())
+  with pytest.raises(ValueError, match=f"0xff at offset {place};"):
+    sources.load("text", str(path), separator="<|endoftext|>")
+  skipped = sources.load(
+    "text", str(path), separator="<|endoftext|>", bad_documents="skip"
+  )
+  assert skipped.bad == 1
+  assert len(skipped.train + skipped.validation) == len(kept) - 1
+  with pytest.raises(ValueError, match="data.separator='x' parts .*='jsonl'"):
+    sources.load("jsonl", str(path), separator="x")
+
+
+@pytest.mark.parametrize("block", [3, 7, 64])
+def test_a_separator_is_found_wherever_a_block_ends(
+  tmp_path, monkeypatch, block
+):
+  monkeypatch.setattr(documents, "_BLOCK", block)
+  path = tmp_path / "a.txt"
+  content = b"aaaa<s>bb<s>" + b"c" * 100 + b"<s"
+  path.write_bytes(content)
+  for goal in range(len(content) + 1):
+    ends = [end for end in (7, 12) if end >= goal]
+    wanted = ends[0] if ends else None
+    assert documents.behind(path, goal, "<s>") == wanted, goal
+
+
 def test_all_bad_is_said(tmp_path):
   path = write_jsonl(tmp_path / "a.jsonl", key="body")
   words = "all 20 documents .* are bad, the first: .*line 1: no field 'text'"
@@ -131,7 +171,7 @@ def test_jsonl_from_any_line_on(tmp_path):
 def test_parquet_from_any_group_on(tmp_path):
   path = write_parquet(tmp_path / "a.parquet")
   files = documents.find(str(path), "parquet")
-  groups = documents.row_groups(path, "text")
+  groups = parquet_lib.row_groups(path, "text")
   assert sum(rows for rows, _ in groups) == len(TEXTS)
   read = [
     document
@@ -226,7 +266,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 def test_a_damaged_packed_file_is_named(tmp_path, name, kind, damage):
   path = write_jsonl(tmp_path / name, TEXTS * 20)
   path.write_bytes(damage(path.read_bytes()))
-  for policy in documents.POLICIES:  # It is no document that is bad.
+  for policy in bad_documents.POLICIES:  # It is no document that is bad.
     with pytest.raises(ValueError, match=f"{name} is not a whole {kind}"):
       sources.load("text" if "txt" in name else "jsonl", str(path),
                    bad_documents=policy)  # fmt: skip

@@ -39,8 +39,8 @@ def test_rows_are_drawn_by_weight(parts, a, b, share):
 def test_goes_on_from_one_integer(parts):
   whole, later = load(parts), load(parts)
   batches = [next(whole.train) for _ in range(30)]
-  assert whole.train.get_state() == {"next_index": 30}
-  later.train.set_state({"next_index": 17})
+  assert whole.train.get_state() == {"next_row": 120}
+  later.train.set_state({"next_row": 68})
   for batch in batches[17:]:
     other = next(later.train)
     for key, x in batch.items():
@@ -77,7 +77,7 @@ def test_prepared_parts_mix_with_others(parts, tmp_path):
   path = f"prepared:{tmp_path}/out=1,parquet:{parts}/b.parquet=1"
   mixture = load(parts, path=path)
   assert share_of_b(mixture, 100) == pytest.approx(0.5, abs=0.03)
-  assert mixture.train.get_state() == {"next_index": 100}
+  assert mixture.train.get_state() == {"next_row": 400}
 
 
 def test_a_part_may_have_fewer_rows_than_a_batch(parts, tmp_path):

@@ -48,7 +48,8 @@ def test_every_row_once_an_epoch_in_a_new_order():
 
 
 @pytest.mark.parametrize("mix", [
-  pipeline.Mix((9,)), pipeline.Mix((4, 5), (1.0, 3.0)), pipeline.Mix((4, 5), (1e-9, 1e9)),
+  pipeline.Mix((9,)), pipeline.Mix((4, 5), (1.0, 3.0)),
+  pipeline.Mix((4, 5), (1e-9, 1e9)),
 ])  # fmt: skip
 def test_batches_of_one_row_are_those_of_many(mix):
   one = _draw(pipeline.batches(_rows(9), batch_size=1, seed=0, mix=mix), 12)
@@ -98,12 +99,27 @@ def test_resume_is_exact_at_any_batch(stop):
 
 def test_the_state_is_one_integer_and_seeks_at_once():
   iterator = pipeline.batches(_rows(13), batch_size=4, seed=2)
-  assert iterator.get_state() == {"next_index": 0}
+  assert iterator.get_state() == {"next_row": 0}
   _draw(iterator, 3)
-  assert iterator.get_state() == {"next_index": 3}
-  iterator.set_state({"next_index": 10**12})
+  assert iterator.get_state() == {"next_row": 12}
+  iterator.set_state({"next_row": 10**12})
   assert next(iterator)["inputs"].shape == (4, 4)
-  assert iterator.get_state() == {"next_index": 10**12 + 1}
+  assert iterator.get_state() == {"next_row": 10**12 + 4}
+
+
+@pytest.mark.parametrize("sizes", [(4, 6, 5), (5, 2, 4), (6, 12, 1)])
+def test_another_batch_size_reads_each_row_once(sizes):
+  whole = _draw(pipeline.batches(_rows(13), batch_size=1, seed=2), 40)
+  place, read = {"next_row": 0}, []
+  for size in sizes:
+    iterator = pipeline.batches(_rows(13), batch_size=size, seed=2)
+    iterator.set_state(place)
+    read += _draw(iterator, 2)
+    place = iterator.get_state()
+  assert place == {"next_row": 2 * sum(sizes)}
+  rows = np.concatenate([batch["inputs"] for batch in read])
+  wanted = np.concatenate([batch["inputs"] for batch in whole])
+  np.testing.assert_array_equal(rows, wanted[: len(rows)])
 
 
 def test_orbax_saves_and_restores_the_iterator(tmp_path):
@@ -114,7 +130,7 @@ def test_orbax_saves_and_restores_the_iterator(tmp_path):
     manager.save(5, args=grain_checkpoint.CheckpointSave(one))
     manager.wait_until_finished()
     manager.restore(5, args=grain_checkpoint.CheckpointRestore(two))
-  assert two.get_state() == {"next_index": 5}
+  assert two.get_state() == {"next_row": 20}
   _assert_equal(_draw(two, 4), _draw(one, 4))
 
 

@@ -116,7 +116,7 @@ def test_rows_are_those_of_the_packer_in_memory(tmp_path, files):
     a, b = next(one.train), next(two.train)
     for key in b:
       np.testing.assert_array_equal(a[key], b[key])
-  assert one.train.get_state() == two.train.get_state() == {"next_index": 7}
+  assert one.train.get_state() == two.train.get_state() == {"next_row": 28}
   assert one.counts == two.counts
 
 
@@ -144,6 +144,26 @@ def test_packed_files_are_prepared_as_they_are_read(tmp_path, ending, files):
     targets = targets if kind == "text" else [np.concatenate(targets)]
     read.append([sorted(x) for x in targets])
   assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("shard_bytes", [50, 400, 10**6])
+@pytest.mark.parametrize("ending", ["txt", "txt.gz"])
+def test_a_separated_text_is_prepared_as_it_is_read(
+  tmp_path, shard_bytes, ending
+):
+  every = [text for text in texts(80) if text]
+  path = tmp_path / f"a.{ending}"
+  test_documents.write_packed(path, "\n<|eot|>\n".join(every).encode())
+  manifest, _ = prepare(
+    tmp_path / "out", path, "text", separator="<|eot|>", shard_bytes=shard_bytes
+  )
+  counts = manifest["counts"]
+  assert sum(x["documents"] for x in counts.values()) == len(every)
+  assert sum(x["bytes"] for x in counts.values()) == len("".join(every))
+  assert counts["validation"]["documents"] > 4
+  assert ending != "txt" or (len(manifest["documents_sha256"]) > 1) == (
+    shard_bytes < 1000
+  )
 
 
 def test_bad_documents_are_left_out_and_counted(tmp_path):
@@ -174,7 +194,7 @@ def test_drawing_goes_on_from_one_integer_on_any_process_count(made):
   batches = [next(whole.train) for _ in range(20)]
   half = [load(out, process_index=i, process_count=2) for i in (0, 1)]
   for part in half:
-    part.train.set_state({"next_index": 11})
+    part.train.set_state({"next_row": 44})
   for batch in batches[11:]:
     parts = [next(part.train) for part in half]
     for key, x in batch.items():
@@ -276,6 +296,12 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
     load(out)
   shard.unlink()
   with pytest.raises(ValueError, match=f"{shard.name} is missing"):
+    load(out)
+  text = (out / "manifest.json").read_text()
+  assert f'"alignment": {ALIGNMENT},' in text
+  wrong = text.replace(f'"alignment": {ALIGNMENT},', '"alignment": 1,')
+  (out / "manifest.json").write_text(wrong)
+  with pytest.raises(ValueError, match="json is not what was written; run"):
     load(out)
   for damage in (b"{", b"\xff", b"[" * 10**5):
     (out / "manifest.json").write_bytes(damage)

@@ -1,12 +1,13 @@
 """Tokenizers: round trips, streams that never split a character, errors."""
 
+import io
 import json
 import pathlib
 
 import numpy as np
 import pytest
 
-from nl_jax.data import tokenizers
+from nl_jax.data import packing, tokenizers
 
 _TEXTS = [
   "",
@@ -225,6 +226,77 @@ def test_the_end_is_what_the_config_beside_it_says(words):
   beside.write_text('{"eos_token": ["</s>"]}')
   assert tokenizers.load(words).fingerprint == before
   beside.unlink()
+
+
+def letters(folder, special=("<s>", "</s>")):
+  """A tokenizer.json of letters, with special tokens."""
+  vocabulary = {c: i for i, c in enumerate("?/<>abcs")}
+  model = {"type": "WordLevel", "unk_token": "?", "vocab": vocabulary}
+  added = [
+    {"id": 8 + i, "content": token, "single_word": False, "lstrip": False,
+     "rstrip": False, "normalized": False, "special": True}
+    for i, token in enumerate(special)
+  ]  # fmt: skip
+  split = {"type": "Split", "pattern": {"Regex": "."}, "invert": False,
+           "behavior": "Isolated"}  # fmt: skip
+  path = folder / "tokenizer.json"
+  path.write_text(json.dumps({
+    "model": model, "added_tokens": added, "pre_tokenizer": split,
+  }))  # fmt: skip
+  return str(path)
+
+
+def test_special_tokens_in_a_text_are_parsed_or_text(tmp_path):
+  path = letters(tmp_path)
+  parsed = tokenizers.load(path)
+  text = tokenizers.load(path, special_tokens="text")
+  assert parsed.encode("a</s>b").tolist() == [4, 9, 5]
+  assert text.encode("a</s>b").tolist() == [4, 2, 1, 7, 3, 5]
+  assert parsed.end_id == text.end_id == 9
+  assert parsed.fingerprint != text.fingerprint
+  assert parsed.remark == "special tokens are parsed"
+  assert text.remark == "special tokens are text"
+  with pytest.raises(ValueError, match="special_tokens=text is of a"):
+    tokenizers.load("bytes", special_tokens="text")
+  with pytest.raises(ValueError, match="no data.special_tokens 'drop'"):
+    tokenizers.load(path, special_tokens="drop")
+
+
+def test_documents_begin_with_a_token_where_that_is_asked_for(tmp_path):
+  path = letters(tmp_path)
+  plain, begun = tokenizers.load(path), tokenizers.load(path, bos=True)
+  assert (plain.begin_id, begun.begin_id) == (None, 8)
+  assert plain.fingerprint != begun.fingerprint
+  ids = [x.tolist() for x in packing.tokenize(["ab", ""], begun)]
+  assert ids == [[8, 4, 5, 9], [8, 9]]
+  assert packing.tokenize(["ab"], plain)[0].tolist() == [4, 5, 9]
+  (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "c"}')
+  assert tokenizers.load(path, bos=True).begin_id == 6
+  letters(tmp_path, ("</s>",))
+  (tmp_path / "tokenizer_config.json").unlink()
+  for name in (path, "bytes"):
+    with pytest.raises(ValueError, match=f"data.bos needs .*{name}' has none"):
+      tokenizers.load(name, bos=True)
+
+
+def test_a_sentencepiece_model_may_have_a_begin(tmp_path):
+  import sentencepiece
+
+  made = {}
+  for name, begin in (("with", 3), ("without", -1)):
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+      sentence_iterator=iter(["the cat sat on the mat"] * 50),
+      model_writer=model, model_type="bpe", vocab_size=280, pad_id=0, eos_id=1,
+      unk_id=2, bos_id=begin, byte_fallback=True, minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / f"{name}.model").write_bytes(model.getvalue())
+    made[name] = str(tmp_path / f"{name}.model")
+  begun = tokenizers.load(made["with"], bos=True)
+  assert begun.begin_id == 3
+  assert begun.fingerprint != tokenizers.load(made["with"]).fingerprint
+  with pytest.raises(ValueError, match="data.bos needs a token that begins"):
+    tokenizers.load(made["without"], bos=True)
 
 
 def test_a_file_that_asks_for_rows_of_one_length_is_not_obeyed(words):

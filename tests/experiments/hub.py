@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import config_dict
 
 from experiments import _pretrained, _setup, _tensors
+from nl_jax import tensors as sealed
 from tests.golden import _oracle
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -33,13 +34,13 @@ def write_folder(folder, family, *, dtype="float32", files=1, config=()):
   names = list(tensors)
   parts = [names[i::files] for i in range(files)]
   if files == 1:
-    _tensors.write(folder / _tensors.MODEL, tensors, dtype, {"format": "pt"})
+    sealed.write(folder / _tensors.MODEL, tensors, {"format": "pt"}, dtype)
     return folder
   where = {}
   for i, part in enumerate(parts):
     name = f"model-{i + 1:05}-of-{files:05}.safetensors"
     held = {key: tensors[key] for key in part}
-    _tensors.write(folder / name, held, dtype, {})
+    sealed.write(folder / name, held, {}, dtype)
     where |= dict.fromkeys(part, name)
   index = folder / "model.safetensors.index.json"
   index.write_text(json.dumps({"weight_map": where}))

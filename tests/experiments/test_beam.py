@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from nl_jax.data import partition, tokenizer_training
+from nl_jax.data import partition, prepared, tokenizer_training
 from tests.data import test_documents, test_preparation
 from tests.experiments import test_commands
 
@@ -228,7 +228,7 @@ def test_the_command_by_many_processes(corpora, tmp_path):
   manifest, _ = test_preparation.prepare(
     tmp_path / "local", corpora / "jsonl", shard_bytes=64 * 2**20
   )
-  assert json.loads((out / "manifest.json").read_text()) == manifest
+  assert prepared.read_manifest(str(out)) == manifest
   assert "with Beam" in done.stdout and "next: python" in done.stdout
 
 

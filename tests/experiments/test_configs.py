@@ -171,11 +171,14 @@ def test_the_mesh_takes_what_the_batch_fills(devices, given, expected):
   (dict(fsdp=3), "as many places as there are devices"),
   (dict(fsdp=1, tensor=8), "model.heads must be a multiple of mesh.tensor"),
   (dict(fsdp=8), "data.batch_size must be a multiple"),
+  (dict(fsdp=1, sequence=8), "whole chunks of 8 tokens .walk smt_mlp., got "
+   "data.sequence_length=96; nearest: data.sequence_length=64 or 128, or "
+   "mesh.sequence=1, 2, 3, 4, 6"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit(sizes, sentence):
   config = _setup.resolve(_flags.load_config("hope_tiny:smoke"))
   with config.unlocked():
-    config.data.batch_size = 12
+    config.data.batch_size, config.data.sequence_length = 12, 96
     config.mesh.update(sizes)
   with pytest.raises(ValueError, match=sentence):
     _setup.mesh(config)

@@ -111,7 +111,7 @@ class Slipped(stub.Data):
   """Data that go on one batch too late."""
 
   def set_state(self, state):
-    super().set_state({"next_index": state["next_index"] + 1})
+    super().set_state({"next_row": state["next_row"] + stub.BATCH})
 
 
 def stop_at(step: int):
@@ -278,12 +278,12 @@ def test_torn_folders_differ(tmp_path):
 
 def test_one_batch_is_poisoned_and_no_other():
   for skip in (0, 2):
-    poisoned = faults_run._Poisoned(stub.Data(), 3)
-    poisoned.set_state({"next_index": skip})
+    poisoned = faults_run._Poisoned(stub.Data(), 3, stub.BATCH)
+    poisoned.set_state({"next_row": skip * stub.BATCH})
     for i in range(skip, 5):
       rows = next(poisoned)
       assert np.isfinite(rows["weights"]).all() == (i != 3)
-    assert poisoned.get_state() == {"next_index": 5}
+    assert poisoned.get_state() == {"next_row": 5 * stub.BATCH}
 
 
 def test_every_kind_says_what_it_does():

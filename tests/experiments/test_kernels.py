@@ -18,6 +18,7 @@ from experiments import (
   _kernels_check,
   _kernels_compile,
   _kernels_dump,
+  _kernels_precision,
   _kernels_table,
   _kernels_walks,
 )
@@ -305,6 +306,20 @@ def test_a_kernel_that_reads_wrong_is_found(monkeypatch):
   assert line.walks == ("general_delta_rule",) and not line.still, str(line)
   values, gradients = line.bounds
   assert line.values > 3 * values and line.gradients > gradients
+
+
+def test_keys_that_come_again_at_rate_two_lose_little(monkeypatch):
+  """I - 2 k^T k turns around what lies along k, token by token, undamped."""
+  monkeypatch.setattr(_kernels_precision, "_SHAPE", (1, 192, 1, 32))
+  run = lambda policy: jax.jit(
+    lambda: _kernels_precision._delta(1.0, 2.0, policy, decays=False)
+  )()
+  exact, error = run("f32"), _kernels_precision._error
+  lost = {
+    policy: [error(x, y) for x, y in zip(run(policy), exact)]
+    for policy in ("lean", "lean2")
+  }
+  assert max(lost["lean2"]) < 1e-2 < 5e-2 < max(lost["lean"])
 
 
 def test_a_config_without_kernels_says_so():

@@ -6,7 +6,13 @@ import math
 
 import pytest
 
-from experiments import _report, _report_charts, _report_runs, _setup
+from experiments import (
+  _report,
+  _report_charts,
+  _report_page,
+  _report_runs,
+  _setup,
+)
 from experiments.configs import hope_tiny, transformer_tiny
 from tests.experiments import test_commands
 
@@ -114,6 +120,73 @@ def test_runs_side_by_side(tmp_path):
   page = report(tmp_path / "out", one, same)
   assert str(one) in page.text and str(same) in page.text
   assert "0 fields differ." in page.text
+
+
+def test_runs_with_other_tokenizers_share_no_panel_of_loss(tmp_path):
+  one = make_run(tmp_path / "one")
+  two = make_run(tmp_path / "two", transformer_tiny)
+  (two / "config.json").write_text(json.dumps({
+    **json.loads((two / "config.json").read_text()),
+    "tokenizer": {"file": "w.model", "sha256": {"w.model": "ab" * 32}},
+  }))  # fmt: skip
+  read = [_report_runs.read(str(x)) for x in (one, two)]
+  panels = [p for p in _report_charts.panels(read) if "Loss (" in p.title]
+  assert [p.title for p in panels[:2]] == [
+    "Loss (nat per token of bytes)", "Loss (nat per token of w.model)",
+  ]  # fmt: skip
+  assert all(len({c.run for c in p.curves}) == 1 for p in panels)
+  page = _report_page.page(read, [], ["", ""])
+  assert "These runs have 2 tokenizers" in page
+  alone = _report_page.page(read[:1], [], [""])
+  assert "tokenizers" not in alone.split("Figures")[0]
+
+
+def test_the_loss_is_drawn_raw_and_as_a_mean_and_validation_as_a_line(tmp_path):
+  run = _report_runs.read(str(make_run(tmp_path / "a")))
+  panel = _report_charts.panels([run])[0]
+  raw, mean, validation = panel.curves
+  assert raw.faint and not raw.label and mean.label == "train"
+  assert raw.ys == [5.0 / i for i in range(1, 9)]
+  assert mean.ys[0] == raw.ys[0] and mean.ys[-1] == raw.ys[-1]
+  assert mean.ys[3] == pytest.approx(sum(raw.ys[2:5]) / 3)
+  assert validation.label == "validation" and validation.ys == [2.5, 1.5]
+  assert validation.marks and not validation.dots
+  assert raw.colour == mean.colour != validation.colour
+  gaps = _report_charts.running_mean([1.0, math.nan, *[3.0] * 6])
+  assert math.isnan(gaps[1]) and [*gaps[:1], *gaps[2:]] == [1.0] + [3.0] * 6
+
+
+def test_lines_that_lie_on_each_other_are_seen(tmp_path):
+  curve = _report_charts.Curve
+  xs, ys = [1, 2, 3], [0.0, 1.0, 2.0]
+  near = [0.001, 1.001, 1.999]
+  panel = _report_charts.Panel("a", "x", [
+    curve("one", xs, ys, 0), curve("two", xs, near, 1),
+    curve("apart", xs, ys[::-1], 2),
+  ])  # fmt: skip
+  assert _report_charts.covered(panel) == {0: 1}
+
+
+def test_what_changed_and_where_it_came_from_is_told(tmp_path):
+  folder = make_run(tmp_path / "a$b^{")  # A name is no formula.
+  about = json.loads((folder / "config.json").read_text())
+  about["changes"] = [{"step": 4, "changes": ["optim.b1: 0.9 -> 0.8"]}]
+  about["chain"] = [
+    {
+      "step": 9,
+      "workdir": "runs/x",
+      "keep": "all",
+      "source": "text",
+      "path": "a.txt",
+      "fingerprint": "",
+    }
+  ]
+  (folder / "config.json").write_text(json.dumps(about))
+  run = _report_runs.read(str(folder))
+  page = Reader(_report_page.page([run], [], [""]))
+  assert "changed at step 4: optim.b1: 0.9 -> 0.8." in page.text
+  assert "came from step 9 of runs/x, trained on text a.txt" in page.text
+  assert _report_charts.panels([run])[0].changes == (256,)
 
 
 def test_gaps_torn_lines_and_single_lines(tmp_path):

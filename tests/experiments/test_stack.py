@@ -11,6 +11,7 @@ import pytest
 from experiments import _flags, _hf_config, _pretrained, _setup, _tensors
 from experiments.configs import hope_linear_tiny
 from nl_jax import sharding
+from nl_jax import tensors as sealed
 from nl_jax.train import checkpoint, files
 from tests.experiments import forked, hub
 from tests.laws.models import MODELS
@@ -76,7 +77,8 @@ def commands(tmp_path_factory):
     ["export", "--workdir=s", "--out=s.hf"],
     ["export", "--workdir=s", "--out=s.bf16", "--dtype=bfloat16"],
     ["stack", "--hf=s.hf", "--workdir=again"],
-    ["lm", "--config=s/config.json", "--workdir=t", "--init_from=s",
+    ["lm", "--config=s/config.json", "--workdir=t", "--from=s",
+     "--keep=weights",
      "--config.model.cms.periods=256,512,512", *SMALL],
     ["export", "--workdir=t", "--out=t.hf"],
     ["stack", f"--hf={STRANGE}", "--workdir=c", "--chunks=8,16", "--mode=split",
@@ -163,6 +165,19 @@ def test_a_stacked_model_is_trained_on_and_exported(commands):
   assert said["model_type"] == "llama" and set(tensors) == set(before)
   moved = [np.abs(x - before[k]).max() for k, x in tensors.items()]
   assert 0 < max(moved) < 1
+
+
+def test_a_turned_bit_of_exported_weights_is_told(commands, tmp_path):
+  folder, _ = commands
+  content = bytearray((folder / "i.hf" / _tensors.MODEL).read_bytes())
+  header = 8 + int.from_bytes(content[:8], "little")
+  for place, what in ((header + 999, "is damaged: "), (header // 2, "")):
+    hurt = bytearray(content)
+    hurt[place] ^= 1
+    (tmp_path / _tensors.MODEL).write_bytes(hurt)
+    with pytest.raises(ValueError, match=what):
+      for stored in _tensors.open_folder(tmp_path).values():
+        np.asarray(stored)
 
 
 def test_other_models_are_exported_by_our_names(commands):
@@ -258,7 +273,7 @@ def test_live(tmp_path, family):
   about, tensors = _pretrained.revert(hub.model_of(group), params)
   out = tmp_path / "back"
   out.mkdir()
-  _tensors.write(out / _tensors.MODEL, tensors, "float32", {"format": "pt"})
+  sealed.write(out / _tensors.MODEL, tensors, {"format": "pt"}, "float32")
   (out / "config.json").write_text(json.dumps(about))
   again = auto.from_pretrained(out, dtype=torch.float32).eval()
   with torch.no_grad():
@@ -285,7 +300,7 @@ def test_transformer_plus_plus_is_llama(tmp_path):
   params = jax.jit(net.init)(jax.random.key(0))
   params = jax.tree.map(lambda x: np.asarray(5 * x), params)
   about, tensors = _pretrained.revert(net, params)
-  _tensors.write(tmp_path / _tensors.MODEL, tensors, "float32", {})
+  sealed.write(tmp_path / _tensors.MODEL, tensors, {}, "float32")
   (tmp_path / "config.json").write_text(json.dumps(about))
   auto = transformers.AutoModelForCausalLM
   model = auto.from_pretrained(tmp_path, dtype=torch.float32).eval()

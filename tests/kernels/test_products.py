@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.kernels.walk import products
+from nl_jax.kernels.walk import pallas, products
 
 EXACT = products.Tile()
 # Of one pass to three, the largest error relative to the largest value.
@@ -67,3 +67,34 @@ def test_rounded_keys_erase_as_much():
     slope = jax.grad(lambda k, tile=tile: tile.keys(k, rate)[1].sum())
     np.testing.assert_array_equal(slope(k), 0.0)
   assert off["f32"] == 0 and off["lean2"] < 1e-6 < 1e-4 < off["lean"]
+
+
+def test_states_are_kept_as_exactly_as_they_are_read():
+  state = jax.ShapeDtypeStruct((64, 128), jnp.float32)
+  kept = {
+    name: pallas.saved_dtype(policy, state)
+    for name, policy in products.POLICIES.items()
+  }
+  assert kept == dict(f32=jnp.float32, lean=jnp.bfloat16, lean2=jnp.float32)
+
+
+@pytest.mark.parametrize("form", ["nn", "nt", "tn"])
+def test_a_product_of_xla_is_linear_in_both(form):
+  """Forward mode, a batch of one operand, and the curvature of both."""
+  x, y, dx = draw(6, 2, 16, 8), draw(7, 2, 16, 8), draw(8, 2, 16, 8)
+  if form == "nn":
+    y = jnp.swapaxes(y, -1, -2)
+  spec = {"nn": "bij,bjk->bik", "nt": "bij,bkj->bik", "tn": "bji,bjk->bik"}
+  mm = lambda x: EXACT.mm(x, y, form)
+  like = lambda x: jnp.einsum(spec[form], x, y)
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4)
+  for a, b in zip(jax.jvp(mm, (x,), (dx,)), jax.jvp(like, (x,), (dx,))):
+    close(a, b)
+  many = jnp.stack([x, dx])
+  close(jax.jit(jax.vmap(mm))(many), jax.vmap(like)(many))
+  of = lambda mm: (
+    lambda v: jax.jvp(jax.grad(lambda x: jnp.sum(jnp.sin(mm(x)))), (x,), (v,))[
+      1
+    ]
+  )
+  close(of(mm)(dx), of(like)(dx))

@@ -84,6 +84,27 @@ def test_a_layer_is_the_same_either_way(window):
     np.testing.assert_allclose(mine, other, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [0, 300])
+def test_queries_of_a_row_are_split(window):
+  """Documents and windows across devices; gradients of keys come back."""
+  ids = np.ones((2, 4 * T), np.int32)
+  ids[0, 200:], ids[1, :5] = 2, 0
+  x = [jnp.concatenate([x] * 4, axis=1) * 0.5 for x in inputs(2, 2, 2)]
+  spec = sharding.spec("batch", "length", "heads", "head_dim")
+
+  def both(*x):
+    run = lambda *x: splash_attention.splash_attention(
+      *x, ids, window=window, spec=spec, interpret=True
+    )
+    made, back = jax.vjp(run, *x)
+    return made, back(jnp.sin(made))
+
+  alone = jax.jit(both)(*x)
+  with jax.set_mesh(sharding.mesh(fsdp=2, sequence=4)):
+    split = jax.jit(both)(*x)
+  jax.tree.map(lambda a, b: close(a, b, 1e-5), split, alone)
+
+
 def test_on_a_cpu_nothing_is_chosen():
   q, k, _ = inputs()
   assert not softmax.fused(q, k, "auto")
@@ -98,7 +119,8 @@ def test_on_a_cpu_nothing_is_chosen():
   ("pallas_interpret", dict(mesh=dict(tensor=8)), "4 heads do not divide over"),
   ("pallas_interpret", dict(mesh=dict(tensor=4)), "2 heads of keys do not"),
   ("pallas_interpret", dict(mesh=dict(fsdp=8)), "2 rows do not divide over 8"),
-  ("pallas_interpret", dict(mesh=dict(sequence=4)), "use mesh.sequence=1"),
+  ("pallas_interpret", dict(mesh=dict(fsdp=2, sequence=4)),
+   "multiple of 512 tokens over 4 devices of mesh.sequence, got 128"),
 ])  # fmt: skip
 def test_what_cannot_run_says_why(implementation, change, message):
   size = change.get("tokens", T)

@@ -17,12 +17,13 @@ from nl_jax import sharding
 from nl_jax.kernels import walk
 from tests.kernels import walk_bodies
 
-kind, dtype = json.loads(sys.argv[1])
+kind, dtype, sequence = json.loads(sys.argv[1])
 B, N, C, H, K, M = 4, 32, 16, 8, 64, 128
 devices = topologies.get_topology_desc(
   platform="tpu", topology_name="v5e:2x2").devices
-mesh = sharding.mesh(fsdp=2, tensor=2, devices=devices)
-spec = P("fsdp", None, "tensor")
+mesh = sharding.mesh(
+  fsdp=2 // sequence, sequence=sequence, tensor=2, devices=devices)
+spec = P("fsdp", "sequence", "tensor")
 
 def put(spec, dtype, **shapes):
   place = NamedSharding(mesh, spec)
@@ -70,10 +71,20 @@ print(json.dumps(dict(
 )
 def test_v5e_walks_by_the_kernels(kind, dtype):
   """One each way, chosen by itself; no loop, no copy of what is read."""
-  got = ahead.run(_SCRIPT, kind, dtype)
+  got = ahead.run(_SCRIPT, kind, dtype, 1)
   assert got == dict(
     kernels=["walk_bwd", "walk_fwd"],
     collectives=["all-reduce"],  # The gradient of slow parameters.
     loops=0,
     moved=[],
   )
+
+
+def test_v5e_walks_pieces_of_rows_by_the_kernels():
+  """A loop over rows each way, with the kernel in it and what it sends."""
+  made = ahead.run(_SCRIPT, "linear", "bfloat16", 2)
+  assert made["kernels"] == ["walk_bwd", "walk_fwd"]
+  assert made["loops"] == 2
+  sent = set(made["collectives"])
+  assert "collective-permute" in sent
+  assert sent <= {"collective-permute", "all-reduce"}

@@ -103,6 +103,10 @@ MODELS = {
   "titans_lmm": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32)
   ),
+  # Local memories of two chunks beside a global one.
+  "titans_span": lambda: _shaped(
+    "titans_lmm", titans.Options(chunk=4, hidden=16, span=8)
+  ),
   # A window longer than a chunk.
   "titans_omega": lambda: _shaped(
     "titans_lmm", titans.Options(chunk=8, hidden=32, omega=11)

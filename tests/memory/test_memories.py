@@ -440,3 +440,21 @@ def test_mistakes_are_told():
   with pytest.raises(ValueError, match="omega=2 and no gates.gamma do not fit"):
     start = memory.chunked.start(params, B, rule)
     update(params, start, q, k, v, gates, rule=rule)
+
+
+def test_gates_of_a_channel_lie_along_the_channels_of_a_layer():
+  """Also where a layer is as wide as it is deep."""
+  K = 4
+  params = mlp.init(jax.random.key(0), 2, K, K, in_std=0.5, out_std=0.5)
+  q, k, v = jax.random.normal(jax.random.key(1), (3, 1, 6, 2, K))
+  eta = jnp.full((1, 6, 2, K), 0.3).at[..., 1].set(0.0)
+  rule = memory.Rule(chunk=4)
+  _, state, _ = mlp.update(
+    params, mlp.start(params, 1, rule), q, k, v,
+    memory.Gates(eta, jnp.zeros_like(eta)),
+    rule=rule, run=memory.Run("reference"),
+  )  # fmt: skip
+  w_in, w_out = np.abs(state.w["w_in"]), np.abs(state.w["w_out"])
+  assert w_in[:, :, 1].max() < 1e-6 < w_in.min(axis=(0, 1, 3))[[0, 2, 3]].min()
+  assert w_out[..., 1].max() < 1e-6
+  assert w_out.min(axis=(0, 1, 2))[[0, 2, 3]].min() > 1e-6

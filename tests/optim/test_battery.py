@@ -132,19 +132,6 @@ def test_complex_leaves(name):
   assert any(jnp.abs(x.imag).max() > 0 for x in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("name", _SMALL)
-def test_multi_steps_and_apply_if_finite(name):
-  p, g = params(), params(seed=1)
-  steps = optax.MultiSteps(ALL[name], 2)
-  state = steps.init(p)
-  first, state = jax.jit(steps.update)(g, state, p)
-  assert not any(x.any() for x in jax.tree.leaves(first))
-  safe = optax.apply_if_finite(ALL[name], 3)
-  bad = g | {"wide": g["wide"] * jnp.nan}
-  updates, state = jax.jit(safe.update)(bad, safe.init(p), p)
-  assert not any(x.any() for x in jax.tree.leaves(updates))
-
-
 @pytest.mark.parametrize("name", ["m3", "delta_implicit", "adagrad_matrix"])
 def test_a_stack_is_its_layers(name):
   tx, run = ALL[name], {}

@@ -56,6 +56,57 @@ def test_small_matrices_can_be_left_to_the_fallback():
   assert got["blocks"]["cms"]["high"]["w_gate"] == _MATRIX
 
 
+_SHAPES = {
+  # What public codes call their tables and heads.
+  "transformer/wte/embedding": (100, 8),
+  "wpe": (100, 8),
+  "tok/weight": (9, 8),
+  "tok_emb/weight": (9, 8),
+  "pos_emb": (9, 8),
+  "output/kernel": (8, 9),
+  "params/output/kernel": (8, 9),
+  "model/fc/weight": (8, 9),
+  "classifier/kernel": (8, 9),
+  "mlm_head/kernel": (8, 9),
+  # Filters: of flax, of equinox, on an image, by name alone.
+  "stage/a/kernel": (3, 3, 8, 8),
+  "layers/0/weight": (8, 8, 5, 5),
+  "entry/kernel": (14, 14, 3, 8),
+  "patches/kernel": (4, 8, 8),
+  # A vocabulary of any name, and a single output.
+  "table": (50257, 768),
+  "value/kernel": (8, 1),
+}
+_KERNELS = {
+  "layers_0/attention/output/kernel": (8, 8),
+  "encoder/layer/0/output/dense/kernel": (8, 8),
+  "blocks/attn/out/kernel": (3, 8, 8),
+  "multi_head/q": (8, 8),
+  "token_mixing/Dense_0/kernel": (8, 8),
+  "fc1/kernel": (8, 32),
+  "experts/w_in": (2, 4, 8, 8),
+  "memory/start": (2, 4, 16, 16),
+}
+
+
+def test_names_and_shapes_of_public_codes():
+  tree = {
+    name: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for name, shape in (_SHAPES | _KERNELS).items()
+  }
+  got = optim.matrix_dims_from_paths(tree)
+  assert {name for name, spec in got.items() if spec} == set(_KERNELS)
+  said = optim.explain_matrices(tree)
+  assert said["experts/w_in"] == "8 matrices 8 x 8"
+  assert said["fc1/kernel"] == "matrix 8 x 32"
+  assert said["wpe"] == "other: its name has 'wpe'"
+  assert said["table"] == "other: a table by its shape (50257, 768)"
+  assert said["value/kernel"] == "other: a side of 1 is below 2"
+  assert optim.explain_matrices(
+    {"a": tree["stage/a/kernel"], "b": jnp.ones(3)}, by_shape=False
+  ) == {"a": "9 matrices 8 x 8", "b": "other: rank 1"}
+
+
 def test_dense_general_kernels():
   shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
   tree = {

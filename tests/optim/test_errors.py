@@ -58,7 +58,7 @@ def test_at_construction(make, kw, match):
 
 
 def test_steps_must_be_an_integer():
-  with pytest.raises(TypeError, match="Python int"):
+  with pytest.raises(TypeError, match="must be an int, got 5.0"):
     optim.scale_by_m3(ns_steps=5.0)
 
 

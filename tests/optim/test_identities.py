@@ -285,7 +285,7 @@ _MATRICES = {"w": (6, 4), "v": (3, 5)}
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_15_without_slow_memory_it_is_muon(alpha, nesterov):
   ours = optim.scale_by_m3(
-    alpha=alpha, second_moment=None, nesterov=nesterov, ns_eps=1e-8
+    0.95, alpha=alpha, second_moment=None, nesterov=nesterov, ns_eps=1e-8
   )
   muon = _muon(nesterov=nesterov)
   _close(_run(ours, shapes=_MATRICES)[0], _run(muon, shapes=_MATRICES)[0], 2e-6)
@@ -428,12 +428,14 @@ _F = [
     "23.79704841 23.68919163 23.64868908 23.54557702 23.51545501 23.43360811",
   ),
   (
-    lambda: optim.scale_by_m3(alpha=0.1, slow_every=4, second_moment=None),
+    lambda: optim.scale_by_m3(
+      0.95, alpha=0.1, slow_every=4, second_moment=None
+    ),
     0.05,
     "23.21249557 21.32938770 20.65851905 18.70907565 18.08020307 16.25662847",
   ),
   (
-    lambda: optim.scale_by_m3(alpha=0.1, slow_every=4, b2=0.95),
+    lambda: optim.scale_by_m3(0.95, alpha=0.1, slow_every=4, b2=0.95),
     0.05,
     "23.27814873 21.65335727 21.02262529 19.10842419 18.46076455 16.61151444",
   ),

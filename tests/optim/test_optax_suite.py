@@ -6,6 +6,7 @@ tolerances are optax's.
 """
 
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -78,8 +79,7 @@ _CONTRIB = [
   ("multi_frequency", {"learning_rate": 1e-2}),
 ]
 _ALIAS = [
-  # Not m3 itself: this suite traces ns_steps, which is static.
-  ("m3_muon", {"learning_rate": 1e-2}),
+  ("m3", {"learning_rate": 1e-2}),
   ("delta_momentum", {"learning_rate": 1e-3}),
   ("adam_memory", {"learning_rate": 1e-1}),
 ]
@@ -140,6 +140,8 @@ def _rows(table):
 
 def _stub_sklearn():
   """alias_test imports sklearn for its L-BFGS tests alone."""
+  if importlib.util.find_spec("sklearn"):
+    return
   for name in ("sklearn", "sklearn.datasets", "sklearn.linear_model"):
     sys.modules.setdefault(name, types.ModuleType(name))
   sklearn = sys.modules["sklearn"]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from nl_jax.train import loop, optimizer
+from nl_jax.train import origin as origin_lib
 from nl_jax.train import settings as settings_lib
 
 VOCAB, WIDTH, BATCH, LENGTH = 16, 8, 8, 4
@@ -122,10 +123,10 @@ class Data:
     }
 
   def get_state(self) -> dict[str, int]:
-    return {"next_index": self.index}
+    return {"next_row": self.index * BATCH}
 
   def set_state(self, state: dict[str, int]) -> None:
-    self.index = state["next_index"]
+    self.index = state["next_row"] // BATCH
 
 
 def batch(index: int = 0) -> dict[str, np.ndarray]:
@@ -145,8 +146,10 @@ def run(
   evaluate: Any = None,
   fingerprint: str = "f",
   optim: dict | None = None,
-  resume_from: Any = "",
-  init_from: Any = "",
+  origin: Any = "",
+  kept: str = "",
+  allow_config_change: bool = False,
+  batch_size: int = BATCH,
   flops_per_token: float = 0.0,
   **settings: Any,
 ) -> loop.Result:
@@ -157,7 +160,7 @@ def run(
   made = optimizer.make(
     model,
     steps=settings.steps,
-    tokens_per_step=TOKENS,
+    tokens_per_step=batch_size * LENGTH,
     learning_rate=1e-2,
     warmup_steps=2,
     **(optim or {}),
@@ -166,7 +169,7 @@ def run(
     model=model,
     optimizer=made,
     data=Data() if data is None else data,
-    batch_size=BATCH,
+    batch_size=batch_size,
     sequence_length=LENGTH,
     workdir=str(workdir),
     config={"model": {"width": WIDTH}} if config is None else config,
@@ -174,8 +177,8 @@ def run(
     fingerprint=fingerprint,
     mesh=mesh,
     evaluate=evaluate,
-    resume_from=str(resume_from),
-    init_from=str(init_from),
+    allow_config_change=allow_config_change,
+    origin=origin_lib.parse(str(origin), kept),
     flops_per_token=flops_per_token,
   )
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from nl_jax import sharding
-from nl_jax.train import checkpoint, optimizer
+from nl_jax.train import checkpoint, optimizer, stored
 from nl_jax.train import state as state_lib
 from tests.train import stub
 
@@ -32,7 +32,7 @@ def saved(like, tmp_path_factory) -> pathlib.Path:
   with checkpoint.Checkpoints(folder) as saver:
     for step in (1, 2, 3):
       state = state_of(like, step)
-      saver.save(step, state, {"next_index": step}, {"train_seconds": 1.5})
+      saver.save(step, state, {"next_row": step}, {"train_seconds": 1.5})
   return folder
 
 
@@ -75,7 +75,7 @@ DAMAGES = [truncate, truncate_arrays, remove_state, remove_data, empty]
 def test_newest_comes_back(saved, like):
   with checkpoint.Checkpoints(saved) as saver:
     restored = saver.restore(like)
-  assert (restored.step, restored.data) == (3, {"next_index": 3})
+  assert (restored.step, restored.data) == (3, {"next_row": 3})
   assert restored.meta["train_seconds"] == 1.5
   expected = state_of(like, 3)
   jax.tree.map(np.testing.assert_array_equal, restored.state, expected)
@@ -91,7 +91,7 @@ def test_damaged_last_step_falls_back(saved, like, tmp_path, damage, caplog):
     assert saver.restore(like).step == 2
     assert "step 3 cannot be read" in caplog.text
     # The step can be taken again, and what was there is not lost.
-    saver.save(3, state_of(like, 3), {"next_index": 3}, {})
+    saver.save(3, state_of(like, 3), {"next_row": 3}, {})
   assert (folder / "damaged" / "3").is_dir()
   with checkpoint.Checkpoints(folder) as saver:
     assert saver.restore(like).step == 3
@@ -113,10 +113,10 @@ def test_strangers_among_the_checkpoints_are_passed_by(saved, like, tmp_path):
   np.testing.assert_array_equal(params["embed"], 3)
   with pytest.raises(ValueError, match="no checkpoint of step 9 .*1, 2, 3, 7"):
     checkpoint.load_params(str(folder), MODEL, step=9)
-  assert checkpoint.read_newest(str(folder), like).step == 3
+  assert checkpoint.read_other(str(folder), like).step == 3
   with checkpoint.Checkpoints(folder) as saver:
     assert saver.restore(like).step == 3
-    saver.save(4, state_of(like, 4), {"next_index": 4}, {})
+    saver.save(4, state_of(like, 4), {"next_row": 4}, {})
   assert (folder / "damaged" / "7").is_dir()
   assert strangers <= {path.name for path in steps.iterdir()}
   with checkpoint.Checkpoints(folder) as saver:
@@ -141,7 +141,7 @@ def test_interrupted_save_is_no_checkpoint(saved, like, tmp_path):
   (steps / "3").rename(steps / "3.orbax-checkpoint-tmp")
   with checkpoint.Checkpoints(folder) as saver:
     assert saver.restore(like).step == 2
-    saver.save(3, state_of(like, 3), {"next_index": 3}, {})
+    saver.save(3, state_of(like, 3), {"next_row": 3}, {})
   assert checkpoint.latest_step(str(folder)) == 3
 
 
@@ -206,7 +206,7 @@ def test_saved_state_may_be_donated_at_once(tmp_path):
       state = {**state, "step": jnp.asarray(i, jnp.int32)}
     saver.wait()
     for i in range(1, 5):
-      restored = saver._read(i, like)
+      restored = stored.read(tmp_path / "checkpoints", i, like)
       np.testing.assert_array_equal(restored.state["x"], 4 * i - 3)
 
 

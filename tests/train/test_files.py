@@ -1,6 +1,8 @@
 """The workdir: whose it is, and files that are whole."""
 
 import json
+import pathlib
+import shutil
 
 import pytest
 
@@ -107,6 +109,47 @@ def test_loop_refuses_another_run_before_it_compiles(tmp_path):
     stub.run(tmp_path, model=model, fingerprint="g", steps=2)
   assert model.traces == 0
   assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_workdir_keeps_its_tokenizer(tmp_path, monkeypatch):
+  home, run = tmp_path / "home", tmp_path / "home" / "run"
+  home.mkdir()
+  (home / "tokenizer.json").write_text("words")
+  (home / "tokenizer_config.json").write_text("their end")
+  monkeypatch.chdir(home)
+  config = {"data": {"tokenizer": "tokenizer.json"}}
+  files.claim(run, config, "f")
+  # Elsewhere, on a copy, and without the file it came from.
+  copy = shutil.copytree(run, tmp_path / "copy")
+  shutil.rmtree(home)
+  monkeypatch.chdir("/")
+  kept = checkpoint.read_config(str(copy))["data"]["tokenizer"]
+  assert pathlib.Path(kept) == copy / "tokenizer" / "tokenizer.json"
+  assert pathlib.Path(kept).read_text() == "words"
+  said = files.read_about(copy)["config"]["data"]["tokenizer"]
+  assert said == "tokenizer.json"
+  (copy / "tokenizer" / "tokenizer_config.json").write_text("another end")
+  with pytest.raises(ValueError, match="tokenizer_config.json is not the file"):
+    checkpoint.read_config(str(copy))
+  (copy / "tokenizer" / "tokenizer.json").unlink()
+  with pytest.raises(ValueError, match="tokenizer.json is not the file"):
+    checkpoint.read_config(str(copy))
+
+
+def test_a_link_in_a_shared_folder_is_not_written_through(tmp_path):
+  mine, run = tmp_path / "mine", tmp_path / "run"
+  mine.write_text("precious")
+  run.mkdir()
+  for name in (".lock", ".config.json.tmp"):
+    (run / name).symlink_to(mine)
+  with pytest.raises(ValueError, match="lock is a symbolic link"):
+    with files.lock(run):
+      pass
+  (run / ".lock").unlink()
+  with files.lock(run):
+    files.claim(run, CONFIG, "f")
+  assert mine.read_text() == "precious"
+  assert not (run / "config.json").is_symlink()
 
 
 def test_replaced_file_leaves_nothing_beside_it(tmp_path):

@@ -121,6 +121,24 @@ def test_timer_leaves_pauses_out(monkeypatch):
   assert clock.read() == timer.Interval(0, 2.0, 0.0)
 
 
+def test_a_clock_that_jumps_makes_no_negative_time(monkeypatch):
+  now = [1e9]
+  monkeypatch.setattr(time, "monotonic", lambda: now[0])
+  clock = timer.Timer()
+  now[0] += 4
+  for part in (clock.wait, clock.pause):
+    with part():
+      now[0] -= 31_536_000  # A year.
+  clock.step()
+  read = clock.read()
+  assert read.seconds > 0 and read.waiting == 0
+  now[0] += 5
+  with clock.wait():
+    now[0] += 31_536_000
+  read = clock.read()
+  assert 0 <= read.waiting <= read.seconds
+
+
 def test_progress_line():
   values = {
     "train/loss": 3.2141,

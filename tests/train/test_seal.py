@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax import sharding
+from nl_jax import files, sharding
 from nl_jax.train import checkpoint, seal
 
 
@@ -28,7 +28,7 @@ def saved(tmp_path_factory) -> pathlib.Path:
   folder = tmp_path_factory.mktemp("saved")
   with checkpoint.Checkpoints(folder) as saver:
     for step in (1, 2):
-      saver.save(step, state_of(step), {"next_index": step}, {"a": 0.1})
+      saver.save(step, state_of(step), {"next_row": step}, {"a": 0.1})
   return folder
 
 
@@ -54,7 +54,9 @@ def restore(folder: pathlib.Path) -> checkpoint.Restored:
     state_of(0),
   )
   with checkpoint.Checkpoints(folder) as saver:
-    return saver.restore(like)
+    restored = saver.restore(like)
+    saver.open()
+  return restored
 
 
 @pytest.mark.parametrize("hurt", [cut, turn, pathlib.Path.unlink])
@@ -76,7 +78,7 @@ def test_a_turned_bit_beside_the_arrays_falls_back(saved, tmp_path, item):
   assert old in text
   path.write_text(text.replace(old, new))
   restored = restore(folder)
-  assert (restored.step, restored.data) == (1, {"next_index": 1})
+  assert (restored.step, restored.data) == (1, {"next_row": 1})
 
 
 def test_a_checkpoint_of_before_there_were_seals_is_read(saved, tmp_path):
@@ -102,5 +104,5 @@ def test_every_bit_counts(dtype):
   x = jnp.zeros((5, 3), dtype)
   saved = {"sums": {**seal.sums({"x": x}), "other": 1}}
   seal.check_sums({"x": x}, saved)
-  with pytest.raises(seal.BrokenSealError, match="x is not what was saved"):
+  with pytest.raises(files.BrokenSealError, match="x is not what was saved"):
     seal.check_sums({"x": x.at[2, 1].set(jnp.ones((), dtype))}, saved)
