@@ -94,6 +94,8 @@ def _child(case: Case, out: int) -> None:
   """Runs a case, and ends the process."""
   os.dup2(out, 1)
   os.dup2(out, 2)
+  # Whatever stands in their place here, as where output is captured.
+  sys.stdout = sys.stderr = open(1, "w", errors="replace", closefd=False)
   signal.signal(signal.SIGALRM, signal.SIG_DFL)
   signal.alarm(case.seconds)
   code = 70  # Of what no command turns into a sentence.

@@ -134,12 +134,13 @@ def equations(body: Body) -> core.Jaxpr:
 
 
 def digest(body: Body) -> str:
-  """The same for walks that compute the same, whatever their config."""
+  """The same for walks that compute and read the same, of whatever config."""
   call = body.call
   if body.how is None:
     text = _key(call)
   else:
-    text = f"{equations(body)} {body.how.heads} {call.policy}"
+    types = [x.dtype for x in jax.tree.leaves(call.xs)]
+    text = f"{equations(body)} {body.how.heads} {call.policy} {types}"
   return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

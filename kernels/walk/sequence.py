@@ -144,9 +144,11 @@ def at_ends(after: Any, places: contract.Places) -> tuple[Any, Any, Any]:
   real = places.real.reshape(batch, count, -1).any(axis=2)
   last = count - 1 - jnp.argmax(real[:, ::-1], axis=1)
 
+  which = jnp.arange(count)[:, None] == last[None]
+
   def of_last(x: jax.Array) -> jax.Array:
-    which = last.reshape(1, batch, *(1,) * (x.ndim - 2))
-    return jnp.take_along_axis(x, which, axis=0)[0]
+    here = which.reshape(count, batch, *(1,) * (x.ndim - 2))
+    return jnp.where(here, x, 0).sum(axis=0, dtype=x.dtype)
 
   if sums is not None:
     sums = jax.lax.stop_gradient(sums.sum(axis=0))

@@ -53,7 +53,7 @@ def loss(slow, xs, state, places):
 with jax.set_mesh(mesh):
   text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
     slow, xs, state, places).compile().as_text()
-calls = re.findall(r"%(walk_\w+?)[.\d]* = .*tpu_custom_call", text)
+calls = re.findall(r"%\w*(walk_(?:fwd|bwd))[_.\d]* = .*tpu_custom_call", text)
 tokens = N * C
 print(json.dumps(dict(
   kernels=sorted(calls),
