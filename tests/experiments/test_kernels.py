@@ -133,6 +133,13 @@ def test_a_config_s_walk_is_known_by_shapes(delta):
   )
 
 
+def test_walks_that_read_other_types_are_two(delta):
+  wide = lambda x: jax.ShapeDtypeStruct(x.shape, np.float32)
+  call = delta.call._replace(xs=jax.tree.map(wide, delta.call.xs))
+  of = _kernels_walks.digest
+  assert of(delta) == of(delta) != of(delta._replace(call=call))
+
+
 def test_the_products_of_the_delta_rule(delta):
   d, C = 128, 64
   forward, backward = _kernels_walks.products_flops(delta)
