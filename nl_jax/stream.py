@@ -699,6 +699,8 @@ def model_hash(model: lm.LanguageModel) -> str:
     mixer["arch"] = mixer.pop("memory")
   if mixer and "remat_group" in mixer:
     mixer["remat_group"] = 4  # Of the first files; it changes no number.
+  if mixer and mixer.get("span") == 0:
+    del mixer["span"]  # A switch that the first files did not have, off.
   net["memory"] = mixer
   text = json.dumps(values, sort_keys=True, default=str)
   return hashlib.sha256(text.encode()).hexdigest()

@@ -175,15 +175,21 @@ class RopeScaling:
       )
 
 
-def rope_turns(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
-  """How far a token turns each pair of features, uint32 [half] of 2^-32 turns.
+_TURN = 2 * np.pi / 2.0**32  # What one unit of `rope_turns` is, in radians.
 
-  theta^(-i/half) radians, scaled, rounded to a multiple of 2^-32 of a turn.
+
+def rope_turns(
+  half: int, theta: float, scaling: RopeScaling
+) -> tuple[np.ndarray, np.ndarray]:
+  """How far a token turns each pair of features: theta^(-i/half), scaled.
 
   Args:
     half: K/2.
     theta: base of the wave lengths.
     scaling: see `RopeScaling`.
+
+  Returns:
+    uint32 [half], of 2^-32 turns, and what rounding to them left, in radians.
   """
   rates = theta ** (-np.arange(half) / half)
   if scaling.kind == "linear":
@@ -193,7 +199,8 @@ def rope_turns(half: int, theta: float, scaling: RopeScaling) -> np.ndarray:
     kept = (waves - scaling.low) / (scaling.high - scaling.low)
     kept = np.clip(kept, 0.0, 1.0)
     rates = kept * rates + (1 - kept) * rates / scaling.factor
-  return np.rint(rates / (2 * np.pi) * 2.0**32).astype(np.uint32)
+  turns = np.rint(rates / _TURN)
+  return turns.astype(np.uint32), rates - turns * _TURN
 
 
 def rope(
@@ -208,7 +215,9 @@ def rope(
   pairing of Llama. Exact at any position: turns are counted in integers of 32
   bits, of which whole turns fall off. So 2^32 tokens turn nothing, a counter
   of positions may overflow, and two tokens stand to each other as their
-  distance says, however long the text before them.
+  distance says, however long the text before them. Rates are rounded to these
+  integers, to less than float32 knows of an angle; in float64 what that leaves
+  is added, and 2^31 tokens are then the end.
 
   Args:
     x_BxTxHxK: queries or keys, K even.
@@ -218,11 +227,15 @@ def rope(
   """
   half = x_BxTxHxK.shape[-1] // 2
   wide = at_least_float32(x_BxTxHxK.dtype)
-  turns = jnp.asarray(rope_turns(half, theta, scaling)).reshape(1, 1, 1, half)
-  turned = positions_BxT.astype(jnp.uint32)[:, :, None, None] * turns
+  turns, left = rope_turns(half, theta, scaling)
+  at = positions_BxT.astype(jnp.uint32)[:, :, None, None]
+  turned = at * jnp.asarray(turns).reshape(1, 1, 1, half)
   # As a signed number, at most half a turn: what is small keeps all its bits.
   turned = jax.lax.bitcast_convert_type(turned, jnp.int32).astype(wide)
-  angles = turned * (2 * np.pi / 2.0**32)
+  angles = turned * _TURN
+  if wide == jnp.float64:
+    signed = jax.lax.bitcast_convert_type(at, jnp.int32).astype(wide)
+    angles += signed * jnp.asarray(left, wide).reshape(1, 1, 1, half)
   cos, sin = jnp.cos(angles), jnp.sin(angles)
   a, b = jnp.split(x_BxTxHxK.astype(wide), 2, axis=-1)
   turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
