@@ -13,6 +13,8 @@ import runpy
 import shutil
 import sys
 
+from absl import flags
+
 from experiments import _fuzz_run
 
 Case = _fuzz_run.Case
@@ -84,7 +86,16 @@ def _drawn(draw: random.Random) -> list[str]:
   ))  # fmt: skip
 
 
+def _forget_flags() -> None:
+  """Takes away the flags of the fuzz: a command has some of these names."""
+  for module, own in flags.FLAGS.flags_by_module_dict().items():
+    if pathlib.Path(module).stem == "fuzz":
+      for flag in own:
+        delattr(flags.FLAGS, flag.name)
+
+
 def _run(folder: pathlib.Path, command: list[str]) -> str:
+  _forget_flags()
   os.chdir(folder)
   before = _of_runs(folder)
   sys.argv = command

@@ -64,10 +64,24 @@ def _guarded(main: Callable[[], int]) -> int:
         raise
       return _stopped(f"error: {error}{_origin(error)}", FAILED)
     except RuntimeError as error:
-      sentence = None if _DEBUG.value else _distributed.lost(error)
+      sentence = None
+      if not _DEBUG.value:
+        sentence = _too_large(error) or _distributed.lost(error)
       if sentence is None:
         raise
       return _stopped(f"error: {sentence}", FAILED)
+
+
+def _too_large(error: RuntimeError) -> str | None:
+  """The sentence for a computation that found too little memory."""
+  text = str(error)
+  if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
+    return None
+  first = text.strip().splitlines()[0][:160]
+  return (
+    f"the devices have too little memory ({first}); give a smaller model, "
+    "batch or text, or more devices"
+  )
 
 
 def _unraisable(what: "sys.UnraisableHookArgs") -> None:

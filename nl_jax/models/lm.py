@@ -346,9 +346,15 @@ class LanguageModel:
       # A scan already keeps XLA from merging the recomputation.
       body = jax.checkpoint(body, prevent_cse=False, policy=_KEEPS)
     stream = self.module.enter(x_BxTxD) if self.whole else x_BxTxD
-    scanned = (self._laid(blocks), carried)
-    with walk.kept(self.units):
-      stream, (states, metrics) = jax.lax.scan(body, stream, scanned)
+    blocks = self._laid(blocks)
+    count = jax.tree.leaves(blocks)[0].shape[0]
+    if carried is not None and x_BxTxD.shape[1] == 1 and count:
+      stream, states, metrics = _in_place(body, stream, blocks, carried)
+    else:
+      with walk.kept(self.units):
+        stream, (states, metrics) = jax.lax.scan(
+          body, stream, (blocks, carried)
+        )
     x_BxTxD = self.module.leave(stream) if self.whole else stream
     return x_BxTxD, states, metrics
 
@@ -446,6 +452,32 @@ class LanguageModel:
   def _labels(self, params: types.Params) -> types.Params:
     name = lambda path, _: cms.label(path, self.cms)
     return jax.tree_util.tree_map_with_path(name, params)
+
+
+def _in_place(
+  body: Callable[..., Any], stream: Any, blocks: types.Params, states: Any
+) -> tuple[Any, Any, Any]:
+  """Layers of one token: each writes its state where it stood.
+
+  As outputs of a scan the new states stand beside the old ones, which a token
+  then copies. Args and results are as of a scan of `body`.
+  """
+
+  def step(carry: Any, layer: Any) -> tuple[Any, Any]:
+    stream, states = carry
+    params, i = layer
+    take = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+    put = lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, i, 0)
+    stream, (state, metrics) = body(
+      stream, (params, jax.tree.map(take, states))
+    )
+    return (stream, jax.tree.map(put, states, state)), metrics
+
+  places = jnp.arange(jax.tree.leaves(blocks)[0].shape[0])
+  (stream, states), metrics = jax.lax.scan(
+    step, (stream, states), (blocks, places)
+  )
+  return stream, states, metrics
 
 
 def at_edges(model: Any) -> Any:

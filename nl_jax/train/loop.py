@@ -62,6 +62,10 @@ class NonFiniteError(FloatingPointError):
   """A loss or gradient that is not finite; the message names the report."""
 
 
+# What XLA says of too little memory: of accelerators, of a CPU.
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "Out of memory")
+
+
 class OutOfMemoryError(MemoryError):
   """The devices have too little memory; the message says what to lower."""
 
@@ -479,7 +483,7 @@ def _memory_told() -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not any(words in str(error) for words in _NO_MEMORY):
       raise
     first = str(error).strip().splitlines()[0][:160]
     raise OutOfMemoryError(

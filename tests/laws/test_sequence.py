@@ -23,6 +23,7 @@ SIZES = {
   "hope": dict(sequence=8),
   "hope_momentum": dict(sequence=4, fsdp=2),  # Two walks.
   "gated_deltanet": dict(sequence=4, fsdp=2),
+  "titans_linear": dict(sequence=4, fsdp=2),  # Momentum, a learned start.
   "retnet": dict(sequence=8),
   "rwkv7": dict(sequence=8),
   "samba": dict(sequence=8),
@@ -33,6 +34,17 @@ SIZES = {
   "titans_mac": dict(sequence=4),
   "ttt_linear": dict(sequence=8),
 }
+
+
+def _made(name):
+  """The model of that name; a matrix that learns by momentum is none there."""
+  if name != "titans_linear":
+    return MODELS[name]()
+  options = dict(memory="linear", hidden=0, residual_clip=0.0)
+  model = MODELS["titans_lmm"]()
+  return dataclasses.replace(
+    model, mixer=dataclasses.replace(model.mixer, **options)
+  )
 
 
 def batch(alignment):
@@ -50,7 +62,7 @@ def batch(alignment):
 
 def one_device(name):
   """The model, parameters at a generic point, their loss and gradient."""
-  model, noise = MODELS[name](), np.random.default_rng(0)
+  model, noise = _made(name), np.random.default_rng(0)
   model = dataclasses.replace(model, remat="none")  # Compiled once less.
   params = jax.tree.map(
     lambda x: np.asarray(x, float) + 0.02 * noise.standard_normal(x.shape),

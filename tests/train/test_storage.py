@@ -111,11 +111,12 @@ def test_a_file_in_the_place_of_the_workdir(tmp_path):
   assert (tmp_path / "run").read_text() == "precious"
 
 
-def test_too_little_memory_says_what_to_lower(tmp_path, one_device):
+@pytest.mark.parametrize("said", ["RESOURCE_EXHAUSTED", "Out of memory"])
+def test_too_little_memory_says_what_to_lower(tmp_path, one_device, said):
   def hook(i):
     if i == 2:
       # What XLA raises, raised in its place: a CPU swaps instead.
-      raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 GiB wanted")
+      raise jax.errors.JaxRuntimeError(f"{said}: 9 GiB wanted")
 
   with pytest.raises(loop.OutOfMemoryError, match="data.batch_size") as told:
     stub.run(tmp_path, mesh=one_device, data=stub.Data(hook=hook))
