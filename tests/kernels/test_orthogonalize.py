@@ -189,7 +189,7 @@ def test_masked_leaves_stay_masked():
     ({"coeffs": "jordam"}, ValueError, "coeffs must be one of"),
     ({"coeffs": (1.0, 2.0, 3.0)}, ValueError, r"\(k, 3\)"),
     ({"ns_steps": -1}, ValueError, "ns_steps must be >= 0"),
-    ({"ns_steps": 2.0}, TypeError, "Python int"),
+    ({"ns_steps": 2.0}, TypeError, "must be an int, got 2.0"),
     ({"dims": Dims(0, 0)}, ValueError, "overlap"),
     ({"dims": Dims(0, 5)}, ValueError, "out of range"),
     ({"dims": {"w": Dims(0, 1)}}, ValueError, "prefix tree"),
