@@ -121,8 +121,7 @@ def _optimizer(
     weight_decay=plan.weight_decay,
     clip_norm=plan.clip_norm,
     min_ratio=_MIN_RATIO,
-    b2=plan.b2,
-    eps=plan.eps,
+    options={"b2": plan.b2, "eps": plan.eps},
   )
 
 

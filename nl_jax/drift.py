@@ -21,7 +21,8 @@ WEIGHTS = re.compile(
 )
 # All that a write changes; the place in a segment of titans_mac is its cache's.
 WRITTEN = re.compile(
-  rf"(?!layers/segment/phase){_PLACE}((anchor|w|s|carried)/\w+|phase|S_BxHxKxK|h_BxIxN)|levels/.+"
+  rf"(?!layers/segment/phase){_PLACE}((anchor|w|s|carried)/\w+|phase|place|"
+  r"S_BxHxKxK|h_BxIxN)|levels/.+"
 )
 
 

@@ -67,13 +67,19 @@ class Number(NamedTuple):
 
 
 class OneOf(tuple[str, ...]):
-  """Names, one of which a value must be."""
+  """Names, one of which a value must be.
 
-  __slots__ = ()
+  Attributes:
+    otherwise: why another does not fit; "" where the names say it.
+  """
 
-  def __new__(cls, *names: str) -> "OneOf":
+  otherwise: str
+
+  def __new__(cls, *names: str, otherwise: str = "") -> "OneOf":
     """Of the names given."""
-    return super().__new__(cls, names)
+    made = super().__new__(cls, names)
+    made.otherwise = otherwise
+    return made
 
   def __str__(self) -> str:
     return f"one of {', '.join(self)}"
@@ -213,8 +219,8 @@ def _check_one(path: str, bounds: Any, value: Any) -> None:
   names = bounds if isinstance(bounds, OneOf) else ()
   close = difflib.get_close_matches(str(value), names, n=1)
   hint = f". Did you mean {close[0]!r}?" if close else ""
-  if isinstance(bounds, Only):
-    hint = f": {bounds.otherwise}"
+  if otherwise := getattr(bounds, "otherwise", ""):
+    hint = f": {otherwise}"
   mark = ";" if names else ","
   raise ValueError(f"{path} must be {bounds}{mark} got {value!r}{hint}")
 

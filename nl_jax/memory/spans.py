@@ -119,7 +119,7 @@ def update(
     ids = jnp.broadcast_to(ids, (B, T))
   clock = state.wide._replace(phase=state.place)
   places = chunked.places(clock, segment_ids, T, 2 * span)
-  own = jnp.where(ids == 0, 0, 2 * ids + places // span)
+  own = jnp.where(ids == 0, 0, 2 * ids + places // span).astype(jnp.int32)
   how = dict(at_edge=at_edge, aligned=aligned)
   # Deviation: a chunk of V moves it as far as a chunk of W, because the sum of
   # S gradients of one point diverges at the rates of W.

@@ -44,8 +44,10 @@ class Options(titans.Options):
   memory: Annotated[str, Only("mlp_ln", titans.LMM)] = "mlp_ln"
   # At 0.1 gradients reach 1e4 at 256 tokens; ours.
   eta_max: Annotated[float, fields.POSITIVE] = 0.01
-  # No kernel keeps weights on a simplex.
-  walk: Annotated[str, OneOf("auto", "xla")] = "auto"
+  walk: Annotated[
+    str,
+    OneOf("auto", "xla", otherwise="no kernel keeps weights on a simplex"),
+  ] = "auto"
   rank: rule.Count = 32
   lag: bool = False
 

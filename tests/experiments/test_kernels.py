@@ -192,7 +192,7 @@ def test_the_share_of_the_limit():
   assert _kernels_table.limit_share(row(), "F", "v5e") == pytest.approx(1.0)
   # G: 10 ns of bytes over a microsecond.
   assert _kernels_table.limit_share(row(), "G", "v5e") == pytest.approx(0.01)
-  assert _kernels_table.limit_share(row(), "F", "v6e") is None
+  assert _kernels_table.limit_share(row(), "F", "tpu7x") is None
   # A core has half of a chip's rates.
   made = row(flops=dict(F=459e6 / 2 / 1.75, G=0.0))
   assert _kernels_table.limit_share(made, "F", "v5p") == pytest.approx(1.0)

@@ -32,6 +32,11 @@ def products(jaxpr: jax.extend.core.Jaxpr) -> int:
       terms = math.prod(eqn.invars[0].aval.shape[axis] for axis in axes)
       total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
       continue
+    if eqn.primitive.name == "product":  # Of `kernels.walk.products`.
+      summed = -1 if eqn.params["form"][0] == "n" else -2
+      terms = eqn.invars[0].aval.shape[summed]
+      total += 2 * terms * math.prod(eqn.outvars[0].aval.shape)
+      continue
     inside = [products(x) for x in inner(eqn)]
     assert not inside or eqn.primitive.name != "while"
     one = max if eqn.primitive.name == "cond" and inside else sum

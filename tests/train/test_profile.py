@@ -20,7 +20,7 @@ def traces(workdir):
   return sorted((workdir / "profile").rglob("*.xplane.pb"))
 
 
-@pytest.mark.parametrize("text", ["10", "13:10", "0:3", "a:b", "1:2:3", (1, 2)])
+@pytest.mark.parametrize("text", ["10", "13:10", "0:3", "a:b", "1:2:3"])
 def test_a_wrong_value_is_one_sentence(text):
   with pytest.raises(ValueError, match="train.profile_steps .* as 10:13"):
     settings_lib.Settings(steps=20, profile_steps=text)
