@@ -157,7 +157,7 @@ def test_training_stops_when_it_is_told_to():
 def test_a_rate_that_is_too_high_is_told():
   rows = languages.splits("abab", np.random.default_rng(0), train=16, test=9)
   train = rows.pop("train")
-  plan = PLAN._replace(learning_rate=1e38)
+  plan = PLAN._replace(learning_rate=1e18, weight_decay=1.0)
   with pytest.raises(FloatingPointError, match="lower --learning_rates"):
     training.fit(
       _tasks_lstm.LSTM(5, width=8, layers=1), train, rows, plan, seed=0,
