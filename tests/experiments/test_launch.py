@@ -16,11 +16,13 @@ LAUNCH = ROOT / "experiments" / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 PAGE = ROOT / "docs" / "launch.md"
 
-# Writes down its arguments. `describe` and `storage ls` answer by the next line
-# of a file; ssh runs the command here, as on a worker.
+# Writes down its arguments, a line at once, since several run side by side.
+# `describe` and `storage ls` answer by the next line of a file; ssh runs the
+# command here, as on a worker.
 FAKE = r"""#!/usr/bin/env bash
 name=$(basename "$0")
-printf "%q " "$name" "$@" >> "$LOG"; echo >> "$LOG"
+line=$(printf "%q " "$name" "$@")
+echo "$line" >> "$LOG"
 next() { head -n 1 "$1"; sed -i 1d "$1"; }
 case "$name $*" in
   *queued-resources\ describe*) next "$STATES" ;;
