@@ -7,6 +7,8 @@ carried is part of the training state, so of every checkpoint:
 
     {"memory": state of the model, B streams; "document_B": int32, the number
     of the document that each stream is in}
+
+A checkpoint holds no array of size 0: in a memory None stands for one.
 """
 
 from collections.abc import Callable
@@ -37,9 +39,22 @@ def begin(model: Any, params: Any, streams: int) -> Carried:
     streams: B.
   """
   return {
-    "memory": model.init_state(params, streams),
+    "memory": kept(model.init_state(params, streams)),
     "document_B": jnp.ones((streams,), jnp.int32),
   }
+
+
+def kept(memory: Any) -> Any:
+  """A state of a model as it is carried, without arrays of size 0."""
+  return jax.tree.map(lambda x: x if x.size else None, memory)
+
+
+def full(model: Any, params: Any, memory: Any) -> Any:
+  """The inverse of `kept`."""
+  streams = memory.position_B.shape[0]
+  like = jax.eval_shape(lambda p: model.init_state(p, streams), params)
+  fill = lambda x, held: jnp.zeros(x.shape, x.dtype) if held is None else held
+  return jax.tree.map(fill, like, memory)
 
 
 def shardings(like: Carried, mesh: jax.sharding.Mesh) -> Carried:

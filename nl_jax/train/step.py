@@ -83,8 +83,8 @@ def loss_sum(
 def _loss_from(
   model: Any, params: Any, batch: Batch, memory: Any
 ) -> tuple[jax.Array, tuple[jax.Array, Any], Any]:
-  """As `loss_sum`, from a state of the model on; and the state after it."""
-  given = () if memory is None else (memory,)
+  """As `loss_sum`, from what `carry` keeps of a state on; and what after it."""
+  given = () if memory is None else (carry_lib.full(model, params, memory),)
   logits, memory, metrics = model.apply(
     params, batch["inputs"], *given, segment_ids=batch["segment_ids"]
   )
@@ -92,7 +92,8 @@ def _loss_from(
   losses = cross_entropy(logits, batch["targets"])
   weights = batch["weights"].astype(losses.dtype)
   sums = jax.tree.map(jnp.sum, metrics)
-  return jnp.sum(weights * losses), (jnp.sum(weights), sums), memory
+  after = carry_lib.kept(memory) if given else None
+  return jnp.sum(weights * losses), (jnp.sum(weights), sums), after
 
 
 def gradient(

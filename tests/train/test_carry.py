@@ -265,3 +265,16 @@ def test_a_run_that_was_stopped_remembers_what_it_read(tmp_path):
   rest = trained(tmp_path / "b")
   jax.tree.map(np.testing.assert_array_equal, whole.state, rest.state)
   assert (rest.state["carried"]["document_B"] > 1).any()
+
+
+def test_arrays_of_size_0_are_not_carried():
+  """Of levels in context: where no layer is without a fast level before it."""
+  model = MODELS["hope_incontext"]()
+  params = model.init(jax.random.key(0))
+  state = model.init_state(params, 2)
+  empty = [x for x in jax.tree.leaves(state) if not x.size]
+  carried = carry.begin(model, params, 2)["memory"]
+  assert empty and all(x.size for x in jax.tree.leaves(carried))
+  full = carry.full(model, params, carried)
+  assert jax.tree.structure(full) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, full, state)
