@@ -65,6 +65,7 @@ def array_record(path: str, text_key: str, bad: bad_documents.OnBad) -> Named:
 
 
 def is_record(name: str) -> bool:
+  """Whether a file is one of ArrayRecord, by its name."""
   return ".array_record" in name.lower()
 
 

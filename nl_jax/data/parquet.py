@@ -41,6 +41,7 @@ def _open_parquet(path: pathlib.Path, key: str) -> Any:
 def documents(
   path: pathlib.Path, name: str, key: str, start: int, stop: int | None
 ) -> bad_documents.Found:
+  """The texts of a column of a file, in the row groups from start to stop."""
   file = _open_parquet(path, key)
   groups = range(file.num_row_groups)[start:stop]
   row = sum(file.metadata.row_group(i).num_rows for i in range(start))

@@ -178,6 +178,7 @@ def table_of(config: Mapping[str, Any]) -> dict[str, dict[str, Field]]:
 def leaves(
   config: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any]]:
+  """Whole path and value of every field of a nested config."""
   for key, value in config.items():
     if isinstance(value, Mapping):
       yield from leaves(value, f"{prefix}{key}.")
