@@ -139,8 +139,6 @@ def busy(what: str) -> Iterator[None]:
 
 def _missing_module(error: ModuleNotFoundError) -> str:
   name = (error.name or "").partition(".")[0]
-  if name == "nl_jax":
-    return f"nl_jax is not installed: run `pip install -e .` in {_ROOT}"
   extra = _EXTRAS.get(name, "train")
   return (
     f"{name or error} is not installed: run `pip install -e .[{extra}]` in "
