@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _groups
+from experiments.configs import _groups
 from nl_jax.models import presets
 from nl_jax.train import config, rules
 

@@ -26,7 +26,11 @@ from typing import Any, NamedTuple
 
 from nl_jax import memory
 from nl_jax.memory import muon, self_modifying
-from nl_jax.models import attention, incontext, lm, local_loss, mamba
+from nl_jax.models import lm
+from nl_jax.models.incontext import local_loss
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers import mamba
+from nl_jax.models.mixers.attention import mixer as attention
 
 _Shapes = Mapping[str, tuple[int, int]]  # (a, b) by layer, the output last.
 

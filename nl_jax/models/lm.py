@@ -25,23 +25,25 @@ import jax.numpy as jnp
 from nl_jax import card, fields, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
 from nl_jax.kernels import splash_attention, walk
-from nl_jax.models import (
-  attention,
-  cms,
-  deltanet,
+from nl_jax.models import cms, layers
+from nl_jax.models.mixers import deltanet, hope, retnet, rwkv7, samba, ttt
+from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.models.mixers.titans import (
   dla,
-  hope,
-  layers,
   memora,
-  retnet,
-  rwkv7,
-  samba,
-  titans,
-  titans_mac,
-  titans_mag,
-  titans_mal,
-  ttt,
-)  # fmt: skip
+)
+from nl_jax.models.mixers.titans import (
+  lmm as titans,
+)
+from nl_jax.models.mixers.titans import (
+  mac as titans_mac,
+)
+from nl_jax.models.mixers.titans import (
+  mag as titans_mag,
+)
+from nl_jax.models.mixers.titans import (
+  mal as titans_mal,
+)
 
 MIXERS = {
   "comba": deltanet,

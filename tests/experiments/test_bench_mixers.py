@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _bench_mixers as bench
+from experiments.bench import mixers as bench
 from nl_jax.models import lm
 
 

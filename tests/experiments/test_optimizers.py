@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
-from experiments import _optimizer_lm as lm
-from experiments import _optimizer_toys as toys
+from experiments.optimizers import language_model as lm
+from experiments.optimizers import toys
 
 _ROOT = pathlib.Path(__file__).parents[2]
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from experiments import _studies, _study_topics
+from experiments.study import studies, topics
 from tests.experiments import forked
 
 
@@ -35,16 +35,16 @@ def test_a_study_is_trained_told_and_not_trained_again(tmp_path):
 
 
 def test_every_row_of_a_study_is_a_config():
-  for name, study in _studies.STUDIES.items():
+  for name, study in studies.STUDIES.items():
     rows = study(False).rows
     assert len(rows) > 5, name
-  assert len(_studies.tiny_table(False).rows) == len(
-    {config for config, _ in _studies.tiny_table(False).rows.values()}
+  assert len(studies.tiny_table(False).rows) == len(
+    {config for config, _ in studies.tiny_table(False).rows.values()}
   )
 
 
 def test_readings_end_with_the_same_text():
-  made = _study_topics.readings(64)
+  made = topics.readings(64)
   short, longer, switched = (made[name] for name in ("A2", "A1 A2", "A1 B A2"))
   assert short.shape == (12, 64) and switched.shape == (12, 192)
   np.testing.assert_array_equal(short, longer[:, 64:])
@@ -57,7 +57,7 @@ def test_texts_are_held_out():
   from nl_jax.data import sources, tokenizers
 
   train = "\n".join(sources.embedded().train)
-  for found in _study_topics.texts(512).values():
+  for found in topics.texts(512).values():
     for text in found:
       assert tokenizers.Bytes().decode(text) not in train
 
@@ -66,4 +66,4 @@ def test_texts_are_held_out():
   "values,text", [([1.5], "1.500"), ([1.0, 2.0], "1.500 ± 0.707")]
 )
 def test_a_cell_is_mean_and_spread(values, text):
-  assert _studies.cell(values) == text
+  assert studies.cell(values) == text

@@ -9,7 +9,8 @@ import pytest
 
 from nl_jax import sharding
 from nl_jax.kernels import splash_attention
-from nl_jax.models import attention, softmax
+from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.models.mixers.attention import softmax
 from tests.laws.models import MODELS
 
 T = 128

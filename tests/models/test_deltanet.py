@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
+from experiments.cli import named
+from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
-from nl_jax.models import cms, deltanet, lm
+from nl_jax.models import cms, lm
+from nl_jax.models.mixers import deltanet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 
@@ -214,8 +215,8 @@ def test_sizes_are_the_formulas_and_the_table(name):
     deltanet=(341.6, 757.9, 1300.1), gated_deltanet=(340.1, 758.1, 1303.7)
   )
   for size, total in zip(("340m", "760m", "1b3"), table[name]):
-    config = _setup.resolve(_flags.load_config(f"{name}_{size}"))
-    net = _setup.model(config)
+    config = build.resolve(named.load_config(f"{name}_{size}"))
+    net = build.model(config)
     assert abs(net.parameter_count() / 1e6 - total) < 0.06
     D, H, K = net.width, net.heads, net.head_dim
     mixer = deltanet.parameter_count(net)

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import layers, mamba
+from nl_jax.models import layers
+from nl_jax.models.mixers import mamba
 from tests.golden import _oracle
 
 D, N = 8, 4

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
-from nl_jax.models import memora
+from experiments.cli import named
+from nl_jax import build, memory, sharding
+from nl_jax.models.mixers.titans import memora
 from tests.laws.models import MODELS
 from tests.memory import oracle
 from tests.models import test_titans
@@ -93,7 +93,7 @@ def test_columns_sum_to_one_and_weights_move(kind):
 ])  # fmt: skip
 def test_sizes_are_the_formula(size, total):
   """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K a mixer, in millions."""
-  net = _setup.model(_setup.resolve(_flags.load_config(f"memora_{size}")))
+  net = build.model(build.resolve(named.load_config(f"memora_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   expected = 5 * D * D + 14 * D + 4 * D * net.mixer.rank + 2 * H * K * M + K

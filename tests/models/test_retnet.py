@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
+from experiments.cli import named
+from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
-from nl_jax.models import cms, lm, retnet
+from nl_jax.models import cms, lm
+from nl_jax.models.mixers import retnet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 
@@ -210,8 +211,8 @@ def test_the_frozen_numbers_are_what_the_oracle_says():
 ])  # fmt: skip
 def test_sizes_are_the_formula_and_the_table(size, total):
   """model.md 7.2, in millions."""
-  config = _setup.resolve(_flags.load_config(f"retnet_{size}"))
-  net = _setup.model(config)
+  config = build.resolve(named.load_config(f"retnet_{size}"))
+  net = build.model(config)
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   assert net.head_dim == 256
   assert retnet.parameter_count(net) == 8 * net.width**2 + 512

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import sharding
+from experiments.cli import named as named_lib
+from nl_jax import build, sharding
 from nl_jax.kernels import general_delta_rule as ops
-from nl_jax.models import cms, incontext, lm, rwkv7
+from nl_jax.models import cms, lm
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers import rwkv7
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 
@@ -184,7 +186,7 @@ def test_a_long_text_keeps_the_memory_bounded(kind):
 ])  # fmt: skip
 def test_sizes_are_the_formula(size, total):
   """model.md 7.2 in millions, but for the LoRA that the first layer lacks."""
-  net = _setup.model(_setup.resolve(_flags.load_config(f"rwkv7_{size}")))
+  net = build.model(build.resolve(named_lib.load_config(f"rwkv7_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, F = net.width, net.cms.widths[0]
   layer = 4 * D * D + 2 * D * 288 + 14 * D + 2 * D * F + D + 2 * D

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
+from experiments.cli import named
+from nl_jax import build, memory, sharding
 from nl_jax.memory import mlp, self_modifying
-from nl_jax.models import cms, deltanet, hope, lm, titans
+from nl_jax.models import cms, lm
+from nl_jax.models.mixers import deltanet, hope
+from nl_jax.models.mixers.titans import lmm as titans
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 from tests.memory import oracle
@@ -235,8 +237,8 @@ def test_the_default_memory_stays_bounded(kind):
 
 def test_sizes_are_the_formula_and_the_table():
   for size, total in (("340m", 340.4), ("760m", 761.1), ("1b3", 1301.7)):
-    config = _setup.resolve(_flags.load_config(f"titans_lmm_{size}"))
-    net = _setup.model(config)
+    config = build.resolve(named.load_config(f"titans_lmm_{size}"))
+    net = build.model(config)
     assert abs(net.parameter_count() / 1e6 - total) < 0.06
     D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
     assert M == K == 128 and net.mixer.chunk == 64
