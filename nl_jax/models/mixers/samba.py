@@ -38,7 +38,8 @@ class Options:
     state_dim: N, numbers that Mamba holds a channel.
     chunk: tokens that Mamba computes at once; changes no number.
     implementation: of attention without a cache: "auto" (by the platform),
-      "xla", "pallas_tpu", "pallas_interpret", see `attention.Options`.
+      "xla", "pallas_tpu", "pallas_interpret", "cudnn", see
+      `attention.Options`.
     walk: what runs Mamba's walk over chunks: "auto" (the kernels on a TPU
       where they can), "xla", "pallas_tpu", "pallas_interpret".
   """
