@@ -242,8 +242,8 @@ def by_chunk(
   k: jax.Array,
   targets: Sequence[list[jax.Array]],
   gates: rules.Gates,
+) -> Written:
   """Writes a chunk into all parts by one inverse (docs/mathematics.md 2.5).
-  """Writes a chunk into all parts by one inverse batch (docs/mathematics.md 2.5).
 
   Args:
     parts: the memories; one retention and one momentum for all.
