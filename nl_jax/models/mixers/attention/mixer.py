@@ -1,9 +1,9 @@
 """Causal softmax attention with RoPE: the mixer of Transformer++.
 
 Multi-head, theta 10000 on the full head width, scale K^-1/2, no biases
-(model.md §6); what pretrained models have besides are `Options`. In the words
-of Nested Learning the cache is the one level of infinite frequency: it has no
-parameters, and every token is appended.
+(docs/mathematics.md 6); what pretrained models have besides are `Options`. In
+the words of Nested Learning the cache is the one level of infinite frequency:
+it has no parameters, and every token is appended.
 
 Training, prefill and decoding share one function. Real tokens are appended to
 the cache of their row without gaps, so rows may be out of step; padding takes
