@@ -18,7 +18,7 @@ from nl_jax.train import state as state_lib
 
 T, B = 16, 8
 CMS = cms.CMSConfig(("high", "low"), (32, 32), (T * B, 2 * T * B))
-MEMORY = self_modifying.Config(chunk_memory=8, chunk_gen=8)
+MEMORY = self_modifying.Options(chunk_memory=8, chunk_gen=8)
 
 
 def model(arch: str = "hope", **change) -> lm.LanguageModel:
@@ -39,14 +39,14 @@ def model(arch: str = "hope", **change) -> lm.LanguageModel:
 MODELS = {
   "hope": model(),
   "hope_linear": model(
-    mixer=self_modifying.Config(
+    mixer=self_modifying.Options(
       memory="linear",
       momentum="ema",
       value_source="plain",
-      generators=self_modifying.Generators(value_source="plain"),
+      generators=self_modifying.GeneratorOptions(value_source="plain"),
     )
   ),
-  "hope_channel": model(mixer=self_modifying.Config(gate_shape="channel")),
+  "hope_channel": model(mixer=self_modifying.Options(gate_shape="channel")),
   "hope_attention": model("hope_attention"),
   "independent": model(
     "hope_attention",

@@ -354,7 +354,7 @@ def _context(model: lm.LanguageModel, tokens: int) -> Flops:
 def _hope(model: lm.LanguageModel, tokens: int) -> Flops:
   """Self-modifying Titans: the generators, then M_memory."""
   del tokens
-  config: self_modifying.Config = model.mixer
+  config: self_modifying.Options = model.mixer
   D, H, K = model.width, model.heads, model.head_dim
   shapes = layers_of(config.memory, K, config.hidden)
   how = dict(

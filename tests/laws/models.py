@@ -38,7 +38,7 @@ def _model(name, levels=_LEVELS, **memory):
   config = None
   if name == "hope":
     chunks = dict(chunk_memory=8, chunk_gen=8)
-    config = self_modifying.Config(**chunks | memory)
+    config = self_modifying.Options(**chunks | memory)
   return _shaped(name, config, levels)
 
 

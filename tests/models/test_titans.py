@@ -100,7 +100,7 @@ def test_hope_without_generators_is_titans():
     erase_of="whole", residual_clip=1.0, hidden=6,
   )  # fmt: skip
   options = titans.Options(chunk=4, eta_max=1.0, **shared)
-  config = self_modifying.Config(
+  config = self_modifying.Options(
     chunk_memory=4, chunk_gen=4, adaptive=(), gate_source="static", **shared
   )
   model, other = small(options=options), small("hope", config)

@@ -388,7 +388,7 @@ MODEL = lm.LanguageModel(
   vocab_size=64,
   sequence_length=16,
   cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
-  mixer=self_modifying.Config(),
+  mixer=self_modifying.Options(),
 )
 
 

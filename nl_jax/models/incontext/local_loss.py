@@ -185,8 +185,8 @@ def _feed_forward(
   return x + total if config.residual else total
 
 
-def _swiglu(apply: memory.rule.Apply, z: types.Array) -> types.Array:
-  return apply("w_down", jax.nn.silu(apply("w_gate", z)) * apply("w_up", z))
+def _swiglu(layer: memory.rule.Layer, z: types.Array) -> types.Array:
+  return layer("w_down", jax.nn.silu(layer("w_gate", z)) * layer("w_up", z))
 
 
 def _learn(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
   from nl_jax.models import lm
 
 
-Options = self_modifying.Config
+Options = self_modifying.Options
 
 
 def check(model: "lm.LanguageModel") -> None:
@@ -126,7 +126,7 @@ def apply(
     z["q"],
     z.get("k", sliced),
     z.get("v", sliced),
-    config=config,
+    options=config,
     static_gates=_static_gates(params, x_BxTxD),
     segment_ids=segment_ids,
     at_edge=fresh or model.at_edge,

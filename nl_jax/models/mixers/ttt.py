@@ -163,13 +163,13 @@ def forward(deep: bool) -> Callable[..., types.Array]:
   """LN(f(z)), z [...,C,K]; slow: scale and bias [...,1,K]."""
 
   def run(
-    apply: memory.rule.Apply, z: types.Array, slow: types.Params
+    layer: memory.rule.Layer, z: types.Array, slow: types.Params
   ) -> types.Array:
     if deep:
-      y = jax.nn.gelu(apply("w_in", _with_one(z)))
-      y = apply("w_out", _with_one(y))
+      y = jax.nn.gelu(layer("w_in", _with_one(z)))
+      y = layer("w_out", _with_one(y))
     else:
-      y = apply("w", _with_one(z))
+      y = layer("w", _with_one(z))
     return layers.layer_norm(y, slow["scale"], slow["bias"])
 
   return run

@@ -161,7 +161,7 @@ def apply(
   def body(start, now, xs, at):
     if options.stop_grad_writes:
       now = jax.lax.stop_gradient(now)
-    block = memory.rule.Block(start, now.w, *now.s, at)
+    block = memory.block.Block(start, now.w, *now.s, at)
     own = [x.astype(x_BxTxD.dtype) for x in xs[1:4]]
     count = [x[:, 0, :, 0].astype(jnp.int32) for x in xs[4:]]
     y, w, carried, learned = _segment(
@@ -185,7 +185,7 @@ def apply(
     name="mac_segments",
   )
   walk = walk._replace(carried=_renumbered(walk.carried))
-  metrics = {"memory": memory.rule.metrics(sums)}
+  metrics = {"memory": memory.block.metrics(sums)}
   return y, MACState(recall["q"], walk), metrics
 
 
@@ -208,7 +208,7 @@ def _segment(
   params: types.Params,
   model: "lm.LanguageModel",
   fresh: bool,
-  block: memory.rule.Block,
+  block: memory.block.Block,
   recall: types.Array,
   q: types.Array,
   k: types.Array,
@@ -318,7 +318,7 @@ def _learn(
   model: "lm.LanguageModel",
   fresh: bool,
   seen_B: types.Array,
-  block: memory.rule.Block,
+  block: memory.block.Block,
   ids: types.Array,
   y_BxcxD: types.Array,
 ) -> tuple[types.Array, Any, SegmentState, memory.Metrics]:
