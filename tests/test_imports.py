@@ -11,8 +11,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "files",
-  "formats", "upgrade", "tensors", "drift", "fields",
-  "rows", "build", "report", "aot", "pretrained",
+  "formats", "tensors", "fields", "build", "report", "aot", "pretrained",
 }  # fmt: skip
 _OF_COMMANDS = {
   "build", "models", "train", "stream", "sharding", "card", "kernels",
@@ -31,12 +30,8 @@ MAY = {
   },
   "eval": {"data", "models", "tasks", "levels", "sharding"},
   "stream": {
-    "models", "levels", "sharding", "formats", "upgrade", "files", "tensors",
-    "drift",
+    "models", "memory", "levels", "sharding", "formats", "files", "tensors",
   },
-  "drift": {"models", "sharding", "types"},
-  "rows": {"stream", "models"},
-  "upgrade": {"memory", "types"},
   "models": {"memory", "kernels", "levels", "sharding", "card", "types"},
   "data": {"tasks", "formats", "files"},
   "memory": {"kernels"},

@@ -79,7 +79,8 @@ def main() -> int:
   picture = pathlib.Path(f"{_OUT.value}.png")
   command.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments.read import reading
-  from nl_jax import build, drift, files, stream
+  from nl_jax import build, files, stream
+  from nl_jax.stream import drift
   from nl_jax.train import checkpoint, stop
 
   # Going on from a file and keeping the memory there asks for no flag.
