@@ -11,7 +11,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "files",
-  "formats", "tensors", "fields", "build", "report", "aot", "pretrained",
+  "formats", "tensors", "fields", "debugging", "build", "report", "aot",
+  "pretrained",
 }  # fmt: skip
 _OF_COMMANDS = {
   "build", "models", "train", "stream", "sharding", "card", "kernels",
@@ -46,13 +47,15 @@ MAY = {
   "formats": set(),
   "tensors": {"files"},
   "fields": set(),
+  "debugging": set(),
 }  # fmt: skip
+SMALL = {"types", "files", "fields", "debugging"}
 WITH_TYPES = ROOMS - {"kernels", "optim", "tasks"}
 CORE = {"jax", "optax", "numpy"}
 LIBRARIES = {
   "kernels": CORE, "memory": CORE, "optim": CORE, "levels": CORE,
   "sharding": CORE, "card": CORE, "tasks": {"numpy"},
-  "fields": set(), "files": set(), "formats": set(),
+  "fields": set(), "files": set(), "formats": set(), "debugging": set(),
   "tensors": {"numpy", "safetensors"},
 }  # fmt: skip
 FILES = [
@@ -84,7 +87,8 @@ def test_a_room_imports_only_what_it_may(path):
     assert not list(imported(path))
     return
   allowed = MAY[room] | {room}
-  allowed |= {"types", "files", "fields"} if room in WITH_TYPES else set()
+  allowed |= SMALL if room in WITH_TYPES else set()
+  )
   for name in imported(path):
     top, _, rest = name.partition(".")
     assert top != "kernels", "import nl_jax.kernels"

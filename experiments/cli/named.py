@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from nl_jax import files
+from nl_jax import debugging, files
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 # What random keys tell apart, and what is counted in int32.
@@ -152,6 +152,7 @@ def parse(
 
 def _exit(error: Exception) -> NoReturn:
   """Ends the command with the sentence of a mistake in its flags."""
+  debugging.trace(error)
   sentence = " ".join(str(error).split()).removeprefix("ERROR:: ")
   sys.exit(f"FATAL Flags parsing error: {sentence}")
 

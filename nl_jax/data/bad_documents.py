@@ -72,5 +72,5 @@ def string(value: Any, key: str, where: Callable[[], str]) -> str:
     raise BadDocumentError(
       f"{where()}: {key!r} has half a character, "
       f"{value[error.start]!r}; mend the line or leave it out"
-    ) from None
+    ) from error
   return value
