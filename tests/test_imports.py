@@ -88,7 +88,6 @@ def test_a_room_imports_only_what_it_may(path):
     return
   allowed = MAY[room] | {room}
   allowed |= SMALL if room in WITH_TYPES else set()
-  )
   for name in imported(path):
     top, _, rest = name.partition(".")
     assert top != "kernels", "import nl_jax.kernels"
