@@ -1,9 +1,28 @@
 """Dtypes of optimizer states (docs/mathematics.md 10.9); roots safe at zero."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 DType = jax.typing.DTypeLike | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StateDtypes:
+  """Dtypes of the state of `scale_by_m3`.
+
+  Attributes:
+    m1: of m1; None as the parameters.
+    nu: of nu; None is at least float32.
+    slow: of m2 and slow_sum; None is at least float32.
+    o2: of o2; None as m1.
+  """
+
+  m1: DType = None
+  nu: DType = None
+  slow: DType = None
+  o2: DType = None
 
 
 def wide(x: jax.Array) -> jnp.dtype:
