@@ -292,7 +292,7 @@ def by_chunk(
     y = part.architecture(layer, q)
     return q + y if part.residual else y
 
-  blocks = []
+  done = []
   for i, part in enumerate(parts):
     ends = {name: [] for name in part.block.w}
     for key, chunk in chunks.items():
@@ -302,12 +302,12 @@ def by_chunk(
     if part.rule.retention_target == "zero":  # What decayed is the weight.
       w = {n: W - part.block.begin(n) for n, W in after.w.items()}
       after = after._replace(w=w)
-    blocks.append(after)
+    done.append(after)
   sums = []
-  for part, block, pair in zip(parts, blocks, learned):
+  for part, block, pair in zip(parts, done, learned):
     own, steps = steps[..., : part.roles], steps[..., part.roles :]
     sums.append(_sums(part, block, pair, own, gates))
-  return Written(blocks, read, jnp.concatenate(sums, axis=-1))
+  return Written(done, read, jnp.concatenate(sums, axis=-1))
 
 
 def _chunks(
@@ -401,7 +401,7 @@ def by_token(
   gates: rules.Gates,
 ) -> Written:
   """`by_chunk` by the token loop, role by role: the definition; no reads."""
-  blocks, sums = [], []
+  done, sums = [], []
   for part, goals in zip(parts, targets):
     own = gates._replace(eta=part.rate * gates.eta)
     ends, each = {name: [] for name in part.block.w}, []
@@ -419,9 +419,9 @@ def by_token(
       each.append(total)
       for name, W in after.w.items():
         ends[name].append((W, after.s.get(name)))
-    blocks.append(_after(part, ends))
+    done.append(_after(part, ends))
     sums.append(sum(each) / part.roles)
-  return Written(blocks, None, jnp.concatenate(sums, axis=-1))
+  return Written(done, None, jnp.concatenate(sums, axis=-1))
 
 
 def _forward(part: Part) -> rules.Forward:

@@ -425,7 +425,8 @@ def test_22_matrix_adagrad_is_numpys_eigh(side):
 _F = [
   (
     lambda: optim.scale_by_m3(
-      0.9, 0.999, 0.9, 0.5, 1e-8, 3, 4, accumulate="sum", ns=optim.NewtonSchulz("cubic"),
+      0.9, 0.999, 0.9, 0.5, 1e-8, 3, 4, accumulate="sum",
+      ns=optim.NewtonSchulz("cubic"),
       second_moment="grad", chunk_reduce="sum", bias_correction=False,
     ),
     0.01,
