@@ -19,14 +19,17 @@ class Study:
   Attributes:
     rows: by name.
     tell: (finished runs, folder for a picture) -> a table in Markdown.
+    prepare: makes what the runs read, where it is not there.
   """
 
   rows: dict[str, Row]
   tell: Callable[[Sequence[Any], pathlib.Path], str]
+  prepare: Callable[[], None] = lambda: None
 
 
-def tiny_table(smoke: bool) -> Study:
+def tiny_table(smoke: bool, folder: pathlib.Path) -> Study:
   """All rows of Table 1 at the tiny size, on the embedded corpus."""
+  del folder  # Nothing is made for it.
   names = [x for x in _flags.config_names() if x.endswith("_tiny")]
   if smoke:
     names = ["transformer_tiny", "deltanet_tiny"]
@@ -51,8 +54,9 @@ _TOPIC_ARMS = {
 }
 
 
-def topics(smoke: bool) -> Study:
+def topics(smoke: bool, folder: pathlib.Path) -> Study:
   """HOPE-Attention that reads package A, then B, then A again."""
+  del folder  # Nothing is made for it.
   from experiments import _study_topics
 
   config = "hope_attention_incontext_tiny" + (":smoke" if smoke else "")
@@ -70,7 +74,39 @@ def topics(smoke: bool) -> Study:
   return Study(rows, tell)
 
 
-STUDIES = {"tiny_table": tiny_table, "topics": topics}
+_STREAM_MODELS = ("hope_linear", "titans_lmm", "hope_attention_incontext")
+
+
+def streams(smoke: bool, folder: pathlib.Path) -> Study:
+  """Loss beyond the trained row, trained on packed rows and on streams."""
+  from experiments import _study_streams
+
+  # The same text for all, a little more than the steps read, so that packed
+  # rows and streams are the same tokens, each read at most once.
+  length, batch, steps = (64, 8, 3) if smoke else (128, 16, 150)
+  text = folder / "text.jsonl"
+  size = (
+    "data.source=jsonl", f"data.path={text}", f"data.sequence_length={length}",
+    f"data.batch_size={batch}", f"train.steps={steps}", "train.eval_every=0",
+    f"eval.batches={1 if smoke else 8}",
+  )  # fmt: skip
+  models = _STREAM_MODELS[:1] if smoke else _STREAM_MODELS
+  rows = {
+    f"{model}_{arm}": (
+      f"{model}_tiny" + (":smoke" if smoke else ""),
+      (*size, f"data.rows={arm}"),
+    )
+    for model in models
+    for arm in _study_streams.ARMS
+  }
+  return Study(
+    rows,
+    lambda runs, where: _study_streams.tell(runs, where, length),
+    lambda: _study_streams.write_text(text, length * batch * steps * 6 // 5),
+  )
+
+
+STUDIES = {"tiny_table": tiny_table, "topics": topics, "streams": streams}
 
 
 class Finished(NamedTuple):
@@ -117,7 +153,7 @@ def tell(folder: pathlib.Path) -> str:
     raise ValueError(
       f"{folder} is not the folder of a study: {' or '.join(STUDIES)} expected"
     )
-  study, runs = STUDIES[name](smoke), finished(folder)
+  study, runs = STUDIES[name](smoke, folder), finished(folder)
   runs = [run for row in study.rows for run in runs if run.row == row]
   table = study.tell(runs, folder)
   (folder / "table.md").write_text(table + "\n", encoding="utf-8")

@@ -34,13 +34,12 @@ def test_a_study_is_trained_told_and_not_trained_again(tmp_path):
   assert (folder / "table.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_every_row_of_a_study_is_a_config():
+def test_every_row_of_a_study_is_a_config(tmp_path):
   for name, study in _studies.STUDIES.items():
-    rows = study(False).rows
+    rows = study(False, tmp_path).rows
     assert len(rows) > 5, name
-  assert len(_studies.tiny_table(False).rows) == len(
-    {config for config, _ in _studies.tiny_table(False).rows.values()}
-  )
+  table = _studies.tiny_table(False, tmp_path).rows
+  assert len(table) == len({config for config, _ in table.values()})
 
 
 def test_readings_end_with_the_same_text():
