@@ -1,14 +1,15 @@
 """Compares optimizers, honestly and resumably (spec optimizers.md 6).
 
-    python -m experiments.optimizers --suite={lm,topics,toys} [--full]
+    python -m experiments.optimizers --suite={lm,start,topics,toys} [--full]
                                      [--folder=runs/optimizers] [--table=FILE]
 
 One JSON file a trial lies in the folder: a trial that is there is not run
 again, so a killed command goes on where it stopped. First every arm at every
 rate with one seed, and up to two rates further while the best is at an edge;
 then three seeds at its best rate. `--full` is the whole grid: all arms, two
-more rates, every b1, three seeds. `--table` writes the page from what is in the
-folder.
+more rates, every b1, three seeds. The suite `start` is the public optimizers at
+their defaults and the rates to start with, three seeds each, on the byte model
+of `lm`. `--table` writes the page from what is in the folder.
 """
 
 import itertools
@@ -104,6 +105,23 @@ def _compare(
       _run_trial(folder, {**_key(best), "seed": seed}, run)
 
 
+def _run_starts(
+  folder: pathlib.Path,
+  text: str,
+  run: Callable[..., dict],
+  seeds: tuple[int, ...],
+  count: int | None,
+) -> None:
+  """The first `count` of STARTS, seed by seed: a table is there early."""
+  from experiments import _optimizer_arms as arms
+
+  rows = [(x, b1) for x, arm in arms.STARTS.items() for b1 in arm.b1s]
+  for seed, (name, b1) in itertools.product(seeds, rows[:count]):
+    rate = arms.STARTS[name].rate
+    trial = dict(arm=name, rate=rate, b1=b1, seed=seed, text=text)
+    _run_trial(folder, trial, run)
+
+
 def _key(trial: dict) -> dict:
   """What names a trial."""
   return {k: trial[k] for k in ("arm", "rate", "b1", "seed", "text")}
@@ -123,14 +141,19 @@ def _load(folder: pathlib.Path) -> list[dict]:
   return [json.loads(p.read_text(encoding="utf-8")) for p in paths]
 
 
-def _best_cells(results: list[dict]) -> list[tuple[dict, list[dict]]]:
-  """(an arm's best setting, its runs over seeds), best mean first."""
+def _cells(results: list[dict]) -> dict[tuple, list[dict]]:
+  """Runs over seeds, by (arm, rate, b1)."""
   cells = {}
   for r in results:
     cells.setdefault((r["arm"], r["rate"], r["b1"]), []).append(r)
+  return cells
+
+
+def _best_cells(results: list[dict]) -> list[tuple[dict, list[dict]]]:
+  """(an arm's best setting, its runs over seeds), best mean first."""
   best = {}
   mean = lambda runs: statistics.fmean(map(_value, runs))
-  for (arm, *_), runs in cells.items():
+  for (arm, *_), runs in _cells(results).items():
     # The cell with most seeds: others were run with the first one alone.
     key = (-len(runs), mean(runs))
     if arm not in best or key < best[arm][0]:
@@ -156,6 +179,15 @@ def _table(results: list[dict], metrics: tuple[str, ...]) -> str:
       f"{statistics.median(every):.4f}",
     ]  # fmt: skip
     lines.append("| " + " | ".join(cells) + " |")
+  return "\n".join(lines)
+
+
+def _start_table(results: list[dict]) -> str:
+  """Every setting of the public optimizers."""
+  lines = ["| optimizer | b1 | seeds | validation |", "|---|---|---|---|"]
+  for (arm, rate, b1), runs in _cells(results).items():
+    cells = (f"`{arm}({rate:g})`", f"{b1:g}" if b1 else "–", str(len(runs)))
+    lines.append(f"| {' | '.join(cells)} | {_cell(runs, 'validation')} |")
   return "\n".join(lines)
 
 
@@ -209,6 +241,7 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
   parts = [_INTRO]
   command = "python -m experiments.optimizers --suite="
   lm, stream = _load(folder / "lm"), _load(folder / "topics")
+  starts = _load(folder / "start")
   if lm:
     parts.append(
       f"## Byte language model, validation loss in nat per byte\n\n"
@@ -217,6 +250,13 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
     )
     if _plot(lm, plot):
       parts.append(f"![training loss]({plot.name})")
+  if starts:
+    parts.append(
+      "## The public optimizers, at the rates to start with\n\n"
+      f"`{command}start`; the byte model above, {_text_of(starts)}.\n"
+      "All leaves of the model are given to the optimizer, as it stands.\n\n"
+      + _start_table(starts)
+    )
   if stream:
     parts.append(
       f"## Topic stream\n\n`{command}topics`; {_text_of(stream)}.\n"
@@ -266,13 +306,15 @@ def main() -> int:
   folder = pathlib.Path(_FOLDER.value) / ("smoke" if smoke else "")
   if smoke and full:
     raise ValueError("give --smoke or --full, not both")
+  if full and _SUITE.value in ("start", "toys"):
+    raise ValueError(f"--suite={_SUITE.value} has no --full: it is one size")
   if _SUITE.value == "toys":
     _run_toys(folder / "toys", smoke)
   else:
     from experiments import _optimizer_arms as arms
     from experiments import _optimizer_lm as lm
 
-    if _SUITE.value == "lm":
+    if _SUITE.value != "topics":
       names = tuple(arms.ARMS) if full else arms.SHORT
       text = lm.corpus()[1]
       sizes = (4, 16) if smoke else (300, 256)
@@ -286,7 +328,11 @@ def main() -> int:
     names = names[:2] if smoke else names
     further = 0 if smoke else _EXTENSIONS
     print(text, flush=True)
-    _compare(folder / _SUITE.value, text, names, run, full, seeds, further)
+    into = folder / _SUITE.value
+    if _SUITE.value == "start":
+      _run_starts(into, text, run, seeds, 1 if smoke else None)
+    else:
+      _compare(into, text, names, run, full, seeds, further)
   if _TABLE.value:
     path = pathlib.Path(_TABLE.value)
     plot = path.with_suffix(".png")
