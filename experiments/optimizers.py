@@ -25,7 +25,9 @@ from absl import flags
 from experiments import _main
 from nl_jax import files
 
-_SUITE = flags.DEFINE_enum("suite", "lm", ["lm", "topics", "toys"], "Which.")
+_SUITE = flags.DEFINE_enum(
+  "suite", "lm", ["lm", "start", "topics", "toys"], "Which."
+)
 _FULL = flags.DEFINE_bool("full", False, "The full grid: many hours.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps, to see it run.")
 _FOLDER = flags.DEFINE_string("folder", "runs/optimizers", "Results, as JSON.")
