@@ -1,10 +1,16 @@
-"""Packaging. The folder `kernels/` is installed as `nl_jax.kernels`."""
+"""Packaging. Through the link nl_jax/kernels, kernels/ is nl_jax.kernels."""
 
 import pathlib
+import re
 
 from setuptools import find_packages, setup
 
 _HERE = pathlib.Path(__file__).parent
+_VERSION = re.search(
+  r'^__version__ = "(.+)"$',
+  (_HERE / "nl_jax" / "__init__.py").read_text(encoding="utf-8"),
+  re.MULTILINE,
+)
 
 _BASE = [
   "jax>=0.10.2,<0.12",  # 0.10.2: jax.shard_map, lax.pcast; 0.12 not seen.
@@ -30,6 +36,7 @@ _DEV = [
   "pytest>=8.0,<9.2",
   "pytest-xdist>=3.6",
   "ruff>=0.9",
+  "setuptools>=64",  # What a wheel would hold.
   "jaxtyping>=0.3",
   "scikit-learn>=1.6",  # The digits of examples/optimizers.py.
   "equinox>=0.13",  # Optimizers are tested in it.
@@ -41,26 +48,36 @@ _EVAL = ["seqio>=0.0.20,<0.1"]  # Brings TensorFlow.
 _BEAM = ["apache-beam[gcp]>=2.70"]
 _HF = ["datasets>=3.0"]  # Folders of Hugging Face `save_to_disk`.
 
-_KERNELS = ["nl_jax.kernels"] + [
-  f"nl_jax.kernels.{package}" for package in find_packages("kernels")
-]
-
 setup(
   name="nl_jax",
-  version="0.1.0",
+  version=_VERSION[1],
   description="Nested Learning in JAX: levels, memories, deep optimizers",
   long_description=(_HERE / "README.md").read_text(encoding="utf-8"),
   long_description_content_type="text/markdown",
+  author="nl_jax authors",
   license="Apache-2.0",
+  project_urls={"Paper": "https://arxiv.org/abs/2512.24695"},
+  keywords="jax nested-learning titans hope test-time-training optimizers",
+  classifiers=[
+    "Development Status :: 4 - Beta",
+    "Intended Audience :: Science/Research",
+    "Operating System :: POSIX",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3.11",
+    "Programming Language :: Python :: 3.12",
+    "Programming Language :: Python :: 3.13",
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+  ],
   python_requires=">=3.11",
-  packages=find_packages(include=["nl_jax", "nl_jax.*"]) + _KERNELS,
-  package_dir={"nl_jax.kernels": "kernels"},
+  packages=find_packages(include=["nl_jax", "nl_jax.*"]),
   # The published rows, and the embedded corpus with its licence.
   package_data={
+    "nl_jax": ["py.typed"],
     "nl_jax.data": ["embedded/*"],
     "nl_jax.eval": ["*.csv"],
-    "nl_jax.tasks": ["*.csv"],
     "nl_jax.kernels.walk": ["tiles.json"],
+    "nl_jax.tasks": ["*.csv"],
   },
   install_requires=_BASE,
   extras_require={

@@ -14,7 +14,7 @@ from typing import Any
 
 from absl import flags, logging
 
-from experiments import _main
+from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _OUT = flags.DEFINE_string("out", None, "The new folder.")
@@ -52,19 +52,20 @@ def main() -> int:
   import jax
   import numpy as np
 
-  from experiments import _setup, _tensors
+  from nl_jax import build
   from nl_jax import tensors as sealed
-  from nl_jax.models import incontext
+  from nl_jax.models.incontext import model as incontext
+  from nl_jax.pretrained import folders
   from nl_jax.train import checkpoint, files
 
-  config, net = _setup.of_run(_WORKDIR.value)
+  config, net = build.of_run(_WORKDIR.value)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
   params = jax.tree.map(np.asarray, params)
   base = net.base if isinstance(net, incontext.InContextModel) else net
   reason, about, tensors = _form(config, base, params)
   files.make_workdir(out)
   origin = {"format": "pt", "step": str(step), "workdir": _WORKDIR.value}
-  sealed.write(out / _tensors.MODEL, tensors, origin, _DTYPE.value)
+  sealed.write(out / folders.MODEL, tensors, origin, _DTYPE.value)
   if not reason:
     _copy_tokenizer(config, out)
   # Last: a folder with a config is whole.
@@ -76,7 +77,7 @@ def main() -> int:
   print(
     f"{about['model_type']} at step {step}: {len(tensors)} tensors in {out}"
   )
-  return _main.DONE
+  return command.DONE
 
 
 def _refuse_taken(out: pathlib.Path) -> None:
@@ -95,16 +96,16 @@ def _form(
   """Why the model is no Hugging Face one ("" if it is), config and tensors."""
   import jax
 
-  from experiments import _hf_config, _pretrained, _setup
-  from nl_jax import sharding
+  from nl_jax import build, sharding
+  from nl_jax.pretrained import hf_config, weights
 
-  reason = _hf_config.misfit(net)
+  reason = hf_config.misfit(net)
   if reason:
-    about = {"model_type": "nl_jax", "config": _setup.plain(config)}
+    about = {"model_type": "nl_jax", "config": build.plain(config)}
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return reason, about, {sharding.path_name(p): x for p, x in leaves}
   base = {key: x for key, x in params.items() if key != "in_context"}
-  about, tensors = _pretrained.revert(net, base)
+  about, tensors = weights.revert(net, base)
   about["max_position_embeddings"] = config.data.sequence_length
   about["torch_dtype"] = _DTYPE.value
   return "", about | _kept(config, about["model_type"]), tensors
@@ -115,17 +116,18 @@ def _kept(config: Any, model_type: str) -> dict[str, Any]:
 
   Of another model its tokenizer's ids.
   """
-  from experiments import _setup, _tensors
+  from nl_jax import build
+  from nl_jax.pretrained import folders
 
   if not config.data.tokenizer:
     return {}
   file = pathlib.Path(config.data.tokenizer)
   beside = file.with_name(_CONFIG)
   pretrained = file.is_file() and beside.is_file()
-  said = _tensors.read_object(beside) if pretrained else {}
+  said = folders.read_object(beside) if pretrained else {}
   if said.get("model_type") == model_type:
     return {key: said[key] for key in _KEPT if key in said}
-  tokenizer = _setup.tokenizer(config)
+  tokenizer = build.tokenizer(config)
   return {
     "bos_token_id": tokenizer.begin_id,
     "eos_token_id": tokenizer.end_id,
@@ -145,4 +147,4 @@ def _copy_tokenizer(config: Any, out: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-  _main.run(main)
+  command.run(main)

@@ -7,7 +7,7 @@ a test says when the page is not what this prints.
 import inspect
 from collections.abc import Iterator, Mapping
 
-from experiments import _main
+from experiments.cli import command
 
 _HEAD = """# The fields of a config
 
@@ -41,7 +41,7 @@ _COLUMNS = "| field | default | takes | meaning |\n|---|---|---|---|\n"
 def main() -> int:
   """Runs the command; returns its exit status."""
   print(page(), end="")
-  return _main.DONE
+  return command.DONE
 
 
 def page() -> str:
@@ -102,11 +102,11 @@ def _remark(text: str) -> str:
 
 def _said(archs: list[str]) -> Iterator[str]:
   """What the small configs of some archs say, where it is no default."""
-  from experiments import _flags
+  from experiments.cli import named
   from nl_jax.train import config as configs
 
-  for name in _flags.config_names():
-    config = _flags.load_config(name) if name.endswith("_tiny") else None
+  for name in named.config_names():
+    config = named.load_config(name) if name.endswith("_tiny") else None
     if config is None or config.model.arch not in archs:
       continue
     known = configs.flat(configs.table(config.model.arch))
@@ -122,4 +122,4 @@ def _said(archs: list[str]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-  _main.run(main)
+  command.run(main)

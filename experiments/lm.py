@@ -1,7 +1,7 @@
 """Trains a language model: `python -m experiments.lm --config=hope_tiny`.
 
 The same command goes on where an earlier one stopped; several processes, as on
-the workers of a slice, are each started with it (experiments/_distributed.py).
+the workers of a slice, are each started with it (experiments/distributed.py).
 The workdir holds everything: config.json, metrics.jsonl, events/ (TensorBoard),
 checkpoints/, sample.txt and, at the end, results.json, report.html and
 report.png.
@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from experiments import _distributed, _flags, _main
+from experiments.cli import command, distributed, named
 
-_flags.define_config()
-_distributed.define_flags()
+named.define_config()
+distributed.define_flags()
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run; default runs/<config>."
 )
@@ -65,8 +65,9 @@ def main() -> int:
   # Imported here: --list_configs and flag mistakes answer at once.
   import jax
 
-  from experiments import _describe, _setup
+  from nl_jax import build
   from nl_jax.models import flops
+  from nl_jax.report import describe
   from nl_jax.train import loop
   from nl_jax.train import origin as origin_lib
 
@@ -78,30 +79,30 @@ def main() -> int:
   origin = origin_lib.parse(_FROM.value, _KEEP.value)
   _refuse_stores()
   if not _DESCRIBE.value:
-    _distributed.initialize(preemption=True)
-  config = _setup.resolve(flags.FLAGS.config)
+    distributed.initialize(preemption=True)
+  config = build.resolve(flags.FLAGS.config)
   if not _DESCRIBE.value:
-    config = _setup.with_source(config, _flags.is_given("data.source"))
+    config = build.with_source(config, named.is_given("data.source"))
     if config.data.source != flags.FLAGS.config.data.source:
-      _main.tell(f"data.source={config.data.source}, as data.path says")
-  net = _setup.model(config)
-  optimizer = _setup.make_optimizer(config, net)
-  if _distributed.first():
-    print(_describe.config_text(config))
-    print(_describe.parameter_table(net))
-    print(_describe.card_text(config, net, optimizer))
+      command.tell(f"data.source={config.data.source}, as data.path says")
+  net = build.model(config)
+  optimizer = build.make_optimizer(config, net)
+  if distributed.first():
+    print(describe.config_text(config))
+    print(describe.parameter_table(net))
+    print(describe.card_text(config, net, optimizer))
     for group in optimizer.groups:
       print(f"group {group}")
     print(optimizer.chosen(jax.eval_shape(net.init, jax.random.key(0))))
-    if walks := _describe.walk_text(config, net):
+    if walks := describe.walk_text(config, net):
       print(walks)
-    if split := _describe.sequence_text(config, net):
+    if split := describe.sequence_text(config, net):
       print(split)
-    print(_describe.flops_text(config, net), flush=True)
+    print(describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
-    return _main.DONE
-  settings, mesh = _setup.settings(config), _setup.mesh(config)
-  dataset = _setup.dataset(config, net, mesh)
+    return command.DONE
+  settings, mesh = build.settings(config), build.mesh(config)
+  dataset = build.dataset(config, net, mesh)
   evaluate = _with_tasks(
     _evaluation(net, dataset, config.eval.batches, mesh),
     config, net, dataset.tokenizer, mesh,
@@ -111,12 +112,12 @@ def main() -> int:
   cache = _CACHE.value or str(workdir / "compilation_cache")
   jax.config.update("jax_compilation_cache_dir", cache)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-  _main.tell(f"data: {dataset.describe()}")
-  _main.tell(_describe.batch_text(dataset))
-  _main.tell(f"mesh: {dict(mesh.shape)}; workdir: {workdir}")
-  _distributed.check_same("config", _describe.config_text(config))
-  _distributed.check_same("data", dataset.fingerprint)
-  _distributed.check_same("workdir", str(workdir))
+  command.tell(f"data: {dataset.describe()}")
+  command.tell(describe.batch_text(dataset))
+  command.tell(f"mesh: {dict(mesh.shape)}; workdir: {workdir}")
+  distributed.check_same("config", describe.config_text(config))
+  distributed.check_same("data", dataset.fingerprint)
+  distributed.check_same("workdir", str(workdir))
   result = loop.train(
     model=net,
     optimizer=optimizer,
@@ -124,7 +125,7 @@ def main() -> int:
     batch_size=config.data.batch_size,
     sequence_length=config.data.sequence_length,
     workdir=str(workdir),
-    config=_setup.plain(config),
+    config=build.plain(config),
     settings=settings,
     fingerprint=dataset.fingerprint,
     mesh=mesh,
@@ -134,16 +135,16 @@ def main() -> int:
     flops_per_token=flops.training(net, config.data.sequence_length),
   )
   if result.status == "interrupted":
-    _main.say(f"stopped at step {result.step}; the same command goes on")
-    return _main.INTERRUPTED
+    command.say(f"stopped at step {result.step}; the same command goes on")
+    return command.INTERRUPTED
   if result.status == "preempted":
-    _main.tell(f"saved at step {result.step}; the same command goes on")
+    command.tell(f"saved at step {result.step}; the same command goes on")
     return _PREEMPTED.value
-  params = _setup.gathered(result.state["params"])
-  if _distributed.first():
+  params = build.gathered(result.state["params"])
+  if distributed.first():
     params = jax.device_put(params, jax.local_devices()[0])
     _finish(net, params, dataset, workdir, result.metrics)
-  return _main.DONE
+  return command.DONE
 
 
 def _refuse_stores() -> None:
@@ -160,9 +161,9 @@ def _refuse_stores() -> None:
 def _workdir() -> pathlib.Path:
   if _WORKDIR.value:
     return pathlib.Path(_WORKDIR.value)
-  name = _flags.chosen_name()
+  name = named.chosen_name()
   workdir = pathlib.Path("runs") / name.replace(":", "_").replace(os.sep, "_")
-  _main.tell(f"no --workdir: this run lives in {workdir}")
+  command.tell(f"no --workdir: this run lives in {workdir}")
   return workdir
 
 
@@ -222,10 +223,11 @@ def _with_tasks(
   tasks = tasks_lib.parse(config.eval.tasks)
   if not tasks:
     return evaluate
-  from experiments import _setup, _table1_training
+  from experiments.table1 import training
+  from nl_jax import build
 
-  size = _setup.tokens_per_step(config) // config.train.accumulate
-  score = _table1_training.make(tasks, _DATA.value, net, tokenizer, mesh, size)
+  size = build.tokens_per_step(config) // config.train.accumulate
+  score = training.make(tasks, _DATA.value, net, tokenizer, mesh, size)
   return lambda params, step: {**evaluate(params, step), **score(params)}
 
 
@@ -239,15 +241,15 @@ def _finish(
   """A sample of text, the result, and where to look next."""
   import jax
 
-  from experiments import _text
+  from experiments.cli import generation
   from nl_jax import files, stream
 
-  prompt = _text.opening(dataset)
-  size = _text.encode(dataset.tokenizer, prompt).size
+  prompt = generation.opening(dataset)
+  size = generation.encode(dataset.tokenizer, prompt).size
   mesh = stream.mesh_of(net, params, jax.local_devices())
   reader = stream.start(net, params, length=size + _SAMPLE_TOKENS, mesh=mesh)
   text = prompt + "".join(
-    _text.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
+    generation.generate(reader, dataset.tokenizer, prompt, _SAMPLE_TOKENS)
   )
   with files.writing(workdir / _SAMPLE):
     files.write(workdir / _SAMPLE, text)
@@ -271,13 +273,13 @@ def _finish(
 
 def _report_or_why_not(workdir: pathlib.Path) -> str:
   """Draws the run; a report that cannot be drawn is no reason to fail."""
-  from experiments import _report
+  from nl_jax.report import folder
 
   try:
-    return str(_report.write([str(workdir)], workdir)[0])
+    return str(folder.write([str(workdir)], workdir)[0])
   except (ModuleNotFoundError, OSError, ValueError) as error:
     return f"not drawn: {error}"
 
 
 if __name__ == "__main__":
-  _main.run(main)
+  command.run(main)

@@ -11,7 +11,7 @@ import pathlib
 
 from absl import flags
 
-from experiments import _main
+from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run.")
 _COMPARE = flags.DEFINE_list("compare", [], "Folders of further runs.")
@@ -20,15 +20,15 @@ _OUT = flags.DEFINE_string("out", "", "Folder to write to.")
 
 def main() -> int:
   """Runs the command; returns its exit status."""
-  from experiments import _report
+  from nl_jax.report import folder
 
   if not _WORKDIR.value:
     raise ValueError("--workdir is required: the folder of a run")
   out = pathlib.Path(_OUT.value or _WORKDIR.value)
-  for path in _report.write([_WORKDIR.value, *_COMPARE.value], out):
+  for path in folder.write([_WORKDIR.value, *_COMPARE.value], out):
     print(path)
-  return _main.DONE
+  return command.DONE
 
 
 if __name__ == "__main__":
-  _main.run(main)
+  command.run(main)

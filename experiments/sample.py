@@ -16,7 +16,7 @@ import sys
 
 from absl import flags, logging
 
-from experiments import _main
+from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
@@ -51,34 +51,34 @@ def main() -> int:
     return _sample_many()
   import jax
 
-  from experiments import _setup, _text
-  from nl_jax import files, stream
+  from experiments.cli import generation
+  from nl_jax import build, files, stream
   from nl_jax.data import documents
   from nl_jax.train import checkpoint
 
   if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
     files.refuse_taken("--memory_out", _OUT.value)
-  config, net = _setup.of_run(_WORKDIR.value)
-  tokenizer = _setup.tokenizer(config)
+  config, net = build.of_run(_WORKDIR.value)
+  tokenizer = build.tokenizer(config)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
-  _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
   prompt = _PROMPT.value
   if _FILE.value:
     path = pathlib.Path(_FILE.value)
     prompt = documents.decode(path.read_bytes(), path) + prompt
   if _IN.value:
     reader, manifest = stream.go_on(net, params, _IN.value)
-    _main.say(f"a memory of {max(manifest['tokens_seen']):,} tokens")
+    command.say(f"a memory of {max(manifest['tokens_seen']):,} tokens")
   else:
     # Beyond the trained length where that is asked for: an attention cache
     # takes any number of slots, other states need none.
-    size = _text.encode(tokenizer, prompt).size + 1
+    size = generation.encode(tokenizer, prompt).size + 1
     mesh = stream.mesh_of(net, params, jax.local_devices())
     reader = stream.start(net, params, length=size + _TOKENS.value, mesh=mesh)
   if _OUT.value:
     stream.check_place(_OUT.value, "--memory_out", net, reader.state)
   sys.stdout.write(_PROMPT.value)
-  for piece in _text.generate(
+  for piece in generation.generate(
     reader,
     tokenizer,
     prompt,
@@ -94,8 +94,8 @@ def main() -> int:
     stream.save_memory(
       _OUT.value, net, params, reader.state, logits=reader.logits
     )
-    _main.say(f"memory: {_OUT.value}")
-  return _main.DONE
+    command.say(f"memory: {_OUT.value}")
+  return command.DONE
 
 
 def _sample_many() -> int:
@@ -105,22 +105,23 @@ def _sample_many() -> int:
     raise ValueError(f"--{given[0]} is for one text, and --prompts for many")
   if not _MEMORIES.value:
     raise ValueError("--memories is required: the folder of their memories")
-  from experiments import _many, _setup
+  from experiments.cli import many
+  from nl_jax import build
   from nl_jax.data import tokenizers
   from nl_jax.train import checkpoint
 
-  prompts = _many.load(_PROMPTS.value, _MEMORIES.value)
-  config, net = _setup.of_run(_WORKDIR.value)
+  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
+  config, net = build.of_run(_WORKDIR.value)
   tokenizer = tokenizers.load(config.data.tokenizer)
   params, step = checkpoint.load_params(_WORKDIR.value, net)
-  _main.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
-  for prompt, text in _many.sample(
+  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  for prompt, text in many.sample(
     prompts, net, params, tokenizer, _TOKENS.value,
     temperature=_TEMPERATURE.value, top_p=_TOP_P.value, seed=_SEED.value,
   ):  # fmt: skip
     print(json.dumps({"name": prompt.name, "text": text}), flush=True)
-  return _main.DONE
+  return command.DONE
 
 
 if __name__ == "__main__":
-  _main.run(main)
+  command.run(main)

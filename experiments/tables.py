@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _main
+from experiments.cli import command
 
 _RESULTS = flags.DEFINE_list("results", [], "Result files, or folders of them.")
 _PLOT = flags.DEFINE_string("plot", "", "A picture of the sweep, to be made.")
@@ -26,23 +26,23 @@ _STUDY = flags.DEFINE_string("study", "", "Folder of a study of tiny runs.")
 def main() -> int:
   """Runs the command; returns its exit status."""
   if _STUDY.value:
-    from experiments import _studies
+    from experiments.study import studies
 
     if _RESULTS.value or _PLOT.value:
       raise ValueError("--study stands alone: it has its own table and picture")
-    print(_studies.tell(pathlib.Path(_STUDY.value)))
-    return _main.DONE
+    print(studies.tell(pathlib.Path(_STUDY.value)))
+    return command.DONE
   if not _RESULTS.value:
     raise ValueError("--results is required: result files, or folders of them")
-  from experiments import _table1_result
+  from experiments.table1 import result as result_lib
 
   paths = [path for name in _RESULTS.value for path in _paths(name)]
-  results = [_table1_result.read(path) for path in paths]
+  results = [result_lib.read(path) for path in paths]
   print("\n".join(_markdown(results)))
   if _PLOT.value:
     _draw(results, pathlib.Path(_PLOT.value))
-    _main.say(f"picture: {_PLOT.value}")
-  return _main.DONE
+    command.say(f"picture: {_PLOT.value}")
+  return command.DONE
 
 
 def _paths(name: str) -> list[pathlib.Path]:
@@ -97,8 +97,8 @@ def _notes(results: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """A panel a column, a curve a run, and the printed value where one is."""
-  from experiments import _report_charts as charts
   from nl_jax.eval import table
+  from nl_jax.report import charts
 
   runs: dict[str, list[Mapping[str, Any]]] = {}
   for result in sorted(results, key=lambda result: result["model"]["step"]):
@@ -113,8 +113,8 @@ def _draw(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
 
 def _panel(column: Any, runs: Mapping[str, Sequence[Mapping]]) -> Any:
   """A column of the table over steps; its title has the marks of its cells."""
-  from experiments import _report_charts as charts
   from nl_jax.eval import report, table
+  from nl_jax.report import charts
 
   curves, marks = {}, ""
   for number, (name, of_run) in enumerate(runs.items()):
@@ -140,4 +140,4 @@ def _panel(column: Any, runs: Mapping[str, Sequence[Mapping]]) -> Any:
 
 
 if __name__ == "__main__":
-  _main.run(main)
+  command.run(main)

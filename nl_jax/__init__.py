@@ -6,3 +6,5 @@ its own state, context flow, objective, learning rule and period. The rooms:
 `models` (slow weights), `levels` (the runner), `train`, `data`, `stream`.
 Importing this package loads neither TensorFlow nor grain and touches no device.
 """
+
+__version__ = "0.1.0"

@@ -1,15 +1,15 @@
-"""The level card reproduces camera-ready Fig. 3 (model.md 1)."""
+"""The level card reproduces camera-ready Fig. 3 (docs/mathematics.md 1)."""
 
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import card
+from experiments.cli import named
+from nl_jax import build, card
 
 
 def ranked(name):
-  config = _setup.resolve(_flags.load_config(name))
-  net = _setup.model(config)
-  rows = card.rank(net.levels()[0], _setup.tokens_per_step(config))
+  config = build.resolve(named.load_config(name))
+  net = build.model(config)
+  rows = card.rank(net.levels()[0], build.tokens_per_step(config))
   return {row.name: row for row in rows}, config
 
 
@@ -45,7 +45,7 @@ def test_transformer_is_figure_3():
 def test_every_parameter_stands_on_one_row(name):
   rows, config = ranked(name)
   total = sum(row.parameters for row in rows.values())
-  assert total == _setup.model(config).parameter_count()
+  assert total == build.model(config).parameter_count()
 
 
 def test_the_card_is_sorted_by_level_and_says_what_is_frozen():

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _setup
-from nl_jax import data, formats, stream
+from nl_jax import build, data, formats, stream
 from nl_jax.data import preparation as preparation_lib
 from nl_jax.data import prepared, tokenizers
 from nl_jax.files import sealed, unsealed
@@ -39,24 +38,24 @@ def run(runs, tmp_path):
 
 
 def config_of(workdir):
-  return _setup.from_plain(checkpoint.read_config(str(workdir)))
+  return build.from_plain(checkpoint.read_config(str(workdir)))
 
 
 def go_on(workdir):
   config = config_of(workdir)
-  net = _setup.model(config)
-  dataset = _setup.dataset(config, net)
+  net = build.model(config)
+  dataset = build.dataset(config, net)
   return loop.train(
     model=net,
-    optimizer=_setup.make_optimizer(config, net),
+    optimizer=build.make_optimizer(config, net),
     data=dataset.train,
     batch_size=config.data.batch_size,
     sequence_length=config.data.sequence_length,
     workdir=str(workdir),
-    config=_setup.plain(config),
-    settings=_setup.settings(config),
+    config=build.plain(config),
+    settings=build.settings(config),
     fingerprint=dataset.fingerprint,
-    mesh=_setup.mesh(config, jax.devices()[:1]),
+    mesh=build.mesh(config, jax.devices()[:1]),
   )
 
 
@@ -71,7 +70,7 @@ def test_a_run_goes_on(run):
 
 @pytest.mark.parametrize("name", make.RUNS)
 def test_a_memory_is_read(runs, name):
-  net = _setup.model(config_of(runs / name))
+  net = build.model(config_of(runs / name))
   params, step = checkpoint.load_params(str(runs / name), net)
   reader, manifest = stream.go_on(net, params, FOLDER / f"{name}.memory")
   assert step == make.KEPT and manifest["tokens_seen"] == [len(make.TEXT)]
@@ -196,7 +195,7 @@ def test_an_unknown_checkpoint_is_refused_and_not_moved_aside(run):
   path = run / "checkpoints" / str(make.KEPT) / "meta" / "metadata"
   meta = unsealed(json.loads(path.read_text("utf-8")), "") | {"format": 3}
   path.write_text(json.dumps(sealed(meta)))
-  net = _setup.model(config_of(run))
+  net = build.model(config_of(run))
   for read in (
     lambda: go_on(run),
     lambda: checkpoint.load_params(str(run), net),

@@ -1,4 +1,4 @@
-"""Who imports whom (design.md 2), and what importing costs."""
+"""Who imports whom (docs/architecture.md 2), and what importing costs."""
 
 import ast
 import pathlib
@@ -12,10 +12,19 @@ ROOMS = {
   "experiments", "train", "eval", "stream", "models", "data", "memory",
   "optim", "levels", "sharding", "card", "kernels", "tasks", "types", "files",
   "formats", "upgrade", "tensors", "drift", "fields",
-  "rows",
+  "rows", "build", "report", "aot", "pretrained",
+}  # fmt: skip
+_OF_COMMANDS = {
+  "build", "models", "train", "stream", "sharding", "card", "kernels",
 }  # fmt: skip
 MAY = {
   "experiments": ROOMS,
+  "build": {
+    "models", "optim", "data", "train", "eval", "sharding", "kernels",
+  },
+  "report": _OF_COMMANDS | {"data"},
+  "aot": _OF_COMMANDS,
+  "pretrained": _OF_COMMANDS | {"tensors"},
   "train": {
     "models", "optim", "data", "sharding", "levels", "card", "formats",
     "files",

@@ -6,10 +6,13 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from experiments import _compile_hlo, _flags, _setup
-from nl_jax import sharding
+from experiments.cli import named
+from nl_jax import build, sharding
+from nl_jax.aot import hlo
 from nl_jax.memory import self_modifying
-from nl_jax.models import attention, cms, incontext, lm
+from nl_jax.models import cms, lm
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.train import optimizer, step
 from nl_jax.train import state as state_lib
 
@@ -125,15 +128,15 @@ def test_every_state_has_one_rule(name):
     assert spec == P(None, ("replica", "fsdp"), "tensor", None, None)
 
 
-LARGEST = [n for n in _flags.config_names() if n.endswith("_1b3")]
+LARGEST = [n for n in named.config_names() if n.endswith("_1b3")]
 
 
 @pytest.mark.parametrize("name", LARGEST)
 def test_every_config_is_laid_out(name):
   # Parameters, the state of sequences and every slot, by shapes alone: heads
   # and widths of the paper's size divide by `tensor`.
-  config = _setup.resolve(_flags.load_config(name))
-  net, mesh = _setup.model(config), sharding.mesh(2, 2, 1, 2)
+  config = build.resolve(named.load_config(name))
+  net, mesh = build.model(config), sharding.mesh(2, 2, 1, 2)
   params = jax.eval_shape(net.init, jax.random.key(0))
   shardings = sharding.param_shardings(params, mesh)
   whole = sharding.large_replicated(params, shardings)
@@ -145,7 +148,7 @@ def test_every_config_is_laid_out(name):
     sharding.path_name(path): s.spec
     for path, s in jax.tree_util.tree_leaves_with_path(shardings)
   }
-  tx = _setup.make_optimizer(config, net).tx
+  tx = build.make_optimizer(config, net).tx
   slots = jax.eval_shape(tx.init, params)
   placed = sharding.state_shardings(
     tx, params, shardings, sharding.replicated(mesh)
@@ -161,8 +164,8 @@ def test_every_config_is_laid_out(name):
 
 
 def test_heads_that_do_not_divide_say_so():
-  config = _setup.resolve(_flags.load_config("gated_deltanet_tiny:smoke"))
-  params = jax.eval_shape(_setup.model(config).init, jax.random.key(0))
+  config = build.resolve(named.load_config("gated_deltanet_tiny:smoke"))
+  params = jax.eval_shape(build.model(config).init, jax.random.key(0))
   with pytest.raises(ValueError, match="'heads' of size 3 must be a multiple"):
     sharding.param_shardings(params, sharding.mesh(fsdp=4, tensor=2))
 
@@ -295,12 +298,12 @@ def test_eight_devices_are_one(name, sizes):
 
 def smoke(name: str, **memory) -> lm.LanguageModel:
   """The test size of a config, in short sequences of four heads."""
-  config = _setup.resolve(_flags.load_config(f"{name}_tiny:smoke"))
+  config = build.resolve(named.load_config(f"{name}_tiny:smoke"))
   with config.unlocked():
     config.data.sequence_length = 2 * T
     config.model.layers = 2
     config.model.mixer.update(memory)
-  return _setup.model(config)
+  return build.model(config)
 
 
 WALKS = {
@@ -354,7 +357,7 @@ def test_loops_over_rows_send_fast_weights_alone(name, inside, around):
 
 def gradient_of_stack(
   m: lm.LanguageModel, length: int, mesh: jax.sharding.Mesh | None = None
-) -> _compile_hlo.Counts:
+) -> hlo.Counts:
   """What the layers and their gradients send between eight devices."""
   mesh = mesh or sharding.mesh(2, 2, 1, 2)
   blocks = jax.eval_shape(m.init, jax.random.key(0))["blocks"]
@@ -373,7 +376,7 @@ def gradient_of_stack(
   with jax.set_mesh(mesh):
     run = jax.jit(jax.grad(loss, (0, 1)), out_shardings=(shardings, by_batch))
     text = run.lower(blocks, x, ids).compile().as_text()
-  return _compile_hlo.count(text, dict(mesh.shape))
+  return hlo.count(text, dict(mesh.shape))
 
 
 def test_a_chain_of_levels_waits_no_more_than_one_block():

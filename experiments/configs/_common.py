@@ -11,7 +11,7 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from experiments import _groups
+from experiments.configs import _groups
 from nl_jax.models import presets
 from nl_jax.train import config, rules
 
@@ -20,7 +20,7 @@ ConfigDict = config_dict.ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """A size of Table 1, or one of ours (model.md sections 7.1, 7.2 and 9).
+  """A size of Table 1, or one of ours (docs/mathematics.md 7.1, 7.2 and 9).
 
   Attributes:
     sequence_length: tokens of a row.

@@ -23,7 +23,7 @@ from nl_jax.data import bad_documents as bad_lib
 from nl_jax.data import documents as documents_lib
 from nl_jax.data import errors, libraries
 
-# Of the archive that experiments/_embedded.py made. Without what some
+# Of the archive that experiments/prepare/embedded.py made. Without what some
 # distributions ship apart (curses, dbm, distutils, ensurepip, lib2to3, sqlite3,
 # tkinter, venv), and without tables (encodings, pydoc_data).
 EMBEDDED_SHA256 = (

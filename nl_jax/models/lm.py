@@ -1,9 +1,9 @@
 """The language model: embedding, a scanned stack of blocks, output.
 
-    layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)          (model.md §5)
+    layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)
 
 then a final RMSNorm and logits against the embedding, or, untied, against a
-head of its own. The mixer is the module
+head of its own (docs/mathematics.md 5). The mixer is the module
 that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
 of one level is the plain block. Parameters of the layers are stacked on a
 leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
@@ -25,23 +25,25 @@ import jax.numpy as jnp
 from nl_jax import card, fields, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
 from nl_jax.kernels import splash_attention, walk
-from nl_jax.models import (
-  attention,
-  cms,
-  deltanet,
+from nl_jax.models import cms, layers
+from nl_jax.models.mixers import deltanet, hope, retnet, rwkv7, samba, ttt
+from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.models.mixers.titans import (
   dla,
-  hope,
-  layers,
   memora,
-  retnet,
-  rwkv7,
-  samba,
-  titans,
-  titans_mac,
-  titans_mag,
-  titans_mal,
-  ttt,
-)  # fmt: skip
+)
+from nl_jax.models.mixers.titans import (
+  lmm as titans,
+)
+from nl_jax.models.mixers.titans import (
+  mac as titans_mac,
+)
+from nl_jax.models.mixers.titans import (
+  mag as titans_mag,
+)
+from nl_jax.models.mixers.titans import (
+  mal as titans_mal,
+)
 
 MIXERS = {
   "comba": deltanet,

@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from nl_jax import data, fields, sharding
-from nl_jax.models import cms, incontext, lm
+from nl_jax.models import cms, lm
+from nl_jax.models.incontext import model as incontext
 from nl_jax.train import optimizer, rules, settings
 
 Field = fields.Field
@@ -208,7 +209,7 @@ def _nested(path: str, known: dict[str, Field]) -> dict[str, dict[str, Field]]:
 
 
 def _dtype(model: Mapping[str, Field]) -> Field:
-  """Of activations; `_setup.resolve` puts another in the place of AUTO."""
+  """Of activations; `build.resolve` puts another in the place of AUTO."""
   field = model["dtype"]
   remark = f"{field.remark} {AUTO}: bfloat16, on a CPU float32."
   return field._replace(

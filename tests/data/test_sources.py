@@ -7,7 +7,7 @@ import zipfile
 
 import pytest
 
-from experiments import _embedded
+from experiments.prepare import embedded
 from nl_jax.data import sources
 
 
@@ -72,11 +72,11 @@ def test_the_packed_library_has_no_tests_and_is_sorted(tmp_path):
       "q/m.py": "m",
     },
   )
-  content = _embedded.pack(pathlib.Path(root), ("q", "p"))
+  content = embedded.pack(pathlib.Path(root), ("q", "p"))
   archive = zipfile.ZipFile(io.BytesIO(content))
   assert archive.namelist() == ["p/a.py", "p/z.py", "q/m.py"]
   assert archive.read("q/m.py") == b"m"
-  assert content == _embedded.pack(pathlib.Path(root), ("p", "q"))
+  assert content == embedded.pack(pathlib.Path(root), ("p", "q"))
 
 
 def test_split_is_the_documented_hash_of_the_path():

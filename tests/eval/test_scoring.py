@@ -16,7 +16,7 @@ import pytest
 from nl_jax import sharding
 from nl_jax.data import tokenizers
 from nl_jax.eval import encoding, evaluate, scoring
-from nl_jax.models import incontext
+from nl_jax.models.incontext import model as incontext
 from tests.eval import documents
 from tests.laws.models import MODELS
 

@@ -47,7 +47,7 @@ def _main() -> None:
   import matplotlib.backends.backend_svg  # noqa: F401
   import orbax.checkpoint  # noqa: F401
 
-  import experiments._setup  # noqa: F401
+  import nl_jax.build  # noqa: F401
   import nl_jax.data.pipeline  # noqa: F401
   import nl_jax.train.loop  # noqa: F401
 

@@ -6,8 +6,10 @@ import jax
 import numpy as np
 from ml_collections import config_dict
 
-from experiments import _pretrained, _setup, _tensors
+from nl_jax import build
 from nl_jax import tensors as sealed
+from nl_jax.pretrained import folders
+from nl_jax.pretrained import weights as weights_lib
 from tests.golden import _oracle
 
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -34,7 +36,7 @@ def write_folder(folder, family, *, dtype="float32", files=1, config=()):
   names = list(tensors)
   parts = [names[i::files] for i in range(files)]
   if files == 1:
-    sealed.write(folder / _tensors.MODEL, tensors, {"format": "pt"}, dtype)
+    sealed.write(folder / folders.MODEL, tensors, {"format": "pt"}, dtype)
     return folder
   where = {}
   for i, part in enumerate(parts):
@@ -53,7 +55,7 @@ def model_of(group, **changes):
     "data": {"sequence_length": 64},
     "train": {"dtype": "float32", "remat": "none"},
   }
-  return _setup.model(config_dict.ConfigDict(groups))
+  return build.model(config_dict.ConfigDict(groups))
 
 
 def logits(group, params, tokens, **changes):
@@ -66,7 +68,7 @@ def tokens_of(family):
 
 
 def convert(family, mode="inplace", config=None, tensors=None):
-  return _pretrained.convert(
+  return weights_lib.convert(
     CONFIGS[family] if config is None else config,
     weights(family) if tensors is None else tensors,
     mode,
@@ -79,5 +81,5 @@ def assert_close(got, wanted, bound):
 
 
 def torn(folder):
-  path = folder / _tensors.MODEL
+  path = folder / folders.MODEL
   path.write_bytes(path.read_bytes()[:-3])

@@ -124,8 +124,8 @@ def _main() -> None:
   import matplotlib.backends.backend_svg  # noqa: F401
   import orbax.checkpoint  # noqa: F401
 
-  import experiments._setup  # noqa: F401
-  import experiments._text  # noqa: F401
+  import experiments.cli.generation  # noqa: F401
+  import nl_jax.build  # noqa: F401
   import nl_jax.data.pipeline  # noqa: F401
   import nl_jax.train.loop  # noqa: F401
 

@@ -30,7 +30,7 @@ def tree(folder):
 
 
 def make(path, out, kind="jsonl", options="", **changes):
-  from experiments import _prepare_beam
+  from experiments.prepare import beam
 
   values = dict(
     kind=kind, path=str(path), tokenizer="bytes", validation_percent=20.0,
@@ -38,7 +38,7 @@ def make(path, out, kind="jsonl", options="", **changes):
     alignment=test_preparation.ALIGNMENT,
   )  # fmt: skip
   settings = partition.Settings(**values | changes)
-  return _prepare_beam.make(settings, str(out), options)
+  return beam.make(settings, str(out), options)
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +203,12 @@ def test_a_mistake_in_the_corpus_is_one_sentence_and_goes_when_mended(
 
 @with_beam
 def test_a_runner_that_gives_up_is_one_sentence(corpora, tmp_path, monkeypatch):
-  from experiments import _prepare_beam
+  from experiments.prepare import beam
 
   def no_disk(job, advance):
     raise OSError("the disk is gone")
 
-  monkeypatch.setattr(_prepare_beam.preparation, "run_job", no_disk)
+  monkeypatch.setattr(beam.preparation, "run_job", no_disk)
   with pytest.raises(OSError, match="the Beam job failed: .*disk is gone"):
     make(corpora / "jsonl", tmp_path / "out")
   monkeypatch.undo()

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from experiments import _main
+from experiments.cli import command as command_lib
 from tests.experiments import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -184,9 +184,9 @@ def test_long_work_is_told_at_once_and_again(monkeypatch):
     if len(said) == 3:
       thrice.set()
 
-  monkeypatch.setattr(_main, "tell", tell)
-  monkeypatch.setattr(_main, "_REMIND", 0.001)
-  with pytest.raises(ValueError), _main.busy("compiling"):
+  monkeypatch.setattr(command_lib, "tell", tell)
+  monkeypatch.setattr(command_lib, "_REMIND", 0.001)
+  with pytest.raises(ValueError), command_lib.busy("compiling"):
     assert said[0] == "compiling ..."
     assert thrice.wait(60)
     raise ValueError
@@ -201,7 +201,7 @@ def test_list_configs_prints_names():
 
 SWALLOWED = """
 import gc, os, signal, time
-from experiments import _main
+from experiments.cli import command
 
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -215,7 +215,7 @@ def main():
   time.sleep(20)
   return 0
 
-_main.run(main)
+command.run(main)
 """
 
 

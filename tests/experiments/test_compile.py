@@ -15,17 +15,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from experiments import (
-  _compile_chips,
-  _compile_hlo,
-  _compile_programs,
-  _compile_text,
-  _compile_transfers,
-  _flags,
-  _setup,
-  compile,
-)
-from nl_jax import sharding
+from experiments.cli import named
+from experiments.compile import __main__ as compile
+from nl_jax import build, sharding
+from nl_jax.aot import chips, hlo, programs, transfers
+from nl_jax.aot import text as text_lib
 from tests.experiments import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -101,7 +95,7 @@ ENTRY %main (w: bf16[8,16], g: f32[64,4], q: f32[4,256,2,32], k: f32[4,256,2,32]
 
 @pytest.fixture(scope="module")
 def frozen():
-  return _compile_hlo.count(TPU, MESH)
+  return hlo.count(TPU, MESH)
 
 
 def test_a_loop_that_begins_at_one_turns_24_times(frozen):
@@ -133,9 +127,9 @@ def test_a_dilated_convolution_costs_its_products_only(frozen):
 
 
 def test_memory_on_the_chip_is_not_main_memory():
-  array = lambda layout: _compile_text._array("bf16", "8,16", layout)
-  assert _compile_hlo._outside([array("1,0:T(8,128)(2,1)")]) == 256
-  assert _compile_hlo._outside([array("1,0:T(8,128)(2,1)S(1)")]) == 0
+  array = lambda layout: text_lib._array("bf16", "8,16", layout)
+  assert hlo._outside([array("1,0:T(8,128)(2,1)")]) == 256
+  assert hlo._outside([array("1,0:T(8,128)(2,1)S(1)")]) == 0
 
 
 @pytest.mark.parametrize("groups,axes,size", [
@@ -147,13 +141,13 @@ def test_memory_on_the_chip_is_not_main_memory():
   ("source_target_pairs={{0,2},{2,4}}", "fsdp", 2),
 ])  # fmt: skip
 def test_groups_of_devices_are_named_by_axes(groups, axes, size):
-  ins = _compile_text.Instruction("x", "all-reduce", (), (), groups, False)
-  assert _compile_transfers._group(ins, MESH) == (axes, size)
+  ins = text_lib.Instruction("x", "all-reduce", (), (), groups, False)
+  assert transfers._group(ins, MESH) == (axes, size)
 
 
 def test_text_that_is_no_program_is_refused():
   with pytest.raises(ValueError, match="no ENTRY"):
-    _compile_hlo.count("nothing", MESH)
+    hlo.count("nothing", MESH)
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +177,7 @@ def program():
 
 def test_nested_loops_of_a_real_program(program):
   compiled, mesh = program
-  counts = _compile_hlo.count(compiled.as_text(), mesh)
+  counts = hlo.count(compiled.as_text(), mesh)
   assert sorted(counts.loops) == [3, 5]
   # A device has 4 rows and half of the 64 terms.
   assert counts.flops == 15 * 2 * 4 * 32 * 64
@@ -195,14 +189,14 @@ def test_nested_loops_of_a_real_program(program):
 
 
 def test_a_train_step_has_the_products_of_its_formula():
-  config = _setup.resolve(_flags.load_config("transformer_tiny:smoke"))
-  net = _setup.model(config)
+  config = build.resolve(named.load_config("transformer_tiny:smoke"))
+  net = build.model(config)
   params = jax.eval_shape(net.init, jax.random.key(0))
   B, T = 4, 64
   tokens = jax.ShapeDtypeStruct((B, T), np.int32)
   forward = lambda params, tokens: net.apply(params, tokens)[0]
   text = jax.jit(forward).lower(params, tokens).compile().as_text()
-  counts = _compile_hlo.count(text, dict.fromkeys(sharding.AXES, 1))
+  counts = hlo.count(text, dict.fromkeys(sharding.AXES, 1))
   D = net.width
   matrices = net.layers * (4 * D * D + 3 * D * net.cms.widths[0])
   attention = net.layers * 2 * T * D
@@ -220,12 +214,12 @@ def test_a_train_step_has_the_products_of_its_formula():
 ])  # fmt: skip
 def test_a_slice_that_there_is_not(text, sentence):
   with pytest.raises(ValueError, match=sentence):
-    _compile_chips.kind(text)
+    chips.kind(text)
 
 
 def test_a_slice_is_found_by_its_chip():
-  for name, chip in _compile_chips.CHIPS.items():
-    assert _compile_chips.kind(f"{name}:{chip.slice}") == name
+  for name, chip in chips.CHIPS.items():
+    assert chips.kind(f"{name}:{chip.slice}") == name
     assert chip.slice.count("x") + 1 == chip.sides
 
 
@@ -235,26 +229,24 @@ def test_a_slice_is_found_by_its_chip():
 )
 def test_a_mesh_that_is_none(text):
   with pytest.raises(ValueError, match="--mesh=.*axes: replica, fsdp"):
-    _compile_programs.asked_mesh(text)
+    programs.asked_mesh(text)
 
 
 def test_without_the_compiler_the_extra_is_named(monkeypatch, tmp_path):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install -e \.\[tpu\]"):
-    _compile_programs.environment(tmp_path)
+    programs.environment(tmp_path)
 
 
 def test_a_roofline_is_bytes_and_products_over_the_makers_rates():
-  move = _compile_transfers.Collective(
-    "all-gather", "fsdp", "", False, 1, 0, 4e8
-  )
-  counts = _compile_hlo.Counts(197e9, 819e6, 1503e3, (move,), (), ())
-  chip = _compile_chips.CHIPS["v5e"]
-  found = _compile_chips.roofline(counts, chip, 1)
+  move = transfers.Collective("all-gather", "fsdp", "", False, 1, 0, 4e8)
+  counts = hlo.Counts(197e9, 819e6, 1503e3, (move,), (), ())
+  chip = chips.CHIPS["v5e"]
+  found = chips.roofline(counts, chip, 1)
   np.testing.assert_allclose(found, (1e-3, 1e-3, 4e-3, 1e-3))
   assert math.isclose(found.least, 4e-3) and math.isclose(found.most, 6e-3)
   # Two devices of a chip share its rates.
-  assert _compile_chips.roofline(counts, chip, 2).products == 2e-3
+  assert chips.roofline(counts, chip, 2).products == 2e-3
 
 
 @pytest.mark.parametrize("memory,remat,knobs,words", [
@@ -266,7 +258,7 @@ def test_a_roofline_is_bytes_and_products_over_the_makers_rates():
   (dict(parameters=1, optimizer=1), "none", (), ("train.remat=layer",)),
 ])  # fmt: skip
 def test_what_does_not_fit_says_which_knob(memory, remat, knobs, words):
-  advice = _compile_chips.advice(memory, 2, remat, knobs)
+  advice = chips.advice(memory, 2, remat, knobs)
   for word in words:
     assert word in advice
   assert ("train.remat" in advice) == (remat == "none")
@@ -304,9 +296,9 @@ ENTRY %main (p: f32[64,4]) -> f32[16,4] {
 
 
 def test_a_slice_reads_only_itself():
-  onto_the_chip = _compile_hlo.count(SLICE, MESH)
+  onto_the_chip = hlo.count(SLICE, MESH)
   assert onto_the_chip.hbm_bytes == 16 * 4 * 4
-  beside = _compile_hlo.count(SLICE.replace(":S(1)", ""), MESH)
+  beside = hlo.count(SLICE.replace(":S(1)", ""), MESH)
   assert beside.hbm_bytes == 2 * 16 * 4 * 4
 
 
@@ -332,7 +324,7 @@ ENTRY %main (p: bf16[8,16]) -> bf16[32,16] {
 
 
 def test_a_gather_of_a_sparse_core_is_counted_once_and_hidden():
-  counts = _compile_hlo.count(OFFLOADED, MESH)
+  counts = hlo.count(OFFLOADED, MESH)
   (found,) = counts.collectives
   assert (found.kind, found.axes, found.hidden) == ("all-gather", "fsdp", True)
   assert (found.count, found.payload) == (1, 32 * 16 * 2)

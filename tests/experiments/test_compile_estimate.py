@@ -5,14 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from experiments import (
-  _compile_bundles,
-  _compile_chips,
-  _compile_estimate,
-  _compile_hlo,
-  _compile_plot,
-  compile,
-)
+from experiments.compile import __main__ as compile
+from experiments.compile import plot
+from nl_jax.aot import bundles, chips, estimate, hlo
 from nl_jax.kernels import splash_attention
 
 # Shortened: a loop of 10 turns, in 8 of which its pipeline is full; there a
@@ -42,7 +37,7 @@ LB: loop body
 
 
 def test_bundles_count_by_the_turns_of_their_loops():
-  got = _compile_bundles.schedule(SCHEDULE)
+  got = bundles.schedule(SCHEDULE)
   # Around the pipeline 5 bundles of 10 turns; in it, of 8 turns, 6 and a loop
   # of two; outside of all 3.
   assert got.bundles == 3 + 5 * 10 + 8 * (6 + 2 * 5)
@@ -53,7 +48,7 @@ def test_bundles_count_by_the_turns_of_their_loops():
 
 
 def test_a_loop_without_a_number_counts_once():
-  got = _compile_bundles.schedule(SCHEDULE.replace("%s6_s1, 10", "%s6_s1, %n"))
+  got = bundles.schedule(SCHEDULE.replace("%s6_s1, 10", "%s6_s1, %n"))
   assert got.open == 1 and got.bundles < 40
 
 
@@ -92,20 +87,20 @@ ENTRY %main (x: f32[8,128], w: f32[128,128]) -> f32[8,128] {
 
 
 def test_a_program_is_told_by_parts():
-  made = _compile_bundles.Schedule
+  made = bundles.Schedule
   schedules = {
     "fusion.1": made(100_000.0, 100_000.0, 0.0, 0),
     "copy.1": made(1_320.0, 1_320.0, 0.0, 0),
     "walk_fwd.1": made(9e9, 14_000.0, 850.0, 0),
     "splash_mha.1": made(9e9, 1_000.0, 16_000.0, 0),
   }
-  counts = _compile_hlo.count(PROGRAM, {}, schedules)
+  counts = hlo.count(PROGRAM, {}, schedules)
   first, second, *_ = counts.operations
   # Of two that are the same the compiler writes one.
   assert second.schedule == first.schedule
   assert first.flops == 2 * 8 * 128 * 128
-  chip = _compile_chips.CHIPS["v5e"]
-  got = _compile_estimate.estimate(counts, chip, 1, tokens=4096)
+  chip = chips.CHIPS["v5e"]
+  got = estimate.estimate(counts, chip, 1, tokens=4096)
   cycles = {
     "CMS": 100_180, "projections": 100_180, "walks": 15_030,
     "attention": 1_180 + 16_000 * 36 / 64, "copies": 1_500,
@@ -119,14 +114,14 @@ def test_a_program_is_told_by_parts():
   assert "5 launches" in text and "| CMS | 0.1 | 44% |" in text
   # Products and main memory are never faster than the chip.
   slow = chip._replace(flops=1e6)
-  slower = _compile_estimate.estimate(counts, slow, 1, tokens=4096)
+  slower = estimate.estimate(counts, slow, 1, tokens=4096)
   np.testing.assert_allclose(slower.parts["CMS"], first.flops / 1e6)
 
 
 def test_without_a_clock_there_is_no_time():
-  counts = _compile_hlo.count(PROGRAM, {})
-  chip = _compile_chips.CHIPS["v4"]
-  assert _compile_estimate.estimate(counts, chip, 1, tokens=4096) is None
+  counts = hlo.count(PROGRAM, {})
+  chip = chips.CHIPS["v4"]
+  assert estimate.estimate(counts, chip, 1, tokens=4096) is None
 
 
 def test_reports_are_drawn_over_the_length_of_rows(tmp_path):
@@ -141,11 +136,11 @@ def test_reports_are_drawn_over_the_length_of_rows(tmp_path):
     ("transformer_1b3", 4096, 0.2), ("transformer_1b3", 32768, 0.3),
     ("hope_1b3", 4096, 0.3),
   )]  # fmt: skip
-  points = _compile_plot.read(paths)
+  points = plot.read(paths)
   assert points["transformer_1b3"] == {4096: 0.2, 32768: 0.3}
   picture = tmp_path / "steps.png"
-  _compile_plot.draw(points, "steps", picture)
+  plot.draw(points, "steps", picture)
   assert picture.read_bytes().startswith(b"\x89PNG")
   (tmp_path / "other.json").write_text("{}")
   with pytest.raises(ValueError, match="other.json is no report of a train"):
-    _compile_plot.read([str(tmp_path / "other.json")])
+    plot.read([str(tmp_path / "other.json")])

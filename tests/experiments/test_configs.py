@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from experiments import _flags, _setup
-from nl_jax import sharding
+from experiments.cli import named
+from nl_jax import build, sharding
 from nl_jax.models import presets
 
-NAMES = _flags.config_names()
+NAMES = named.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
@@ -27,8 +27,8 @@ def parse(*args):
   values = flags.FlagValues()
   # Overrides are made flags of their own from what stands in sys.argv.
   with mock.patch.object(sys, "argv", ["lm", *args]):
-    _flags.define_config(values)
-    _flags.parse(["lm", *args], values)
+    named.define_config(values)
+    named.parse(["lm", *args], values)
   return values.config
 
 
@@ -51,35 +51,35 @@ def test_every_model_has_every_size():
   "name", NAMES + [f"{arch}_tiny:smoke" for arch in ARCHS]
 )
 def test_a_config_builds_and_its_count_is_the_formula(name):
-  config = _setup.resolve(_flags.load_config(name))
-  net = _setup.model(config)
-  _setup.make_optimizer(config, net)
-  _setup.settings(config)
+  config = build.resolve(named.load_config(name))
+  net = build.model(config)
+  build.make_optimizer(config, net)
+  build.settings(config)
   params = jax.eval_shape(net.init, jax.random.key(0))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count == net.parameter_count()
   tokens = jax.ShapeDtypeStruct((1, 2 * net.alignment), np.int32)
   logits, _, _ = jax.eval_shape(net.apply, params, tokens)
   assert logits.shape == (*tokens.shape, net.vocab_size)
-  assert _setup.from_plain(_setup.plain(config)) == config
+  assert build.from_plain(build.plain(config)) == config
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_test_size_is_one(name):
   arch = name.rpartition("_")[0]
-  tiny = _flags.load_config(f"{arch}_tiny:smoke")
-  assert _flags.load_config(f"{name}:smoke") == tiny
+  tiny = named.load_config(f"{arch}_tiny:smoke")
+  assert named.load_config(f"{name}:smoke") == tiny
 
 
 @pytest.mark.parametrize("size", ["tiny", "340m", "760m", "1b3"])
 def test_models_of_a_scale_are_parameter_matched(size):
   counts = [
-    _setup.model(_setup.resolve(_flags.load_config(f"{a}_{size}")))
+    build.model(build.resolve(named.load_config(f"{a}_{size}")))
     .parameter_count()
     for a in ARCHS
   ]  # fmt: skip
-  paper = _flags.load_config(f"hope_{size}:paper")
-  counts.append(_setup.model(_setup.resolve(paper)).parameter_count())
+  paper = named.load_config(f"hope_{size}:paper")
+  counts.append(build.model(build.resolve(paper)).parameter_count())
   assert max(counts) / min(counts) < 1.035
   nominal = presets.SCALES[size].parameters
   for count in counts:
@@ -88,13 +88,13 @@ def test_models_of_a_scale_are_parameter_matched(size):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_docstring_says_what_a_user_asks(name):
-  path = _flags._FOLDER / f"{name}.py"
+  path = named._FOLDER / f"{name}.py"
   text = path.read_text()
   for line in ("Unstated in the paper:", "Parameters:", "Tokens:", "Chunks",
                f"Command: python -m experiments.lm --config={name}",
                "Hardware:", "Expected:"):  # fmt: skip
     assert line in text, line
-  net = _setup.model(_setup.resolve(_flags.load_config(name)))
+  net = build.model(build.resolve(named.load_config(name)))
   millions = float(re.search(r"Parameters: ([\d.]+)M", text)[1])
   assert abs(millions - net.parameter_count() / 1e6) < 0.06
 
@@ -141,12 +141,12 @@ def test_mistakes_are_one_sentence(args, sentence):
 ])  # fmt: skip
 def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
   with pytest.raises(ValueError, match=sentence):
-    config = _setup.resolve(parse("--config=hope_tiny", change))
-    net = _setup.model(config)
-    _setup.make_optimizer(config, net)
-    _setup.settings(config)
-    _setup.mesh(config)
-    _setup.dataset(config, net)
+    config = build.resolve(parse("--config=hope_tiny", change))
+    net = build.model(config)
+    build.make_optimizer(config, net)
+    build.settings(config)
+    build.mesh(config)
+    build.dataset(config, net)
 
 
 @pytest.mark.parametrize("devices,given,expected", [
@@ -160,10 +160,10 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
   (64, dict(replica=-1), (-1, -1, 1, 1)),
 ])  # fmt: skip
 def test_the_mesh_takes_what_the_batch_fills(devices, given, expected):
-  config = _setup.resolve(_flags.load_config("hope_1b3"))
+  config = build.resolve(named.load_config("hope_1b3"))
   with config.unlocked():
     config.mesh.update(given)
-  sizes = _setup.mesh_sizes(config, devices)
+  sizes = build.mesh_sizes(config, devices)
   assert tuple(sizes[axis] for axis in sharding.AXES) == expected
 
 
@@ -176,12 +176,12 @@ def test_the_mesh_takes_what_the_batch_fills(devices, given, expected):
    "mesh.sequence=1, 2, 3, 4, 6"),
 ])  # fmt: skip
 def test_a_mesh_that_does_not_fit(sizes, sentence):
-  config = _setup.resolve(_flags.load_config("hope_tiny:smoke"))
+  config = build.resolve(named.load_config("hope_tiny:smoke"))
   with config.unlocked():
     config.data.batch_size, config.data.sequence_length = 12, 96
     config.mesh.update(sizes)
   with pytest.raises(ValueError, match=sentence):
-    _setup.mesh(config)
+    build.mesh(config)
 
 
 @pytest.mark.parametrize("body,sentence", [
@@ -199,5 +199,5 @@ def test_a_broken_config_file_is_one_sentence(body, sentence, tmp_path):
 
 
 def test_a_config_is_found_by_path():
-  path = _flags._FOLDER / "hope_tiny.py"
+  path = named._FOLDER / "hope_tiny.py"
   assert parse(f"--config={path}:smoke") == parse("--config=hope_tiny:smoke")

@@ -11,12 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _faults_data as data
-from experiments import _faults_judge as judge
-from experiments import _faults_kinds as kinds
-from experiments import _faults_run as faults_run
-from experiments import _faults_scene as scene_lib
-from experiments import _faults_trials as trials
+from experiments.faults import data, judge, kinds, trials
+from experiments.faults import run as faults_run
+from experiments.faults import scene as scene_lib
 from nl_jax import sharding
 from nl_jax.train import checkpoint, files
 from tests.train import stub

@@ -4,7 +4,7 @@ import re
 import subprocess
 import sys
 
-from experiments import _fuzz_run
+from experiments.fuzz import run
 from tests.experiments import forked
 
 
@@ -21,8 +21,8 @@ def test_sixty_cases_end_with_a_sentence_or_the_right_result():
 
 def ends(code: str) -> str:
   """The fault of a case that runs some code."""
-  made = _fuzz_run.Case("test", code, lambda: exec(code) or "done", 1)
-  return _fuzz_run.run(made).fault
+  made = run.Case("test", code, lambda: exec(code) or "done", 1)
+  return run.run(made).fault
 
 
 def test_what_is_no_good_end_is_found():

@@ -12,16 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import (
-  _compile_hlo,
-  _compile_programs,
-  _kernels_check,
-  _kernels_compile,
-  _kernels_dump,
-  _kernels_precision,
-  _kernels_table,
-  _kernels_walks,
-)
+from experiments.kernels import check, compile, dump, precision, table, walks
+from nl_jax.aot import hlo, programs
 from nl_jax.kernels.walk import api, pallas
 from tests.experiments import forked
 
@@ -51,9 +43,9 @@ def test_a_schedule_is_read_once(tmp_path):
   write("17-jvp_walk_fwd_.1-02-final_bundles.txt", "code")
   write("17-copy.3-01-schedule-analysis_final_bundles.txt", "nothing")
   write("17-TLP-hlo.txt", "HloModule")
-  found = _kernels_dump.read(tmp_path)
+  found = dump.read(tmp_path)
   assert found == {
-    "jvp_walk_fwd_.1": _kernels_dump.Schedule(
+    "jvp_walk_fwd_.1": dump.Schedule(
       4, 1, dict(MXU=6 / 16, VALU=4 / 16, XLU=0.25, VSTORE=2 / 4), 2 / 4
     )
   }
@@ -62,7 +54,7 @@ def test_a_schedule_is_read_once(tmp_path):
 
 def test_what_is_no_schedule_is_refused():
   with pytest.raises(ValueError, match="got no bundles"):
-    _kernels_dump.schedule("nothing", USE)
+    dump.schedule("nothing", USE)
 
 
 LOOPS = """HloModule jit_backward
@@ -104,21 +96,21 @@ ENTRY %main (a: f32[8]) -> f32[8] {
 
 
 def test_what_loops_launch_is_counted_by_their_trips():
-  loops = _compile_hlo.loops(LOOPS)
+  loops = hlo.loops(LOOPS)
   assert [[(ins.name, n) for ins, n in loop] for loop in loops] == [
     [("copy.1", 2), ("fusion.2", 8)],
     [("fusion.2", 8)],
   ]
-  schedule = _kernels_dump.Schedule(7, 0, {}, 0.0)
-  program = _kernels_walks.Program(None, None, (), None, 1, 2, 8)
-  made = _kernels_compile._launches(loops[0], {"fusion.2": schedule}, program)
+  schedule = dump.Schedule(7, 0, {}, 0.0)
+  program = walks.Program(None, None, (), None, 1, 2, 8)
+  made = compile._launches(loops[0], {"fusion.2": schedule}, program)
   assert made == dict(operations=10 / 8, cycles=8 * 30 / 16, bundles=8 * 7 / 16)
 
 
 @pytest.fixture(scope="module")
 def delta():
   """DeltaNet's walk at the scale 1b3 as a v5e has it; this is none."""
-  (body,) = _kernels_walks.of_config("deltanet_1b3")
+  (body,) = walks.of_config("deltanet_1b3")
   assert body.how is None and "needs a TPU" in body.call.reason
   call = body.call
   kernel = api.Kernel(call.body, call.policy, call.name, interpret=True)
@@ -128,22 +120,21 @@ def delta():
 
 def test_a_config_s_walk_is_known_by_shapes(delta):
   assert (delta.sizes, delta.chunk, delta.chunks) == ((128, 128), 64, 64)
-  assert delta.heads == 16 and delta.how.heads in _kernels_walks.step_heads(
-    delta
-  )
+  assert delta.heads == 16 and delta.how.heads in walks.step_heads(delta)
 
 
 def test_walks_that_read_other_types_are_two(delta):
   wide = lambda x: jax.ShapeDtypeStruct(x.shape, np.float32)
   call = delta.call._replace(xs=jax.tree.map(wide, delta.call.xs))
-  of = _kernels_walks.digest
+  of = walks.digest
   assert of(delta) == of(delta) != of(delta._replace(call=call))
 
 
 def test_the_products_of_the_delta_rule(delta):
   d, C = 128, 64
-  forward, backward = _kernels_walks.products_flops(delta)
-  # kernels.md 5; documents inside a chunk and whole triangles come on top.
+  forward, backward = walks.products_flops(delta)
+  # By the algorithm alone; documents inside a chunk and whole triangles come on
+  # top.
   least = C * (6 * d * d + 8 * C * d + 4 * C * C * 5)
   assert least <= forward <= 1.25 * least
   assert 2 * forward < backward < 3 * forward
@@ -154,9 +145,9 @@ def test_bytes_of_main_memory_are_those_of_the_blocks(delta):
   body = delta._replace(call=call)
   device = jax.devices()[:1]
   mesh = jax.sharding.Mesh(device, ("x",))
-  program = _kernels_walks.program(body, "pallas_interpret", mesh)
+  program = walks.program(body, "pallas_interpret", mesh)
   assert program.heads == 2 * body.how.heads and program.rows == 2
-  found = _kernels_walks.moved(body, program.forward, program.inputs)
+  found = walks.moved(body, program.forward, program.inputs)
   ((name, moved),) = found.items()
   assert name.endswith("_fwd")
   C, K, H = 64, 128, body.heads
@@ -189,13 +180,13 @@ def row(**changed):
 
 def test_the_share_of_the_limit():
   # F: products of 1/1503 ms over 1000 bundles at 1.503 GHz, the same.
-  assert _kernels_table.limit_share(row(), "F", "v5e") == pytest.approx(1.0)
+  assert table.limit_share(row(), "F", "v5e") == pytest.approx(1.0)
   # G: 10 ns of bytes over a microsecond.
-  assert _kernels_table.limit_share(row(), "G", "v5e") == pytest.approx(0.01)
-  assert _kernels_table.limit_share(row(), "F", "tpu7x") is None
+  assert table.limit_share(row(), "G", "v5e") == pytest.approx(0.01)
+  assert table.limit_share(row(), "F", "tpu7x") is None
   # A core has half of a chip's rates.
   made = row(flops=dict(F=459e6 / 2 / 1.75, G=0.0))
-  assert _kernels_table.limit_share(made, "F", "v5p") == pytest.approx(1.0)
+  assert table.limit_share(made, "F", "v5p") == pytest.approx(1.0)
 
 
 def test_configs_of_one_body_share_a_line_and_estimators_a_column():
@@ -204,12 +195,12 @@ def test_configs_of_one_body_share_a_line_and_estimators_a_column():
   none = row(config="c_1b3", digest="two", reason="a single token")
   del none["fused"], none["xla"]
   rows = [row(), same, none]
-  lines = _kernels_table.table(rows, "v5e:2x2").splitlines()
+  lines = table.table(rows, "v5e:2x2").splitlines()
   assert len(lines) == 6 and "a_1b3, b_1b3" in lines[4]
   assert "| 4 of 8 | lean | 1,000 | 1,100 | 1,503 | 0.50 |" in lines[4]
   assert "1 of 4 MiB" in lines[4] and "| 100% | 1% |" in lines[4]
   assert lines[5].endswith("by XLA: a single token |")
-  lines = _kernels_table.xla_table(rows, "v5e:2x2").splitlines()
+  lines = table.xla_table(rows, "v5e:2x2").splitlines()
   assert len(lines) == 5
   assert lines[4] == (
     "| walk | a_1b3, b_1b3 | 40 | 90 | 5,000 | 9,000 | 900 | 2,000 | 2 s |"
@@ -222,29 +213,29 @@ def test_configs_of_one_body_share_a_line_and_estimators_a_column():
   ("S", "hbm", 8000.0, "S: bytes of main memory from 8,190 to 8,000"),
 ])  # fmt: skip
 def test_a_gate_that_fails_is_named(part, key, value, sentence):
-  held = _kernels_table.baseline([row()])
-  assert not _kernels_table.worse([row()], held)
+  held = table.baseline([row()])
+  assert not table.worse([row()], held)
   made = copy.deepcopy(row())
   made["fused"][part][key] = value
-  assert _kernels_table.worse([made], held) == [f"walk of a_1b3, {sentence}"]
+  assert table.worse([made], held) == [f"walk of a_1b3, {sentence}"]
   made["fused"][part][key] = {"bundles": 1570.0, "spills": 0.53, "hbm": 8190}[
     key
   ]
-  assert not _kernels_table.worse([made], held)
+  assert not table.worse([made], held)
 
 
 def test_a_kernel_that_is_gone_or_large_or_new_is_named():
-  held = _kernels_table.baseline([row()])
-  (said,) = _kernels_table.worse([row(vmem=1.1 * 2**20)], held)
+  held = table.baseline([row()])
+  (said,) = table.worse([row(vmem=1.1 * 2**20)], held)
   assert said == "walk of a_1b3: VMEM from 1.0 MiB to 1.1 MiB"
   refused = row(reason="its chunk is long")
   del refused["fused"]
-  (said,) = _kernels_table.worse([refused], held)
+  (said,) = table.worse([refused], held)
   assert said.endswith("had kernels, has none: its chunk is long")
   other = [row(body="other"), row(config="b_1b3", digest="two")]
-  gone, *new = _kernels_table.worse(other, held)
+  gone, *new = table.worse(other, held)
   assert gone == "walk of a_1b3: no walk of it any more" and len(new) == 2
-  (said,) = _kernels_table.worse([row(config="new_1b3")], held)
+  (said,) = table.worse([row(config="new_1b3")], held)
   assert said == "walk of new_1b3: not in the baseline"
 
 
@@ -258,19 +249,19 @@ def test_heads_that_spare_more_than_two_percent_become_a_tile():
     of_default={2: 0.97, 4: 1.0, 8: 1.1},
   )  # fmt: skip
   other = tile | dict(chip="v6e", heads=8)
-  made = _kernels_table.tiles([tries(970.0, 1000.0, 1100.0)], [other])
+  made = table.tiles([tries(970.0, 1000.0, 1100.0)], [other])
   assert made == [other, tile | dict(heads=2)]
   # Where the default is as good, the row says so and names no heads.
-  (kept,) = _kernels_table.tiles([tries(985.0, 1000.0, 1100.0)], made[1:])
+  (kept,) = table.tiles([tries(985.0, 1000.0, 1100.0)], made[1:])
   assert "heads" not in kept and kept["of_default"][2] == 0.985
   # A row is of all bodies that it fits: one that gets slower forbids it.
   both = [tries(970.0, 1000.0, 900.0),
           tries(500.0, 500.0, 600.0, config="b_1b3", digest="two")]  # fmt: skip
-  (shared,) = _kernels_table.tiles(both, [])
+  (shared,) = table.tiles(both, [])
   assert "heads" not in shared and shared["configs"] == ["a_1b3", "b_1b3"]
   assert shared["of_default"] == {2: 1.0, 4: 1.0, 8: 1.2}
   # No row is added of a body whose default was not compiled.
-  assert not _kernels_table.tiles([row(step=16, tries=[])], [])
+  assert not table.tiles([row(step=16, tries=[])], [])
 
 
 def test_tiles_that_are_kept_can_be_taken():
@@ -282,13 +273,13 @@ def test_tiles_that_are_kept_can_be_taken():
     assert ("heads" in made) == (best < 0.98), key
     if "heads" in made:
       assert made["of_default"][str(made["heads"])] == best, key
-  keys = [tuple(r[k] for k in _kernels_table._TILE) for r in rows]
+  keys = [tuple(r[k] for k in table._TILE) for r in rows]
   assert len(set(keys)) == len(keys)
 
 
 def test_kernels_agree_with_xla():
   name = "hope_linear_tiny"
-  line = _kernels_check.check(name, "float32", "pallas_interpret")
+  line = check.check(name, "float32", "pallas_interpret")
   assert line.holds and line.walks and not line.others, str(line)
   assert str(line).startswith(f"equal {name} float32: {line.walks[0]}: ")
   # A number that is off, or none, is said.
@@ -309,7 +300,7 @@ def test_a_kernel_that_reads_wrong_is_found(monkeypatch):
     return jax.tree.map(lambda y: y.at[..., ::2].multiply(1.001), ys), *rest
 
   monkeypatch.setattr(pallas, "walk", wrong)
-  line = _kernels_check.check("rwkv7_tiny", "float32", "pallas_interpret")
+  line = check.check("rwkv7_tiny", "float32", "pallas_interpret")
   assert line.walks == ("general_delta_rule",) and not line.still, str(line)
   values, gradients = line.bounds
   assert line.values > 3 * values and line.gradients > gradients
@@ -317,11 +308,11 @@ def test_a_kernel_that_reads_wrong_is_found(monkeypatch):
 
 def test_keys_that_come_again_at_rate_two_lose_little(monkeypatch):
   """I - 2 k^T k turns around what lies along k, token by token, undamped."""
-  monkeypatch.setattr(_kernels_precision, "_SHAPE", (1, 192, 1, 32))
+  monkeypatch.setattr(precision, "_SHAPE", (1, 192, 1, 32))
   run = lambda policy: jax.jit(
-    lambda: _kernels_precision._delta(1.0, 2.0, policy, decays=False)
+    lambda: precision._delta(1.0, 2.0, policy, decays=False)
   )()
-  exact, error = run("f32"), _kernels_precision._error
+  exact, error = run("f32"), precision._error
   lost = {
     policy: [error(x, y) for x, y in zip(run(policy), exact)]
     for policy in ("lean", "lean2")
@@ -330,13 +321,13 @@ def test_keys_that_come_again_at_rate_two_lose_little(monkeypatch):
 
 
 def test_a_config_without_kernels_says_so():
-  line = _kernels_check.check("memora_tiny", "float32", "pallas_interpret")
+  line = check.check("memora_tiny", "float32", "pallas_interpret")
   assert line.holds and str(line).startswith("XLA   memora_tiny: ")
   assert "simplex" in line.refused
 
 
 def test_a_difference_is_relative_to_its_array():
-  difference = _kernels_check._difference
+  difference = check._difference
   assert difference([10.0, 1.0], [10.0, 1.5]) == pytest.approx(0.5 / 1.5)
   assert np.isnan(difference([float("nan"), 1.0], [1.0, 1.0]))
 
@@ -344,7 +335,7 @@ def test_a_difference_is_relative_to_its_array():
 def test_without_the_compiler_the_extra_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(ValueError, match=r"libtpu.*pip install -e \.\[tpu\]"):
-    _compile_programs.require_compiler()
+    programs.require_compiler()
 
 
 MISTAKES = (
@@ -389,19 +380,19 @@ def test_walks_compile_for_a_chip_both_ways(name, forms, tmp_path):
   path.write_text(CONFIG.format(name=name))
   request = dict(config=str(path), topology="v5e:2x2", forms=forms)
   done = subprocess.run(
-    [sys.executable, "-m", "experiments._kernels_compile",
+    [sys.executable, "-m", "experiments.kernels.compile",
      json.dumps(request)],
     capture_output=True, text=True, cwd=ROOT, timeout=600,
     env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""},
   )  # fmt: skip
   assert done.returncode == 0, done.stderr[-2000:]
-  (made,) = _kernels_compile.answer(done.stdout)
+  (made,) = compile.answer(done.stdout)
   assert (made["K"], made["C"], made["heads"]) == (64, 16, 2)
   F, G = made["fused"]["F"], made["fused"]["G"]
   assert 200 < F["bundles"] < G["bundles"] < 20_000
   assert 0 < F["hbm"] < G["hbm"] and made["vmem"] < made["vmem_limit"]
   for kernel in (F, G):
-    assert set(kernel["slots"]) == set(_kernels_dump.SLOTS)
+    assert set(kernel["slots"]) == set(dump.SLOTS)
     assert all(0 < share < 1 for share in kernel["slots"].values())
   if "xla" in forms:
     forward, backward = made["xla"]["F"], made["xla"]["G"]

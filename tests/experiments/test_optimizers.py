@@ -9,10 +9,8 @@ import sys
 import jax
 import pytest
 
-from experiments import _optimizer_arms as arms
-from experiments import _optimizer_lm as lm
-from experiments import _optimizer_toys as toys
-from experiments import optimizers
+from experiments.optimizers import arms, page, toys
+from experiments.optimizers import language_model as lm
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -74,13 +72,12 @@ def test_a_public_optimizer_takes_all_leaves(name):
 def test_the_page_has_the_public_optimizers(tmp_path):
   for seed, value in enumerate((1.5, 1.7)):
     trial = dict(arm="optim.m3", rate=0.01, b1=0.8, seed=seed, text="a text")
-    optimizers._save(
-      optimizers._trial_path(tmp_path / "start", trial),
-      trial | {"validation": value},
-    )
-  page = optimizers.page(tmp_path, tmp_path / "page.png")
-  assert "| `optim.m3(0.01)` | 0.8 | 2 | 1.6000 ± 0.1414 |" in page
-  assert "a text" in page
+    path = tmp_path / "start" / f"s{seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(trial | {"validation": value}))
+  made = page.page(tmp_path, tmp_path / "page.png")
+  assert "| `optim.m3(0.01)` | 0.8 | 2 | 1.6000 ± 0.1414 |" in made
+  assert "a text" in made
 
 
 def test_an_unwanted_pair_of_flags():

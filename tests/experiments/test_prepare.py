@@ -173,11 +173,11 @@ def test_three_commands_from_files_to_training(corpus, tmp_path):
 ])  # fmt: skip
 def test_a_missing_library_names_what_to_install(name, extra):
   code = (
-    "import sys; from absl import flags; from experiments import _main\n"
+    "import sys; from absl import flags; from experiments.cli import command\n"
     "flags.FLAGS(['x'])\n"
     "def main():\n"
     f"  raise ModuleNotFoundError(name={name!r})\n"
-    "sys.exit(_main._guarded(main))"
+    "sys.exit(command._guarded(main))"
   )
   done = subprocess.run(
     [sys.executable, "-c", code], cwd=test_commands.ROOT, capture_output=True,

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _hf_config, _pretrained, _stacked, _tensors
+from experiments.stack import stacked
+from nl_jax.pretrained import folders, hf_config, weights
 from tests.experiments import hub
 
 
@@ -67,11 +68,11 @@ def test_split_levels_sum_to_the_whole(family):
 def test_rates_of_zero_are_the_pretrained_model(mode, chunks):
   tokens, wanted = hub.tokens_of("llama"), hub.GOLDEN["llama/logits"]
   group, params = hub.convert("llama", mode)
-  _stacked.learn_in_context(group, params, chunks, (0.0,) * len(chunks))
+  stacked.learn_in_context(group, params, chunks, (0.0,) * len(chunks))
   net = hub.model_of(group)
   assert net.fast_layers == 1 and net.fast_levels == hub.LEVELS[mode][:2]
   hub.assert_close(hub.logits(group, params, tokens), wanted, 2e-6)
-  _stacked.learn_in_context(group, params, chunks, (0.1,) * len(chunks))
+  stacked.learn_in_context(group, params, chunks, (0.1,) * len(chunks))
   got = hub.logits(group, params, tokens)
   hub.assert_close(got[:, :8], wanted[:, :8], 2e-6)
   assert np.abs(got[:, 8] - wanted[:, 8]).max(-1).min() > 1e-3
@@ -79,7 +80,7 @@ def test_rates_of_zero_are_the_pretrained_model(mode, chunks):
 
 def test_no_more_chunks_than_levels():
   with pytest.raises(ValueError, match="--chunks has 2 entries for the levels"):
-    _stacked.learn_in_context(*hub.convert("llama"), (8, 16), (0.1, 0.1))
+    stacked.learn_in_context(*hub.convert("llama"), (8, 16), (0.1, 0.1))
 
 
 @pytest.mark.parametrize("kind", ["none", "linear"])
@@ -96,7 +97,7 @@ def test_the_frozen_logits_know_the_scaling_of_rope(kind):
 @pytest.mark.parametrize("files", [1, 3])
 def test_folders_of_any_dtype_and_number_of_files(tmp_path, dtype, files):
   folder = hub.write_folder(tmp_path / "hf", "qwen3", dtype=dtype, files=files)
-  tensors = _tensors.open_folder(folder)
+  tensors = folders.open_folder(folder)
   assert {x.dtype for x in tensors.values()} == {dtype}
   wanted = hub.weights("qwen3")
   assert set(tensors) == set(wanted)
@@ -116,11 +117,11 @@ def test_older_and_newer_fields_say_the_same():
     older["rope_theta"] = said.pop("rope_theta")
     kind = said.pop("rope_type")
     older["rope_scaling"] = None if kind == "default" else said | {"type": kind}
-    assert _hf_config.group(older) == _hf_config.group(newer)
+    assert hf_config.group(older) == hf_config.group(newer)
   # The first Llama's config says neither.
   for key in ("rope_theta", "rope_scaling"):
     del older[key]
-  switches = _hf_config.group(older)["mixer"]
+  switches = hf_config.group(older)["mixer"]
   assert switches["rope_theta"] == 10000
   assert switches["rope_scaling"] == {"kind": "none"}
 
@@ -130,13 +131,13 @@ def test_defaults_of_a_short_config():
     "model_type", "hidden_size", "intermediate_size", "num_attention_heads",
     "num_hidden_layers", "vocab_size",
   )}  # fmt: skip
-  group = _hf_config.group(short)
+  group = hf_config.group(short)
   assert group["head_dim"] == 8 and group["mixer"]["kv_heads"] == 4
   assert group["norm_epsilon"] == 1e-6 and group["tied"] is False
   trained = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1,
              "high_freq_factor": 4}  # fmt: skip
   said = {"rope_scaling": trained, "max_position_embeddings": 64}
-  scaling = _hf_config.group(short | said)["mixer"]["rope_scaling"]
+  scaling = hf_config.group(short | said)["mixer"]["rope_scaling"]
   assert scaling["trained_length"] == 64
 
 
@@ -155,7 +156,7 @@ def test_one_layer():
     if ".layers." not in k or ".layers.0." in k
   }  # fmt: skip
   group, params = hub.convert("llama", config=config, tensors=tensors)
-  _, back = _pretrained.revert(hub.model_of(group), params)
+  _, back = weights.revert(hub.model_of(group), params)
   jax.tree.map(np.testing.assert_array_equal, back, tensors)
 
 
@@ -163,9 +164,9 @@ def test_one_layer():
 @pytest.mark.parametrize("family", hub.FAMILIES)
 def test_there_and_back(family, mode):
   group, params = hub.convert(family, mode)
-  config, tensors = _pretrained.revert(hub.model_of(group), params)
+  config, tensors = weights.revert(hub.model_of(group), params)
   jax.tree.map(np.testing.assert_array_equal, tensors, hub.weights(family))
-  assert _hf_config.group(config) == _hf_config.group(hub.CONFIGS[family])
+  assert hf_config.group(config) == hf_config.group(hub.CONFIGS[family])
 
 
 def test_a_split_that_training_moved_is_still_one_mlp():
@@ -173,7 +174,7 @@ def test_a_split_that_training_moved_is_still_one_mlp():
   rng = np.random.default_rng(0)
   move = lambda x: (x * rng.uniform(0.5, 1.5, x.shape)).astype(np.float32)
   params = jax.tree.map(move, params)
-  config, tensors = _pretrained.revert(hub.model_of(group), params)
+  config, tensors = weights.revert(hub.model_of(group), params)
   merged = hub.convert("llama", config=config, tensors=tensors)
   tokens = hub.tokens_of("llama")
   hub.assert_close(
@@ -188,23 +189,21 @@ def test_a_split_that_training_moved_is_still_one_mlp():
    "2 sequential levels are no single MLP"),
 ])  # fmt: skip
 def test_levels_that_are_no_mlp(change, words):
-  group = _hf_config.group(hub.CONFIGS["llama"])
+  group = hf_config.group(hub.CONFIGS["llama"])
   net = hub.model_of(group | {"cms": group["cms"] | change})
-  assert words in _hf_config.misfit(net)
+  assert words in hf_config.misfit(net)
 
 
 def test_models_of_no_family():
-  group = _hf_config.group(hub.CONFIGS["qwen2"])
+  group = hf_config.group(hub.CONFIGS["qwen2"])
   both = group["mixer"] | {"qk_norm": True}
-  assert "biases and norms" in _hf_config.misfit(
-    hub.model_of(group, mixer=both)
-  )
-  assert "divide" in _hf_config.misfit(hub.model_of(group, width=30))
-  assert not _hf_config.misfit(hub.model_of(group))
+  assert "biases and norms" in hf_config.misfit(hub.model_of(group, mixer=both))
+  assert "divide" in hf_config.misfit(hub.model_of(group, width=30))
+  assert not hf_config.misfit(hub.model_of(group))
   plain = hub.model_of(group, arch="transformer", mixer=None)
-  assert not _hf_config.misfit(plain)
-  assert _hf_config.of(plain)["model_type"] == "llama"
-  assert _hf_config.of(plain)["num_key_value_heads"] == 4
+  assert not hf_config.misfit(plain)
+  assert hf_config.of(plain)["model_type"] == "llama"
+  assert hf_config.of(plain)["num_key_value_heads"] == 4
 
 
 CONFIG_MISTAKES = {
@@ -281,26 +280,26 @@ def test_tensors_that_the_model_does_not_have():
 def test_modes_and_levels():
   args = (hub.CONFIGS["llama"], hub.weights("llama"))
   with pytest.raises(ValueError, match="--mode must be one of inplace, split"):
-    _pretrained.convert(*args, "apart")
+    weights.convert(*args, "apart")
   with pytest.raises(ValueError, match="inplace cannot have 2 levels"):
-    _pretrained.convert(*args, "inplace", ("a", "b"))
+    weights.convert(*args, "inplace", ("a", "b"))
   with pytest.raises(ValueError, match="split cannot have 1 levels"):
-    _pretrained.convert(*args, "split")
+    weights.convert(*args, "split")
   with pytest.raises(
     ValueError, match="cms.widths\\[50\\] must be a whole number"
   ):
     many = tuple(f"level_{i}" for i in range(51))
-    _pretrained.convert(*args, "split", many)
+    weights.convert(*args, "split", many)
 
 
 def no_file(folder):
-  (folder / _tensors.MODEL).unlink()
+  (folder / folders.MODEL).unlink()
 
 
 def eight_bits(folder):
   from safetensors import numpy as safetensors
 
-  path = folder / _tensors.MODEL
+  path = folder / folders.MODEL
   safetensors.save_file({"a": np.ones(2, np.int8)}, path)
 
 
@@ -316,7 +315,7 @@ def empty_index(folder):
 
 
 def same_twice(folder):
-  path = folder / _tensors.MODEL
+  path = folder / folders.MODEL
   for name in ("a", "b"):
     shutil.copyfile(path, folder / name)
   path.unlink()
@@ -336,6 +335,6 @@ def test_files_that_are_not_whole(tmp_path, spoil, words):
   folder = hub.write_folder(tmp_path / "hf", "llama")
   spoil(folder)
   with pytest.raises(ValueError) as error:
-    _tensors.open_folder(folder)
+    folders.open_folder(folder)
   assert words in str(error.value)
   assert "\n" not in str(error.value)

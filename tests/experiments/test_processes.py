@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _setup
+from nl_jax import build
 from nl_jax.eval import evaluate
 from nl_jax.train import checkpoint
 from tests.eval import documents
@@ -83,7 +83,7 @@ def assert_same_weights(
 ) -> None:
   made = checkpoint.read_config(str(a))
   assert made["model"]["arch"] in config
-  net = _setup.model(_setup.from_plain(made))
+  net = build.model(build.from_plain(made))
   found = [checkpoint.load_params(str(x), net, step=step)[0] for x in (a, b)]
 
   def check(x: jax.Array, y: jax.Array) -> None:
@@ -291,13 +291,13 @@ def test_each_process_draws_what_its_devices_hold(
   found = []
   for process in range(len(expected)):
     monkeypatch.setattr(jax, "process_index", lambda p=process: p)
-    found.append(_setup.part_of_batch(mesh))
+    found.append(build.part_of_batch(mesh))
   assert found == expected
 
 
 def test_a_batch_cut_unevenly():
   with pytest.raises(ValueError, match="unevenly over 3 processes"):
-    _setup.part_of_batch(fake_mesh((1, 2, 1, 3), 2))
+    build.part_of_batch(fake_mesh((1, 2, 1, 3), 2))
 
 
 def fake_mesh(shape: tuple[int, ...], local: int) -> types.SimpleNamespace:

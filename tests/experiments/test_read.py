@@ -9,7 +9,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _raster, _reading, _text
+from experiments.cli import generation
+from experiments.raster import recording
+from experiments.read import reading
 from nl_jax import stream
 from nl_jax.data import tokenizers
 from tests.experiments import forked
@@ -40,12 +42,12 @@ def read(model, path, start=0, stop_after=None, reader=None):
       return inner(tokens)
 
     reader.score = score
-  done = _reading.read(reader, tokenizers.Bytes(), path, start, net, asked)
+  done = reading.read(reader, tokenizers.Bytes(), path, start, net, asked)
   return done, reader
 
 
 def test_the_sum_is_the_loss_of_the_text(model, tmp_path, monkeypatch):
-  monkeypatch.setattr(_reading, "_BLOCK", 1000)
+  monkeypatch.setattr(reading, "_BLOCK", 1000)
   path = tmp_path / "a.txt"
   path.write_text(TEXT)
   done, reader = read(model, path)
@@ -74,13 +76,13 @@ def test_what_is_written_begins_as_documents_do(prompt, first, begin, read):
   )  # fmt: skip
   tokenizer = tokenizers.Bytes()
   tokenizer.begin_id = begin
-  assert list(_text.generate(reader, tokenizer, prompt, 5)) == [""]
+  assert list(generation.generate(reader, tokenizer, prompt, 5)) == [""]
   assert seen == ([] if read is None else [read])
 
 
 @pytest.mark.parametrize("start,place", [(0, 101), (0, 1101), (300, 2999)])
 def test_a_bad_byte_is_told_by_its_place(tmp_path, monkeypatch, start, place):
-  monkeypatch.setattr(_reading, "_BLOCK", 1000)
+  monkeypatch.setattr(reading, "_BLOCK", 1000)
   content = bytearray((b"x" * 99 + b"\n") * 30)
   content[place] = 0xFF
   (tmp_path / "a.txt").write_bytes(content)
@@ -94,13 +96,13 @@ def test_a_bad_byte_is_told_by_its_place(tmp_path, monkeypatch, start, place):
 
 
 def test_stopped_and_gone_on_is_one_reading(model, tmp_path, monkeypatch):
-  monkeypatch.setattr(_reading, "_BLOCK", 1000)
+  monkeypatch.setattr(reading, "_BLOCK", 1000)
   path = tmp_path / "a.txt"
   path.write_text(TEXT)
   whole, reader = read(model, path)
   first, half = read(model, path, stop_after=1)
   assert 0 < first.bytes < 1000
-  start = _reading.place(path, first.place)
+  start = reading.place(path, first.place)
   assert start == first.bytes
   del half.score
   rest, half = read(model, path, start, reader=half)
@@ -112,44 +114,44 @@ def test_stopped_and_gone_on_is_one_reading(model, tmp_path, monkeypatch):
     half.state, reader.state,
   )  # fmt: skip
   path.write_text("x" + TEXT)
-  assert _reading.place(path, first.place) == 0
+  assert reading.place(path, first.place) == 0
 
 
 def test_memory_does_not_grow_with_the_text():
-  curve = _reading.Curve()
+  curve = reading.Curve()
   for i in range(0, 10**6, 5000):
     curve.add(i, np.full(5000, 2.0))
-  assert len(curve.sums) <= 2 * _reading._BINS
+  assert len(curve.sums) <= 2 * reading._BINS
   xs, means = curve.points()
   assert means == [2.0] * len(xs) and sum(curve.counts) == 10**6
 
 
 @pytest.mark.parametrize("text", ["é" * 5000, "a" * 5001 + "日本" * 900])
 def test_long_lines_are_cut_between_characters(tmp_path, monkeypatch, text):
-  monkeypatch.setattr(_reading, "_BLOCK", 100)
+  monkeypatch.setattr(reading, "_BLOCK", 100)
   path = tmp_path / "a.txt"
   path.write_text(text)
   with path.open("rb") as file:
     pieces = []
-    while block := _reading._piece(file):
+    while block := reading._piece(file):
       pieces.append(block.decode("utf-8"))
   assert "".join(pieces) == text and max(map(len, pieces)) <= 100
 
 
 @pytest.mark.parametrize("place", [0, 99, 100, 101, 250])
 def test_a_bad_byte_is_named_before_the_work(tmp_path, monkeypatch, place):
-  monkeypatch.setattr(_reading, "_BLOCK", 100)
+  monkeypatch.setattr(reading, "_BLOCK", 100)
   path = tmp_path / "a.txt"
   path.write_bytes(b"a" * place + "é".encode()[:1] + b"b" * 40)
   with pytest.raises(ValueError, match=f"0xc3 at offset {place};"):
-    _reading.check_text(path)
+    reading.check_text(path)
   path.write_bytes(("é" * 300).encode())
-  _reading.check_text(path)
+  reading.check_text(path)
 
 
 def test_what_begins_again_is_the_model_without_its_memory(model):
   ids = np.random.default_rng(0).integers(3, 259, (1, 50))
-  blind = _reading.Forgetful(*model, 20)
+  blind = reading.Forgetful(*model, 20)
   nats = np.concatenate([blind.score(ids[:, :33]), blind.score(ids[:, 33:])], 1)
   parts = []
   for start in (0, 20, 40):
@@ -249,7 +251,7 @@ def test_the_commands(tmp_path):
 def test_a_trace_is_what_one_pass_measures(model):
   net, params = model
   ids = np.random.default_rng(0).integers(3, 259, 45)
-  shown = _raster.trace(net, params, ids)
+  shown = recording.trace(net, params, ids)
   assert shown.ends == [8, 16, 24, 32, 40]
   whole = stream.start(net, params)
   np.testing.assert_allclose(
@@ -260,4 +262,4 @@ def test_a_trace_is_what_one_pass_measures(model):
     total = metrics[name].update_norm.sum() / metrics[name].count.sum()
     np.testing.assert_allclose(np.mean(level["update_norm"]), total, rtol=1e-4)
   with pytest.raises(ValueError, match="a chunk takes 8"):
-    _raster.trace(net, params, ids[:5])
+    recording.trace(net, params, ids[:5])

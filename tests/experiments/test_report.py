@@ -6,14 +6,11 @@ import math
 
 import pytest
 
-from experiments import (
-  _report,
-  _report_charts,
-  _report_page,
-  _report_runs,
-  _setup,
-)
 from experiments.configs import hope_tiny, transformer_tiny
+from nl_jax import build
+from nl_jax.report import charts, folder
+from nl_jax.report import page as page_lib
+from nl_jax.report import runs as runs_lib
 from tests.experiments import test_commands
 
 PNG = b"\x89PNG\r\n"
@@ -43,7 +40,7 @@ def make_run(folder, module=hope_tiny, lines=None, **config):
   built = module.get_config("smoke")
   built.update_from_flattened_dict(config)
   about = {
-    "config": _setup.plain(_setup.resolve(built)), "fingerprint": "f",
+    "config": build.plain(build.resolve(built)), "fingerprint": "f",
     "versions": {"jax": "1.2.3"}, "git": "0123456789abcdef",
   }  # fmt: skip
   (folder / "config.json").write_text(json.dumps(about))
@@ -80,7 +77,7 @@ class Reader(html.parser.HTMLParser):
 
 
 def report(out, *runs):
-  page, picture = _report.write([str(run) for run in runs], out)
+  page, picture = folder.write([str(run) for run in runs], out)
   assert picture.read_bytes().startswith(PNG)
   return Reader(page.read_text(encoding="utf-8"))
 
@@ -102,9 +99,9 @@ def test_one_run_with_memories(tmp_path):
 
 def test_the_same_run_gives_the_same_page(tmp_path):
   run = make_run(tmp_path / "run")
-  _report.write([str(run)], run)
+  folder.write([str(run)], run)
   first = (run / "report.html").read_bytes()
-  _report.write([str(run)], run)
+  folder.write([str(run)], run)
   assert (run / "report.html").read_bytes() == first
 
 
@@ -129,21 +126,21 @@ def test_runs_with_other_tokenizers_share_no_panel_of_loss(tmp_path):
     **json.loads((two / "config.json").read_text()),
     "tokenizer": {"file": "w.model", "sha256": {"w.model": "ab" * 32}},
   }))  # fmt: skip
-  read = [_report_runs.read(str(x)) for x in (one, two)]
-  panels = [p for p in _report_charts.panels(read) if "Loss (" in p.title]
+  read = [runs_lib.read(str(x)) for x in (one, two)]
+  panels = [p for p in charts.panels(read) if "Loss (" in p.title]
   assert [p.title for p in panels[:2]] == [
     "Loss (nat per token of bytes)", "Loss (nat per token of w.model)",
   ]  # fmt: skip
   assert all(len({c.run for c in p.curves}) == 1 for p in panels)
-  page = _report_page.page(read, [], ["", ""])
+  page = page_lib.page(read, [], ["", ""])
   assert "These runs have 2 tokenizers" in page
-  alone = _report_page.page(read[:1], [], [""])
+  alone = page_lib.page(read[:1], [], [""])
   assert "tokenizers" not in alone.split("Figures")[0]
 
 
 def test_the_loss_is_drawn_raw_and_as_a_mean_and_validation_as_a_line(tmp_path):
-  run = _report_runs.read(str(make_run(tmp_path / "a")))
-  panel = _report_charts.panels([run])[0]
+  run = runs_lib.read(str(make_run(tmp_path / "a")))
+  panel = charts.panels([run])[0]
   raw, mean, validation = panel.curves
   assert raw.faint and not raw.label and mean.label == "train"
   assert raw.ys == [5.0 / i for i in range(1, 9)]
@@ -152,19 +149,19 @@ def test_the_loss_is_drawn_raw_and_as_a_mean_and_validation_as_a_line(tmp_path):
   assert validation.label == "validation" and validation.ys == [2.5, 1.5]
   assert validation.marks and not validation.dots
   assert raw.colour == mean.colour != validation.colour
-  gaps = _report_charts.running_mean([1.0, math.nan, *[3.0] * 6])
+  gaps = charts.running_mean([1.0, math.nan, *[3.0] * 6])
   assert math.isnan(gaps[1]) and [*gaps[:1], *gaps[2:]] == [1.0] + [3.0] * 6
 
 
 def test_lines_that_lie_on_each_other_are_seen(tmp_path):
-  curve = _report_charts.Curve
+  curve = charts.Curve
   xs, ys = [1, 2, 3], [0.0, 1.0, 2.0]
   near = [0.001, 1.001, 1.999]
-  panel = _report_charts.Panel("a", "x", [
+  panel = charts.Panel("a", "x", [
     curve("one", xs, ys, 0), curve("two", xs, near, 1),
     curve("apart", xs, ys[::-1], 2),
   ])  # fmt: skip
-  assert _report_charts.covered(panel) == {0: 1}
+  assert charts.covered(panel) == {0: 1}
 
 
 def test_what_changed_and_where_it_came_from_is_told(tmp_path):
@@ -182,11 +179,11 @@ def test_what_changed_and_where_it_came_from_is_told(tmp_path):
     }
   ]
   (folder / "config.json").write_text(json.dumps(about))
-  run = _report_runs.read(str(folder))
-  page = Reader(_report_page.page([run], [], [""]))
+  run = runs_lib.read(str(folder))
+  page = Reader(page_lib.page([run], [], [""]))
   assert "changed at step 4: optim.b1: 0.9 -> 0.8." in page.text
   assert "came from step 9 of runs/x, trained on text a.txt" in page.text
-  assert _report_charts.panels([run])[0].changes == (256,)
+  assert charts.panels([run])[0].changes == (256,)
 
 
 def test_gaps_torn_lines_and_single_lines(tmp_path):
@@ -198,7 +195,7 @@ def test_gaps_torn_lines_and_single_lines(tmp_path):
   page = report(run, run)
   assert "1 logged steps were not finite" in page.text
   assert "1 torn lines" in page.text
-  _, ys = _report_runs.read(str(run)).series("train/loss")
+  _, ys = runs_lib.read(str(run)).series("train/loss")
   assert [math.isnan(y) for y in ys] == [False, False, True, False, False]
   alone = make_run(tmp_path / "b", transformer_tiny, [line(1)])
   assert "Loss over tokens" in report(alone, alone).text
@@ -213,7 +210,7 @@ def test_damaged_lines_are_left_out_and_damaged_values_are_gaps(tmp_path):
     file.write(b'\xff\n{"step": "7", "tokens": [], "wall_time": {}}\n[3]\n')
   page = report(run, run)
   assert "3 torn lines" in page.text
-  xs, _ = _report_runs.read(str(run)).series("train/loss", "step")
+  xs, _ = runs_lib.read(str(run)).series("train/loss", "step")
   assert xs == [1, 2, 4, 5]
 
 
@@ -237,13 +234,13 @@ def test_names_are_drawn_as_they_are(tmp_path):
 def test_seconds_are_of_training_whatever_the_clock_says(tmp_path):
   lines = [line(i) for i in range(1, 4)]
   lines[2]["wall_time"] += 1e6  # Stopped over night.
-  run = _report_runs.read(str(make_run(tmp_path / "a", lines=lines)))
+  run = runs_lib.read(str(make_run(tmp_path / "a", lines=lines)))
   assert run.seconds() == pytest.approx([2.0, 4.0, 6.0])
 
 
 def test_updates_of_a_level_that_rests_are_gaps_not_zeros(tmp_path):
-  run = _report_runs.read(str(make_run(tmp_path / "a")))
-  panel = [p for p in _report_charts.panels([run]) if "outer update" in p.title]
+  run = runs_lib.read(str(make_run(tmp_path / "a")))
+  panel = [p for p in charts.panels([run]) if "outer update" in p.title]
   high = [c for c in panel[0].curves if c.label == "cms/high"]
   assert [y == y for y in high[0].ys] == [i % 2 == 1 for i in range(1, 9)]
 
@@ -258,16 +255,16 @@ def test_a_config_of_another_version_is_said(tmp_path):
 
 def test_mistakes_are_sentences(tmp_path):
   with pytest.raises(ValueError, match="no folder"):
-    _report.write([str(tmp_path / "no")], tmp_path)
+    folder.write([str(tmp_path / "no")], tmp_path)
   with pytest.raises(ValueError, match="no run in"):
-    _report.write([str(tmp_path)], tmp_path)
+    folder.write([str(tmp_path)], tmp_path)
   empty = make_run(tmp_path / "a", lines=[])
   with pytest.raises(ValueError, match="has no line yet"):
-    _report.write([str(empty)], tmp_path)
+    folder.write([str(empty)], tmp_path)
   run = make_run(tmp_path / "b")
   (tmp_path / "file").write_text("precious")
   with pytest.raises(ValueError, match="file is a file"):
-    _report.write([str(run)], tmp_path / "file")
+    folder.write([str(run)], tmp_path / "file")
   assert (tmp_path / "file").read_text() == "precious"
 
 

@@ -8,10 +8,11 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _flags, _hf_config, _pretrained, _setup, _tensors
+from experiments.cli import named
 from experiments.configs import hope_linear_tiny
-from nl_jax import sharding
+from nl_jax import build, sharding
 from nl_jax import tensors as sealed
+from nl_jax.pretrained import folders, hf_config, weights
 from nl_jax.train import checkpoint, files
 from tests.experiments import forked, hub
 from tests.laws.models import MODELS
@@ -35,10 +36,10 @@ def write_tokenizer(folder):
 
 def write_run(folder):
   """A run of a model that has no form in the format of the hub."""
-  config = _setup.resolve(hope_linear_tiny.get_config("smoke"))
-  params = jax.jit(_setup.model(config).init)(jax.random.key(0))
+  config = build.resolve(hope_linear_tiny.get_config("smoke"))
+  params = jax.jit(build.model(config).init)(jax.random.key(0))
   zero = np.zeros((), np.int32)
-  files.claim(folder, _setup.plain(config), "")
+  files.claim(folder, build.plain(config), "")
   with checkpoint.Checkpoints(folder) as saver:
     saver.save(0, {"params": params, "step": zero}, {}, {})
 
@@ -118,7 +119,7 @@ def commands(tmp_path_factory):
 def read_back(folder):
   said = json.loads((folder / "config.json").read_text())
   return said, {
-    k: np.asarray(x) for k, x in _tensors.open_folder(folder).items()
+    k: np.asarray(x) for k, x in folders.open_folder(folder).items()
   }
 
 
@@ -143,7 +144,7 @@ def test_exported_is_what_was_stacked(commands, out):
   folder, _ = commands
   said, tensors = read_back(folder / out)
   jax.tree.map(np.testing.assert_array_equal, tensors, hub.weights("llama"))
-  assert _hf_config.group(said) == _hf_config.group(hub.CONFIGS["llama"])
+  assert hf_config.group(said) == hf_config.group(hub.CONFIGS["llama"])
   assert said["max_position_embeddings"] == 128
   assert said["bos_token_id"] == 1 and said["eos_token_id"] == 1
   assert said["torch_dtype"] == ("bfloat16" if out == "s.bf16" else "float32")
@@ -151,7 +152,7 @@ def test_exported_is_what_was_stacked(commands, out):
     assert (folder / out / name).read_bytes() == (
       folder / "hf" / name
     ).read_bytes()
-  file = folder / out / _tensors.MODEL
+  file = folder / out / folders.MODEL
   assert (file.stat().st_size < 80_000) == (out == "s.bf16")
 
 
@@ -169,14 +170,14 @@ def test_a_stacked_model_is_trained_on_and_exported(commands):
 
 def test_a_turned_bit_of_exported_weights_is_told(commands, tmp_path):
   folder, _ = commands
-  content = bytearray((folder / "i.hf" / _tensors.MODEL).read_bytes())
+  content = bytearray((folder / "i.hf" / folders.MODEL).read_bytes())
   header = 8 + int.from_bytes(content[:8], "little")
   for place, what in ((header + 999, "is damaged: "), (header // 2, "")):
     hurt = bytearray(content)
     hurt[place] ^= 1
-    (tmp_path / _tensors.MODEL).write_bytes(hurt)
+    (tmp_path / folders.MODEL).write_bytes(hurt)
     with pytest.raises(ValueError, match=what):
-      for stored in _tensors.open_folder(tmp_path).values():
+      for stored in folders.open_folder(tmp_path).values():
         np.asarray(stored)
 
 
@@ -184,9 +185,9 @@ def test_other_models_are_exported_by_our_names(commands):
   folder, _ = commands
   said, tensors = read_back(folder / "h.own")
   assert said["model_type"] == "nl_jax"
-  config = _setup.from_plain(said["config"])
+  config = build.from_plain(said["config"])
   assert config.model.arch == "hope"
-  params, _ = checkpoint.load_params(str(folder / "h"), _setup.model(config))
+  params, _ = checkpoint.load_params(str(folder / "h"), build.model(config))
   leaves = jax.tree_util.tree_leaves_with_path(params)
   wanted = {sharding.path_name(path): np.asarray(x) for path, x in leaves}
   jax.tree.map(np.testing.assert_array_equal, tensors, wanted)
@@ -234,7 +235,7 @@ def test_no_name_becomes_code(commands):
   """What a stacked run leaves is data, and nothing of a name has run."""
   folder, _ = commands
   assert not list(folder.rglob("*.py")) and not (folder / "ran").exists()
-  config = _flags.load_config(str(folder / "c" / "config.json"))
+  config = named.load_config(str(folder / "c" / "config.json"))
   assert config.model.cms.chunks == (8, 16)
   assert config.data.tokenizer == str(
     (folder / STRANGE).resolve() / "tokenizer.json"
@@ -264,16 +265,16 @@ def test_live(tmp_path, family):
   model.save_pretrained(tmp_path / "hf", max_shard_size="40KB")
   assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
   said, _ = read_back(tmp_path / "hf")
-  stored = _tensors.open_folder(tmp_path / "hf")
-  group, params = _pretrained.convert(said, stored)
+  stored = folders.open_folder(tmp_path / "hf")
+  group, params = weights.convert(said, stored)
   tokens = hub.tokens_of(family)
   with torch.no_grad():
     wanted = model(torch.tensor(tokens)).logits.numpy()
   hub.assert_close(hub.logits(group, params, tokens), wanted, 5e-6)
-  about, tensors = _pretrained.revert(hub.model_of(group), params)
+  about, tensors = weights.revert(hub.model_of(group), params)
   out = tmp_path / "back"
   out.mkdir()
-  sealed.write(out / _tensors.MODEL, tensors, {"format": "pt"}, "float32")
+  sealed.write(out / folders.MODEL, tensors, {"format": "pt"}, "float32")
   (out / "config.json").write_text(json.dumps(about))
   again = auto.from_pretrained(out, dtype=torch.float32).eval()
   with torch.no_grad():
@@ -299,8 +300,8 @@ def test_transformer_plus_plus_is_llama(tmp_path):
   net = MODELS["transformer"]()
   params = jax.jit(net.init)(jax.random.key(0))
   params = jax.tree.map(lambda x: np.asarray(5 * x), params)
-  about, tensors = _pretrained.revert(net, params)
-  sealed.write(tmp_path / _tensors.MODEL, tensors, {}, "float32")
+  about, tensors = weights.revert(net, params)
+  sealed.write(tmp_path / folders.MODEL, tensors, {}, "float32")
   (tmp_path / "config.json").write_text(json.dumps(about))
   auto = transformers.AutoModelForCausalLM
   model = auto.from_pretrained(tmp_path, dtype=torch.float32).eval()

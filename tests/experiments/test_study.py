@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments import _studies, _study_streams, _study_topics
+from experiments.study import streams as streams_lib
+from experiments.study import studies, topics
 from tests.experiments import forked
 
 
@@ -46,15 +47,15 @@ def test_a_study_is_trained_told_and_not_trained_again(tmp_path):
 
 
 def test_every_row_of_a_study_is_a_config(tmp_path):
-  for name, study in _studies.STUDIES.items():
+  for name, study in studies.STUDIES.items():
     rows = study(False, tmp_path).rows
     assert len(rows) > 5, name
-  table = _studies.tiny_table(False, tmp_path).rows
+  table = studies.tiny_table(False, tmp_path).rows
   assert len(table) == len({config for config, _ in table.values()})
 
 
 def test_readings_end_with_the_same_text():
-  made = _study_topics.readings(64)
+  made = topics.readings(64)
   short, longer, switched = (made[name] for name in ("A2", "A1 A2", "A1 B A2"))
   assert short.shape == (12, 64) and switched.shape == (12, 192)
   np.testing.assert_array_equal(short, longer[:, 64:])
@@ -67,11 +68,11 @@ def test_texts_are_held_out():
   from nl_jax.data import sources, tokenizers
 
   train = "\n".join(sources.embedded().train)
-  rows = _study_streams.windows(512)
+  rows = streams_lib.windows(512)
   assert rows.shape == (48, 513)
   for row in rows:
     assert tokenizers.Bytes().decode(row) not in train
-  for found in _study_topics.texts(512).values():
+  for found in topics.texts(512).values():
     for text in found:
       assert tokenizers.Bytes().decode(text) not in train
 
@@ -80,16 +81,16 @@ def test_streams_read_training_files_alone(tmp_path):
   from nl_jax.data import sources
 
   path = tmp_path / "new" / "text.jsonl"
-  _study_streams.write_text(path, 50_000)
+  streams_lib.write_text(path, 50_000)
   texts = [json.loads(x)["text"] for x in path.read_text().splitlines()]
   assert set(texts) <= set(sources.embedded().train)
   assert len("".join(texts[:-1])) < 50_000 <= len("".join(texts).encode())
-  _study_streams.write_text(path, 60_000)  # What is there is what was read.
+  streams_lib.write_text(path, 60_000)  # What is there is what was read.
   assert len(path.read_text().splitlines()) == len(texts)
 
 
 def test_buckets_are_means_over_trained_rows():
-  got = _study_streams.buckets(np.arange(16.0), 2)
+  got = streams_lib.buckets(np.arange(16.0), 2)
   np.testing.assert_array_equal(got, [0.5, 2.5, 5.5, 11.5])
 
 
@@ -97,4 +98,4 @@ def test_buckets_are_means_over_trained_rows():
   "values,text", [([1.5], "1.500"), ([1.0, 2.0], "1.500 ± 0.707")]
 )
 def test_a_cell_is_mean_and_spread(values, text):
-  assert _studies.cell(values) == text
+  assert studies.cell(values) == text

@@ -202,14 +202,14 @@ def test_tasks_while_training(folder):
 
 
 def test_a_task_that_fails_while_training_is_survived(tmp_path, monkeypatch):
-  from experiments import _table1_training
+  from experiments.table1 import training
   from nl_jax import sharding
   from nl_jax.data import tokenizers
   from tests.laws.models import MODELS
 
   documents.write(tmp_path, ["piqa", "boolq"])
   net = MODELS["transformer"]()
-  score = _table1_training.make(
+  score = training.make(
     {"piqa": 0, "boolq": 1}, str(tmp_path), net, tokenizers.Bytes(),
     sharding.mesh(devices=jax.devices()[:1]), 1024,
   )  # fmt: skip

@@ -7,12 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _flags, _tasks_lstm
-from experiments import _tasks_arms as arms
-from experiments import _tasks_needles as asking
-from experiments import _tasks_problems as problems
-from experiments import _tasks_tables as tables
-from experiments import _tasks_training as training
+from experiments.cli import named
+from experiments.tasks import arms, lstm, problems, tables, training
+from experiments.tasks import needles as asking
 from nl_jax import stream
 from nl_jax.data import tokenizers
 from nl_jax.tasks import batches, languages, needles
@@ -111,9 +108,7 @@ def test_cells():
 def test_an_lstm_learns_to_count_to_two():
   rows = languages.splits("aa", np.random.default_rng(0), train=200, test=50)
   train = rows.pop("train")
-  net = _tasks_lstm.LSTM(
-    languages.LANGUAGES["aa"].vocab_size, width=16, layers=1
-  )
+  net = lstm.LSTM(languages.LANGUAGES["aa"].vocab_size, width=16, layers=1)
   fit = lambda seed: training.fit(
     net, train, rows, training.Plan(240, 16, 1e-2, 80), seed=seed,
     done=lambda history: False,
@@ -128,7 +123,7 @@ def test_an_lstm_learns_to_count_to_two():
 
 def test_tests_do_not_depend_on_the_batch():
   rows = languages.splits("anbn", np.random.default_rng(0), train=8, test=11)
-  net = _tasks_lstm.LSTM(6, width=8, layers=1)
+  net = lstm.LSTM(6, width=8, layers=1)
   params, batch = net.init(jax.random.key(0)), rows["bin0"]
   test = training._tester(net)
   whole, parts = (test(params, batch, at_once) for at_once in (11, 4))
@@ -147,7 +142,7 @@ def test_training_stops_when_it_is_told_to():
   rows = languages.splits("abab", np.random.default_rng(0), train=16, test=9)
   train = rows.pop("train")
   fitted = training.fit(
-    _tasks_lstm.LSTM(5, width=8, layers=1), train, rows,
+    lstm.LSTM(5, width=8, layers=1), train, rows,
     PLAN._replace(eval_every=10), seed=0,
     done=lambda history: len(history) == 2,
   )  # fmt: skip
@@ -160,7 +155,7 @@ def test_a_rate_that_is_too_high_is_told():
   plan = PLAN._replace(learning_rate=1e18, weight_decay=1.0)
   with pytest.raises(FloatingPointError, match="lower --learning_rates"):
     training.fit(
-      _tasks_lstm.LSTM(5, width=8, layers=1), train, rows, plan, seed=0,
+      lstm.LSTM(5, width=8, layers=1), train, rows, plan, seed=0,
       done=lambda history: False,
     )  # fmt: skip
 
@@ -211,7 +206,7 @@ def test_rows_of_mqar_are_as_many_as_asked_for():
 
 
 def test_a_config_is_fitted_to_the_task():
-  config = _flags.load_config("hope_linear_tiny")
+  config = named.load_config("hope_linear_tiny")
   with config.unlocked():
     config.model.mixer.eta_max = 2.0
   arm = arms.chosen("hope_linear_tiny", config)
@@ -228,7 +223,7 @@ def test_a_config_is_fitted_to_the_task():
 
 @pytest.mark.parametrize("field", ["train.steps", "model.vocab_size"])
 def test_what_the_task_decides_is_refused(field):
-  config = _flags.load_config("hope_tiny")
+  config = named.load_config("hope_tiny")
   group, _, name = field.partition(".")
   with config.unlocked():
     config[group][name] = 400

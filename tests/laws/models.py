@@ -3,24 +3,26 @@
 import dataclasses
 
 from nl_jax.memory import self_modifying
-from nl_jax.models import (
-  attention,
-  cms,
-  deltanet,
+from nl_jax.models import cms, layers, lm
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers import deltanet, retnet, rwkv7, samba, ttt
+from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.models.mixers.titans import (
   dla,
-  incontext,
-  layers,
-  lm,
   memora,
-  retnet,
-  rwkv7,
-  samba,
-  titans,
-  titans_mac,
-  titans_mag,
-  titans_mal,
-  ttt,
-)  # fmt: skip
+)
+from nl_jax.models.mixers.titans import (
+  lmm as titans,
+)
+from nl_jax.models.mixers.titans import (
+  mac as titans_mac,
+)
+from nl_jax.models.mixers.titans import (
+  mag as titans_mag,
+)
+from nl_jax.models.mixers.titans import (
+  mal as titans_mal,
+)
 
 _LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(

@@ -9,7 +9,8 @@ import pytest
 
 from nl_jax import memory
 from nl_jax.memory import linear, muon
-from nl_jax.models import lm, titans
+from nl_jax.models import lm
+from nl_jax.models.mixers.titans import lmm as titans
 from tests.memory import oracle, test_memories
 from tests.memory.test_memories import B, H, K, close
 

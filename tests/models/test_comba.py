@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
+from experiments.cli import named
+from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
-from nl_jax.models import cms, deltanet, lm
+from nl_jax.models import cms, lm
+from nl_jax.models.mixers import deltanet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 
@@ -50,7 +51,7 @@ def sigmoid(x):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from its definition (model.md 6): one token and head at a time."""
+  """A layer by its definition (docs/mathematics.md 6), by token and head."""
   p = jax.tree.map(np.asarray, params)
   H, K = model.heads, model.head_dim
   norm = lambda z: z / np.sqrt(z @ z + 1e-6)
@@ -140,7 +141,7 @@ def test_the_frozen_numbers_are_what_the_oracle_says():
 @pytest.mark.parametrize("size", ["tiny", "340m", "760m", "1b3"])
 def test_two_numbers_a_head_more_than_gated_deltanet(size):
   nets = [
-    _setup.model(_setup.resolve(_flags.load_config(f"{arch}_{size}")))
+    build.model(build.resolve(named.load_config(f"{arch}_{size}")))
     for arch in ("comba", "gated_deltanet")
   ]
   counts = [net.parameter_count() for net in nets]

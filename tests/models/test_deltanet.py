@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
+from experiments.cli import named
+from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
-from nl_jax.models import cms, deltanet, lm
+from nl_jax.models import cms, lm
+from nl_jax.models.mixers import deltanet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 
@@ -52,7 +53,7 @@ def sigmoid(x):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from its definition (model.md 6): one token and head at a time."""
+  """A layer by its definition (docs/mathematics.md 6), by token and head."""
   p = jax.tree.map(np.asarray, params)
   gated = model.arch == "gated_deltanet"
   H, K = model.heads, model.head_dim
@@ -136,7 +137,7 @@ def test_without_decay_gated_deltanet_is_deltanet():
 
 
 def test_negative_eigenvalues_turn_the_sign_of_what_is_held():
-  """beta = 2 reflects along the key: S + 2 k^T (0 - k S) (model.md 2.8)."""
+  """beta = 2 reflects: S + 2 k^T (0 - k S) (docs/mathematics.md 2.8)."""
   rule = deltanet.Options(chunk=4).rule
   start = {"w": jnp.zeros((1, 2, 1))}
   k = jnp.tile(jnp.asarray([1.0, 0.0]), (1, 4, 1, 1))
@@ -209,13 +210,13 @@ def test_the_frozen_numbers_are_what_the_oracles_say():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_the_formulas_and_the_table(name):
-  """model.md 7.2, in millions."""
+  """docs/mathematics.md 7.2, in millions."""
   table = dict(
     deltanet=(341.6, 757.9, 1300.1), gated_deltanet=(340.1, 758.1, 1303.7)
   )
   for size, total in zip(("340m", "760m", "1b3"), table[name]):
-    config = _setup.resolve(_flags.load_config(f"{name}_{size}"))
-    net = _setup.model(config)
+    config = build.resolve(named.load_config(f"{name}_{size}"))
+    net = build.model(config)
     assert abs(net.parameter_count() / 1e6 - total) < 0.06
     D, H, K = net.width, net.heads, net.head_dim
     mixer = deltanet.parameter_count(net)

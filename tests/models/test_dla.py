@@ -6,8 +6,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax.models import dla, titans
+from experiments.cli import named
+from nl_jax import build
+from nl_jax.models.mixers.titans import dla
+from nl_jax.models.mixers.titans import lmm as titans
 from tests.laws.models import MODELS
 from tests.models import test_titans
 
@@ -49,7 +51,7 @@ def test_with_a_matrix_it_is_gated_linear_attention():
 
 @pytest.mark.parametrize("kind", ["random", "constant", "repeated"])
 def test_the_default_memory_stays_bounded(kind):
-  """model.md 8.1, law 14, at 4096 tokens."""
+  """docs/mathematics.md 8.1, at 4096 tokens."""
   model = test_titans.small("dla", dla.Options(chunk=8, hidden=8))
   params = dla.init(jax.random.key(0), model)
   x = draw(1, 4096, 8).astype(np.float32)
@@ -71,7 +73,7 @@ def test_the_default_memory_stays_bounded(kind):
 ])  # fmt: skip
 def test_sizes_are_the_formula(size, total):
   """5 D² + 12 D + 2 H (D+1) + 2 H K M + K a mixer, in millions."""
-  net = _setup.model(_setup.resolve(_flags.load_config(f"dla_{size}")))
+  net = build.model(build.resolve(named.load_config(f"dla_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   expected = 5 * D * D + 12 * D + 2 * H * (D + 1) + 2 * H * K * M + K

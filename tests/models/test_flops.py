@@ -13,12 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _compile_hlo, _flags, _setup
-from nl_jax import memory
+from experiments.cli import named
+from nl_jax import build, memory
+from nl_jax.aot import hlo
 from nl_jax.memory import linear, mlp
-from nl_jax.models import flops, incontext, lm, mamba
+from nl_jax.models import flops, lm
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers import mamba
 
-_TINY = [n for n in _flags.config_names() if n.endswith("_tiny")]
+_TINY = [n for n in named.config_names() if n.endswith("_tiny")]
 # The gradient of hope_incontext takes half a minute to trace.
 TRAINED = [n for n in _TINY if n != "hope_incontext_tiny"]
 
@@ -60,8 +63,8 @@ def no_remat(monkeypatch):
 
 
 def model_of(name):
-  config = _setup.resolve(_flags.load_config(name))
-  return _setup.model(config), config.data.sequence_length
+  config = build.resolve(named.load_config(name))
+  return build.model(config), config.data.sequence_length
 
 
 def traced(function, net, tokens):
@@ -246,10 +249,10 @@ def test_forward_is_the_products_of_the_program(name):
     fast_layers=2, fast_levels=("high",), chunks=(8,), rates=(0.1,))),
 ])  # fmt: skip
 def test_other_ways_to_learn_in_context(name, change):
-  config = _flags.load_config(f"{name}:smoke")
+  config = named.load_config(f"{name}:smoke")
   config.model.cms.update(change)
-  config = _setup.resolve(config)
-  net, tokens = _setup.model(config), config.data.sequence_length
+  config = build.resolve(config)
+  net, tokens = build.model(config), config.data.sequence_length
   counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
   wanted = flops.forward(net, tokens).total + in_context(net, tokens)
   assert counted == pytest.approx(wanted, rel=1e-12)
@@ -262,7 +265,7 @@ def test_the_compiled_program_of_attention_makes_just_that():
   run = jax.jit(lambda p, x: net.apply(p, x)[0])
   text = run.lower(params, row).compile().as_text()
   wanted = tokens * flops.forward(net, tokens).total
-  assert _compile_hlo.count(text, {}).flops == wanted
+  assert hlo.count(text, {}).flops == wanted
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -278,7 +281,7 @@ def test_every_mixer_has_a_formula():
   assert set(flops.MIXERS) == set(lm.MIXERS)
 
 
-@pytest.mark.parametrize("name", _flags.config_names())
+@pytest.mark.parametrize("name", named.config_names())
 def test_every_config_has_a_formula(name):
   net, tokens = model_of(name)
   parts = flops.forward(net, tokens)
@@ -287,8 +290,9 @@ def test_every_config_has_a_formula(name):
   assert parts.total > 1.9 * net.parameter_count()
 
 
-# Of the sums that model.md 3.5 states, V = K; but without momentum error and
-# erase are one row: 4 C (K + M) less, and 2 C (K + M) where nothing is read.
+# Of the sums that docs/mathematics.md 3.5 states, V = K; but without momentum
+# error and erase are one row: 4 C (K + M) less, and 2 C (K + M) where nothing
+# is read.
 K, M, C = 64, 128, 16
 
 
@@ -355,11 +359,11 @@ def test_other_rules_of_a_memory(arch, change):
 
 @pytest.mark.parametrize("loss", ["local_l2", "local_dot"])
 def test_levels_that_learn_from_losses_of_their_layers(loss):
-  config = _flags.load_config("hope_attention_incontext_tiny:smoke")
+  config = named.load_config("hope_attention_incontext_tiny:smoke")
   config.model.cms.inner_loss = loss
   config.model.cms.reset = "document"
-  config = _setup.resolve(config)
-  net, tokens = _setup.model(config), config.data.sequence_length
+  config = build.resolve(config)
+  net, tokens = build.model(config), config.data.sequence_length
   counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
   wanted = flops.forward(net, tokens).total
   wanted += net.base.units * of_mixer(net.base, tokens)

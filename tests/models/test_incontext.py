@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import attention, cms, incontext, layers, lm
+from nl_jax.models import cms, layers, lm
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers.attention import mixer as attention
 
 LEVELS = cms.CMSConfig(("high", "mid", "low"), (12, 8, 8), (0, 0, 0))
 SEQUENCE = 40

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory, sharding
-from nl_jax.models import memora
+from experiments.cli import named
+from nl_jax import build, memory, sharding
+from nl_jax.models.mixers.titans import memora
 from tests.laws.models import MODELS
 from tests.memory import oracle
 from tests.models import test_titans
@@ -73,7 +73,7 @@ def test_a_layer_is_its_token_loop(chunk, lag):
 
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_columns_sum_to_one_and_weights_move(kind):
-  """model.md 8.1, law 14, at 512 tokens: bounded by what it is."""
+  """docs/mathematics.md 8.1, at 512 tokens: bounded by what it is."""
   model = test_titans.small("memora", memora.Options(chunk=8, hidden=8))
   params = memora.init(jax.random.key(0), model)
   x = draw(1, 512, 8).astype(np.float32)
@@ -93,7 +93,7 @@ def test_columns_sum_to_one_and_weights_move(kind):
 ])  # fmt: skip
 def test_sizes_are_the_formula(size, total):
   """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K a mixer, in millions."""
-  net = _setup.model(_setup.resolve(_flags.load_config(f"memora_{size}")))
+  net = build.model(build.resolve(named.load_config(f"memora_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   expected = 5 * D * D + 14 * D + 4 * D * net.mixer.rank + 2 * H * K * M + K

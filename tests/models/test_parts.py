@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import attention, cms, layers, lm, softmax
+from nl_jax.models import cms, layers, lm
+from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.models.mixers.attention import softmax
 from tests.laws.models import MODELS
 
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import attention, layers, lm
+from nl_jax.models import layers, lm
+from nl_jax.models.mixers.attention import mixer as attention
 from tests.laws.models import MODELS
 
 _MAX = 2**31 - 1

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import sharding
+from experiments.cli import named as named_lib
+from nl_jax import build, sharding
 from nl_jax.kernels import general_delta_rule as ops
-from nl_jax.models import cms, incontext, lm, rwkv7
+from nl_jax.models import cms, lm
+from nl_jax.models.incontext import model as incontext
+from nl_jax.models.mixers import rwkv7
 from tests.golden import _oracle
 from tests.laws.models import MODELS
 
@@ -163,7 +165,7 @@ def test_the_start_is_that_of_its_authors():
 
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_a_long_text_keeps_the_memory_bounded(kind):
-  """model.md 8.1, law 14, at 2048 tokens: below |k| |v| / (1 - e^w)."""
+  """docs/mathematics.md 8.1, at 2048 tokens: below |k| |v| / (1 - e^w)."""
   rng = np.random.default_rng(0)
   r, k, v, a = rng.standard_normal((4, 1, 2048, 2, 8))
   if kind == "constant":
@@ -183,8 +185,8 @@ def test_a_long_text_keeps_the_memory_bounded(kind):
   ("340m", 339.8), ("760m", 759.8), ("1b3", 1302.5),
 ])  # fmt: skip
 def test_sizes_are_the_formula(size, total):
-  """model.md 7.2 in millions, but for the LoRA that the first layer lacks."""
-  net = _setup.model(_setup.resolve(_flags.load_config(f"rwkv7_{size}")))
+  """docs/mathematics.md 7.2 in millions, but for a LoRA of the first layer."""
+  net = build.model(build.resolve(named_lib.load_config(f"rwkv7_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, F = net.width, net.cms.widths[0]
   layer = 4 * D * D + 2 * D * 288 + 14 * D + 2 * D * F + D + 2 * D

@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import card, sharding
-from nl_jax.models import attention, cms, layers, lm, mamba, samba
+from experiments.cli import named
+from nl_jax import build, card, sharding
+from nl_jax.models import cms, layers, lm
+from nl_jax.models.mixers import mamba, samba
+from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.train import optimizer
 from tests.laws.models import MODELS
 
@@ -122,9 +124,9 @@ def test_the_state_has_one_size_and_the_card_says_it():
   ("340m", 337.7), ("760m", 759.0), ("1b3", 1301.5),
 ])  # fmt: skip
 def test_sizes_are_the_formula_and_the_table(size, total):
-  """model.md 7.2, in millions."""
-  config = _setup.resolve(_flags.load_config(f"samba_{size}"))
-  net = _setup.model(config)
+  """docs/mathematics.md 7.2, in millions."""
+  config = build.resolve(named.load_config(f"samba_{size}"))
+  net = build.model(config)
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   assert net.units == 12 and net.mixer.window == 2048
   D, F, R = net.width, net.cms.widths[0], net.width // 16

@@ -5,7 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nl_jax.models import attention, sliding_window, softmax
+from nl_jax.models.mixers.attention import (
+  mixer as attention,
+)
+from nl_jax.models.mixers.attention import (
+  sliding_window,
+  softmax,
+)
 
 
 def draw(*shape, seed):

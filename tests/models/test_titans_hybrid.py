@@ -11,18 +11,25 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import card, sharding
-from nl_jax.models import (
-  attention,
-  cms,
-  lm,
-  titans,
-  titans_hybrid,
-  titans_mac,
-  titans_mag,
-  titans_mal,
-)  # fmt: skip
+from experiments.cli import named
+from nl_jax import build, card, sharding
+from nl_jax.models import cms, lm
+from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.models.mixers.titans import (
+  hybrid as titans_hybrid,
+)
+from nl_jax.models.mixers.titans import (
+  lmm as titans,
+)
+from nl_jax.models.mixers.titans import (
+  mac as titans_mac,
+)
+from nl_jax.models.mixers.titans import (
+  mag as titans_mag,
+)
+from nl_jax.models.mixers.titans import (
+  mal as titans_mal,
+)
 from nl_jax.train import optimizer
 from tests.laws.models import MODELS
 from tests.memory import oracle
@@ -354,8 +361,8 @@ def test_the_state_has_one_size_and_the_card_says_it(arch):
   ("340m", 339.0), ("760m", 756.7), ("1b3", 1302.0),
 ])  # fmt: skip
 def test_sizes_are_the_formula_and_the_table(arch, size, total):
-  """model.md 7.2, in millions, with P and the norms of the branches."""
-  net = _setup.model(_setup.resolve(_flags.load_config(f"{arch}_{size}")))
+  """docs/mathematics.md 7.2, in millions, with P and norms of branches."""
+  net = build.model(build.resolve(named.load_config(f"{arch}_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.1
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   assert M == 2 * K and net.mixer.persistent == 4

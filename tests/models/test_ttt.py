@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import memory
-from nl_jax.models import cms, layers, lm, ttt
+from experiments.cli import named
+from nl_jax import build, memory
+from nl_jax.models import cms, layers, lm
+from nl_jax.models.mixers import ttt
 from tests.golden import _oracle
 
 NAMES = ("ttt_linear", "ttt_mlp")
@@ -51,7 +52,7 @@ def short_conv(x_TxE, taps, bias):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from model.md 6: inner gradients by `jax.grad`, one by one."""
+  """A layer from docs/mathematics.md 6, inner gradients by `jax.grad`."""
   p = jax.tree.map(np.asarray, params)
   C, H, K = model.mixer.chunk, model.heads, model.head_dim
   fast, affine, T = p["memory"], p["memory_norm"], len(x_TxD)
@@ -174,13 +175,13 @@ def test_a_call_that_begins_a_document_begins_a_mini_batch():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_the_formula_and_the_table(name):
-  """model.md 7.2, in millions, and 6 D a layer of pre_conv on top."""
+  """docs/mathematics.md 7.2, in millions, and 6 D a layer of pre_conv."""
   table = dict(
     ttt_linear=(338.7, 760.8, 1304.2), ttt_mlp=(340.4, 763.3, 1298.1)
   )
   for size, total in zip(("340m", "760m", "1b3"), table[name]):
-    config = _setup.resolve(_flags.load_config(f"{name}_{size}"))
-    net = _setup.model(config)
+    config = build.resolve(named.load_config(f"{name}_{size}"))
+    net = build.model(config)
     D, H, K = net.width, net.heads, net.head_dim
     extra = net.layers * 6 * D
     assert abs((net.parameter_count() - extra) / 1e6 - total) < 0.06

@@ -9,13 +9,13 @@ import re
 
 import pytest
 
-from experiments import _flags, _setup
-from nl_jax import fields
+from experiments.cli import named
+from nl_jax import build, fields
 from nl_jax.models import lm
 from nl_jax.train import config as configs
 from nl_jax.train import files
 
-NAMES = _flags.config_names()
+NAMES = named.config_names()
 # What runs of before had where their configs listed nothing, by arch.
 BEFORE = pathlib.Path(__file__).parents[1] / "fixtures" / "before.json"
 ONE = [f"{name}_tiny" for name in ("hope_incontext", "titans_mac", "samba")]
@@ -23,7 +23,7 @@ ONE = [f"{name}_tiny" for name in ("hope_incontext", "titans_mac", "samba")]
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_config_lists_every_field_of_its_arch(name):
-  config = _flags.load_config(name)
+  config = named.load_config(name)
   configs.check(config.to_dict())
   mixer = dataclasses.asdict(lm.MIXERS[config.model.arch].Options())
   assert sorted(config.model.mixer) == sorted(mixer)
@@ -57,7 +57,7 @@ def outside(field):
 
 @pytest.mark.parametrize("name", [x for x in NAMES if x.endswith("_tiny")])
 def test_a_value_out_of_range_is_told_by_its_whole_path(name):
-  config = _flags.load_config(name).to_dict()
+  config = named.load_config(name).to_dict()
   known = configs.flat(configs.table_of(config))
   for path, field in known.items():
     *groups, key = path.split(".")
@@ -89,13 +89,13 @@ def test_what_is_no_config_is_told(broken, sentence):
 
 
 def test_a_field_too_many_and_one_too_few():
-  config = _flags.load_config("hope_tiny").to_dict()
+  config = named.load_config("hope_tiny").to_dict()
   config["model"]["mixer"]["chunk_mem"] = 3
   with pytest.raises(
     ValueError, match="chunk_mem.*did you mean model.mixer.ch"
   ):
     configs.check(config)
-  config = _flags.load_config("hope_tiny").to_dict()
+  config = named.load_config("hope_tiny").to_dict()
   del config["model"]["width"]
   with pytest.raises(ValueError, match="no field model.width: a whole number"):
     configs.check(configs.upgraded(config))
@@ -128,8 +128,8 @@ def test_configs_of_before_have_the_values_of_then():
 
 @pytest.mark.parametrize("name", ONE)
 def test_a_run_of_before_is_the_same_run(name, tmp_path):
-  config = _setup.resolve(_flags.load_config(name))
-  now = _setup.plain(config)
+  config = build.resolve(named.load_config(name))
+  now = build.plain(config)
   then = json.loads(json.dumps(now))
   mixer = then["model"].pop("mixer")
   mixer = {k: x for k, x in mixer.items() if k not in ("walk", "chunk")}
@@ -145,14 +145,14 @@ def test_a_run_of_before_is_the_same_run(name, tmp_path):
     tmp_path / "config.json", {"config": then, "fingerprint": ""}
   )
   files.claim(tmp_path, now, "")
-  assert _setup.from_plain(files.read_about(tmp_path)["config"]) is not None
+  assert build.from_plain(files.read_about(tmp_path)["config"]) is not None
 
 
 def test_words_need_no_quotes():
-  config = _flags.load_config("hope_tiny")
+  config = named.load_config("hope_tiny")
   with config.unlocked():
     config.model.mixer.adaptive = ("k,v",)
     config.eval.tasks = ("piqa:2,boolq",)
-  made = _setup.resolve(config)
+  made = build.resolve(config)
   assert made.model.mixer.adaptive == ("k", "v")
   assert made.eval.tasks == ("piqa:2", "boolq")

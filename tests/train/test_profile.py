@@ -4,8 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import _compile_chips, _flags, _setup
-from nl_jax import sharding
+from experiments.cli import named
+from nl_jax import build, sharding
+from nl_jax.aot import chips
 from nl_jax.train import files, progress, timer
 from nl_jax.train import settings as settings_lib
 from tests.train import stub
@@ -93,9 +94,9 @@ def test_the_peak_of_a_device(kind, rate):
 def test_peaks_are_those_of_the_compile_reports():
   kinds = dict(v4="TPU v4", v5e="TPU v5 lite", v5p="TPU v5", v6e="TPU v6 lite")
   for name, kind in kinds.items():
-    assert progress.peak(kind) == _compile_chips.CHIPS[name].flops
+    assert progress.peak(kind) == chips.CHIPS[name].flops
   # Two devices a chip.
-  assert 2 * progress.peak("TPU7x") == _compile_chips.CHIPS["tpu7x"].flops
+  assert 2 * progress.peak("TPU7x") == chips.CHIPS["tpu7x"].flops
 
 
 def test_mfu_where_the_peak_is_known(monkeypatch):
@@ -120,9 +121,9 @@ def test_no_mfu_is_said_once(tmp_path, one_device, monkeypatch):
 
 
 def test_names_in_a_trace_tell_levels_apart():
-  config = _setup.resolve(_flags.load_config("hope_tiny:smoke"))
-  net = _setup.model(config)
-  made = _setup.make_optimizer(config, net)
+  config = build.resolve(named.load_config("hope_tiny:smoke"))
+  net = build.model(config)
+  made = build.make_optimizer(config, net)
   params = jax.eval_shape(net.init, jax.random.key(0))
   opt = jax.eval_shape(made.tx.init, params)
   tokens = jax.ShapeDtypeStruct((1, 16), np.int32)

@@ -1,0 +1,1 @@
+"""Random configs, files and commands: `python -m experiments.fuzz`."""

@@ -1,0 +1,1 @@
+"""Optimizers compared: `python -m experiments.optimizers`."""

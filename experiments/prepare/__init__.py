@@ -1,0 +1,1 @@
+"""Tokens on disk, made ahead: `python -m experiments.prepare`."""

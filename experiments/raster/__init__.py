@@ -1,0 +1,1 @@
+"""A picture of the levels at work: `python -m experiments.raster`."""

@@ -1,0 +1,1 @@
+"""Reads a text and keeps the memory: `python -m experiments.read`."""

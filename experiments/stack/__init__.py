@@ -1,0 +1,1 @@
+"""Levels on a pretrained model: `python -m experiments.stack`."""

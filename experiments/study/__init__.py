@@ -1,0 +1,1 @@
+"""Runs of a study: `python -m experiments.study`."""

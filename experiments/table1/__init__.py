@@ -1,0 +1,1 @@
+"""Table 1 of a run: `python -m experiments.table1`."""

@@ -1,0 +1,1 @@
+"""Recall, languages and needles: `python -m experiments.tasks`."""

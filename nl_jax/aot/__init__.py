@@ -1,0 +1,1 @@
+"""Programs compiled ahead of time for chips that are not here."""

@@ -1,0 +1,1 @@
+"""A language model whose levels learn while it reads."""

@@ -1,0 +1,1 @@
+"""The mixers: one architecture a file or package."""

@@ -1,0 +1,1 @@
+"""Softmax attention, whole or in a window."""

@@ -1,0 +1,222 @@
+"""RetNet: matrix memories that forget at a fixed rate (arXiv 2307.08621).
+
+    q, k = RoPE(x W_q), RoPE(x W_k);  v = x W_v                 heads of K, 2 K
+    S <- gamma_h S + k^T v;   gamma_h = 1 - 2^(-5 - h),  h = 0 ... H - 1
+    y = K^-1/2 q S;   out = (RMSNorm_V(y) * SiLU(x W_g)) W_o
+
+In the words of Nested Learning a linear memory with the objective -<k S, v>,
+gradient descent and a retention that nothing learns (docs/mathematics.md 6).
+The result does not depend on the chunk, so documents may begin anywhere;
+positions restart with them.
+"""
+
+# Deviation: RoPE in place of the paper's xPos, and RMSNorm in place of
+# GroupNorm, because the code base that others compare with has it so
+# (flash-linear-attention).
+
+import dataclasses
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, fields, memory, types
+from nl_jax.kernels.rank_one import segments
+from nl_jax.memory import linear
+from nl_jax.memory import rule as rules
+from nl_jax.models import layers
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+_VALUES = 2  # V = 2 K.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+  """The switches; none of them changes a number.
+
+  Attributes:
+    chunk: tokens computed at once.
+    remat_group: chunks between states kept for the backward pass; 1 is fastest.
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
+  """
+
+  chunk: rules.Count = 64
+  remat_group: rules.Count = 4
+  walk: rules.Walk = "auto"
+
+  def __post_init__(self):
+    fields.check("model.mixer", Options, vars(self))
+
+  @property
+  def rule(self) -> memory.Rule:
+    """Gradient descent with decay, which erases nothing."""
+    return memory.Rule(
+      chunk=self.chunk,
+      objective="dot",
+      dgd_scope="none",
+      retention_target="zero",
+      erase_of="whole",
+      remat_group=self.remat_group,
+    )
+
+
+class RetNetState(NamedTuple):
+  """What one layer carries from call to call; its size does not grow.
+
+  Attributes:
+    memory: fast weights w (B,H,K,2K) and their clocks.
+    position_B: int32, tokens of the current document so far, modulo 2^32, see
+      `layers.rope`.
+  """
+
+  memory: memory.MemoryState
+  position_B: types.Array
+
+
+def check(model: "lm.LanguageModel") -> None:
+  """Raises ValueError for heads that do not fit the width, or are odd."""
+  layers.check_heads(model, even=True)
+
+
+def log_retention(heads: int) -> types.Array:
+  """log gamma_h [H], gamma_h = 1 - 2^(-5 - h) (paper sec. 2.2).
+
+  Args:
+    heads: H.
+  """
+  dtype = jnp.result_type(float)
+  return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=dtype))))
+
+
+def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Parameters of one layer.
+
+  Returns:
+    w_q, w_k (D,D), w_v, w_g (D,2D), w_o (2D,D), norm {scale (2K,)}.
+  """
+  D = model.width
+  keys = iter(jax.random.split(key, 5))
+  params = {f"w_{n}": layers.normal(next(keys), (D, D)) for n in "qk"}
+  for name in "vg":
+    params[f"w_{name}"] = layers.normal(next(keys), (D, _VALUES * D))
+  std = layers.residual_std(model.layers)
+  params["w_o"] = layers.normal(next(keys), (_VALUES * D, D), std)
+  params["norm"] = {"scale": jnp.ones((_VALUES * model.head_dim,))}
+  return params
+
+
+def apply(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  state: RetNetState | None,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, RetNetState, dict[str, memory.Metrics]]:
+  """Mixes the tokens of one layer.
+
+  Args:
+    params: of `init`.
+    x_BxTxD: normalised input.
+    state: to go on from; None at the start of a sequence.
+    segment_ids: int32 [B,T], 0 is padding; None continues the document.
+    model: shapes and switches.
+
+  Returns:
+    y_BxTxD, the state after the call, and sums over real tokens for the level
+    "memory", leaves [B,H].
+  """
+  fresh = state is None
+  batch, tokens, _ = x_BxTxD.shape
+  if fresh:
+    state = init_state(params, batch, 0, model=model)
+  heads = lambda n: layers.dense(x_BxTxD, params[f"w_{n}"]).reshape(
+    batch, tokens, model.heads, -1
+  )
+  positions_BxT, position_B = _positions(state, segment_ids, tokens)
+  dtype = state.memory.w["w"].dtype
+  q_BxTxHxK = layers.rope(heads("q").astype(dtype), positions_BxT)
+  k_BxTxHxK = layers.rope(heads("k").astype(dtype), positions_BxT)
+  decay_H = log_retention(model.heads).astype(dtype)
+  decay_BxTxH = jnp.broadcast_to(decay_H[None, None], k_BxTxHxK.shape[:3])
+  y_BxTxHxV, fast, metrics = linear.update(
+    None,
+    state.memory,
+    q_BxTxHxK * model.head_dim**-0.5,
+    k_BxTxHxK,
+    heads("v"),
+    memory.Gates(jnp.ones_like(decay_BxTxH), decay_BxTxH),
+    rule=model.mixer.rule,
+    segment_ids=segment_ids,
+    at_edge=fresh or model.at_edge,
+    chunk_free=True,
+    run=layers.run(model.mixer.walk),
+  )
+  y_BxTxHxV = layers.rms_norm(y_BxTxHxV, params["norm"]["scale"])
+  y_BxTxHV = y_BxTxHxV.astype(x_BxTxD.dtype).reshape(batch, tokens, -1)
+  y_BxTxHV *= jax.nn.silu(layers.dense(x_BxTxD, params["w_g"]))
+  out = layers.dense(y_BxTxHV, params["w_o"])
+  return out, RetNetState(fast, position_B), {"memory": metrics}
+
+
+def _positions(
+  state: RetNetState, segment_ids: types.Array | None, tokens: int
+) -> tuple[types.Array, types.Array]:
+  """[B,T] places of a call's tokens in their documents, and [B] the next."""
+  if segment_ids is None:
+    steps = jnp.arange(tokens, dtype=jnp.int32)
+    return state.position_B[:, None] + steps[None], state.position_B + tokens
+  index = segments.running_index(segment_ids, state.memory.segment)
+  return layers.positions(index, segment_ids > 0, state.position_B)
+
+
+def _start(model: "lm.LanguageModel", dtype: jnp.dtype) -> types.Params:
+  """Memories start empty: no learned start."""
+  K = model.head_dim
+  return {"w": jnp.zeros((model.heads, K, _VALUES * K), dtype)}
+
+
+def init_state(
+  params: types.Params,
+  batch_size: int,
+  length: int,
+  *,
+  model: "lm.LanguageModel",
+) -> RetNetState:
+  """The state of one layer at the start of a sequence; no use of `length`."""
+  del length
+  start = _start(model, jnp.result_type(params["w_q"], jnp.float32))
+  return RetNetState(
+    memory.chunked.start(start, batch_size, model.mixer.rule),
+    jnp.zeros((batch_size,), jnp.int32),
+  )
+
+
+def alignment(model: "lm.LanguageModel") -> int:
+  """1: documents may begin at any token."""
+  del model
+  return 1
+
+
+def parameter_count(model: "lm.LanguageModel") -> int:
+  """8 D² + 2 K of one layer."""
+  return 8 * model.width**2 + _VALUES * model.head_dim
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The matrix memory; it has no parameters of its own."""
+  return [
+    card.Row(
+      name="RetNet",
+      kind="memory",
+      chunk=1,
+      bptt=None,
+      objective="dot",
+      rule="GD, fixed retention",
+      transfer="parametric",
+      state_bytes=layers.size_of_state(model),
+    )
+  ]

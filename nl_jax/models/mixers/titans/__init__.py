@@ -1,0 +1,1 @@
+"""Titans and the deep memories next to it."""

@@ -1,0 +1,49 @@
+"""Deep linear attention (DLA): a deep memory that learns by plain products.
+
+    M <- alpha M + (1 - alpha) M_0 + eta grad <M(k), v>
+
+Atlas, arXiv 2505.23735. It is the layer of Titans (`titans`) with the inner
+objective `dot` and without momentum; with a matrix for M it would be gated
+linear attention. The feature map on keys and queries is the unit norm.
+"""
+
+import dataclasses
+from typing import TYPE_CHECKING, Annotated
+
+from nl_jax import card, fields
+from nl_jax.fields import Only
+from nl_jax.memory import rule
+from nl_jax.models.mixers.titans import lmm as titans
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(titans.Options):
+  """The switches of `titans.Options`, but for what makes it DLA."""
+
+  objective: Annotated[str, Only("dot", titans.LMM)] = "dot"
+  momentum: Annotated[str, Only("off", titans.LMM)] = "off"
+  # Deviation from Atlas (zero): two layers that learn by their product and
+  # decay to 0 stay there, since neither then has a gradient.
+  retention_target: rule.Retention = "init"
+  # No error pulls the product back: on repeated tokens it grows unless
+  # eta |error| < 1 - alpha, which at the start is .01 < .018.
+  eta_max: Annotated[float, fields.POSITIVE] = 0.02
+
+
+check = titans.check
+init = titans.init
+apply = titans.apply
+init_state = titans.init_state
+starts = titans.starts
+alignment = titans.alignment
+parameter_count = titans.parameter_count
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The memory; its start is learned."""
+  return [
+    dataclasses.replace(row, name="DLA memory") for row in titans.rows(model)
+  ]

@@ -1,0 +1,369 @@
+"""Titans (LMM): a deep memory that learns by momentum, as the whole mixer.
+
+    q, k, v = SiLU(conv4(x W));  q, k to unit norm       (Titans sec. 4.4)
+    alpha, beta = sigmoid(x w + b);  eta = eta_max sigmoid(x w + b)
+    S <- beta S - (1 - beta) eta grad l(M; k, v);  M <- alpha M + S
+    out = (RMSNorm_K(M(q)) * SiLU(x W_g)) W_o
+
+Titans, arXiv 2501.00663, with its (eta, theta, 1 - alpha) our (beta, write
+rate, alpha). It is the layer of HOPE without generators and with gates straight
+from the input (docs/mathematics.md 3.2, 6). The authors state neither shapes
+nor chunks.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from nl_jax import card, fields, memory, types
+from nl_jax.fields import OneOf, Whole
+from nl_jax.memory import linear, mlp, rule
+from nl_jax.models import layers
+
+if TYPE_CHECKING:
+  from nl_jax.models import lm
+
+PROJECTED = ("q", "k", "v")
+LMM = "use model.arch='titans_lmm'"  # Of memories that have less.
+
+
+@dataclasses.dataclass(frozen=True)
+class Options(memory.Rule):
+  """The switches of the long-term memory: its rule, and these.
+
+  Attributes:
+    memory: "linear", "mlp", "mlp_ln" or "glu".
+    hidden: M, hidden units of an MLP memory; 0: the key width K.
+    residual: the memory adds its input.
+    value_norm: "none", or "l2": values of unit norm.
+    span: S, tokens after which the memory begins anew, beside a global one with
+      chunks of S (TNT, see `memory.spans`); 0: one memory of all tokens.
+    eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
+      eta_bias).
+    eta_bias: of eta, see eta_max.
+    alpha_bias: of the retention alpha = sigmoid(. + alpha_bias).
+    beta_bias: of the momentum's decay beta = sigmoid(. + beta_bias), 0.9 at
+      the start by default; without momentum it is not read.
+    walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
+      they can), "xla", "pallas_tpu", "pallas_interpret".
+  """
+
+  dgd_scope: rule.Scope = "none"
+  # Deviation from Titans ("sum"): a re-parametrisation of its step; the sum
+  # diverges on repeated tokens (docs/mathematics.md 2.8).
+  momentum: rule.Momentum = "ema"
+  retention_target: rule.Retention = "zero"
+  erase_of: rule.Erase = "whole"
+  residual_clip: rule.Clip = 1.0
+  memory: Annotated[str, OneOf("linear", *mlp.ARCHITECTURES)] = "mlp"
+  hidden: Annotated[int, Whole(0)] = 0
+  residual: bool = True
+  value_norm: Annotated[str, OneOf("none", "l2")] = "none"
+  span: Annotated[int, Whole(0)] = 0
+  eta_max: Annotated[float, fields.POSITIVE] = 0.1
+  eta_bias: Annotated[float, fields.LOGIT] = 0.0
+  alpha_bias: Annotated[float, fields.LOGIT] = 4.0
+  beta_bias: Annotated[float, fields.LOGIT] = 2.2
+  walk: rule.Walk = "auto"
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.span % self.chunk:
+      raise ValueError(
+        f"model.mixer.span must be 0 or a multiple of model.mixer.chunk="
+        f"{self.chunk}, got {self.span}"
+      )
+    if self.span and (self.omega > 1 or self.inner_muon != "off"):
+      raise ValueError(
+        "model.mixer.span begins memories anew, which windows and inner Muon "
+        "do not: set model.mixer.omega=1 and model.mixer.inner_muon='off', or "
+        f"model.mixer.span=0; got {self.span}"
+      )
+
+  @property
+  def forward(self) -> rule.Forward:
+    """The architecture of the memory."""
+    if self.memory == "linear":
+      return linear.forward_residual if self.residual else linear.forward
+    return mlp.forward(self.memory, self.residual)
+
+  @property
+  def memories(self) -> int:
+    """Memories of a head: one, or a local and a global one."""
+    return 2 if self.span else 1
+
+  @property
+  def gates(self) -> tuple[str, ...]:
+    """Names of the gates with a bias, beta only with momentum."""
+    return ("eta", "alpha", "beta") if self.has_momentum else ("eta", "alpha")
+
+
+class TitansState(NamedTuple):
+  """What one layer carries from call to call; its size does not grow.
+
+  Attributes:
+    convs: {"q", "k", "v"} windows of the short convolutions.
+    memory: fast weights and their clocks.
+  """
+
+  convs: dict[str, layers.ConvState]
+  memory: memory.MemoryState | memory.spans.State
+
+
+check = layers.check_heads
+
+
+def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Parameters of one layer.
+
+  Returns:
+    w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK),
+    norm {scale (K,)}, gate {w_eta, w_alpha, w_beta (D,H), b_eta, b_alpha,
+    b_beta (H,)}, memory (H,·,·), the learned start; with a window gate has
+    w_gamma (D,H) too.
+  """
+  inner = model.heads * model.head_dim
+  keys = iter(jax.random.split(key, 12))
+  params = {}
+  for name in PROJECTED:
+    params[f"w_{name}"] = layers.normal(next(keys), (model.width, inner))
+    params[f"conv_{name}"] = layers.conv_init(next(keys), inner)
+  params["w_g"] = layers.normal(next(keys), (model.width, inner))
+  std = layers.residual_std(model.layers)
+  params["w_o"] = layers.normal(next(keys), (inner, model.width), std)
+  params["norm"] = {"scale": jnp.ones((model.head_dim,))}
+  params["gate"] = gate_init(next(keys), model)
+  own = next(keys)
+  params["memory"] = memory_init(own, model)
+  if model.mixer.span:
+    wide = memory_init(jax.random.fold_in(own, 0), model)
+    params["memory"] = {"local": params["memory"], "wide": wide}
+  return params
+
+
+def gate_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """Heads of the gates, straight from the layer's input."""
+  options, gate = model.mixer, {}
+  for name, one in zip(options.gates, jax.random.split(key, 3)):
+    gate[f"w_{name}"] = layers.normal(one, (model.width, model.heads))
+    bias = getattr(options, f"{name}_bias")
+    gate[f"b_{name}"] = jnp.full((model.heads,), bias, jnp.float32)
+  if options.omega > 1:
+    # A key of its own: without a window nothing is drawn from it.
+    own = jax.random.fold_in(key, 0)
+    gate["w_gamma"] = layers.normal(own, (model.width, model.heads))
+  return gate
+
+
+def memory_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+  """The learned start of the memory; its keys and queries have unit norm."""
+  options, heads, head_dim = model.mixer, model.heads, model.head_dim
+  if options.memory == "linear":
+    return linear.init(key, heads, head_dim, head_dim)
+  hidden = options.hidden or head_dim
+  return mlp.init(key, heads, head_dim, hidden, arch=options.memory)
+
+
+def apply(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  state: TitansState | None,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
+  """Mixes the tokens of one layer.
+
+  Args:
+    params: of `init`.
+    x_BxTxD: normalised input.
+    state: fast weights to go on from; None at the start of a sequence. From
+      there packed documents must begin at multiples of `alignment`; later
+      calls take them anywhere.
+    segment_ids: int32 [B,T], 0 is padding; None continues the document.
+    model: shapes and switches.
+
+  Returns:
+    y_BxTxD, the state after the call, and sums over real tokens for the level
+    "memory", leaves [B,H].
+  """
+  fresh = state is None
+  if fresh:
+    state = init_state(params, x_BxTxD.shape[0], 0, model=model)
+  return advance(
+    params,
+    x_BxTxD,
+    None if fresh else state.convs,
+    state.memory,
+    segment_ids,
+    model=model,
+    at_edge=fresh or model.at_edge,
+  )
+
+
+def advance(
+  params: types.Params,
+  x_BxTxD: types.Array,
+  convs: dict[str, layers.ConvState] | None,
+  fast: memory.MemoryState | memory.spans.State,
+  segment_ids: types.Array | None,
+  *,
+  model: "lm.LanguageModel",
+  at_edge: bool = False,
+  rates: memory.Gates | None = None,
+  update: Callable[..., Any] | None = None,
+) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
+  """`apply` from parts of a state.
+
+  Args:
+    params, x_BxTxD, segment_ids, model: as `apply`.
+    convs: windows of the short convolutions; None at the start of a sequence.
+    fast: fast weights and their clocks.
+    at_edge: every row stands at the edge of a chunk, and documents of the call
+      begin at such edges: spares the shift to each row's own.
+    rates: in place of the gates that params have.
+    update: in place of `memory.chunked.update`, called as it is.
+  """
+  options = model.mixer
+  if update is None:
+    update = memory.chunked.update
+    if options.span:
+      update = functools.partial(memory.spans.update, span=options.span)
+  z, convs = layers.short_convs(
+    params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
+  )
+  y_BxTxHxK, fast, metrics = update(
+    options.forward,
+    params["memory"],
+    fast,
+    layers.l2_norm(z["q"]),
+    layers.l2_norm(z["k"]),
+    layers.l2_norm(z["v"]) if options.value_norm == "l2" else z["v"],
+    gates(params["gate"], x_BxTxD, options) if rates is None else rates,
+    rule=options,
+    segment_ids=segment_ids,
+    at_edge=at_edge,
+    aligned=at_edge,
+    run=layers.run(options.walk, by_token=options.loops),
+    name=f"titans_{options.memory}",
+  )
+  y_BxTxHxK = layers.rms_norm(y_BxTxHxK, params["norm"]["scale"])
+  y_BxTxHK = y_BxTxHxK.astype(x_BxTxD.dtype).reshape(*x_BxTxD.shape[:2], -1)
+  gate = jax.nn.silu(layers.dense(x_BxTxD, params["w_g"]))
+  out = layers.dense(y_BxTxHK * gate, params["w_o"])
+  return out, TitansState(convs, fast), {"memory": metrics}
+
+
+def gates(
+  gate: types.Params, x_BxTxD: types.Array, options: Options
+) -> memory.Gates:
+  """eta, log alpha, log beta and gamma, [B,T,H], float32 at least."""
+  wide = layers.at_least_float32(x_BxTxD.dtype)
+  logit = {
+    name: layers.dense(x_BxTxD, gate[f"w_{name}"]).astype(wide)
+    + gate[f"b_{name}"].astype(wide)[None, None]
+    for name in options.gates
+  }
+  eta = options.eta_max * jax.nn.sigmoid(logit["eta"])
+  log_beta = None
+  if options.has_momentum:
+    log_beta = jax.nn.log_sigmoid(logit["beta"])
+  gamma = None
+  if options.omega > 1:
+    # Atlas does not say what its gammas are made of.
+    gamma = layers.dense(x_BxTxD, gate["w_gamma"]).astype(wide)
+    gamma = jax.nn.sigmoid(gamma)
+  log_alpha = jax.nn.log_sigmoid(logit["alpha"])
+  return memory.Gates(eta, log_alpha, log_beta, gamma)
+
+
+def init_state(
+  params: types.Params,
+  batch_size: int,
+  length: int,
+  *,
+  model: "lm.LanguageModel",
+) -> TitansState:
+  """The state of one layer at the start of a sequence; no use of `length`."""
+  del length
+  dtype = layers.activation_dtype(model.dtype, params)
+  inner = model.heads * model.head_dim
+  window = layers.conv_state(batch_size, inner, dtype)
+  options, starts = model.mixer, params["memory"]
+  if options.span:
+    fast = memory.spans.start(
+      starts, batch_size, model.head_dim, options, options.span
+    )
+  else:
+    fast = memory.chunked.start(starts, batch_size, options)
+  return TitansState(dict.fromkeys(PROJECTED, window), fast)
+
+
+def starts(
+  params: types.Params, model: "lm.LanguageModel"
+) -> dict[str, types.Params]:
+  """What each memory of one layer learns from, by its place in the state."""
+  if model.mixer.span:
+    return {f"memory/{name}": own for name, own in params["memory"].items()}
+  return {"memory": params["memory"]}
+
+
+def alignment(model: "lm.LanguageModel") -> int:
+  """The chunk, or the span: documents begin at its edges."""
+  return model.mixer.span or model.mixer.chunk
+
+
+def memory_size(model: "lm.LanguageModel") -> int:
+  """Parameters of the memories of one layer's heads."""
+  options, K = model.mixer, model.head_dim
+  heads = model.heads * options.memories
+  if options.memory == "linear":
+    return heads * K * K
+  count = 3 if options.memory == "glu" else 2
+  return heads * count * K * (options.hidden or K)
+
+
+def parameter_count(model: "lm.LanguageModel") -> int:
+  """5 D² + 12 D + 3 H (D+1) + 2 H K M + K of one layer; a window: + D H."""
+  D, options = model.width, model.mixer
+  count = 5 * D * D + len(PROJECTED) * layers.CONV_WIDTH * D + model.head_dim
+  count += len(options.gates) * model.heads * (D + 1)
+  count += D * model.heads * (options.omega > 1)
+  return count + memory_size(model)
+
+
+def rule_name(options: Options) -> str:
+  """The rule in the words of the level card."""
+  erases = f"DGD ({options.dgd_coef})"
+  name = "GD" if options.dgd_scope == "none" else erases
+  if options.has_momentum:
+    name += f" + {options.momentum} momentum"
+  if options.omega > 1:
+    name += f" of {options.omega} tokens"
+  if options.inner_muon != "off":
+    name += f" by Muon at each {options.inner_muon}"
+  if options.span:
+    name += f", local to {options.span} tokens and global"
+  return name + ", retention"
+
+
+def rows(model: "lm.LanguageModel") -> list[card.Row]:
+  """The memory; its start is learned."""
+  options = model.mixer
+  return [
+    card.Row(
+      name="Titans memory",
+      kind="memory",
+      chunk=options.chunk,
+      bptt=1 if options.stop_grad_writes else None,
+      objective=options.objective,
+      rule=rule_name(options),
+      transfer="init",
+      state_bytes=layers.size_of_state(model),
+      parameters=model.layers * memory_size(model),
+    )
+  ]

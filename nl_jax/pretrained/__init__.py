@@ -1,0 +1,1 @@
+"""Pretrained Transformers from Hugging Face's format, and back."""
