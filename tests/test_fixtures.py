@@ -53,7 +53,7 @@ def go_on(workdir):
     sequence_length=config.data.sequence_length,
     workdir=str(workdir),
     config=build.plain(config),
-    settings=build.settings(config),
+    options=build.options(config),
     fingerprint=dataset.fingerprint,
     mesh=build.mesh(config, jax.devices()[:1]),
   )

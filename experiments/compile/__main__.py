@@ -144,7 +144,7 @@ def _report(topology: str, folder: pathlib.Path) -> dict[str, Any]:
     if config.train.dtype == "auto":
       config.train.dtype = "bfloat16"  # Of the chips, not of this machine.
   config = build.resolve(config)
-  build.settings(config)  # Raises what experiments.lm does.
+  build.options(config)  # Raises what experiments.lm does.
   chip = chips.kind(topology)
   found = programs.devices(topology)
   # The compiler's own handler would print a trace; Python's would wait for it.

@@ -19,7 +19,8 @@ import optax
 from nl_jax import card, fields, optim, sharding
 from nl_jax.fields import OneOf, Whole
 from nl_jax.train import groups as groups_lib
-from nl_jax.train import rules, schedules, settings
+from nl_jax.train import options as options_lib
+from nl_jax.train import rules, schedules
 
 # By path: no parameter of these is a matrix that should shrink to zero.
 _NO_DECAY = re.compile(
@@ -106,7 +107,7 @@ def make(
       is no multiple of the batch's tokens.
   """
   fields.check("optim", make, locals())
-  fields.check("train", settings.Settings, {"steps": steps})
+  fields.check("train", options_lib.Options, {"steps": steps})
   values = rules.filled(name, options or {})
   rates = schedules.make(
     schedule,

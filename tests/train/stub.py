@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from nl_jax.train import loop, optimizer
+from nl_jax.train import options as options_lib
 from nl_jax.train import origin as origin_lib
-from nl_jax.train import settings as settings_lib
 
 VOCAB, WIDTH, BATCH, LENGTH = 16, 8, 8, 4
 TOKENS = BATCH * LENGTH
@@ -151,15 +151,15 @@ def run(
   allow_config_change: bool = False,
   batch_size: int = BATCH,
   flops_per_token: float = 0.0,
-  **settings: Any,
+  **options: Any,
 ) -> loop.Result:
   """Trains the stub; 10 steps, a line every other step."""
   model = Model() if model is None else model
-  settings = {"steps": 10, "log_every": 2, "checkpoint_every": 4} | settings
-  settings = settings_lib.Settings(**settings)
+  options = {"steps": 10, "log_every": 2, "checkpoint_every": 4} | options
+  options = options_lib.Options(**options)
   made = optimizer.make(
     model,
-    steps=settings.steps,
+    steps=options.steps,
     tokens_per_step=batch_size * LENGTH,
     learning_rate=1e-2,
     warmup_steps=2,
@@ -173,7 +173,7 @@ def run(
     sequence_length=LENGTH,
     workdir=str(workdir),
     config={"model": {"width": WIDTH}} if config is None else config,
-    settings=settings,
+    options=options,
     fingerprint=fingerprint,
     mesh=mesh,
     evaluate=evaluate,
