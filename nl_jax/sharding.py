@@ -46,7 +46,7 @@ LOGICAL = {
 
 # Axes of a state after `batch`, by the letters that end its name: inputs_Bx3xE.
 _LETTERS = {
-  **{"B": "batch", "S": "length", "C": "chunk", "3": "chunk", "D": "act_embed"},
+  **{"S": "length", "C": "chunk", "3": "chunk", "D": "act_embed"},
   **dict.fromkeys("EHI", "heads"),
   **{"K": "head_dim", "V": "mem_out", "N": "mem_in"},
 }
@@ -61,15 +61,11 @@ STATES = (
   (_FEED_FORWARD + r"w_down", ("layer", "mlp", "act_embed")),
   (_LOCAL + r"w_(gate|up)", ("level", "act_embed", "mlp")),
   (_LOCAL + r"w_down", ("level", "mlp", "act_embed")),
-  (
-    r"layers/(.+/)?(anchor|w|s|carried)/\w+",
-    ("heads", "mem_in", "mem_out"),
-  ),
+  (r"layers/(.+/)?(anchor|w|s|carried)/\w+", ("heads", "mem_in", "mem_out")),
   (r"(layers|levels)/(.+/)?(phase|segment|place|weight|clock)", ()),
 )
 
-# The small network that an optimizer keeps for a matrix: which of the last two
-# axes has its hidden units.
+# Of the small network that an optimizer keeps for a matrix: its hidden axis.
 LEARNED = {"w_in": 1, "w_out": 0}
 
 _LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.
@@ -272,8 +268,7 @@ def shard_shape(
   Without a mesh the shape itself.
 
   Args:
-    shape: of the whole.
-    names: logical names of the axes.
+    shape, names: of the whole, and the logical names of its axes.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   if not set(AXES) <= set(sizes):
@@ -310,19 +305,14 @@ def param_shardings(params: Tree, axes: Axes, mesh: Mesh) -> Tree:
 
   def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
     name = path_name(path)
-    return _named(mesh, name, leaf.shape, _axes_of(name, leaf.ndim, axes))
+    if len(axes.get(name, ())) != leaf.ndim:
+      raise ValueError(
+        f"{name}: the model has no parameter of this name and of rank "
+        f"{leaf.ndim}; its table of leaves has all that it has"
+      )
+    return _named(mesh, name, leaf.shape, axes[name])
 
   return jax.tree_util.tree_map_with_path(one, params)
-
-
-def _axes_of(name: str, rank: int, axes: Axes) -> tuple[str, ...]:
-  found = axes.get(name)
-  if found is None or len(found) != rank:
-    raise ValueError(
-      f"{name}: the model has no parameter of this name and of rank {rank}; "
-      "its module's table of leaves has all that it has"
-    )
-  return found
 
 
 def decode_shardings(params: Tree, axes: Axes, mesh: Mesh) -> Tree:
@@ -495,17 +485,13 @@ def state_axes(name: str, rank: int) -> tuple[str, ...]:
     ValueError: no rule fits.
   """
   lead = ("layer", "batch") if name.startswith("layers/") else ("batch",)
-  replay = re.match(r"levels/\w+/replay/", name)
-  letters = None if replay else re.search(r"_(B(?:x\w)*)$", name)
+  letters = re.fullmatch(r"(?!levels/\w+/replay/).*_B((x\w)*)", name)
+  found = [axes for rule, axes in STATES if re.fullmatch(rule, name)]
   if letters:
-    own = [_LETTERS[x] for x in letters[1].split("x")]
-    found = [(*lead[:-1], *own)]
-  else:
-    fits = (names for rule, names in STATES if re.fullmatch(rule, name))
-    found = [lead + names for names in fits]
+    found = [tuple(_LETTERS[x] for x in letters[1].split("x")[1:])]
   for axes in found:
-    if len(axes) == rank:
-      return axes
+    if len(lead + axes) == rank:
+      return lead + axes
   raise ValueError(
     f"{name}: no sharding rule fits a state of rank {rank}; see STATES of "
     "nl_jax/sharding.py"

@@ -8,17 +8,13 @@ at the end of each chunk, by the momentum and the eta of its last token; until
 then weights only decay, and a token sees nothing of its own chunk.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels import orthogonalize as ns
 from nl_jax.kernels import rank_one, walk
 from nl_jax.kernels.rank_one import segments
-
-if TYPE_CHECKING:
-  from nl_jax.memory import rule as rules
+from nl_jax.memory.block import Block
 
 MODES = ("off", "chunk", "token")
 RATE = "muon_rate"  # Beside the momentum: eta of the last real token.
@@ -68,7 +64,7 @@ def momentum(
   return chunk.end(None)[0]
 
 
-def move(block: "rules.Block", eta: jax.Array) -> "rules.Block":
+def move(block: Block, eta: jax.Array) -> Block:
   """A block after a chunk, and after its move where the chunk closes.
 
   Args:

@@ -19,10 +19,11 @@ from nl_jax import fields
 from nl_jax.fields import OneOf, Whole
 from nl_jax.kernels import rank_one, walk
 from nl_jax.memory import muon, objectives, window
+from nl_jax.memory.block import Block as Block
+from nl_jax.memory.block import Weights as Weights
 
 Apply = Callable[[str, jax.Array], jax.Array]
 Forward = Callable[[Apply, jax.Array], jax.Array]
-Weights = Mapping[str, jax.Array]
 
 INPUT_LAYERS = ("w", "w_in", "w_gate")  # Layers whose input is the key.
 
@@ -151,48 +152,6 @@ class Metrics(NamedTuple):
   alpha: jax.Array
   beta: jax.Array
   count: jax.Array
-
-
-class Block(NamedTuple):
-  """A memory at the start of a chunk, and what the chunk's tokens may see.
-
-  Leading axes are those of a chunk function: [B, H], or the heads of a kernel.
-
-  Attributes:
-    start: dict of [..., a, b], the learned start; None: memories start empty.
-    w: dict of [..., a, b], the deviations from the start now.
-    s: their momentum; an empty dict without.
-    carried: what a window or inner Muon has from before; else empty.
-    at: the chunk's tokens, see `kernels.walk.At`.
-  """
-
-  start: Weights | None
-  w: Weights
-  s: Weights
-  carried: Weights
-  at: walk.At
-
-  def begin(self, name: str) -> jax.Array:
-    """The learned start of a layer, [..., a, b]."""
-    return (
-      jnp.zeros_like(self.w[name]) if self.start is None else (self.start[name])
-    )
-
-  def absolute(self, name: str, deviation: jax.Array) -> jax.Array:
-    """The weights of a layer from their deviation."""
-    return deviation if self.start is None else self.start[name] + deviation
-
-  def at_anchor(self, name: str, x: jax.Array) -> jax.Array:
-    """x [..., C, a] through the anchor of each token's own document."""
-    at, kind = self.at, "anchor"
-    deviation = self.w if at.anchor is None else at.anchor
-    y = at.tile.mm(x, self.absolute(name, deviation[name]), "nn", kind)
-    if at.ids is None:
-      return y
-    own = jnp.swapaxes(at.ids, -1, -2) == 0
-    if self.start is None:
-      return jnp.where(own, y, 0.0)
-    return jnp.where(own, y, at.tile.mm(x, self.start[name], "nn", kind))
 
 
 def pairs(

@@ -27,29 +27,9 @@ from nl_jax.models import cms, layers
 from nl_jax.models import flops as counting
 from nl_jax.models import leaves as leaf
 from nl_jax.models import mixer as contract
-from nl_jax.models.mixers import deltanet, hope, retnet, rwkv7, samba, ttt
 from nl_jax.models.mixers.attention import mixer as attention
-from nl_jax.models.mixers.titans import dla, lmm, mac, mag, mal, memora
+from nl_jax.models.mixers.registry import MIXERS as MIXERS
 
-MIXERS: dict[str, contract.Mixer] = {
-  "comba": deltanet,
-  "deltanet": deltanet,
-  "dla": dla,
-  "gated_deltanet": deltanet,
-  "hope": hope,
-  "hope_attention": attention,
-  "memora": memora,
-  "retnet": retnet,
-  "rwkv7": rwkv7,
-  "samba": samba,
-  "titans_lmm": lmm,
-  "titans_mac": mac,
-  "titans_mag": mag,
-  "titans_mal": mal,
-  "transformer": attention,
-  "ttt_linear": ttt,
-  "ttt_mlp": ttt,
-}
 # What a layer keeps that is run again in the backward pass: what its kernels
 # made, which then run once.
 _KEEPS = jax.checkpoint_policies.save_only_these_names(

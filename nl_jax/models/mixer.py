@@ -2,8 +2,8 @@
 
 A mixer sees the shape of its model as `Dims` and imports no model. Its table of
 `Leaf`s is the one place where its parameters are declared. To add one: a module
-in `mixers/`, a line in `lm.MIXERS`, a shape for each size in `presets`, a row
-in `tests/laws/models.py`.
+in `mixers/`, a line in `mixers/registry.py`, a shape for each size in
+`presets`, a row in `tests/laws/models.py`.
 """
 
 import dataclasses
