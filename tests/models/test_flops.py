@@ -145,6 +145,9 @@ def of_mixer(net, tokens):
       lora = 4 * net.width * options.value_rank / net.layers
       running = 2 * options.chunk * K  # Sums of log decays.
       return lora + H * (inverse(options.chunk) + options.chunk * K + running)
+    case "gated_deltanet2":
+      more = 2 * K + options.value_dim  # Sums of log decays, and the solve.
+      return H * (inverse(options.chunk) + options.chunk * more)
     case "deltanet" | "gated_deltanet" | "comba":
       shape = (K, options.value_dim or K)
       return H * beyond({"w": shape}, options.rule)

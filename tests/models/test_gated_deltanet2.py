@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.cli import named
 from nl_jax import build, sharding
 from nl_jax.kernels import general_delta_rule as ops
 from nl_jax.models import leaves as leaf
@@ -127,7 +128,8 @@ def test_with_numbers_a_head_it_is_gated_deltanet():
 
 @pytest.mark.parametrize("scale", ["340m", "760m", "1b3"])
 def test_sizes(scale):
-  net = build.model(f"gated_deltanet2_{scale}")
+  config = named.load_config(f"gated_deltanet2_{scale}")
+  net = build.model(build.resolve(config))
   D, H, K = net.width, net.heads, net.head_dim
   HK, HV, R = H * K, H * net.mixer.value_dim, 128
   kernels = 3 * D * (HK + HV) + R * (2 * D + HK + HV)
