@@ -1,6 +1,7 @@
 """Who imports whom (docs/architecture.md 2), and what importing costs."""
 
 import ast
+import graphlib
 import pathlib
 import subprocess
 import sys
@@ -100,6 +101,41 @@ def test_a_room_imports_only_what_it_may(path):
       assert room == "eval", f"{room} imports {name}"
     elif room in LIBRARIES and top not in sys.stdlib_module_names:
       assert top in LIBRARIES[room], f"{room} imports {name}"
+
+
+def module_of(path):
+  """The dotted name of a file, and of what it imports, as one."""
+  parts = list(path.relative_to(ROOT).with_suffix("").parts)
+  parts = ["nl_jax", *parts] if parts[0] == "kernels" else parts
+  return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_no_module_imports_itself_in_a_circle():
+  """Of nl_jax and kernels, what is imported for types alone included."""
+  files = {
+    module_of(path): path
+    for path in FILES
+    if path.relative_to(ROOT).parts[0] != "experiments"
+    and "nl_jax/kernels" not in str(path.relative_to(ROOT))
+  }
+  graph = {}
+  for name, path in files.items():
+    found = set()
+    for target in imported(path):
+      # from a import b: the module a.b, or what the module a has as b.
+      parent = target.rpartition(".")[0]
+      found.add(target if target in files else parent)
+    graph[name] = found & set(files)
+  sorter = graphlib.TopologicalSorter(graph)
+  sorter.prepare()  # CycleError names the modules of a circle.
+
+
+def test_files_are_short():
+  lines = {
+    str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+    for path in FILES
+  }
+  assert not {name for name, count in lines.items() if count > 500}
 
 
 def modules_after(code):

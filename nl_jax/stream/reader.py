@@ -340,7 +340,7 @@ def _on_mesh(
   mesh: jax.sharding.Mesh,
 ) -> Stream:
   """A stream whose weights are laid for decoding."""
-  shardings = sharding.decode_shardings(params, mesh)
+  shardings = sharding.decode_shardings(params, model.axes(), mesh)
   params = jax.device_put(for_decoding(model, params), shardings)
   start = lambda params: model.init_state(params, batch_size, slots)
   places = sharding.sequence_shardings(jax.eval_shape(start, params), mesh)
@@ -363,7 +363,7 @@ def mesh_of(
   for count in range(len(devices), 1, -1):
     mesh = sharding.mesh(fsdp=1, tensor=count, devices=devices[:count])
     try:
-      sharding.decode_shardings(params, mesh)
+      sharding.decode_shardings(params, model.axes(), mesh)
       sharding.sequence_shardings(state, mesh)
     except ValueError:  # An axis that so many do not divide.
       continue
@@ -384,11 +384,10 @@ def for_decoding(model: lm.LanguageModel, params: Any) -> Any:
   """
   if not isinstance(model, lm.LanguageModel):
     return params
-  dtype = jnp.dtype(model.dtype)
+  dtype, axes = jnp.dtype(model.dtype), model.axes()
 
   def one(path: tuple, leaf: jax.Array) -> jax.Array:
-    name = sharding.path_name(path)
-    matrix = "embed" in sharding.logical_axes(name, leaf.ndim)
+    matrix = "embed" in axes[sharding.path_name(path)]
     return leaf.astype(dtype) if matrix and dtype != jnp.float32 else leaf
 
   return jax.tree_util.tree_map_with_path(one, params)

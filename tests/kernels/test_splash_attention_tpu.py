@@ -26,7 +26,7 @@ model = lm.LanguageModel(
 params = jax.eval_shape(model.init, jax.random.key(0))
 params = jax.tree.map(
   lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-  params, sharding.param_shardings(params, mesh))
+  params, sharding.param_shardings(params, model.axes(), mesh))
 tokens = jax.ShapeDtypeStruct(
   (4, 1024), "int32", sharding=NamedSharding(mesh, sharding.spec("batch")))
 

@@ -149,9 +149,11 @@ def test_two_numbers_a_head_more_than_gated_deltanet(size):
 
 
 def test_every_parameter_has_a_place_on_the_mesh():
-  params = jax.eval_shape(MODELS["comba"]().init, jax.random.key(0))
-  mesh = sharding.mesh(fsdp=-1, tensor=2)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  model, mesh = MODELS["comba"](), sharding.mesh(fsdp=-1, tensor=2)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   for name in ("erase", "correction"):
     assert places[name].spec[1:] == ("tensor",)
 

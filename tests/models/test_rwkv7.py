@@ -214,7 +214,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh():
   model = MODELS["rwkv7"]()
   mesh = sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["w_r"].spec[1:] == ("fsdp", "tensor")
   assert places["value_up"].spec[1:] == (None, "tensor")
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)

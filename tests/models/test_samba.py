@@ -140,7 +140,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh():
   mesh = sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["mamba"]["w_x"].spec[1:] == ("fsdp", "tensor")
   assert places["mamba"]["A_log"].spec[1:] == ("tensor", None)
   assert places["attention"]["w_o"].spec[1:] == ("tensor", "fsdp")
@@ -158,7 +160,9 @@ def test_eight_devices_are_one():
   run = lambda p, tokens: model.apply(p, tokens)[0]
   alone = jax.jit(run)(params, tokens)
   mesh = sharding.mesh(fsdp=4, tensor=2)
-  params = jax.device_put(params, sharding.param_shardings(params, mesh))
+  params = jax.device_put(
+    params, sharding.param_shardings(params, model.axes(), mesh)
+  )
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
     many = jax.jit(run)(params, rows)
@@ -166,8 +170,9 @@ def test_eight_devices_are_one():
 
 
 def test_decay_is_for_matrices():
-  params = jax.eval_shape(MODELS["samba"]().init, jax.random.key(0))
-  mixer = optimizer.decay_mask(params)["blocks"]["mixer"]
+  model = MODELS["samba"]()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  mixer = optimizer.decay_mask(model.leaves())(params)["blocks"]["mixer"]
   decays = {name for name, decay in mixer["mamba"].items() if decay}
   assert decays == {"w_x", "w_z", "w_dbc", "w_dt", "w_o"}
   assert not mixer["attention_norm"]["scale"]

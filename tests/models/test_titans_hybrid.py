@@ -14,6 +14,7 @@ import pytest
 from experiments.cli import named
 from nl_jax import build, card, sharding
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.models.mixers.titans import (
   hybrid as titans_hybrid,
@@ -55,7 +56,9 @@ def small(arch, depth=1, **change):
 
 def generic(model):
   """Float64 parameters of one layer, none of them at a special value."""
-  return test_titans.generic(model.module.init(jax.random.key(0), model))
+  return test_titans.generic(
+    leaf.drawn(model.module.leaves(model), jax.random.key(0))
+  )
 
 
 @functools.cache
@@ -379,7 +382,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(arch):
   model, mesh = MODELS[arch](), sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["attention"]["w_q"].spec[1:] == ("fsdp", "tensor")
   assert places["lmm"]["memory"]["w_in"].spec[1:] == ("tensor", "fsdp", None)
   made = sharding.sequence_shardings(state, mesh).layers
@@ -400,7 +405,9 @@ def test_eight_devices_are_one(arch):
   run = lambda p, tokens: model.apply(p, tokens)[0]
   alone = jax.jit(run)(params, tokens)
   mesh = sharding.mesh(fsdp=4, tensor=2)
-  params = jax.device_put(params, sharding.param_shardings(params, mesh))
+  params = jax.device_put(
+    params, sharding.param_shardings(params, model.axes(), mesh)
+  )
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
     many = jax.jit(run)(params, rows)
@@ -408,8 +415,9 @@ def test_eight_devices_are_one(arch):
 
 
 def test_decay_is_for_matrices():
-  params = jax.eval_shape(MODELS["titans_mac"]().init, jax.random.key(0))
-  mixer = optimizer.decay_mask(params)["blocks"]["mixer"]
+  model = MODELS["titans_mac"]()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  mixer = optimizer.decay_mask(model.leaves())(params)["blocks"]["mixer"]
   assert mixer["persistent"] and mixer["lmm"]["memory"]["w_in"]
   assert all(mixer["attention"].values())
   assert not mixer["lmm_norm"]["scale"] and not mixer["lmm"]["conv_q"]

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax.models import leaves as leaf
 from nl_jax.train import loop, optimizer
 from nl_jax.train import options as options_lib
 from nl_jax.train import origin as origin_lib
@@ -57,6 +58,24 @@ class Model:
       "blocks": {"cms": blocks},
       "final_norm": {"scale": jnp.ones((WIDTH,))},
     }
+
+  def leaves(self) -> leaf.Leaves:
+    """As the table of a `LanguageModel`, but for the starts."""
+    zeros = jax.nn.initializers.zeros
+    kernel = lambda shape, axes: leaf.Leaf(shape, axes, zeros, True, True)
+    made = {
+      "embed": leaf.Leaf((VOCAB, WIDTH), ("vocab", "embed"), zeros, True),
+      "final_norm/scale": leaf.scale(WIDTH, "act_embed"),
+    }
+    for level in self.cms.levels:
+      for name in ("w_gate", "w_up", "w_down"):
+        axes = ("mlp", "embed") if name == "w_down" else ("embed", "mlp")
+        shape = (1, WIDTH, WIDTH)
+        made[f"blocks/cms/{level}/{name}"] = kernel(shape, ("layer", *axes))
+    return made
+
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    return leaf.axes(self.leaves())
 
   def apply(
     self,

@@ -18,7 +18,7 @@ beside it.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,11 @@ from nl_jax import card, memory, types
 from nl_jax.fields import Only, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.titans import hybrid as titans_hybrid
 from nl_jax.models.mixers.titans import lmm as titans
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 _NORMS = ("attention", "lmm")
 
@@ -115,9 +114,9 @@ class MACState(NamedTuple):
 check = titans_hybrid.check
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer, see `titans_hybrid.init`."""
-  return titans_hybrid.init(key, model, _NORMS)
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer, see `titans_hybrid.leaves`."""
+  return titans_hybrid.leaves(model, _NORMS)
 
 
 def apply(
@@ -126,7 +125,7 @@ def apply(
   state: MACState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, MACState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   batch, tokens, _ = x_BxTxD.shape
@@ -206,7 +205,7 @@ def _renumbered(s: SegmentState) -> SegmentState:
 
 def _segment(
   params: types.Params,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   fresh: bool,
   block: memory.block.Block,
   recall: types.Array,
@@ -270,7 +269,7 @@ def _segment(
 
 def _extend(
   params: types.Params,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   seen_B: types.Array,
   ids: types.Array,
   cache: Cache,
@@ -315,7 +314,7 @@ def _extend(
 
 def _learn(
   params: types.Params,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   fresh: bool,
   seen_B: types.Array,
   block: memory.block.Block,
@@ -370,7 +369,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> MACState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   lmm = titans.init_state(params["lmm"], batch_size, length, model=model)
@@ -389,34 +388,51 @@ def init_state(
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
-  """As `titans.starts`: of the walk over segments, and of the memory's own."""
+  """The learned starts: of the walk over segments, and of the memory's own."""
   start = titans.starts(params["lmm"], model)["memory"]
   return {"segment": start, "segment/carried": start}
 
 
 def _empty_cache(
-  model: "lm.LanguageModel", batch_size: int, dtype: jnp.dtype
+  model: contract.Dims, batch_size: int, dtype: jnp.dtype
 ) -> Cache:
   slots = (batch_size, model.mixer.segment)
   empty = jnp.zeros((*slots, model.heads, model.head_dim), dtype)
   return Cache(empty, empty, empty, empty, jnp.zeros(slots, jnp.int32))
 
 
-def alignment(model: "lm.LanguageModel") -> int:
+def alignment(model: contract.Dims) -> int:
   """The segment: documents begin at its edges."""
   return model.mixer.segment
 
 
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """9 D² + (14 + N) D + 3 H (D+1) + 2 H K M + K of one layer."""
-  return titans_hybrid.parameter_count(model, len(_NORMS))
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[card.Row]:
   """The memory, and attention in a segment."""
   cache = jax.eval_shape(lambda: _empty_cache(model, 1, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
   name = f"attention in segments of {model.mixer.segment}"
-  return titans_hybrid.rows(model, name, size * model.layers)
+  slots = size * model.layers
+  total = contract.state_bytes(leaves(model), init_state, model)
+  row = titans.levels(model)[0]
+  row = dataclasses.replace(row, state_bytes=total - slots)
+  return titans_hybrid.branches(row, name, slots)
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer, whose attention sees what each recalls."""
+  options, D, K = model.mixer, model.width, model.head_dim
+  keys = 2 * min(options.segment, tokens) + options.persistent
+  shapes = counting.layers_of(options.memory, K, options.hidden)
+  own = counting.Flops(
+    # W_q of the recall, keys and values of tokens and of what they recall.
+    projections=14.0 * D * D + 4.0 * D * D * options.persistent / tokens,
+    attention=counting.scores(model.heads, K, keys),
+    memories=model.heads * counting.product(shapes),
+  )
+  return counting.add(own, titans.flops(model, tokens))
+
+
+LAYERS, WHOLE = 1, None
+residual, grows = contract.around(apply), contract.bounded
