@@ -155,7 +155,7 @@ def model(
   learning = {k: v for k, v in values["cms"].items() if k in names}
   chain = {k: v for k, v in values["cms"].items() if k not in names}
   base = lm.LanguageModel(
-    **values | {"cms": cms.CMSConfig(**chain)},
+    **values | {"cms": cms.Options(**chain)},
     mixer=mixer,
     sequence_length=config.data.sequence_length,
     dtype=config.train.dtype,

@@ -17,7 +17,7 @@ from nl_jax.train import optimizer, step
 from nl_jax.train import state as state_lib
 
 T, B = 16, 8
-CMS = cms.CMSConfig(("high", "low"), (32, 32), (T * B, 2 * T * B))
+CMS = cms.Options(("high", "low"), (32, 32), (T * B, 2 * T * B))
 MEMORY = self_modifying.Options(chunk_memory=8, chunk_gen=8)
 
 
@@ -50,13 +50,13 @@ MODELS = {
   "hope_attention": model("hope_attention"),
   "independent": model(
     "hope_attention",
-    cms=cms.CMSConfig(("a", "b"), (32, 32), (0, 0), variant="independent"),
+    cms=cms.Options(("a", "b"), (32, 32), (0, 0), variant="independent"),
   ),
-  "transformer": model("transformer", cms=cms.CMSConfig(widths=(64,))),
+  "transformer": model("transformer", cms=cms.Options(widths=(64,))),
   # So narrow that the chain is split by tokens.
   "narrow": model(
     "hope_attention",
-    cms=cms.CMSConfig(("a", "b", "c"), (4, 4, 4), (0, 0, 0)),
+    cms=cms.Options(("a", "b", "c"), (4, 4, 4), (0, 0, 0)),
   ),
   "incontext": incontext.InContextModel(
     model("hope_attention", mixer=attention.Options(window=8)),
@@ -202,7 +202,7 @@ def test_unknown_parameter_and_wrong_rank():
 
 
 def test_axis_that_does_not_divide():
-  net = model("transformer", cms=cms.CMSConfig(widths=(30,)))
+  net = model("transformer", cms=cms.Options(widths=(30,)))
   params = jax.eval_shape(net.init, jax.random.key(0))
   mesh = sharding.mesh(fsdp=2, tensor=4)
   with pytest.raises(ValueError, match="'mlp' of size 30 .* nearest: 32"):

@@ -28,7 +28,7 @@ MIX = "mix"  # Parameter of the weights w_ℓ of the independent variant.
 
 
 @dataclasses.dataclass(frozen=True)
-class CMSConfig:
+class Options:
   """Levels of the feed-forward part.
 
   Attributes:
@@ -51,7 +51,7 @@ class CMSConfig:
   residual: bool = True
 
   def __post_init__(self):
-    fields.check("model.cms", CMSConfig, vars(self))
+    fields.check("model.cms", Options, vars(self))
     count = len(self.levels)
     if not count or len(self.widths) != count or len(self.periods) != count:
       raise ValueError(
@@ -81,7 +81,7 @@ class CMSConfig:
     return self.variant == "independent" and len(self.levels) > 1
 
 
-def leaves(config: CMSConfig, width: int, depth: int) -> dict[str, leaf.Leaf]:
+def leaves(config: Options, width: int, depth: int) -> dict[str, leaf.Leaf]:
   """{level: {norm: {scale}, w_gate, w_up, w_down}} of one layer.
 
   Args:
@@ -158,11 +158,11 @@ class CMS(nn.Module):
   """The chain or the sum of levels.
 
   Attributes:
-    config: see `CMSConfig`.
+    config: see `Options`.
     epsilon: of the norms.
   """
 
-  config: CMSConfig
+  config: Options
   epsilon: float = layers.EPSILON
 
   @nn.compact
@@ -202,7 +202,7 @@ def _place(x_BxTxD: types.Array, length: str) -> types.Array:
   return sharding.constrain(x_BxTxD, "batch", length, "act_embed")
 
 
-def _gathers(config: CMSConfig, x_BxTxD: types.Array) -> bool:
+def _gathers(config: Options, x_BxTxD: types.Array) -> bool:
   """Whether `tensor` splits tokens here, and not the widths of levels.
 
   By widths, what a level writes is a sum over devices, for which the next one
@@ -221,7 +221,7 @@ def _gathers(config: CMSConfig, x_BxTxD: types.Array) -> bool:
 def apply(
   params: types.Params,
   x_BxTxD: types.Array,
-  config: CMSConfig,
+  config: Options,
   epsilon: float = layers.EPSILON,
 ) -> types.Array:
   """The feed-forward part of one layer, its residual included.
@@ -238,7 +238,7 @@ def apply(
 def apply_and_tell(
   params: types.Params,
   x_BxTxD: types.Array,
-  config: CMSConfig,
+  config: Options,
   epsilon: float = layers.EPSILON,
 ) -> tuple[types.Array, dict[str, dict[str, types.Array]]]:
   """`apply`, and what the kernels of each level read.
@@ -260,7 +260,7 @@ def apply_and_tell(
   return y_BxTxD, read
 
 
-def label(path: tuple[jax.tree_util.DictKey, ...], config: CMSConfig) -> str:
+def label(path: tuple[jax.tree_util.DictKey, ...], config: Options) -> str:
   """ "cms/<level>" of a parameter of a level; "slow" for one level, and mix."""
   names = [entry.key for entry in path]
   if "cms" not in names or len(config.levels) == 1:

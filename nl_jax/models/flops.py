@@ -75,7 +75,7 @@ def add(*parts: Flops) -> Flops:
 
 
 def feed_forward(
-  config: cms.CMSConfig, width: int, levels: tuple[str, ...] | None = None
+  config: cms.Options, width: int, levels: tuple[str, ...] | None = None
 ) -> float:
   """6 D F of each level of the CMS, or of some by name; `width` is D."""
   widths = zip(config.levels, config.widths)

@@ -20,9 +20,10 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, sharding, types
+from nl_jax import fields, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
 from nl_jax.kernels import splash_attention, walk
+from nl_jax.levels import STEP, LevelRow
 from nl_jax.models import cms, layers
 from nl_jax.models import flops as counting
 from nl_jax.models import leaves as leaf
@@ -105,7 +106,7 @@ class LanguageModel:
   head_dim: _Size
   vocab_size: _Size
   sequence_length: _Size
-  cms: cms.CMSConfig
+  cms: cms.Options
   mixer: Any = None
   dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
   remat: Annotated[str, OneOf("layer", "none")] = "layer"
@@ -383,7 +384,7 @@ class LanguageModel:
 
   def levels(
     self,
-  ) -> tuple[list[card.Row], Callable[[types.Params], types.Params]]:
+  ) -> tuple[list[LevelRow], Callable[[types.Params], types.Params]]:
     """The rows of the level card, and the function that labels parameters.
 
     The labels are level names in a tree like the parameters': "cms/<level>"
@@ -394,26 +395,26 @@ class LanguageModel:
     slow = self.parameter_count()
     slow -= sum(row.parameters for row in (*mixer_rows, *cms_rows))
     names = "projections" if cms_rows else "projections and FFN"
-    slow_row = card.Row(
+    slow_row = LevelRow(
       name=f"slow weights ({names})",
       kind="slow weights",
-      chunk=card.STEP,
+      chunk=STEP,
       parameters=slow,
       frozen=True,
     )
     return [*mixer_rows, *cms_rows, slow_row], self._labels
 
-  def _cms_rows(self) -> list[card.Row]:
+  def _cms_rows(self) -> list[LevelRow]:
     """A row a level; none for one level, which is part of the slow weights."""
     config = self.cms
     if len(config.levels) == 1:
       return []
     norm = self.width if config.norm else 0
     return [
-      card.Row(
+      LevelRow(
         name=f"{name} FFN",
         kind="feed-forward",
-        chunk=period or card.STEP,
+        chunk=period or STEP,
         transfer="init" if config.variant == "nested" else "backprop",
         parameters=self.layers * (3 * self.width * hidden + norm),
       )

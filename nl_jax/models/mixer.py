@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, Protocol
 
 import jax
 
-from nl_jax import card, types
+from nl_jax import types
+from nl_jax.levels import LevelRow
 from nl_jax.models import cms, layers
 from nl_jax.models import leaves as leaves_lib
 from nl_jax.models.flops import Flops
@@ -44,7 +45,7 @@ class Dims:
   heads: int
   head_dim: int
   sequence_length: int
-  cms: cms.CMSConfig
+  cms: cms.Options
   mixer: Any
   dtype: str
   at_edge: bool
@@ -119,7 +120,7 @@ class Mixer(Protocol):
     """Whether the state has an unbounded cache, of `length` slots."""
     ...
 
-  def levels(self, model: Dims) -> list[card.Row]:
+  def levels(self, model: Dims) -> list[LevelRow]:
     """Its rows of the level card."""
     ...
 

@@ -58,7 +58,7 @@ def table(
   fields.check_value("model.arch", model["arch"], arch)
   made = {"model": _chosen(model, _SHAPE)}
   made |= _nested("model.mixer", fields.of(lm.MIXERS[arch].Options))
-  levels = fields.of(cms.CMSConfig)
+  levels = fields.of(cms.Options)
   made["model.cms"] = levels | (
     fields.of(incontext.Options) if in_context else {}
   )

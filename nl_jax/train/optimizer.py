@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax import card, fields, optim, sharding
+from nl_jax import fields, optim, sharding
 from nl_jax.fields import OneOf, Whole
+from nl_jax.levels import STEP, LevelRow
 from nl_jax.models.leaves import Leaves
 from nl_jax.train import groups as groups_lib
 from nl_jax.train import options as options_lib
@@ -44,7 +45,7 @@ class Optimizer(NamedTuple):
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   labels: Callable[[Any], Any]
-  rows: tuple[card.Row, ...]
+  rows: tuple[LevelRow, ...]
   groups: tuple[str, ...] = ()
   clocks: dict[str, tuple[int, int]] = {}
   name: str = "adamw"
@@ -296,7 +297,7 @@ def _rows(
   every: Mapping[str, int],
   values: Mapping[str, Any],
   tokens_per_step: int,
-) -> tuple[card.Row, ...]:
+) -> tuple[LevelRow, ...]:
   """The momenta of each group: levels that learn from its gradients."""
   rows = []
   for label, period in every.items():
@@ -304,10 +305,10 @@ def _rows(
     if values.get("alpha") and "slow_every" in values:
       chunks["slow momentum"] = period * values["slow_every"]
     rows += [
-      card.Row(
+      LevelRow(
         name=f"{name} {what} of {label}",
         kind="optimizer state",
-        chunk=card.STEP if steps == 1 else steps * tokens_per_step,
+        chunk=STEP if steps == 1 else steps * tokens_per_step,
         objective="compress gradients",
         rule="EMA",
         transfer="generation",

@@ -20,7 +20,7 @@ devices = topologies.get_topology_desc(
 mesh = sharding.mesh(**sizes, devices=devices)
 model = lm.LanguageModel(
   arch, width=128, layers=2, heads=2, head_dim=64, vocab_size=320,
-  sequence_length=1024, cms=cms.CMSConfig(("ffn",), (256,), (0,)),
+  sequence_length=1024, cms=cms.Options(("ffn",), (256,), (0,)),
   mixer=lm.options(arch, dict(window=256) if arch == "samba" else None),
   dtype="bfloat16")
 params = jax.eval_shape(model.init, jax.random.key(0))

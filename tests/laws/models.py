@@ -31,14 +31,14 @@ from nl_jax.models.mixers.titans import (
   mal as titans_mal,
 )
 
-_LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
+_LEVELS = cms.Options(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
   memory="linear", objective="dot", dgd_coef="raw", residual=False,
   residual_clip=0.0,
 )  # fmt: skip
 
 
-_PLAIN = cms.CMSConfig(("ffn",), (128,), (0,))
+_PLAIN = cms.Options(("ffn",), (128,), (0,))
 
 
 def _model(name, levels=_LEVELS, **memory):
@@ -58,7 +58,7 @@ def _shaped(name, options, levels=_PLAIN, head_dim=16, **more):
 
 MODELS = {
   "transformer": lambda: _model(
-    "transformer", cms.CMSConfig(("ffn",), (176,), (0,))
+    "transformer", cms.Options(("ffn",), (176,), (0,))
   ),
   "hope_attention": lambda: _model("hope_attention"),
   "hope_attention_independent": lambda: _model(

@@ -19,7 +19,7 @@ from tests.laws.models import MODELS
 def small(arch="comba", **options):
   return lm.LanguageModel(
     arch, width=12, layers=1, heads=2, head_dim=6, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=deltanet.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 

@@ -22,7 +22,7 @@ NAMES = ("deltanet", "gated_deltanet")
 def small(arch, width=12, heads=2, head_dim=6, **options):
   return lm.LanguageModel(
     arch, width=width, layers=1, heads=heads, head_dim=head_dim,
-    vocab_size=16, sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    vocab_size=16, sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=deltanet.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 

@@ -91,7 +91,7 @@ def test_float32_attention_is_the_librarys():
   np.testing.assert_allclose(short, wide, atol=1e-6)
 
 
-LEVELS = cms.CMSConfig(("fast", "slow"), (12, 20), (1, 4))
+LEVELS = cms.Options(("fast", "slow"), (12, 20), (1, 4))
 
 
 def test_sequential_levels_are_a_chain_of_swiglu_blocks():
@@ -115,7 +115,7 @@ def test_independent_levels_are_a_weighted_sum():
   np.testing.assert_allclose(params["mix"], 2**-0.5)
   x = draw(2, 3, 8).astype(jnp.float32)
   alone = [
-    cms.apply({n: params[n]}, x, cms.CMSConfig((n,), (f,), (0,))) - x
+    cms.apply({n: params[n]}, x, cms.Options((n,), (f,), (0,))) - x
     for n, f in (("fast", 12), ("slow", 20))
   ]
   expected = x + 2**-0.5 * (alone[0] + alone[1])

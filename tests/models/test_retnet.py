@@ -20,7 +20,7 @@ from tests.laws.models import MODELS
 def small(chunk=4):
   return lm.LanguageModel(
     "retnet", width=12, layers=1, heads=3, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=retnet.Options(chunk=chunk),
   )  # fmt: skip
 

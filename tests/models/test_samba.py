@@ -20,7 +20,7 @@ from tests.laws.models import MODELS
 def small(depth=4, **options):
   return lm.LanguageModel(
     "samba", width=8, layers=depth, heads=2, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(12,)),
+    sequence_length=16, cms=cms.Options(widths=(12,)),
     mixer=samba.Options(**{"window": 4, "chunk": 4} | options),
   )  # fmt: skip
 
@@ -182,7 +182,7 @@ def test_decay_is_for_matrices():
 @pytest.mark.parametrize("change,message", [
   (dict(layers=3), "model.layers must be even for model.arch='samba'"),
   (dict(heads=3), "heads \\* model.head_dim"),
-  (dict(cms=cms.CMSConfig(("a", "b"), (8, 8), (1, 2))), "one feed-forward"),
+  (dict(cms=cms.Options(("a", "b"), (8, 8), (1, 2))), "one feed-forward"),
   (dict(mixer=None), "model.mixer belongs to model.arch="),
 ])  # fmt: skip
 def test_shapes_that_cannot_be_are_refused(change, message):

@@ -22,7 +22,7 @@ from tests.memory import oracle
 def small(arch="titans_lmm", options=None, heads=2, head_dim=4):
   return lm.LanguageModel(
     arch, width=8, layers=1, heads=heads, head_dim=head_dim, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=options or titans.Options(chunk=4, hidden=6),
   )  # fmt: skip
 

@@ -49,7 +49,7 @@ def small(arch, depth=1, **change):
   options = dict(chunk=C, hidden=6, residual_clip=0.0, persistent=3)
   return lm.LanguageModel(
     arch, width=8, layers=depth, heads=2, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=MODULES[arch].Options(**options | reach | change),
   )  # fmt: skip
 

@@ -20,7 +20,7 @@ NAMES = ("ttt_linear", "ttt_mlp")
 def small(arch, **options):
   return lm.LanguageModel(
     arch, width=8, layers=1, heads=2, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=ttt.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 

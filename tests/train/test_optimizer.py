@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from nl_jax import card, sharding
+from nl_jax.levels import STEP
 from nl_jax.memory import self_modifying
 from nl_jax.models import cms, lm
 from nl_jax.train import optimizer, rules, schedules
@@ -348,7 +349,7 @@ MODEL = lm.LanguageModel(
   head_dim=16,
   vocab_size=64,
   sequence_length=16,
-  cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
+  cms=cms.Options(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
   mixer=self_modifying.Options(),
 )
 
@@ -404,8 +405,8 @@ def test_slots_of_every_rule_are_sharded(name):
 
 def test_rows_of_the_card():
   rows = make(stub.Model((0, 4 * TOKENS))).rows
-  assert [row.chunk for row in rows] == [card.STEP, card.STEP, 4 * TOKENS]
+  assert [row.chunk for row in rows] == [STEP, STEP, 4 * TOKENS]
   assert {row.kind for row in rows} == {"optimizer state"}
   assert "adamw" in card.format_rows(rows, TOKENS)
   rows = make(stub.Model(), name="m3", options={"slow_every": 10}).rows
-  assert [row.chunk for row in rows] == [card.STEP, 10 * TOKENS]
+  assert [row.chunk for row in rows] == [STEP, 10 * TOKENS]

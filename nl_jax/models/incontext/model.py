@@ -22,9 +22,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax import levels as runner
 from nl_jax.fields import OneOf, Whole
+from nl_jax.levels import LevelRow
 from nl_jax.models import cms, layers, lm
 from nl_jax.models import flops as counting
 from nl_jax.models import leaves as leaf
@@ -175,7 +176,7 @@ class InContextModel:
     )
 
   @property
-  def cms(self) -> cms.CMSConfig:
+  def cms(self) -> cms.Options:
     """The levels as the optimizer sees them: restarts are in context."""
     config = self.base.cms
     variant = "sequential" if config.variant == "nested" else config.variant
@@ -353,7 +354,7 @@ class InContextModel:
 
   def levels(
     self,
-  ) -> tuple[list[card.Row], Callable[[types.Params], types.Params]]:
+  ) -> tuple[list[LevelRow], Callable[[types.Params], types.Params]]:
     """Rows of the card and labels, as of `base`; fast levels have rows."""
     rows, label = self.base.levels()
     fast = self._rows()
@@ -376,7 +377,7 @@ class InContextModel:
     others = [row for row in left if row not in mixers and row.parameters]
     return mixers + fast + others, label
 
-  def _rows(self) -> list[card.Row]:
+  def _rows(self) -> list[LevelRow]:
     """A row for each fast level, named as that of its slow layers."""
     params = jax.eval_shape(self.init, jax.random.key(0))
     state = jax.eval_shape(lambda p: self.init_state(p, 1), params)
@@ -388,7 +389,7 @@ class InContextModel:
     widths = dict(zip(config.levels, config.widths))
     full = options.outer == "full"
     return [
-      card.Row(
+      LevelRow(
         name=f"{name} FFN",
         kind="feed-forward",
         chunk=chunk,

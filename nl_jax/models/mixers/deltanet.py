@@ -26,8 +26,9 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import linear, rule
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
@@ -304,10 +305,10 @@ def init_state(
   )
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name=_NAMES[model.arch],
       kind="memory",
       chunk=1,

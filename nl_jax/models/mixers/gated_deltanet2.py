@@ -26,10 +26,11 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax.fields import Whole
 from nl_jax.kernels import general_delta_rule as ops
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
@@ -201,10 +202,10 @@ def init_state(
   return State(convs, jnp.zeros(shape, wide))
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name="Gated DeltaNet-2",
       kind="memory",
       chunk=1,

@@ -17,7 +17,8 @@ from typing import NamedTuple
 
 import jax
 
-from nl_jax import card, types
+from nl_jax import types
+from nl_jax.levels import LevelRow
 from nl_jax.memory import self_modifying
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
@@ -198,7 +199,7 @@ def _rule(model: contract.Dims) -> str:
   return name + extra + (", retention" if config.alpha_bias else "")
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The generators (the "projections" of Fig. 3) and M_memory."""
   config = model.mixer
   table = leaves(model)
@@ -215,7 +216,7 @@ def levels(model: contract.Dims) -> list[card.Row]:
     rule=_rule(model),
     transfer="init",
   )
-  made = card.Row(
+  made = LevelRow(
     name="self-modifying Titans",
     chunk=config.chunk_memory,
     objective=config.objective,
@@ -226,7 +227,7 @@ def levels(model: contract.Dims) -> list[card.Row]:
   if not config.generator_roles:
     return [made]
   return [
-    card.Row(
+    LevelRow(
       name="projections " + ", ".join(config.generator_roles),
       chunk=config.chunk_gen,
       objective=f"{config.objective}, "

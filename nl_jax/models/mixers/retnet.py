@@ -20,8 +20,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
 from nl_jax.memory import linear
 from nl_jax.memory import rule as rules
 from nl_jax.models import flops as counting
@@ -192,10 +193,10 @@ def init_state(
   )
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name="RetNet",
       kind="memory",
       chunk=1,

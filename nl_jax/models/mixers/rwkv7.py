@@ -29,10 +29,11 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax.fields import Whole
 from nl_jax.kernels import general_delta_rule as ops
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import cms, layers
 from nl_jax.models import flops as counting
@@ -117,7 +118,7 @@ def check(model: contract.Dims) -> None:
       "model.layers must be at least 2 for model.arch='rwkv7', whose first "
       f"layer gives its values to the others, got {model.layers}"
     )
-  plain = cms.CMSConfig(model.cms.levels[:1], model.cms.widths[:1], (0,))
+  plain = cms.Options(model.cms.levels[:1], model.cms.widths[:1], (0,))
   if model.cms != plain:
     raise ValueError(
       "model.arch='rwkv7' has one feed-forward part, of its own form: "
@@ -381,10 +382,10 @@ def init_state(
   return RWKV7State({"mix": window, "ffn": window}, jnp.zeros(shape, wide))
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name="RWKV-7",
       kind="memory",
       chunk=1,

@@ -12,8 +12,9 @@ holds the last W tokens as they are.
 import dataclasses
 from typing import Annotated, NamedTuple
 
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax.fields import Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import cms, layers
 from nl_jax.models import flops as counting
@@ -152,13 +153,13 @@ def init_state(
   )
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """Mamba's memory and the window; no parameters of their own."""
   pairs = dataclasses.replace(_attention(model), layers=model.layers // 2)
   window = attention.levels(pairs)[0]
   size = contract.state_bytes(leaves(model), init_state, model) // 2
   return [
-    card.Row(
+    LevelRow(
       name="Mamba",
       kind="memory",
       chunk=1,

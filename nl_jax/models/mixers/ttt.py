@@ -21,8 +21,9 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule as rules
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
@@ -330,11 +331,11 @@ def alignment(model: contract.Dims) -> int:
   return model.mixer.chunk
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   options = model.mixer
   return [
-    card.Row(
+    LevelRow(
       name="TTT-MLP" if _deep(model) else "TTT-Linear",
       kind="memory",
       chunk=options.chunk,

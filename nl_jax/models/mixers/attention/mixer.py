@@ -18,9 +18,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, sharding, types
+from nl_jax import fields, sharding, types
 from nl_jax.fields import Number, Whole
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import NONPARAMETRIC, LevelRow
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
 from nl_jax.models import leaves as leaf
@@ -400,17 +401,17 @@ def _empty_of(
   return empty(batch_size, slots, _kv_heads(model), model.head_dim, dtype)
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The cache; its projections are among the slow weights."""
   state = jax.eval_shape(
     lambda: _empty_of(model, 1, model.sequence_length, model.dtype)
   )
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
   return [
-    card.Row(
+    LevelRow(
       name="attention",
       kind="attention",
-      chunk=card.NONPARAMETRIC,
+      chunk=NONPARAMETRIC,
       objective="softmax regression",
       rule="append",
       transfer="nonparametric",

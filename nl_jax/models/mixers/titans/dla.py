@@ -10,8 +10,9 @@ linear attention. The feature map on keys and queries is the unit norm.
 import dataclasses
 from typing import Annotated
 
-from nl_jax import card, fields
+from nl_jax import fields
 from nl_jax.fields import Only
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.titans import lmm as titans
@@ -42,7 +43,7 @@ residual, grows = titans.residual, titans.grows
 LAYERS, WHOLE = 1, None
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   return [
     dataclasses.replace(row, name="DLA memory") for row in titans.levels(model)

@@ -16,9 +16,10 @@ from typing import Annotated, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import types
 from nl_jax.fields import OneOf, Whole
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import NONPARAMETRIC, LevelRow
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
 from nl_jax.models import leaves as leaf
@@ -292,7 +293,7 @@ def normed(
   return layers.rms_norm(x, scale, model.norm_epsilon)
 
 
-def branches(long_term: card.Row, name: str, slots: int) -> list[card.Row]:
+def branches(long_term: LevelRow, name: str, slots: int) -> list[LevelRow]:
   """The memory and the attention beside it.
 
   Args:
@@ -302,10 +303,10 @@ def branches(long_term: card.Row, name: str, slots: int) -> list[card.Row]:
   """
   return [
     long_term,
-    card.Row(
+    LevelRow(
       name=name,
       kind="attention",
-      chunk=card.NONPARAMETRIC,
+      chunk=NONPARAMETRIC,
       objective="softmax regression",
       rule="append",
       transfer="nonparametric",
@@ -314,7 +315,7 @@ def branches(long_term: card.Row, name: str, slots: int) -> list[card.Row]:
   ]
 
 
-def window_levels(model: contract.Dims) -> list[card.Row]:
+def window_levels(model: contract.Dims) -> list[LevelRow]:
   """`branches` of a layer with a window."""
   state = jax.eval_shape(lambda: empty_window(1, model, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)

@@ -18,8 +18,9 @@ from typing import Annotated, Any, NamedTuple
 
 import jax
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import OneOf, Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import linear, mlp, rule
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
@@ -336,11 +337,11 @@ def rule_name(options: Options) -> str:
   return name + ", retention"
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   options = model.mixer
   return [
-    card.Row(
+    LevelRow(
       name="Titans memory",
       kind="memory",
       chunk=options.chunk,

@@ -23,10 +23,11 @@ from typing import Annotated, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, memory, types
+from nl_jax import memory, types
 from nl_jax.fields import Only, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
 from nl_jax.models import mixer as contract
@@ -408,7 +409,7 @@ def alignment(model: contract.Dims) -> int:
   return model.mixer.segment
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory, and attention in a segment."""
   cache = jax.eval_shape(lambda: _empty_cache(model, 1, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)

@@ -15,8 +15,9 @@ from typing import Annotated
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import OneOf, Only
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import flops as counting
 from nl_jax.models import layers
@@ -163,7 +164,7 @@ def starts(
   return {"memory": _start(params)}
 
 
-def levels(model: contract.Dims) -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   return [
     dataclasses.replace(row, name="Memora memory", rule="GD on the simplex")
