@@ -181,7 +181,7 @@ SHAPES = {
     "760m": Shape(12, 128, (1600,), 256, 64, window=1024),
     "1b3": Shape(16, 128, (2048,), 256, 64, window=1024),
   },
-  # Here a window is a segment.
+  # Here a window is a section.
   "titans_mac": {
     "smoke": Shape(4, 16, (36,), 32, 8, window=16),
     "tiny": Shape(4, 32, (82,), 64, 16, window=64),

@@ -224,7 +224,7 @@ def check_rows(made, expected):
   ("titans_mal", {}), ("titans_mac", {"mag_gate": "silu"}),
 ])  # fmt: skip
 def test_a_layer_is_its_token_loop(arch, change):
-  """Two segments, four chunks and a bit, with one document for all of it."""
+  """Two sections, four chunks and a bit, with one document for all of it."""
   model = small(arch, **change)
   with jax.enable_x64(True):
     params, x = generic(model), draw(1, 19, model.width)
@@ -234,7 +234,7 @@ def test_a_layer_is_its_token_loop(arch, change):
 
 @pytest.mark.parametrize("arch", MODULES)
 def test_documents_anywhere_are_a_token_loop(arch):
-  """From a state, documents begin inside chunks, segments and windows."""
+  """From a state, documents begin inside chunks, sections and windows."""
   model = small(arch)
   ids = np.array([4] * 5 + [7] * 8 + [0] + [5] * 4, np.int32)
   with jax.enable_x64(True):
@@ -303,7 +303,7 @@ def test_persistent_tokens_are_seen_from_everywhere(arch):
   assert (y != z).any(axis=-1).all()
 
 
-def test_beyond_a_segment_only_the_memory_reaches():
+def test_beyond_a_section_only_the_memory_reaches():
   """It neither learns nor forgets by content: attention and four taps."""
   model = small("titans_mac")
   with jax.enable_x64(True):
@@ -324,7 +324,7 @@ def test_beyond_a_segment_only_the_memory_reaches():
   assert changed[:S].all() and not changed[S + 3 :].any()
 
 
-def test_nothing_leaks_from_later_tokens_of_a_segment():
+def test_nothing_leaks_from_later_tokens_of_a_section():
   """MAC's traps: recall and second read, by every output's gradient."""
   model = small("titans_mac")
   with jax.enable_x64(True):
@@ -348,7 +348,7 @@ def test_the_state_has_one_size_and_the_card_says_it(arch):
 
   assert not model.grows
   rows, labels = model.levels()
-  reach = "in segments of 16" if arch == "titans_mac" else "to 12"
+  reach = "in sections of 16" if arch == "titans_mac" else "to 12"
   names = ["Titans memory", f"attention {reach}"]
   assert [row.name for row in rows[:2]] == names
   assert size(1) == size(4096) == sum(row.state_bytes for row in rows)
