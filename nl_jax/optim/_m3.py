@@ -135,7 +135,7 @@ def scale_by_m3(
     del params, extra
     specs = _dims.flat(dims, updates)
     treedef = jax.tree.structure(updates)
-    orthogonal = lambda tree: ns.apply(tree, specs, ns_steps)
+    orthogonal = lambda tree: ns.orthogonalize(tree, specs, ns_steps)
     count = optax.safe_increment(state.count)
     g = jax.tree.map(lambda x: x.astype(_dtypes.wide(x)), updates)
 

@@ -30,7 +30,7 @@ class NewtonSchulz:
   dtype: jax.typing.DTypeLike | None = None
   sharding: orthogonalize.NSSharding | None = None
 
-  def apply(
+  def orthogonalize(
     self, tree: Tree, specs: list[_dims.Spec], steps: coefficients.Steps
   ) -> Tree:
     """The tree with each matrix made orthogonal.
