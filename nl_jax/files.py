@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-ADVICE = "free space, mend the permissions, or give another place"
+ADVICE = "free space, fix the permissions, or give another place"
 _BLOCK = 2**20  # Bytes.
 _SEAL = "sha256"
 
@@ -185,7 +185,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(values: Mapping[str, Any], what: str) -> dict[str, Any]:
-  """JSON values without their hash; those of before have none.
+  """JSON values without their hash; those of earlier versions have none.
 
   Args:
     values: of `sealed`.
@@ -211,7 +211,7 @@ def read_json(path: pathlib.Path) -> Any:
   try:
     return json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is no JSON ({error})") from error
+    raise ValueError(f"{path} is not JSON ({error})") from error
 
 
 @contextlib.contextmanager

@@ -213,7 +213,7 @@ def test_every_turned_bit_is_found(model, half, tmp_path):
     except ValueError as error:
       assert str(path) in str(error) and "\n" not in str(error)
     else:
-      # Spaces behind the header's last brace.
+      # Spaces after the header's last brace.
       assert place < 8 + header and content[place : place + 1] == b" "
       equal(state, fine)
 

@@ -76,7 +76,7 @@ def _layer(net: Any) -> Any:
 
 
 def _mix(net: Any, params: Any, x: Any, state: Any) -> tuple[Any, Any]:
-  """The residual stream behind a mixer, and its state."""
+  """The residual stream after a mixer, and its state."""
   x = net.module.enter(x) if net.whole else x
   y, state, _ = net.mix(params, x, state, None)
   return net.module.leave(y) if net.whole else y, state

@@ -1,4 +1,4 @@
-"""Whether a run that was hurt ended as one that was not, bit for bit."""
+"""Whether a run with a fault ended bit-identical to an undisturbed one."""
 
 import hashlib
 import json

@@ -203,7 +203,7 @@ def _judged(
     figures = lost(scene, ended)
     if figures["resumed_from"] < scene.marks[-1].promised:
       raise scene_lib.WrongError(
-        f"went on from step {figures['resumed_from']}; the checkpoint of step "
+        f"resumed from step {figures['resumed_from']}; the checkpoint of step "
         f"{scene.marks[-1].promised} was whole"
       )
     if found := judge.differences(unhurt.record, judge.read(scene.workdir)):
@@ -256,7 +256,7 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
   """Markdown: a line a kind, and one for all."""
   rows = [
-    "| fault | times | went on by itself, bit-equal | one sentence, then "
+    "| fault | times | resumed by itself, bit-equal | one sentence, then "
     "bit-equal | wrong | steps made again: median, most | seconds lost: "
     "median, most |",
     "|---|---|---|---|---|---|---|",

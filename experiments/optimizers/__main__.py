@@ -4,7 +4,7 @@
                                      [--folder=runs/optimizers] [--table=FILE]
 
 One JSON file a trial lies in the folder: a trial that is there is not run
-again, so a killed command goes on where it stopped. First every arm at every
+again, so a killed command resumes where it stopped. First every arm at every
 rate with one seed, and up to two rates further while the best is at an edge;
 then three seeds at its best rate. `--full` is the whole grid: all arms, two
 more rates, every b1, three seeds. `--table` writes the page from what is in the
@@ -199,7 +199,7 @@ _INTRO = """# Optimizers compared
 
 Best rate of each arm's own grid, mean ± standard deviation over seeds (weights
 and data order together). Lower is better. A difference below the spread over
-seeds is none, and one of arms with unequal grids is no evidence. What these
+seeds is none, and one of arms with unequal grids is not evidence. What these
 figures do not show is not claimed: see docs/optimizers.md.
 """
 

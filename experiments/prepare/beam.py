@@ -160,7 +160,7 @@ def _run(
   except _GAVE_UP as error:
     raise OSError(
       f"the Beam job failed: {str(error).strip().splitlines()[-1]}; start the "
-      "same command again: it goes on"
+      "same command again: it resumes"
     ) from error
   query = metric.MetricsFilter().with_namespace(_Make)
   found = result.metrics().query(query)["counters"]

@@ -117,7 +117,7 @@ def run(jobs: list, total: int, workers: int) -> list[int]:
   except concurrent.futures.process.BrokenProcessPool as error:
     raise ChildProcessError(
       "a worker was killed, perhaps for want of memory; start the same command "
-      "again, with fewer --workers: it goes on"
+      "again, with fewer --workers: it resumes"
     ) from error
   finally:
     stopped.value = 1

@@ -71,6 +71,6 @@ def string(value: Any, key: str, where: Callable[[], str]) -> str:
   except UnicodeEncodeError as error:
     raise BadDocumentError(
       f"{where()}: {key!r} has half a character, "
-      f"{value[error.start]!r}; mend the line or leave it out"
+      f"{value[error.start]!r}; fix the line or leave it out"
     ) from None
   return value

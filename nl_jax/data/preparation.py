@@ -255,7 +255,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     reason, advice = (full, "free space and ") if is_full else (error, "")
     raise OSError(
       f"{path} cannot be written: {reason}; {advice}start the same command "
-      "again: it goes on"
+      "again: it resumes"
     ) from error
 
 

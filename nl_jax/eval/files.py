@@ -84,7 +84,7 @@ def load(task: requests.Task, folder: pathlib.Path, limit: int = 0) -> Loaded:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a file of another split, a line that is no JSON object, or a
+    ValueError: a file of another split, a line that is not a JSON object, or a
       column that is missing or of another type; file and line are named.
   """
   path = find(task, folder)

@@ -136,7 +136,7 @@ def read(workdir: str) -> Run:
 
 
 def _tokenizer(about: dict[str, Any]) -> tuple[str, str]:
-  """Name and hash; of a run of before, which kept none, its path."""
+  """Name and hash; the path for a run of an earlier version, without them."""
   name = about["config"].get("data", {}).get("tokenizer", "")
   own = about.get(kept.KEY)
   if not own:

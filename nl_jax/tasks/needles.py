@@ -255,7 +255,7 @@ class Needles:
 
 
 def continuation(answers: Sequence[str]) -> str:
-  """What goes on from the prompt, where it is right: " a, b, and c"."""
+  """What continues the prompt, where it is right: " a, b, and c"."""
   return " " + _listed(answers)
 
 

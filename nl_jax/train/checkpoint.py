@@ -1,7 +1,7 @@
 """Checkpoints: state, place in the data, and what a run must know of itself.
 
 Three items a step: `state` (arrays), `data` (the iterator's state, integers)
-and `meta` (JSON). Writing goes on in the background; a step that is not whole
+and `meta` (JSON). Writing continues in the background; a step that is not whole
 is not listed. A listed step that cannot be read, or is not what was saved, is
 moved aside, and the one before it taken.
 """

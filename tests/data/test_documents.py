@@ -266,7 +266,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 def test_a_damaged_packed_file_is_named(tmp_path, name, kind, damage):
   path = write_jsonl(tmp_path / name, TEXTS * 20)
   path.write_bytes(damage(path.read_bytes()))
-  for policy in bad_documents.POLICIES:  # It is no document that is bad.
+  for policy in bad_documents.POLICIES:  # It is not a document that is bad.
     with pytest.raises(ValueError, match=f"{name} is not a whole {kind}"):
       sources.load("text" if "txt" in name else "jsonl", str(path),
                    bad_documents=policy)  # fmt: skip
@@ -277,7 +277,7 @@ def test_bad_parquet_is_named(tmp_path):
   with pytest.raises(ValueError, match="no column 'text'.*id, body"):
     texts_of(path, "parquet")
   path.write_bytes(b"PAR1 no")
-  with pytest.raises(ValueError, match="is no parquet file"):
+  with pytest.raises(ValueError, match="is not a parquet file"):
     texts_of(path, "parquet")
   whole = bytearray(write_parquet(path, TEXTS * 99, group=500).read_bytes())
   text = whole.index(b"four four")  # In the dictionary of the column.

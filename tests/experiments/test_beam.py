@@ -59,7 +59,7 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-  """The folder behind the addresses fake://..."""
+  """The folder after the addresses fake://..."""
   from apache_beam.io import filesystem, localfilesystem
 
   root = tmp_path_factory.mktemp("store")
