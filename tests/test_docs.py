@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 import tokenize
 
 import pytest
@@ -191,3 +193,15 @@ def test_sections_that_a_page_names_are_there(page):
 ])  # fmt: skip
 def test_a_citation_that_leads_nowhere_is_found(text, found):
   assert missing(text) == found
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+  pytest.importorskip("mkdocs", reason="needs mkdocs, of the extra docs")
+  command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+  done = subprocess.run(
+    [*command, f"--site-dir={tmp_path / 'site'}"], cwd=ROOT, text=True,
+    capture_output=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  page = (tmp_path / "site" / "api" / "memory" / "index.html").read_text()
+  assert "nl_jax.memory.rule.Rule" in page
