@@ -222,8 +222,8 @@ def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
   if levels and (levels.reset == "document") != (reset == "document"):
     fits = {"document": "document", "never": "sequence"}[reset]
     raise ValueError(
-      f"with data.rows=stream and data.reset={reset} levels in context begin "
-      f"anew with model.cms.reset={fits}, got {levels.reset!r}"
+      f"with data.rows=stream and data.reset={reset} levels in context need "
+      f"model.cms.reset={fits}, got {levels.reset!r}"
     )
 
 

@@ -84,7 +84,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
       os.fsync(file.fileno())
     hidden.replace(path)
   except BaseException:
-    with contextlib.suppress(OSError):  # What went wrong first is told.
+    with contextlib.suppress(OSError):  # The first error is reported.
       hidden.unlink(missing_ok=True)
     raise
 

@@ -223,7 +223,7 @@ class _Abort:
 
 
 class _Others:
-  """The other processes: their last words are heard, ours are told."""
+  """The other processes: receives their last messages, sends ours."""
 
   def __init__(self, client: Any, process: int, count: int):
     """Args: jax's client, this process, their number."""
@@ -404,7 +404,7 @@ def lost(error: RuntimeError) -> str | None:
 
 
 def leave(why: str, status: int) -> None:
-  """Ends this process, where there are others; they are told why.
+  """Ends this process, where there are others, and sends them the reason.
 
   Going on to the interpreter's end would wait for them, and they for us.
   """

@@ -12,7 +12,7 @@ done, and the next start must end so.
 
 Prints a table in Markdown and writes faults.json. The same command, with more
 --kills perhaps, resumes where it was stopped. Status 3: a run went wrong; its
-folder stays.
+folder is kept.
 """
 
 import concurrent.futures

@@ -15,7 +15,7 @@ from nl_jax.train import checkpoint, files, metrics
 
 _CLOCK = ("wall_time", "train_seconds")
 _ONE = threading.Lock()  # Orbax is not made for many threads.
-_SHOWN = 3  # Differences that are told.
+_SHOWN = 3  # Differences that are shown.
 
 
 class Record(NamedTuple):

@@ -161,7 +161,7 @@ def run(place: Place, trial: Trial, unhurt: Whole) -> dict[str, Any]:
 
   Returns:
     A JSON object: trial, outcome, why it is wrong, and figures. The folder of a
-    trial that went wrong stays; its path is in "folder".
+    trial that went wrong is kept; its path is in "folder".
   """
   folder = place.folder / "trials" / f"{trial.number:04d}"
   for attempt in range(_ATTEMPTS):
@@ -240,7 +240,7 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
   """
   mark, begun_at = scene.marks[-1], scene_lib.begun_at(ended.said)
   further = min(mark.step + 1, scene_lib.STEPS)
-  # Of the last start: a run that is told to end makes a step before it does.
+  # Of the last start: a run that is stopped makes one more step.
   later = [
     max(0.0, line["wall_time"] - mark.time)
     for line in scene_lib.read_lines(scene.workdir)

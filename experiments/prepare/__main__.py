@@ -213,7 +213,7 @@ def _kind() -> str:
   from nl_jax import data, files
   from nl_jax.data import partition
 
-  # Where nothing is, or in a store, it is told where it is looked for.
+  # Nothing there, or a store: reported where it is read.
   if "://" in _PATH.value or not files.expand(_PATH.value).exists():
     return "text"
 

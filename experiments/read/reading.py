@@ -16,7 +16,7 @@ from nl_jax.data import documents
 
 _BLOCK = 2**16  # Bytes of text that are read at once.
 _BINS = 128  # Points of the curve, at most twice as many while it grows.
-_PLACES = 8  # Parts of a chunk whose surprise is told apart.
+_PLACES = 8  # Parts of a chunk whose surprise is distinguished.
 
 
 class Curve:

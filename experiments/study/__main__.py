@@ -4,7 +4,7 @@
     python -m experiments.study --name=topics --jobs=2
 
 Each run is `experiments.lm` in a folder of its own, at seeds 0, 1, 2; what is
-finished stays, and the same command resumes. Prints a table in Markdown and
+finished is kept, and the same command resumes. Prints a table in Markdown and
 writes it with a picture beside the runs. --smoke takes seconds, and shows that
 everything works; its figures mean nothing.
 """

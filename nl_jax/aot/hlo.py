@@ -152,7 +152,7 @@ def _scope(ins: Instruction) -> str:
   return found[1] if found else ""
 
 
-# What lays arrays out anew and computes nothing.
+# What changes the layout of arrays and computes nothing.
 _LAYS = {
   "copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice",
   "dynamic-update-slice", "concatenate", "pad", "parameter", "constant",

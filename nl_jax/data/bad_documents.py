@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 POLICIES = ("refuse", "skip")
-_PLACES = 3  # Of bad documents that are told.
+_PLACES = 3  # Of bad documents that are reported.
 
 
 class BadDocumentError(ValueError):

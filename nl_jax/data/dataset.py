@@ -264,7 +264,7 @@ class _How(NamedTuple):
   """How a part becomes rows: arguments of `load`, and the tokenizer.
 
   `apart` is false where the training documents follow each other without
-  padding: no memory begins anew between them.
+  padding: no memory is reset between them.
   """
 
   tokenizer: tokenizers.Tokenizer

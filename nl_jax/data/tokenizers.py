@@ -42,7 +42,7 @@ class TextStream(Protocol):
   """Decodes ids as they come; never splits a character."""
 
   def push(self, ids: Iterable[int]) -> str:
-    """Takes the next ids; returns the text that is certain by now."""
+    """Takes the next ids; returns the text that is certain so far."""
 
   def flush(self) -> str:
     """Returns what is left, at the end of the stream."""

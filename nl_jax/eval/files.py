@@ -1,4 +1,4 @@
-"""The data folder: one file a task, found, checked and told apart by hash.
+"""The data folder: one file a task, found, checked and identified by hash.
 
 A file has one JSON object a line, with the columns of its data set on Hugging
 Face. What a file is worth (`exact`, `approximate`, `sample`) is known by its
@@ -162,7 +162,7 @@ def _check(
         f"{path}:{line}: no column {column!r}; {task.name} needs "
         f"{', '.join(task.columns)}, as {task.source} has them"
       )
-    # A label that is missing is told as that.
+    # A missing label is reported as missing.
     unlabelled = doc[column] is None and column in _LABEL_COLUMNS
     if not isinstance(doc[column], kinds) and not unlabelled:
       raise ValueError(

@@ -114,7 +114,7 @@ class Scorer:
     Args:
       params: of the model, on the mesh.
       pairs: (inputs, targets) of each row, in any order.
-      progress: is told how many rows are done.
+      progress: called with the number of rows done.
     """
     scores = Scores([0.0] * len(pairs), [False] * len(pairs))
     waiting: list[tuple[list[int], tuple[jax.Array, jax.Array]]] = []

@@ -98,7 +98,7 @@ def scale_by_m3(
     ns_eps: added to the norms that it divides by.
     ns_dtype: dtype of the Newton-Schulz iterations; None is at least float32.
     ns_sharding: where it runs on a mesh.
-    cache_slow: keep o2; otherwise it is computed anew in every step.
+    cache_slow: keep o2; otherwise it is computed again in every step.
     stagger: groups of equal shapes refresh at different steps.
     mu_dtype: dtype of m1; None: the parameters'.
     nu_dtype: dtype of nu; None is at least float32.

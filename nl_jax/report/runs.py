@@ -182,7 +182,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def named_apart(runs: list[Run]) -> list[Run]:
-  """Runs of folders with one name are told apart by their paths."""
+  """Names of runs; folders with the same name get their paths."""
   names = [run.name for run in runs]
   return [
     run._replace(name=str(run.workdir)) if names.count(run.name) > 1 else run

@@ -238,7 +238,7 @@ class Needles:
   def _lines(
     self, told: Sequence[tuple[bool, str]], size: int, rng: np.random.Generator
   ) -> list[str]:
-    """Lines of noise, or of needles with other keys than those told of."""
+    """Lines of noise, or of needles with keys that no question asks for."""
     if self.task.haystack == NOISE:
       return [_LINE] * size
     kind, known = self.task.value, "".join(needle for _, needle in told)

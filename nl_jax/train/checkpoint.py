@@ -74,8 +74,8 @@ class Checkpoints:
 
     Args:
       workdir: of the run.
-      keep: newest checkpoints that stay.
-      keep_period: those of its multiples stay too; 0: none does.
+      keep: number of newest checkpoints to keep.
+      keep_period: keep all multiples of this step; 0 disables it.
     """
     _hush()
     self._workdir = workdir.resolve()
@@ -114,7 +114,7 @@ class Checkpoints:
       with self._writing():
         self._manager.close()
     except files.StorageError:
-      # What ended the run has been told.
+      # What ended the run has been reported.
       if kind is None:
         raise
 

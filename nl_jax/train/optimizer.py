@@ -30,7 +30,7 @@ _NO_MATRIX = (r"(^|/)(conv_\w+|b_\w+|mix)$",)
 
 
 class Optimizer(NamedTuple):
-  """An optimizer and what is told of it.
+  """An optimizer, and what describes it.
 
   Attributes:
     tx: the whole chain: clip, levels, rule, decay, learning rate.

@@ -131,7 +131,7 @@ def test_a_separator_parts_a_text(tmp_path, name, mark):
   )
   assert skipped.bad == 1
   assert len(skipped.train + skipped.validation) == len(kept) - 1
-  with pytest.raises(ValueError, match="data.separator='x' parts .*='jsonl'"):
+  with pytest.raises(ValueError, match="data.separator='x' separates .*='jsonl'"):
     sources.load("jsonl", str(path), separator="x")
 
 
@@ -218,7 +218,7 @@ def test_links_are_followed(tmp_path):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path, kind, alone):
   path = tmp_path / documents.SUFFIXES.get(kind, (".array_record",))[0]
   os.mkfifo(path)
-  with pytest.raises(ValueError, match="no plain file .a pipe"):
+  with pytest.raises(ValueError, match="not a plain file .a pipe"):
     sources.load(kind, str(path if alone else tmp_path))
 
 
@@ -404,7 +404,7 @@ def test_array_records_of_documents(tmp_path):
   source = sources.load("array_record", str(tmp_path))
   assert sorted(source.train + source.validation) == sorted(texts)
   path.write_bytes(b"none")
-  with pytest.raises(ValueError, match="no ArrayRecord file"):
+  with pytest.raises(ValueError, match="not an ArrayRecord file"):
     sources.load("array_record", str(path))
   with pytest.raises(FileNotFoundError, match="nothing at"):
     sources.load("array_record", "")
@@ -436,7 +436,7 @@ def test_hugging_face_folders(tmp_path):
   datasets.DatasetDict(train=bare, test=table).save_to_disk(tmp_path / "bare")
   with pytest.raises(ValueError, match="a split without text"):
     sources.load("hugging_face", str(tmp_path / "bare"))
-  with pytest.raises(ValueError, match="no folder of save_to_disk"):
+  with pytest.raises(ValueError, match="not a folder of save_to_disk"):
     sources.load("hugging_face", str(tmp_path))
   for path in sorted(p for p in (tmp_path / "one").iterdir()):
     content = path.read_bytes()

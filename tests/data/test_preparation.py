@@ -305,7 +305,7 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
     load(out)
   for damage in (b"{", b"\xff", b"[" * 10**5):
     (out / "manifest.json").write_bytes(damage)
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
       load(out)
   for key, value, place in (
     ("sequence_length", -1, "sequence_length"), ("tokenizer", [], "tokenizer"),

@@ -1,4 +1,4 @@
-"""Studies: trained as commands, continued, told as a table."""
+"""Studies: trained as commands, continued, printed as a table."""
 
 import numpy as np
 import pytest

@@ -238,7 +238,7 @@ def _read(
     return runner.nested_scan(
       loss_fn, made, at, carry, units, fresh=True, first_order=first_order
     )
-  # A document begins with a micro-chunk, and with fast weights anew.
+  # A document begins with a micro-chunk, and with reset fast weights.
   first = units.ids_C[:, 0]
   before = jnp.concatenate([first[:1], first[:-1]])
   anew = begin_levels(model, params, start)

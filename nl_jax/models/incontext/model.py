@@ -66,7 +66,7 @@ class Options:
       "full", by the gradient through all updates since the last restart. That
       one keeps the text since then in the state, and reads it again.
     nested_rate: learning rate of that start.
-    reset: fast weights begin anew with each "sequence" (row) or "document".
+    reset: fast weights are reset at each "sequence" (row) or "document".
     inner_loss: "task", the loss of the model's own logits; "local_dot" or
       "local_l2", one of each layer: see `local_loss`. There `clip` is of each
       token's error.

@@ -40,7 +40,7 @@ class Options(memory.Rule):
     hidden: M, hidden units of an MLP memory; 0: the key width K.
     residual: the memory adds its input.
     value_norm: "none", or "l2": values of unit norm.
-    span: S, tokens after which the memory begins anew, beside a global one with
+    span: S, tokens after which the memory is reset, beside a global one with
       chunks of S (TNT, see `memory.spans`); 0: one memory of all tokens.
     eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
       eta_bias).
@@ -79,7 +79,7 @@ class Options(memory.Rule):
       )
     if self.span and (self.omega > 1 or self.inner_muon != "off"):
       raise ValueError(
-        "model.mixer.span begins memories anew, which windows and inner Muon "
+        "model.mixer.span resets memories, which windows and inner Muon "
         "do not: set model.mixer.omega=1 and model.mixer.inner_muon='off', or "
         f"model.mixer.span=0; got {self.span}"
       )
