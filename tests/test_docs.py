@@ -205,3 +205,17 @@ def test_the_site_is_built_without_a_warning(tmp_path):
   assert done.returncode == 0, done.stdout + done.stderr
   page = (tmp_path / "site" / "api" / "memory" / "index.html").read_text()
   assert "nl_jax.memory.rule.Rule" in page
+
+
+@pytest.mark.parametrize("room, page", [
+  ("optim", "optim"), ("data", "data"), ("kernels/rank_one", "kernels"),
+  ("kernels/walk", "kernels"), ("kernels/orthogonalize", "kernels"),
+  ("kernels/delta_dense", "kernels"),
+])  # fmt: skip
+def test_every_public_name_is_on_a_page_of_the_site(room, page):
+  code = (ROOT / "nl_jax" / room / "__init__.py").read_text("utf-8")
+  names = re.findall(r"(\w+) as \1\b", code)
+  text = (ROOT / "docs" / "api" / f"{page}.md").read_text("utf-8")
+  there = set(re.findall(r"^::: (\S+)$", text, re.M))
+  path = f"nl_jax.{room.replace('/', '.')}"
+  assert names and {f"{path}.{name}" for name in names} <= there

@@ -131,7 +131,7 @@ def test_a_separator_parts_a_text(tmp_path, name, mark):
   )
   assert skipped.bad == 1
   assert len(skipped.train + skipped.validation) == len(kept) - 1
-  with pytest.raises(ValueError, match="data.separator='x' separates .*='jsonl'"):
+  with pytest.raises(ValueError, match="=.x. separates .*=.jsonl."):
     sources.load("jsonl", str(path), separator="x")
 
 

@@ -221,7 +221,7 @@ def test_the_end_is_what_the_config_beside_it_says(words):
   assert made.end_id == 0 and made.fingerprint != before
   for damage in (b"[", b"[" * 10**5, b"\xff", b"3"):
     beside.write_bytes(damage)
-    with pytest.raises(ValueError, match="tokenizer_config.json is not a JSON object"):
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
       tokenizers.load(words)
   beside.write_text('{"eos_token": ["</s>"]}')
   assert tokenizers.load(words).fingerprint == before
