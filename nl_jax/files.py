@@ -159,7 +159,7 @@ def refuse_taken(flag: str, *paths: str | os.PathLike) -> None:
   for path in map(pathlib.Path, paths):
     if path.is_file():
       raise ValueError(
-        f"{path} is there already: give {flag} another file, or --overwrite "
+        f"{path} already exists: give {flag} another file, or --overwrite "
         "to replace it"
       )
 

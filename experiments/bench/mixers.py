@@ -34,7 +34,7 @@ def run(least_seconds: Callable, output: str) -> list[dict]:
     output: of the rows, whose name the picture takes with .png; "": none.
 
   Raises:
-    ValueError: the picture is there already.
+    ValueError: the picture already exists.
   """
   from nl_jax.models import lm
 

@@ -67,7 +67,7 @@ def load(path: str, memories: str) -> list[Prompt]:
       name, text = _fields(line, f"{path}:{number}")
       if name in found:
         raise ValueError(
-          f"{path}:{number}: the name {name!r} is there already; each text "
+          f"{path}:{number}: the name {name!r} already exists; each text "
           "needs its own"
         )
       place = pathlib.Path(memories) / f"{name}.memory"

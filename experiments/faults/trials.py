@@ -43,7 +43,7 @@ def of(result: Mapping[str, Any]) -> Trial:
 
 
 class Whole(NamedTuple):
-  """A run that nothing was done to.
+  """An undisturbed run.
 
   Attributes:
     record: what it left.
@@ -118,13 +118,11 @@ def whole(place: Place, config: str, *, skipped: bool) -> Whole:
     ended = _finish(scene, skipped)
     if ended.status:
       last = ended.said.strip().rpartition("\n")[2]
-      raise ValueError(
-        f"a run of {config} that nothing was done to failed: {last}"
-      )
+      raise ValueError(f"an undisturbed run of {config} failed: {last}")
     records.append(judge.read(scene.workdir))
   if found := judge.differences(*records):
     raise ValueError(
-      "two runs that nothing was done to are not the same, so nothing can be "
+      "two undisturbed runs differ, so nothing can be "
       f"judged: {judge.told(found)}"
     )
   pace = _pace(scene.workdir, ended.seconds, ended.begun)

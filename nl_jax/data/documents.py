@@ -352,7 +352,7 @@ def _parsed(text: str, where: Callable[[], str]) -> Any:
     ) from error
   except ValueError as error:  # Python reads no number of 5,000 digits.
     raise bad_documents.BadDocumentError(
-      f"{where()}: no JSON ({error})"
+      f"{where()}: not JSON ({error})"
     ) from error
 
 

@@ -126,7 +126,7 @@ def _parse(path: pathlib.Path, line: int, text: str) -> Mapping[str, Any]:
   try:
     doc = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}:{line}: no JSON ({error})") from None
+    raise ValueError(f"{path}:{line}: not JSON ({error})") from None
   if not isinstance(doc, dict):
     raise ValueError(
       f"{path}:{line}: expected a JSON object, got {type(doc).__name__}"

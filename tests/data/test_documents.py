@@ -67,7 +67,7 @@ def test_a_json_file_may_be_one_array(tmp_path, name):
   with pytest.raises(ValueError, match="entry 3: 'text' is int"):
     texts_of(path, "jsonl")
   write_packed(path, b"[1, 2")
-  with pytest.raises(ValueError, match=f"{name}: no JSON"):
+  with pytest.raises(ValueError, match=f"{name}: not JSON"):
     texts_of(path, "jsonl")
 
 
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line,words", [
-  (b'{"text": "a"\n', "line 3: no JSON"),
+  (b'{"text": "a"\n', "line 3: not JSON"),
   (b'["a"]\n', "line 3: no field 'text'"),
   (b'{"body": "a", "id": 1}\n', "it has: body, id.*data.text_key"),
   (b'{"text": 5}\n', "'text' is int, expected text"),
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
   (b'{"text": "a\\ud83d"}\n', "line 3: 'text' has half a character"),
   (b'{"text": null}\n', "line 3: 'text' is null, expected text"),
   (b'{"text": "a", "id": ' + b"[" * 200_000, "line 3: JSON that is nested too"),
-  (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 3: no JSON .*4300 digi"),
+  (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 3: not JSON .*4300 dig"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, words):
   path = tmp_path / "a.jsonl"

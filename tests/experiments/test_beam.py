@@ -192,7 +192,7 @@ def test_a_mistake_in_the_corpus_is_one_sentence_and_goes_when_mended(
   bad = tmp_path / "in.jsonl"
   bad.write_text("\n".join([*lines[:40], "{no", *lines[40:]]) + "\n")
   out = tmp_path / "out"
-  with pytest.raises(ValueError, match="line 41: no JSON"):
+  with pytest.raises(ValueError, match="line 41: not JSON"):
     make(bad, out)
   assert not (out / "manifest.json").exists()
   # The same size: the corpus is the one that --out was claimed for.

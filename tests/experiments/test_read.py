@@ -233,10 +233,10 @@ def test_the_commands(tmp_path):
     "keeps every token that it reads",
     "no file --text=no.txt", "latin.txt is not UTF-8: byte 0xe9 at offset 3;",
     "not a memory file, or a torn one", "the memory of another model",
-    "not a memory file, or a torn one", "a.memory is there already",
-    "a.memory is there already", "--memory_out=t is a folder",
+    "not a memory file, or a torn one", "a.memory already exists",
+    "a.memory already exists", "--memory_out=t is a folder",
     "there is no folder no", "not a memory file, or a torn one",
-    "mine.png is there already",
+    "mine.png already exists",
     "has no point 'after'; it has: before", "--since needs --drift_bound",
     "must be above 0, got -1",
   )):  # fmt: skip
