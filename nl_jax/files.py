@@ -235,7 +235,7 @@ def lock(path: pathlib.Path) -> Iterator[None]:
     raise
   with os.fdopen(descriptor, "rb") as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-      raise _no_file(path, "no plain file")
+      raise _no_file(path, "not a plain file")
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
