@@ -205,7 +205,7 @@ def _body(
 
   Returns:
     The state, {"y"} or {"q", "k", "v", "gates"}, and the sums of the parts,
-    one behind the other.
+    one after the other.
   """
   if options.stop_grad_writes:
     now = jax.lax.stop_gradient(now)

@@ -13,10 +13,10 @@ class StateDtypes:
   """Dtypes of the state of `scale_by_m3`.
 
   Attributes:
-    m1: of m1; None as the parameters.
-    nu: of nu; None is at least float32.
-    slow: of m2 and slow_sum; None is at least float32.
-    o2: of o2; None as m1.
+    m1: dtype of m1; None: the parameters'.
+    nu: dtype of nu; None is at least float32.
+    slow: dtype of m2 and slow_sum; None is at least float32.
+    o2: dtype of o2; None: that of m1.
   """
 
   m1: DType = None

@@ -77,17 +77,17 @@ def scale_by_m3(
     b2: decay of the second moment.
     b3: decay of the slow momentum.
     alpha: weight of the slow memory; None leaves it out (Muon).
-    eps: in the denominators.
+    eps: added to denominators.
     ns_steps: Newton-Schulz iterations.
     slow_every: steps between two updates of the slow memory; may be traced.
     accumulate: "ema" or "sum" (printed: b1 g, b2 g^2, b3 g are added).
     second_moment: "ortho" of D, "grad" of the gradients (printed), or None.
     chunk_reduce: "mean" or "sum" of the gradients of a chunk.
     slow_read: "next" uses o2 from the step after (Algorithm 1), or "same".
-    bias_correction: of m1 and nu, with accumulate="ema".
+    bias_correction: correct the bias of m1 and nu, with accumulate="ema".
     nesterov: NS(b1 m1 / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)).
     ns: see `NewtonSchulz`.
-    cache_slow: keep o2; otherwise it is computed anew in every step.
+    cache_slow: keep o2; otherwise it is computed again in every step.
     stagger: groups of equal shapes refresh at different steps.
     dtypes: see `StateDtypes`.
     dims: the matrices; None is (-2, -1) for rank >= 2. Leaves under None take

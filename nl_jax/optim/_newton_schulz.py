@@ -19,9 +19,9 @@ class NewtonSchulz:
   That is an argument of each optimizer, `ns_steps`: it may be traced.
 
   Attributes:
-    coeffs: of Newton-Schulz, a name or a table (`orthogonalize`).
+    coeffs: coefficients of Newton-Schulz, a name or a table (`orthogonalize`).
     eps: added to the norms that it divides by.
-    dtype: of its iterations; None is at least float32.
+    dtype: dtype of the Newton-Schulz iterations; None is at least float32.
     sharding: where it runs on a mesh.
   """
 

@@ -400,7 +400,7 @@ def go_on(
   *,
   other_weights: bool = False,
 ) -> tuple[Stream, dict[str, Any]]:
-  """A stream that goes on from a memory file, and the file's manifest.
+  """A stream that resumes from a memory file, and the file's manifest.
 
   Args and errors: as of `memory_file.load_memory`.
   """

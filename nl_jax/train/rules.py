@@ -3,7 +3,7 @@
 `optim.name` chooses a rule; the group of its name, as `optim.m3`, has what its
 factory takes, with the factory's defaults. In a config "none" stands for None
 where names are chosen, and 0 where a number is. What the recipe sets, or what
-no text can say, is no field: schedule, decay and its mask, which leaves are
+no text can say, is not a field: schedule, decay and its mask, which leaves are
 matrices, where Newton-Schulz is spread.
 """
 
@@ -67,7 +67,7 @@ def adamw(
 RULES = {
   "adamw": Rule(adamw),
   "adam_memory": Rule(optim.adam_memory, (optim.scale_by_adam_memory,)),
-  # Leaves that are no matrices are AdamW's, and never a vector rule's.
+  # Leaves that are not matrices are AdamW's, and never a vector rule's.
   "deep_momentum": Rule(
     optim.deep_momentum, (optim.scale_by_deep_momentum,), True,
     ("vector_rule", "ns_eps"),
@@ -95,9 +95,7 @@ _GROUPS = {
     },
   ),
 }  # fmt: skip
-_FALLBACK = (
-  "fallback_"  # Of AdamW for what is no matrix: its rate, b1, b2, eps.
-)
+_FALLBACK = "fallback_"  # Of AdamW for what is not a matrix.
 _PRECONDITIONERS = {
   "diag": optim.diag_preconditioner,
   "left_gram": optim.left_gram_preconditioner,
@@ -268,7 +266,7 @@ def filled(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgraded(group: Mapping[str, Any]) -> dict[str, Any]:
-  """The group `optim` of a run of before, in the fields of today.
+  """The group `optim` of an earlier run, in the fields of today.
 
   Its b1, b2 and eps were AdamW's alone: where that was the rule, or served
   what was no matrix.
@@ -310,13 +308,13 @@ def _field(field: Field, factory: Callable[..., Any], key: str) -> Field:
 
 
 def _fallback() -> dict[str, Field]:
-  """The fields of AdamW for what is no matrix."""
+  """The fields of AdamW for what is not a matrix."""
   found = fields.of(adamw)
   rate = Field(
     "", 0.0, fields.AT_LEAST_0, False, None, "learning rate; 0 is the same."
   )
   known = {"learning_rate": rate} | {k: found[k] for k in ("b1", "b2", "eps")}
-  said = "AdamW's, for what is no matrix: "
+  said = "AdamW's, for what is not a matrix: "
   return {
     _FALLBACK + k: x._replace(name=_FALLBACK + k, remark=said + x.remark)
     for k, x in known.items()

@@ -1,4 +1,4 @@
-"""Streams: the rows of the packer, each behind the one that it goes on."""
+"""Streams: the rows of the packer, each after the one that it continues."""
 
 import numpy as np
 import pytest
