@@ -168,7 +168,7 @@ def general_delta_rule(
     functools.partial(body, block=block) if block else body, None,
     jax.tree.map(pack, xs), places,
     state=walks.State(state, ()), group=remat_group, chunk_free=True,
-    # A single token is no work for a kernel.
+    # A single token is not work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
     spec=spec, name="general_delta_rule", columns=_columns(block),
   )  # fmt: skip
