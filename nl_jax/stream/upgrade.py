@@ -56,7 +56,7 @@ def memory(leaves: Leaves, model: Any, params: types.Params) -> Leaves:
 def _starts(model: Any, params: types.Params) -> dict[str, types.Params]:
   """The learned starts by the place of a memory, leaves [layers,H,a,b]."""
   own = lambda mixer: dict(model.module.starts(mixer, model.dims))
-  made = jax.vmap(own)(params["blocks"]["mixer"])
+  made = jax.vmap(own)(model.laid(params["blocks"])["mixer"])
   if getattr(model, "local", False):
     for level, kernels in model.theta(params).items():
       one_head = {name: w[:, None] for name, w in kernels.items()}
