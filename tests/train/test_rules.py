@@ -106,10 +106,12 @@ def test_every_option_arrives(name, monkeypatch):
 
   monkeypatch.setitem(rules.RULES, name, rule._replace(factory=factory))
   fallbacks = []
-  monkeypatch.setattr(
-    rules, "adamw",
-    lambda rate, **given: fallbacks.append((float(rate(0)), given)),
-  )  # fmt: skip
+
+  @functools.wraps(rules.adamw)
+  def adamw(rate, **given):
+    fallbacks.append((float(rate(0)), given))
+
+  monkeypatch.setattr(rules, "adamw", adamw)
   built = {"memory", "preconditioner", "hidden", "depth", "activation",
            "residual", "seed"}  # fmt: skip
   build(name)
