@@ -1,9 +1,10 @@
 """Configs by name: `--config=hope_1b3`, `--config=hope_1b3:smoke`, or a path.
 
-A config is a file of `configs/` with `get_config(arg: str = "")`, which returns
-a ConfigDict; files starting with `_` are shared builders. Fields are changed on
-the command line by `--config.<group>.<field>=<value>`. Every mistake is found
-while the flags are read, and said in one sentence.
+A config is a file with `get_config(arg: str = "")`, which returns a ConfigDict.
+`hope_1b3:smoke` is that of `configs/hope.py` with the argument "1b3,smoke"; a
+path has the argument that stands behind its colon. Fields are changed on the
+command line by `--config.<group>.<field>=<value>`. Every mistake is found while
+the flags are read, and said in one sentence.
 """
 
 import difflib
@@ -20,6 +21,7 @@ from absl import flags
 from ml_collections import config_dict, config_flags
 
 from nl_jax import files
+from nl_jax.models import presets
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 # What random keys tell apart, and what is counted in int32.
@@ -43,8 +45,7 @@ _CHOICE = re.compile(r"--?config(=(?P<value>.*))?$")
 
 def config_names() -> list[str]:
   """The names that --config accepts, sorted."""
-  names = (path.stem for path in _FOLDER.glob("*.py"))
-  return sorted(name for name in names if not name.startswith("_"))
+  return presets.names()
 
 
 def load_config(value: str) -> config_dict.ConfigDict:
@@ -59,12 +60,15 @@ def load_config(value: str) -> config_dict.ConfigDict:
   name, colon, arg = value.partition(":")
   if name.endswith(".json"):
     raise ValueError(f"unknown config argument {arg!r}; {name} takes none")
-  path = pathlib.Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
-  if not name.endswith(".py") and name not in config_names():
-    raise ValueError(
-      f"no config named {name!r}. {_did_you_mean(name, config_names())}"
-      f"Known: {', '.join(config_names())}"
-    )
+  path = pathlib.Path(name)
+  if not name.endswith(".py"):
+    if name not in config_names():
+      raise ValueError(
+        f"no config named {name!r}. {_did_you_mean(name, config_names())}"
+        f"Known: {', '.join(config_names())}"
+      )
+    family, _, size = name.rpartition("_")
+    path, arg, colon = _FOLDER / f"{family}.py", f"{size},{arg}".strip(","), ":"
   if not path.is_file():
     raise ValueError(f"no config file {name!r}")
   config = _run_file(path, [arg] if colon else [])

@@ -56,13 +56,10 @@ def readings(length: int) -> dict[str, np.ndarray]:
 def measure(folder: pathlib.Path, length: int) -> dict[str, np.ndarray]:
   """By reading: nats of the tokens of A2, but its first, [pairs, length-1]."""
   from nl_jax import build, stream
-  from nl_jax.train import checkpoint
 
-  _, net = build.of_run(str(folder))
-  params, _ = checkpoint.load_params(str(folder), net)
-  made = {}
+  run, made = build.load(folder), {}
   for name, tokens in readings(length).items():
-    reader = stream.start(net, params, batch_size=len(tokens))
+    reader = stream.start(run.model, run.params, batch_size=len(tokens))
     made[name] = reader.score(tokens)[:, -length + 1 :]
   return made
 
