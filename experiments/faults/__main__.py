@@ -15,7 +15,6 @@ Prints a table in Markdown and writes faults.json. The same command, with more
 folder stays.
 """
 
-import concurrent.futures
 import difflib
 import pathlib
 import resource
@@ -25,6 +24,7 @@ from typing import Any
 from absl import flags, logging
 
 from experiments.cli import command, named
+from experiments.cli.trials import side_by_side
 
 _KILLS = flags.DEFINE_integer(
   "kills", None, "How many faults, taken from the kinds in turn.", lower_bound=1
@@ -152,20 +152,10 @@ def _trials(folder: pathlib.Path, only: list[str]) -> list[dict[str, Any]]:
   open_ = [trial for trial in plan if not path(trial).exists()]
   wholes = _wholes(place, open_)
   (folder / "trials").mkdir(exist_ok=True)
-  pool = concurrent.futures.ThreadPoolExecutor(_JOBS.value)
-  try:
-    futures = [
-      pool.submit(trials.run, place, trial, wholes[trial.whole])
-      for trial in open_
-    ]
-    for future in concurrent.futures.as_completed(futures):
-      result = future.result()
-      files.write_json(path(trials.of(result)), result)
-      command.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
-  finally:
-    pool.shutdown(wait=False, cancel_futures=True)
-    scene.stop()
-    pool.shutdown()  # The folder stays locked until then.
+  one = lambda trial: trials.run(place, trial, wholes[trial.whole])
+  for result in side_by_side(open_, one, _JOBS.value, scene.stop):
+    files.write_json(path(trials.of(result)), result)
+    command.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
   return [files.read_json(path(trial)) for trial in plan]
 
 

@@ -12,16 +12,14 @@ folder.
 """
 
 import itertools
-import json
 import pathlib
 import statistics
-import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from absl import flags
 
 from experiments.cli import command as command_lib
+from experiments.cli import trials
 from nl_jax import files
 
 _SUITE = flags.DEFINE_enum("suite", "lm", ["lm", "topics", "toys"], "Which.")
@@ -39,28 +37,20 @@ def _trial_path(folder: pathlib.Path, trial: dict) -> pathlib.Path:
   return folder / name
 
 
-def _save(path: pathlib.Path, content: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  files.write(path, json.dumps(content))
-
-
 def _run_trial(
   folder: pathlib.Path, trial: dict, run: Callable[..., dict]
 ) -> dict:
   path = _trial_path(folder, trial)
-  if path.exists():
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("text") != trial["text"]:
-      raise ValueError(
-        f"{path} is of another text ({found.get('text', 'not said')}) than "
-        f"that of this version ({trial['text']}), and figures of two texts do "
-        "not compare; give another --folder"
-      )
-    return found
-  begin = time.perf_counter()
-  result = run(trial["arm"], trial["rate"], trial["b1"], trial["seed"])
-  result |= trial | {"seconds": time.perf_counter() - begin}
-  _save(path, result)
+  key = [trial[name] for name in ("arm", "rate", "b1", "seed")]
+  result, is_new = trials.once(path, lambda: run(*key) | trial)
+  if result.get("text") != trial["text"]:
+    raise ValueError(
+      f"{path} is of another text ({result.get('text', 'not said')}) than "
+      f"that of this version ({trial['text']}), and figures of two texts do "
+      "not compare; give another --folder"
+    )
+  if not is_new:
+    return result
   shown = {k: v for k, v in result.items() if isinstance(v, float)}
   text = ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
   print(f"{trial['arm']}, seed {trial['seed']}: {text}", flush=True)
@@ -116,11 +106,6 @@ def _beyond(best: float, rates: Iterable[float]) -> float | None:
     return None
   factor = 10**0.5 if best == high else 10**-0.5
   return float(f"{best * factor:.1g}")
-
-
-def _load(folder: pathlib.Path) -> list[dict]:
-  paths = sorted(folder.glob("*.json"))
-  return [json.loads(p.read_text(encoding="utf-8")) for p in paths]
 
 
 def _best_cells(results: list[dict]) -> list[tuple[dict, list[dict]]]:
@@ -208,7 +193,7 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
   """The page of all results that lie in the folder."""
   parts = [_INTRO]
   command = "python -m experiments.optimizers --suite="
-  lm, stream = _load(folder / "lm"), _load(folder / "topics")
+  lm, stream = trials.held(folder / "lm"), trials.held(folder / "topics")
   if lm:
     parts.append(
       f"## Byte language model, validation loss in nat per byte\n\n"
@@ -223,7 +208,7 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
       "Compare retention at equal online loss only: the rate moves it most.\n\n"
       + _table(stream, ("online", "retention", "forgetting", "recovery"))
     )
-  toys = [_load_toy(folder / "toys", n) for n in _toy_names(folder / "toys")]
+  toys = _toys(folder / "toys")
   if toys:
     parts.append(f"## Toy problems\n\n`{command}toys`\n\n" + _toy_tables(toys))
   return "\n\n".join(parts) + "\n"
@@ -234,26 +219,24 @@ def _text_of(results: list[dict]) -> str:
   return results[0].get("text", "of a text that the trials do not name")
 
 
-def _toy_names(folder: pathlib.Path) -> list[str]:
+def _toys(folder: pathlib.Path) -> list[dict]:
+  """What lies in the folder, in the order of the problems."""
   from experiments.optimizers import toys as toys_lib
 
-  return [n for n in toys_lib.PROBLEMS if (folder / f"{n}.json").exists()]
-
-
-def _load_toy(folder: pathlib.Path, name: str) -> dict:
-  return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+  paths = (folder / f"{name}.json" for name in toys_lib.PROBLEMS)
+  return [files.read_json(path) for path in paths if path.exists()]
 
 
 def _run_toys(folder: pathlib.Path, smoke: bool) -> None:
   from experiments.optimizers import toys as toys_lib
 
   for name, problem in toys_lib.PROBLEMS.items():
-    path = folder / f"{name}.json"
-    if path.exists():
-      continue
-    rows = problem(20) if smoke and name == "curved_valley" else problem()
-    _save(path, {"rows": rows})
-    for row in rows:
+    arguments = (20,) if smoke and name == "curved_valley" else ()
+    result, is_new = trials.once(
+      folder / f"{name}.json",
+      lambda problem=problem, given=arguments: {"rows": problem(*given)},
+    )
+    for row in result["rows"] if is_new else ():
       print(row, flush=True)
 
 
@@ -288,7 +271,7 @@ def main() -> int:
   if _TABLE.value:
     path = pathlib.Path(_TABLE.value)
     plot = path.with_suffix(".png")
-    path.write_text(page(folder, plot), encoding="utf-8")
+    files.write(path, page(folder, plot))
     print(f"wrote {path}")
   return command_lib.DONE
 

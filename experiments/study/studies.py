@@ -1,13 +1,13 @@
 """The studies of `experiments.study`: their rows, and what is made of them."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.cli import named
+from nl_jax import files
 
 Row = tuple[str, tuple[str, ...]]  # A config's name and its changed fields.
 
@@ -120,7 +120,7 @@ def tell(folder: pathlib.Path) -> str:
   study, runs = STUDIES[name](smoke), finished(folder)
   runs = [run for row in study.rows for run in runs if run.row == row]
   table = study.tell(runs, folder)
-  (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+  files.write(folder / "table.md", table + "\n")
   return table
 
 
@@ -154,9 +154,7 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
   ]
   rows, losses = [], {}
   for name, group in by_row(runs).items():
-    found = [
-      json.loads((run.folder / "results.json").read_text()) for run in group
-    ]
+    found = [files.read_json(run.folder / "results.json") for run in group]
     _, net = build.of_run(str(group[0].folder))
     params = jax.eval_shape(net.init, jax.random.key(0))
     state = jax.eval_shape(lambda p, net=net: net.init_state(p, 1), params)

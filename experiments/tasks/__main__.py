@@ -22,6 +22,7 @@ from typing import Any
 from absl import flags
 
 from experiments.cli import command, named
+from nl_jax import files
 
 named.define_config(required=False)
 _TASK = flags.DEFINE_string("task", "", "Which; --task=list names all.")
@@ -171,7 +172,7 @@ def _keep_compiled(folder: pathlib.Path) -> None:
 def _show(text: str) -> int:
   print(text)
   if _TABLE.value:
-    pathlib.Path(_TABLE.value).write_text(text + "\n", encoding="utf-8")
+    files.write(pathlib.Path(_TABLE.value), text + "\n")
   return command.DONE
 
 

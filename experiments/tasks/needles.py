@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import command, generation, named
+from experiments.cli import trials as kept
 from experiments.tasks import arms, problems, training, trials
 from nl_jax import build, stream
 from nl_jax.data import documents, sources
@@ -259,7 +260,7 @@ def run(
   for (length, depth), some in questions.items():
     cell = _ask(subject, asked, some, length, at_once)
     result["cells"].append({"length": length, "depth": depth, **cell})
-    trials.save(path, result)
+    kept.save(path, result)
     command.say(
       f"{asked.task}, {length} tokens, depth "
       f"{'drawn' if depth is None else f'{depth:g} %'}: "
