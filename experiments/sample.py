@@ -101,11 +101,11 @@ def _sample_many() -> int:
     raise ValueError(f"--{given[0]} is for one text, and --prompts for many")
   if not _MEMORIES.value:
     raise ValueError("--memories is required: the folder of their memories")
-  from experiments.cli import generation, many
+  from experiments.cli import generation, texts
 
-  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
+  prompts = texts.load(_PROMPTS.value, _MEMORIES.value)
   net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
-  for prompt, text in many.sample(
+  for prompt, text in texts.sample(
     prompts, net, params, tokenizer, _TOKENS.value,
     temperature=_TEMPERATURE.value, top_p=_TOP_P.value, seed=_SEED.value,
   ):  # fmt: skip

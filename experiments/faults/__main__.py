@@ -15,7 +15,6 @@ Prints a table in Markdown and writes faults.json. The same command, with more
 folder stays.
 """
 
-import difflib
 import pathlib
 import resource
 import signal
@@ -25,6 +24,7 @@ from absl import flags, logging
 
 from experiments.cli import command, named
 from experiments.cli.trials import side_by_side
+from nl_jax import fields
 
 _KILLS = flags.DEFINE_integer(
   "kills", None, "How many faults, taken from the kinds in turn.", lower_bound=1
@@ -81,8 +81,7 @@ def _chosen(known: list[str]) -> list[str]:
   """The kinds of --only; all of this system without it."""
   for name in _ONLY.value:
     if name not in known:
-      close = difflib.get_close_matches(name, known)
-      hint = f"Did you mean {' or '.join(close)}? " if close else ""
+      hint = fields.near(name, known)
       raise ValueError(
         f"unknown kind {name!r}. {hint}Known: {', '.join(known)}"
       )

@@ -146,19 +146,19 @@ def _read_many() -> int:
     if not flag.value:
       raise ValueError(f"--{flag.name} is required")
   logging.set_verbosity(logging.WARNING)
-  from experiments.cli import generation, many
+  from experiments.cli import generation, texts
 
-  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
+  prompts = texts.load(_PROMPTS.value, _MEMORIES.value)
   net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
-  many.check(prompts, net, params)
-  for number, done in enumerate(many.read(prompts, net, params, tokenizer), 1):
+  texts.check(prompts, net, params)
+  for number, done in enumerate(texts.read(prompts, net, params, tokenizer), 1):
     size = len(done.prompt.text.encode())
     print(
       f"{done.prompt.memory}: {size:,} bytes, {done.tokens:,} tokens, "
       f"{done.nats / size:.4f} nat per byte",
       flush=True,
     )
-    if number % many.AT_ONCE == 0:
+    if number % texts.AT_ONCE == 0:
       command.say(f"{number:,} of {len(prompts):,} texts are read")
   return command.DONE
 

@@ -10,9 +10,10 @@ size and 3.5 % of each other (docs/mathematics.md 7). The paper states none
 of these shapes but the nominal sizes.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+from nl_jax import fields
 
 
 class Scale(NamedTuple):
@@ -342,10 +343,9 @@ def parse(name: str) -> tuple[str, str]:
   """
   stem, _, words = name.partition(":")
   if stem not in names():
-    close = difflib.get_close_matches(stem, names())
-    hint = f"Did you mean {' or '.join(close)}? " if close else ""
     raise ValueError(
-      f"no model named {stem!r}. {hint}Known: {', '.join(names())}"
+      f"no config named {stem!r}. {fields.near(stem, names())}Known: "
+      f"{', '.join(names())}"
     )
   family, _, size = stem.rpartition("_")
   return chosen(family, size, words)
