@@ -1,7 +1,7 @@
 """Gated DeltaNet (arXiv 2412.06464): the delta rule with retention.
 
 It learns at each token; a chunk is what is computed at once, and changes no
-number. It is no row of Table 1.
+number. It is not a row of Table 1.
 
 Unstated in the paper: shapes; ours here. What follows from them (parameters,
 FLOPs, levels, tokens) is printed by --describe:

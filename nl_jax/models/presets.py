@@ -155,7 +155,7 @@ SHAPES = {
     "760m": Shape(12, 128, (3776,), dict(chunk=64, window=2048)),
     "1b3": Shape(16, 128, (4864,), dict(chunk=64, window=2048)),
   },
-  # The chunk is no part of the delta rule: it says what is computed at once.
+  # The chunk is not part of the delta rule: it says what is computed at once.
   "deltanet": {
     "smoke": Shape(4, 16, (170,), dict(chunk=8, remat_group=1)),
     "tiny": Shape(4, 32, (344,), dict(chunk=16, remat_group=1)),
