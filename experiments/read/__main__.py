@@ -111,7 +111,7 @@ def main() -> int:
   start = reading.place(text, manifest["about"].get("text"))
   if _IN.value:
     command.say(
-      f"going on at byte {start:,}" if start
+      f"continuing at byte {start:,}" if start
       else "the memory is of another text: reading this one from its beginning"
     )  # fmt: skip
   every = net.sequence_length if _FORGET.value is None else _FORGET.value
