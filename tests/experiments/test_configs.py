@@ -17,7 +17,7 @@ NAMES = named.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
-  "deltanet", "gated_deltanet", "gated_deltanet2",
+  "deltanet", "gated_deltanet",
   "titans_lmm", "ttt_linear", "ttt_mlp",
   "retnet", "samba", "comba", "titans_mac", "titans_mag",
   "titans_mal", "dla", "memora", "rwkv7",
