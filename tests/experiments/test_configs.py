@@ -21,9 +21,9 @@ NAMES = named.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
-  "deltanet", "gated_deltanet", "gated_deltanet2", "titans_lmm",
-  "ttt_linear", "ttt_mlp", "retnet", "samba", "comba", "titans_mac",
-  "titans_mag",
+  "deltanet", "gated_deltanet",
+  "titans_lmm", "ttt_linear", "ttt_mlp",
+  "retnet", "samba", "comba", "titans_mac", "titans_mag",
   "titans_mal", "dla", "memora", "rwkv7",
 )  # fmt: skip
 
