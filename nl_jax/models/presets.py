@@ -173,11 +173,11 @@ SHAPES = {
   },
   # Heads of Gated DeltaNet; ranks of 128 beside.
   "gated_deltanet2": {
-    "smoke": Shape(3, 16, (98,), chunk=8, value_dim=32),
-    "tiny": Shape(3, 32, (202,), chunk=16, value_dim=64),
-    "340m": Shape(6, 128, (1664,), chunk=64, value_dim=256),
-    "760m": Shape(9, 128, (2752,), chunk=64, value_dim=256),
-    "1b3": Shape(12, 128, (3584,), chunk=64, value_dim=256),
+    "smoke": Shape(3, 16, (98,), dict(chunk=8, value_dim=32)),
+    "tiny": Shape(3, 32, (202,), dict(chunk=16, value_dim=64)),
+    "340m": Shape(6, 128, (1664,), dict(chunk=64, value_dim=256)),
+    "760m": Shape(9, 128, (2752,), dict(chunk=64, value_dim=256)),
+    "1b3": Shape(12, 128, (3584,), dict(chunk=64, value_dim=256)),
   },
   # Heads of 64, M = 4 K and C = 16 are those of its authors.
   "ttt_linear": {
