@@ -182,7 +182,7 @@ def cell(values: Sequence[float], form: str = ".3f") -> str:
   mean = format(statistics.fmean(values), form)
   if len(values) < 2:
     return mean
-  return f"{mean} ± {format(statistics.stdev(values), form)}"
+  return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
