@@ -10,7 +10,6 @@ writes it with a picture beside the runs. --smoke takes seconds, and shows that
 everything works; its figures mean nothing.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -22,6 +21,7 @@ import threading
 from absl import flags
 
 from experiments.cli import command as command_lib
+from experiments.cli import trials
 
 _NAME = flags.DEFINE_enum(
   "name", None, ["tiny_table", "topics", "streams"], "Which study."
@@ -96,9 +96,7 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
       command_lib.say(f"{run.row}, seed {run.seed}: {word}")
     return None if run.done else run
 
-  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-    results = list(pool.map(one, waiting))
-  return [run for run in results if run]
+  return [run for run in trials.side_by_side(waiting, one, jobs) if run]
 
 
 def main() -> int:

@@ -1,13 +1,14 @@
 """The studies of `experiments.study`: their rows, and what is made of them."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.cli import named
+from experiments.study import cells
+from nl_jax import files
 
 Row = tuple[str, tuple[str, ...]]  # A config's name and its changed fields.
 
@@ -165,24 +166,8 @@ def tell(folder: pathlib.Path) -> str:
   study, runs = STUDIES[name](smoke, folder), finished(folder)
   runs = [run for row in study.rows for run in runs if run.row == row]
   table = study.tell(runs, folder)
-  (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+  files.write(folder / "table.md", table + "\n")
   return table
-
-
-def by_row(runs: Sequence[Any]) -> dict[str, list[Any]]:
-  """Finished runs by the name of their row."""
-  groups: dict[str, list[Any]] = {}
-  for run in runs:
-    groups.setdefault(run.row, []).append(run)
-  return groups
-
-
-def cell(values: Sequence[float], form: str = ".3f") -> str:
-  """Mean, and the spread over seeds where there are several."""
-  mean = format(statistics.fmean(values), form)
-  if len(values) < 2:
-    return mean
-  return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"
 
 
 def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
@@ -198,10 +183,8 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
     "|---|---|---|---|---|---|",
   ]
   rows, losses = [], {}
-  for name, group in by_row(runs).items():
-    found = [
-      json.loads((run.folder / "results.json").read_text()) for run in group
-    ]
+  for name, group in cells.by_row(runs).items():
+    found = [files.read_json(run.folder / "results.json") for run in group]
     _, net = build.of_run(str(group[0].folder))
     params = jax.eval_shape(net.init, jax.random.key(0))
     state = jax.eval_shape(lambda p, net=net: net.init_state(p, 1), params)
@@ -214,7 +197,7 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
       (
         statistics.fmean(loss),
         f"| `{name}` | {net.parameter_count():,} | {size:,}{grows} | "
-        f"{cell(loss)} | {statistics.fmean(speed):,.0f} | {len(group)} |",
+        f"{cells.cell(loss)} | {statistics.fmean(speed):,.0f} | {len(group)} |",
       )
     )
   charts.dots(losses, "nat per byte, validation", folder / "table.png")
