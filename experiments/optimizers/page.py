@@ -55,9 +55,10 @@ def _table(results: list[dict], metrics: tuple[str, ...]) -> str:
 
 
 def _start_table(results: list[dict]) -> str:
-  """Every setting of the public optimizers."""
+  """Every setting of the public optimizers, best mean first."""
+  mean = lambda cell: statistics.fmean(map(value, cell[1]))
   lines = ["| optimizer | b1 | seeds | validation |", "|---|---|---|---|"]
-  for (arm, rate, b1), runs in _cells(results).items():
+  for (arm, rate, b1), runs in sorted(_cells(results).items(), key=mean):
     cells = (f"`{arm}({rate:g})`", f"{b1:g}" if b1 else "–", str(len(runs)))
     lines.append(f"| {' | '.join(cells)} | {_cell(runs, 'validation')} |")
   return "\n".join(lines)

@@ -88,12 +88,13 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
       # Runs at a time must not share cores: XLA takes all it is given, but
       # not before it was imported.
       os.sched_setaffinity(process.pid, place)
-      status = process.wait()
+      process.wait()
     with told:
       free.append(place)
-      word = "done" if not status else f"failed, see {run.folder}/study.log"
+      # One that was told to stop ends well, too.
+      word = "done" if run.done else f"not done, see {run.folder}/study.log"
       command_lib.say(f"{run.row}, seed {run.seed}: {word}")
-    return run if status else None
+    return None if run.done else run
 
   return [run for run in trials.side_by_side(waiting, one, jobs) if run]
 

@@ -18,4 +18,4 @@ def cell(values: Sequence[float], form: str = ".3f") -> str:
   mean = format(statistics.fmean(values), form)
   if len(values) < 2:
     return mean
-  return f"{mean} ± {format(statistics.stdev(values), form)}"
+  return f"{mean} ± {format(statistics.stdev(values), form.lstrip('+'))}"

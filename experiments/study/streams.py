@@ -1,6 +1,6 @@
 """What a memory is worth beyond the trained row, by how it was trained.
 
-Every model is trained twice on the same tokens, each read once: in packed rows,
+Every model is trained twice on the same tokens, in one epoch: in packed rows,
 each from an empty memory, and as streams, whose memory is carried from row to
 row. Both then read held-out text in rows of eight times the trained length.
 """

@@ -99,3 +99,4 @@ def test_buckets_are_means_over_trained_rows():
 )
 def test_a_cell_is_mean_and_spread(values, text):
   assert cells.cell(values) == text
+  assert cells.cell(values, "+.3f") == "+" + text
