@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from nl_jax.kernels.walk import pallas, products
 
@@ -44,13 +45,37 @@ def test_derivatives_are_as_precise_as_their_product(form, how, fused):
 
 
 @pytest.mark.parametrize("policy", ["lean", "lean2"])
-def test_the_inverse_and_its_derivative(policy):
-  L = jnp.tril(0.2 * draw(3, 2, 3, 16, 16), -1)
-  c = draw(4, 2, 3, 16, 16)
-  tile = products.Tile(products.POLICIES[policy])
-  of = lambda tile: lambda L: jnp.sum(c * tile.inverse(L, 16))
-  assert size(tile.inverse(L, 16), EXACT.inverse(L, 16)) < 2e-4
-  assert size(jax.grad(of(tile))(L), jax.grad(of(EXACT))(L)) < 1e-3
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_system_and_its_derivative(policy, fused):
+  systems = [
+    (jnp.tril(0.2 * draw(3 + n, 2, 16, 16), -1), draw(6 + n, 2, 16, 5))
+    for n in range(2)
+  ]
+  tile = products.Tile(products.POLICIES[policy], fused=fused)
+  solve = lambda tile: jnp.stack(tile.solve(systems, 16))
+  assert size(solve(tile), solve(EXACT)) < 2e-4
+
+  def slope(tile):
+    of = lambda systems: jnp.sum(jnp.sin(jnp.stack(tile.solve(systems, 16))))
+    return jax.grad(of)(systems)
+
+  for (L, rows), (eL, erows) in zip(slope(tile), slope(EXACT)):
+    assert size(jnp.tril(L, -1), jnp.tril(eL, -1)) < BOUNDS["x1"]
+    assert size(rows, erows) < 1e-3
+
+
+def test_systems_in_a_kernel_fill_whole_registers():
+  """Packed to 128 rows the smallest blocks are solved beside each other."""
+  L = jnp.tril(0.3 * draw(3, 2, 64, 64), -1)
+  packed = jax.scipy.linalg.block_diag(*L)[None]
+  rows = draw(4, 1, 128, 8)
+  tile = products.Tile(fused=True)
+
+  def kernel(L, rows, out):
+    out[...] = tile.solve([(L[...], rows[...])], 64)[0]
+
+  made = pl.pallas_call(kernel, out_shape=rows, interpret=True)(packed, rows)
+  np.testing.assert_allclose(made + packed @ made, rows, atol=2e-5)
 
 
 def test_rounded_keys_erase_as_much():
