@@ -324,7 +324,7 @@ def _invert(L: jax.Array, tile: Tile, block: int) -> jax.Array:
   t, u = _places(size)
   eye = wide(jnp.where(t == u, 1.0, 0.0).astype(L.dtype))
   X, b = eye, 0
-  if tile.fused and block >= _SMALL and size % _LANES == 0:
+  if tile.fused and block >= _SMALL:
     X, b = _small_inverses(L), _SMALL.bit_length() - 1
   while 1 << b < block:
     off = (t >> (b + 1)) == (u >> (b + 1))
@@ -365,18 +365,24 @@ def _small_inverses(L: jax.Array) -> jax.Array:
   R, size, _ = L.shape
   t, u = _places(size)
   own = ((t >> 3) == (u >> 3))[None]
-  lane = jax.lax.broadcasted_iota(jnp.int32, (R, _SMALL, size), 2) & 7
-  row = jax.lax.broadcasted_iota(jnp.int32, (R, _SMALL, size), 1)
   rows = jnp.where(own, L, 0.0).reshape(R, size // _SMALL, _SMALL, size)
-  rows, X = jnp.sum(rows, axis=1), jnp.where(row == lane, 1.0, 0.0)
+  rows = jnp.sum(rows, axis=1)
+  if spare := -size % _LANES:
+    empty = jnp.zeros((R, _SMALL, spare), L.dtype)
+    rows = jnp.concatenate([rows, empty], axis=-1)
+  wide = size + spare
+  lane = jax.lax.broadcasted_iota(jnp.int32, (R, _SMALL, wide), 2) & 7
+  row = jax.lax.broadcasted_iota(jnp.int32, (R, _SMALL, wide), 1)
+  X = jnp.where(row == lane, 1.0, 0.0)
   for j in range(_SMALL - 1):
     # Column j of each block, on all lanes up to j: right of it X_j is 0.
     column, width = jnp.where(lane == j, rows, 0.0), 1
     while width <= j:
-      column = column + pltpu.roll(column, size - width, 2)
+      column = column + pltpu.roll(column, wide - width, 2)
       width *= 2
     X = X - column * X[:, j : j + 1]
-  X = jnp.broadcast_to(X[:, None], (R, size // _SMALL, _SMALL, size))
+  X = X[:, None, :, :size]
+  X = jnp.broadcast_to(X, (R, size // _SMALL, _SMALL, size))
   return jnp.where(own, X.reshape(R, size, size), 0.0)
 
 
