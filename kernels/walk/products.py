@@ -291,7 +291,7 @@ class Tile:
     """x of (I + L) x = rows, of several systems by one batch of inverses.
 
     Doubles the size of the inverted diagonal blocks at each round, by products
-    alone, so it is backward stable (kernels.md 1.5).
+    alone, so it is backward stable.
 
     Args:
       systems: (L [..., P, P], rows [..., P, b]) each, all L of one shape and
