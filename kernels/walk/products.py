@@ -303,9 +303,11 @@ class Tile:
       return [rows for _, rows in systems]
     one = len(systems) == 1
     L = systems[0][0] if one else jnp.stack([L for L, _ in systems])
-    flat = L.reshape(-1, *L.shape[-2:]) if self.fused else L
-    X = _invert(jax.lax.stop_gradient(flat), self, block).reshape(L.shape)
-    run = _fused_solve if self.fused else _solve
+    if self.fused:
+      flat = jax.lax.stop_gradient(L).reshape(-1, *L.shape[-2:])
+      X, run = _invert(flat, self, block).reshape(L.shape), _fused_solve
+    else:
+      X, run = _inverse(L, self, block), _solve
     return [
       run(L, X if one else X[i], rows, self, derivative)
       for i, (L, rows) in enumerate(systems)
@@ -413,23 +415,37 @@ def _doubled(
   return whole(upper, lower(X) - mm(lower(X), made))
 
 
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
+def _inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
+  return _invert(L, tile, block)
+
+
+@_inverse.defjvp
+def _inverse_jvp(tile: Tile, block: int, primals, tangents):
+  X = _inverse(*primals, tile, block)
+  how = tile.policy.solve
+  return X, -tile._mm(X, tile._mm(tangents[0], X, "nn", how), "nn", how)
+
+
 # The derivative of a solved system is a system of the same matrix: it asks for
 # one product more than the solution, where that of the inverse asks for three.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
 def _solve(
   L: jax.Array, X: jax.Array, rows: jax.Array, tile: Tile, derivative: str
 ) -> jax.Array:
-  """X rows, where X, made of L, is the inverse of I + L."""
+  """X rows, where X is the inverse of I + L."""
   del L, derivative
   return tile.mm(X, rows, "nn", "solve")
 
 
 @_solve.defjvp
 def _solve_jvp(tile: Tile, derivative: str, primals, tangents):
+  # The tangent of X says nothing that L's does not; a second derivative has
+  # it, since X is read here.
   L, X, rows = primals
   out = _solve(L, X, rows, tile, derivative)
   change = tangents[2] - tile.mm(tangents[0], out, "nn", derivative)
-  return out, _solve(L, X, change, tile, derivative)
+  return out, tile.mm(X, change, "nn", "solve")
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
