@@ -65,9 +65,7 @@ def body(
   pairs = jnp.where(seen, solve(rows, columns, "nt"), 0.0)
 
   e = base[..., :C, :] + solve(pairs[..., :C, C:], x["v"])
-  if C > 1:
-    block = 1 << (C - 1).bit_length()
-    e = solve(tile.inverse(pairs[..., :C, :C], block), e)
+  (e,) = tile.solve([(pairs[..., :C, :C], e)], 1 << (C - 1).bit_length())
   wrote = stack(-e, x["v"])
   y = base[..., C:, :] + tile.mm(pairs[..., C:, :], wrote)
   S = kept + solve(stack(x["b"] * left, x["k"] * left), wrote, "tn")

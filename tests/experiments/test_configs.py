@@ -114,10 +114,13 @@ def test_a_docstring_says_what_a_user_asks(family):
   for line in ("Unstated in the paper:", "Measured (docs/results.md):",
                f"python -m experiments.lm --config={family}_tiny"):  # fmt: skip
     assert line in text, line
-  row = re.search(rf"^\| `{family}_tiny` .*$", RESULTS.read_text(), re.M)[0]
-  measured = re.search(r"tiny: (\S+ ± \S+) nat per byte, (\d) seeds", text)
-  cells = [cell.strip() for cell in row.split("|")]
-  assert cells[4] == measured[1] and cells[6] == measured[2]
+  row = re.search(rf"^\| `{family}_tiny` .*$", RESULTS.read_text(), re.M)
+  if row:
+    measured = re.search(r"tiny: (\S+ ± \S+) nat per byte, (\d) seeds", text)
+    cells = [cell.strip() for cell in row[0].split("|")]
+    assert cells[4] == measured[1] and cells[6] == measured[2]
+  else:
+    assert "tiny: not run" in text
   papers = TABLE.read_text().splitlines()
   for values in re.findall(r"^  \w+: ([\d.]+), ([\d.]+)\.$", text, re.M):
     assert any({*values} <= {*row.split(",")} for row in papers), values
