@@ -98,6 +98,7 @@ def main() -> int:
       print(walks)
     if split := describe.sequence_text(config, net):
       print(split)
+    print(describe.training_text(config))
     print(describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return command.DONE

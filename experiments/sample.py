@@ -54,16 +54,12 @@ def main() -> int:
   import jax
 
   from experiments.cli import generation
-  from nl_jax import build, files, stream
+  from nl_jax import files, stream
   from nl_jax.data import documents
-  from nl_jax.train import checkpoint
 
   if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
     files.refuse_taken("--memory_out", _OUT.value)
-  config, net = build.of_run(_WORKDIR.value)
-  tokenizer = build.tokenizer(config)
-  params, step = checkpoint.load_params(_WORKDIR.value, net)
-  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
   prompt = _PROMPT.value
   if _FILE.value:
     path = pathlib.Path(_FILE.value)
@@ -107,17 +103,11 @@ def _sample_many() -> int:
     raise ValueError(f"--{given[0]} is for one text, and --prompts for many")
   if not _MEMORIES.value:
     raise ValueError("--memories is required: the folder of their memories")
-  from experiments.cli import many
-  from nl_jax import build
-  from nl_jax.data import tokenizers
-  from nl_jax.train import checkpoint
+  from experiments.cli import generation, texts
 
-  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
-  config, net = build.of_run(_WORKDIR.value)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  params, step = checkpoint.load_params(_WORKDIR.value, net)
-  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
-  for prompt, text in many.sample(
+  prompts = texts.load(_PROMPTS.value, _MEMORIES.value)
+  net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
+  for prompt, text in texts.sample(
     prompts, net, params, tokenizer, _TOKENS.value,
     temperature=_TEMPERATURE.value, top_p=_TOP_P.value, seed=_SEED.value,
   ):  # fmt: skip

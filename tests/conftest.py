@@ -32,7 +32,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 gc.set_threshold(50_000, 20, 100)
 
 
-# Rooms and files of the tier `-m quick`: under five minutes on two cores.
+# Rooms and files of the tier `-m quick`, a few minutes on two cores.
 QUICK = (
   "data", "memory", "optim", "tasks", "test_card.py", "test_fields.py",
   "test_files.py", "test_groups.py", "test_imports.py", "test_levels.py",

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import shutil
 import tarfile
 
@@ -29,6 +30,19 @@ def runs(tmp_path_factory):
     with tarfile.open(FOLDER / f"{name}.tar.xz") as packed:
       packed.extractall(folder, filter="data")
   return folder
+
+
+def test_the_example_of_the_readme_reads_a_run(runs, tmp_path, monkeypatch):
+  page = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+  blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+  (code,) = (block for block in blocks if "build.load" in block)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "hope_tiny").symlink_to(runs / "hope")
+  monkeypatch.chdir(tmp_path)
+  made = {}
+  exec(code, made)
+  assert made["run"].step == make.KEPT and made["nats_BxT"].shape == (1, 16)
+  assert stream.read_manifest("main.memory")["tokens_seen"] == [16]
 
 
 @pytest.fixture

@@ -1,13 +1,21 @@
-"""Text from a model, as it comes."""
+"""Runs that are asked for text, and text from a model, as it comes."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from nl_jax import stream
+from experiments.cli import command
+from nl_jax import build, stream
 
 _OPENING = 80  # Characters of a prompt taken from the data, at most.
+
+
+def load(workdir: str) -> build.Run:
+  """`build.load`, which says what it is."""
+  run = build.load(workdir)
+  command.say(f"{run.model.arch} at step {run.step} of {workdir}")
+  return run
 
 
 def opening(dataset: Any) -> str:

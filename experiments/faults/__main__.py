@@ -15,8 +15,6 @@ Prints a table in Markdown and writes faults.json. The same command, with more
 folder is kept.
 """
 
-import concurrent.futures
-import difflib
 import pathlib
 import resource
 import signal
@@ -25,6 +23,8 @@ from typing import Any
 from absl import flags, logging
 
 from experiments.cli import command, named
+from experiments.cli.trials import side_by_side
+from nl_jax import fields
 
 _KILLS = flags.DEFINE_integer(
   "kills",
@@ -84,8 +84,7 @@ def _chosen(known: list[str]) -> list[str]:
   """The kinds of --only; all of this system without it."""
   for name in _ONLY.value:
     if name not in known:
-      close = difflib.get_close_matches(name, known)
-      hint = f"Did you mean {' or '.join(close)}? " if close else ""
+      hint = fields.near(name, known)
       raise ValueError(
         f"unknown kind {name!r}. {hint}Known: {', '.join(known)}"
       )
@@ -155,20 +154,10 @@ def _trials(folder: pathlib.Path, only: list[str]) -> list[dict[str, Any]]:
   open_ = [trial for trial in plan if not path(trial).exists()]
   wholes = _wholes(place, open_)
   (folder / "trials").mkdir(exist_ok=True)
-  pool = concurrent.futures.ThreadPoolExecutor(_JOBS.value)
-  try:
-    futures = [
-      pool.submit(trials.run, place, trial, wholes[trial.whole])
-      for trial in open_
-    ]
-    for future in concurrent.futures.as_completed(futures):
-      result = future.result()
-      files.write_json(path(trials.of(result)), result)
-      command.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
-  finally:
-    pool.shutdown(wait=False, cancel_futures=True)
-    scene.stop()
-    pool.shutdown()  # The folder stays locked until then.
+  one = lambda trial: trials.run(place, trial, wholes[trial.whole])
+  for result in side_by_side(open_, one, _JOBS.value, scene.stop):
+    files.write_json(path(trials.of(result)), result)
+    command.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
   return [files.read_json(path(trial)) for trial in plan]
 
 

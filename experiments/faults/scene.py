@@ -28,7 +28,7 @@ _PATIENCE = 300.0  # Seconds; a start that takes longer hangs.
 _POLL = 0.002
 _stopped = threading.Event()
 _alive: set["Start"] = set()
-_FROM = re.compile(r"^going on from step (\d+) in ", re.M)
+_FROM = re.compile(r"^resuming from step (\d+) in ", re.M)
 
 
 class WrongError(AssertionError):

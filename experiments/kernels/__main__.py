@@ -27,6 +27,7 @@ from absl import flags
 from experiments.cli import command as command_lib
 from experiments.cli import named
 from experiments.kernels import table
+from nl_jax import files
 from nl_jax.aot import chips
 
 _REPORT = flags.DEFINE_boolean("report", False, "Compile and print estimates.")
@@ -266,7 +267,7 @@ def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   """JSON with a row a line."""
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-  path.write_text(f"[\n{lines}\n]\n" if rows else "[]\n", encoding="utf-8")
+  files.write(path, f"[\n{lines}\n]\n" if rows else "[]\n")
   command_lib.say(f"wrote {path.relative_to(_ROOT)}")
 
 

@@ -13,15 +13,13 @@ of `lm`. `--table` writes the page from what is in the folder.
 """
 
 import itertools
-import json
 import pathlib
-import time
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from absl import flags
 
 from experiments.cli import command as command_lib
+from experiments.cli import trials
 from experiments.optimizers import page
 from nl_jax import files
 
@@ -42,28 +40,20 @@ def _trial_path(folder: pathlib.Path, trial: dict) -> pathlib.Path:
   return folder / name
 
 
-def _save(path: pathlib.Path, content: Any) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  files.write(path, json.dumps(content))
-
-
 def _run_trial(
   folder: pathlib.Path, trial: dict, run: Callable[..., dict]
 ) -> dict:
   path = _trial_path(folder, trial)
-  if path.exists():
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("text") != trial["text"]:
-      raise ValueError(
-        f"{path} is of another text ({found.get('text', 'not said')}) than "
-        f"that of this version ({trial['text']}), and figures of two texts do "
-        "not compare; give another --folder"
-      )
-    return found
-  begin = time.perf_counter()
-  result = run(trial["arm"], trial["rate"], trial["b1"], trial["seed"])
-  result |= trial | {"seconds": time.perf_counter() - begin}
-  _save(path, result)
+  key = [trial[name] for name in ("arm", "rate", "b1", "seed")]
+  result, is_new = trials.once(path, lambda: run(*key) | trial)
+  if result.get("text") != trial["text"]:
+    raise ValueError(
+      f"{path} is of another text ({result.get('text', 'not said')}) than "
+      f"that of this version ({trial['text']}), and figures of two texts do "
+      "not compare; give another --folder"
+    )
+  if not is_new:
+    return result
   shown = {k: v for k, v in result.items() if isinstance(v, float)}
   text = ", ".join(f"{k} {v:.4g}" for k, v in shown.items())
   print(f"{trial['arm']}, seed {trial['seed']}: {text}", flush=True)
@@ -136,12 +126,12 @@ def _run_toys(folder: pathlib.Path, smoke: bool) -> None:
   from experiments.optimizers import toys as toys_lib
 
   for name, problem in toys_lib.PROBLEMS.items():
-    path = folder / f"{name}.json"
-    if path.exists():
-      continue
-    rows = problem(20) if smoke and name == "curved_valley" else problem()
-    _save(path, {"rows": rows})
-    for row in rows:
+    arguments = (20,) if smoke and name == "curved_valley" else ()
+    result, is_new = trials.once(
+      folder / f"{name}.json",
+      lambda problem=problem, given=arguments: {"rows": problem(*given)},
+    )
+    for row in result["rows"] if is_new else ():
       print(row, flush=True)
 
 
@@ -182,7 +172,7 @@ def main() -> int:
   if _TABLE.value:
     path = pathlib.Path(_TABLE.value)
     plot = path.with_suffix(".png")
-    path.write_text(page.page(folder, plot), encoding="utf-8")
+    files.write(path, page.page(folder, plot))
     print(f"wrote {path}")
   return command_lib.DONE
 

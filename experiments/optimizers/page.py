@@ -1,19 +1,16 @@
 """The page of an optimizer comparison: tables and a picture of its trials."""
 
-import json
 import pathlib
 import statistics
+
+from experiments.cli import trials
+from nl_jax import files
 
 
 def value(result: dict) -> float:
   """What is compared: validation, or the online loss; NaN is worst."""
   value = result.get("validation", result.get("online"))
   return value if value == value else float("inf")
-
-
-def _load(folder: pathlib.Path) -> list[dict]:
-  paths = sorted(folder.glob("*.json"))
-  return [json.loads(p.read_text(encoding="utf-8")) for p in paths]
 
 
 def _cells(results: list[dict]) -> dict[tuple, list[dict]]:
@@ -58,9 +55,10 @@ def _table(results: list[dict], metrics: tuple[str, ...]) -> str:
 
 
 def _start_table(results: list[dict]) -> str:
-  """Every setting of the public optimizers."""
+  """Every setting of the public optimizers, best mean first."""
+  mean = lambda cell: statistics.fmean(map(value, cell[1]))
   lines = ["| optimizer | b1 | seeds | validation |", "|---|---|---|---|"]
-  for (arm, rate, b1), runs in _cells(results).items():
+  for (arm, rate, b1), runs in sorted(_cells(results).items(), key=mean):
     cells = (f"`{arm}({rate:g})`", f"{b1:g}" if b1 else "–", str(len(runs)))
     lines.append(f"| {' | '.join(cells)} | {_cell(runs, 'validation')} |")
   return "\n".join(lines)
@@ -115,8 +113,8 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
   """The page of all results that lie in the folder."""
   parts = [_INTRO]
   command = "python -m experiments.optimizers --suite="
-  lm, stream = _load(folder / "lm"), _load(folder / "topics")
-  starts = _load(folder / "start")
+  lm, stream = trials.held(folder / "lm"), trials.held(folder / "topics")
+  starts = trials.held(folder / "start")
   if lm:
     parts.append(
       f"## Byte language model, validation loss in nat per byte\n\n"
@@ -138,7 +136,7 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
       "Compare retention at equal online loss only: the rate moves it most.\n\n"
       + _table(stream, ("online", "retention", "forgetting", "recovery"))
     )
-  toys = [_load_toy(folder / "toys", n) for n in _toy_names(folder / "toys")]
+  toys = _toys(folder / "toys")
   if toys:
     parts.append(f"## Toy problems\n\n`{command}toys`\n\n" + _toy_tables(toys))
   return "\n\n".join(parts) + "\n"
@@ -149,11 +147,9 @@ def _text_of(results: list[dict]) -> str:
   return results[0].get("text", "of a text that the trials do not name")
 
 
-def _toy_names(folder: pathlib.Path) -> list[str]:
+def _toys(folder: pathlib.Path) -> list[dict]:
+  """What lies in the folder, in the order of the problems."""
   from experiments.optimizers import toys as toys_lib
 
-  return [n for n in toys_lib.PROBLEMS if (folder / f"{n}.json").exists()]
-
-
-def _load_toy(folder: pathlib.Path, name: str) -> dict:
-  return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+  paths = (folder / f"{name}.json" for name in toys_lib.PROBLEMS)
+  return [files.read_json(path) for path in paths if path.exists()]

@@ -111,7 +111,7 @@ def main() -> int:
   start = reading.place(text, manifest["about"].get("text"))
   if _IN.value:
     command.say(
-      f"going on at byte {start:,}" if start
+      f"continuing at byte {start:,}" if start
       else "the memory is of another text: reading this one from its beginning"
     )  # fmt: skip
   every = net.sequence_length if _FORGET.value is None else _FORGET.value
@@ -146,25 +146,19 @@ def _read_many() -> int:
     if not flag.value:
       raise ValueError(f"--{flag.name} is required")
   logging.set_verbosity(logging.WARNING)
-  from experiments.cli import many
-  from nl_jax import build
-  from nl_jax.data import tokenizers
-  from nl_jax.train import checkpoint
+  from experiments.cli import generation, texts
 
-  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
-  config, net = build.of_run(_WORKDIR.value)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  params, step = checkpoint.load_params(_WORKDIR.value, net)
-  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
-  many.check(prompts, net, params)
-  for number, done in enumerate(many.read(prompts, net, params, tokenizer), 1):
+  prompts = texts.load(_PROMPTS.value, _MEMORIES.value)
+  net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
+  texts.check(prompts, net, params)
+  for number, done in enumerate(texts.read(prompts, net, params, tokenizer), 1):
     size = len(done.prompt.text.encode())
     print(
       f"{done.prompt.memory}: {size:,} bytes, {done.tokens:,} tokens, "
       f"{done.nats / size:.4f} nat per byte",
       flush=True,
     )
-    if number % many.AT_ONCE == 0:
+    if number % texts.AT_ONCE == 0:
       command.say(f"{number:,} of {len(prompts):,} texts are read")
   return command.DONE
 

@@ -10,7 +10,6 @@ writes it with a picture beside the runs. --smoke takes seconds, and shows that
 everything works; its figures mean nothing.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -22,6 +21,7 @@ import threading
 from absl import flags
 
 from experiments.cli import command as command_lib
+from experiments.cli import trials
 
 _NAME = flags.DEFINE_enum(
   "name", None, ["tiny_table", "topics", "streams"], "Which study."
@@ -88,16 +88,15 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
       # Runs at a time must not share cores: XLA takes all it is given, but
       # not before it was imported.
       os.sched_setaffinity(process.pid, place)
-      status = process.wait()
+      process.wait()
     with told:
       free.append(place)
-      word = "done" if not status else f"failed, see {run.folder}/study.log"
+      # One that was told to stop ends well, too.
+      word = "done" if run.done else f"not done, see {run.folder}/study.log"
       command_lib.say(f"{run.row}, seed {run.seed}: {word}")
-    return run if status else None
+    return None if run.done else run
 
-  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-    results = list(pool.map(one, waiting))
-  return [run for run in results if run]
+  return [run for run in trials.side_by_side(waiting, one, jobs) if run]
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """What a memory is worth beyond the trained row, by how it was trained.
 
-Every model is trained twice on the same tokens, each read once: in packed rows,
+Every model is trained twice on the same tokens, in one epoch: in packed rows,
 each from an empty memory, and as streams, whose memory is carried from row to
 row. Both then read held-out text in rows of eight times the trained length.
 """
@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.study import studies
+from experiments.study import cells as cells_lib
 from nl_jax import files
 
 ARMS = ("packed", "stream")
@@ -85,10 +85,8 @@ def measure(folder: pathlib.Path, length: int) -> dict[str, np.ndarray]:
     memory at each multiple of the trained length.
   """
   from nl_jax import build
-  from nl_jax.train import checkpoint
 
-  _, net = build.of_run(str(folder))
-  params, _ = checkpoint.load_params(str(folder), net)
+  net, params, *_ = build.load(folder)
   rows = windows(FACTOR * length)
   made: dict[str, list[np.ndarray]] = {"carried": [], "fresh": []}
   for at in range(0, len(rows) - len(rows) % _AT_ONCE, _AT_ONCE):
@@ -163,5 +161,5 @@ def tell(runs: Sequence[Any], folder: pathlib.Path, length: int) -> str:
 
 
 def _line(name: str, seeds: list[np.ndarray], form: str = ".3f") -> str:
-  cells = [studies.cell(list(x), form) for x in np.array(seeds).T]
+  cells = [cells_lib.cell(list(x), form) for x in np.array(seeds).T]
   return f"| {name} | {' | '.join(cells)} | {len(seeds)} |"

@@ -15,13 +15,13 @@ again, and the table shows all of the same sizes.
 """
 
 import dataclasses
-import difflib
 import pathlib
 from typing import Any
 
 from absl import flags
 
 from experiments.cli import command, named
+from nl_jax import fields, files
 
 named.define_config(required=False)
 _TASK = flags.DEFINE_string("task", "", "Which; --task=list names all.")
@@ -173,7 +173,7 @@ def _keep_compiled(folder: pathlib.Path) -> None:
 def _show(text: str) -> int:
   print(text)
   if _TABLE.value:
-    pathlib.Path(_TABLE.value).write_text(text + "\n", encoding="utf-8")
+    files.write(pathlib.Path(_TABLE.value), text + "\n")
   return command.DONE
 
 
@@ -212,8 +212,7 @@ def _known_task(known: list[str]) -> str:
   name = _TASK.value
   if name in known:
     return name
-  close = difflib.get_close_matches(name, known)
-  hint = f"Did you mean {' or '.join(close)}? " if close else ""
+  hint = fields.near(name, known)
   what = f"no task {name!r}. " if name else "--task is required. "
   raise ValueError(f"{what}{hint}Known: {', '.join(known)}")
 

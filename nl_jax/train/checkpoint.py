@@ -208,7 +208,7 @@ class Checkpoints:
     self._damaged = sorted(damaged)
     for step, error in damaged.items():
       logging.warning(
-        "checkpoint of step %d cannot be read (%s); going on from step %d",
+        "checkpoint of step %d cannot be read (%s); resuming from step %d",
         step,
         stored.first_line(error),
         restored.step,

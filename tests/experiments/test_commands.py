@@ -104,7 +104,7 @@ def later(workdir):
 def test_the_same_command_again_changes_nothing(workdir, later):
   before, done = later
   assert done["again"].returncode == 0, done["again"].stderr
-  assert "going on from step 8 in" in done["again"].stderr
+  assert "resuming from step 8 in" in done["again"].stderr
   assert contents(workdir[0]) == before
 
 

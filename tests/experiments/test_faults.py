@@ -183,7 +183,7 @@ def test_figures_of_a_resume(tmp_path):
   )
   # Step 9 was made before the run ended, and saved.
   scene.marks.append(scene_lib.Mark(time=2.0, step=8, promised=4))
-  said = "log\ngoing on from step 4 in x\n"
+  said = "log\nresuming from step 4 in x\n"
   ended = scene_lib.Ended(0, said, begun=3.0, seconds=6.0)
   expected = {"resumed_from": 4, "steps_lost": 4, "seconds_lost": 5.5}
   assert trials.lost(scene, ended) == expected

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from experiments.study import cells, studies, topics
 from experiments.study import streams as streams_lib
-from experiments.study import studies, topics
 from tests.experiments import forked
 
 
@@ -98,4 +98,5 @@ def test_buckets_are_means_over_trained_rows():
   "values,text", [([1.5], "1.500"), ([1.0, 2.0], "1.500 ± 0.707")]
 )
 def test_a_cell_is_mean_and_spread(values, text):
-  assert studies.cell(values) == text
+  assert cells.cell(values) == text
+  assert cells.cell(values, "+.3f") == "+" + text
