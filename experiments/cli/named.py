@@ -2,7 +2,7 @@
 
 A config is a file with `get_config(arg: str = "")`, which returns a ConfigDict.
 `hope_1b3:smoke` is that of `configs/hope.py` with the argument "1b3,smoke"; a
-path has the argument that stands behind its colon. Fields are changed on the
+path has the argument that stands after its colon. Fields are changed on the
 command line by `--config.<group>.<field>=<value>`. Every mistake is found while
 the flags are read, and said in one sentence.
 """

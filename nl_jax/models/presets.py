@@ -2,7 +2,7 @@
 
 `hope_1b3` is the family `hope` at the size `1b3`; `hope_1b3:smoke` its test
 size, and `hope_1b3:paper` the paper's literal reading. `group` gives what such
-a model says in the group `model` of a config, where it is no default.
+a model says in the group `model` of a config, where it is not a default.
 
 All models of a size have the same depth and width and, by the width of their
 feed-forward part, the same number of parameters: within 3 % of the nominal
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     head_dim: K.
     widths: F of each feed-forward level, fastest first: one, or high, mid, low.
     mixer: options of the mixer at this size. The small sizes keep the states of
-      all chunks: memory is no matter there.
+      all chunks: memory does not matter there.
   """
 
   heads: int
