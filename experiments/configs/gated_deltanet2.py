@@ -10,7 +10,8 @@ from them (parameters, FLOPs, levels, tokens) is printed by --describe:
     python -m experiments.lm --config=gated_deltanet2_340m --describe
 
 Measured (docs/results.md):
-  tiny, 340m, 760m, 1b3: not run.
+  tiny: not run.
+  340m, 760m, 1b3: not run; a TPU slice.
 Expected: no row of Table 1.
 """
 

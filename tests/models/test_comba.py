@@ -11,6 +11,7 @@ from experiments.cli import named
 from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import deltanet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
@@ -26,7 +27,7 @@ def small(arch="comba", **options):
 
 def generic(model, seed=0, scale=0.3):
   """Float64 parameters of one layer, none of them at a special value."""
-  params = deltanet.init(jax.random.key(seed), model)
+  params = leaf.drawn(deltanet.leaves(model), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   move = lambda x: np.asarray(x, float) + scale * rng.standard_normal(x.shape)
   return jax.tree.map(lambda x: jnp.asarray(move(x)), params)
@@ -99,7 +100,9 @@ def test_with_a_whole_erase_and_no_correction_it_is_gated_deltanet():
 
 
 def test_the_start_is_that_of_its_authors():
-  params = deltanet.init(jax.random.key(0), small(correction=0.02))
+  params = leaf.drawn(
+    deltanet.leaves(small(correction=0.02)), jax.random.key(0)
+  )
   np.testing.assert_array_equal(params["erase"], 1.0)
   np.testing.assert_array_equal(params["correction"], np.float32(0.02))
 

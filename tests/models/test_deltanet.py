@@ -29,7 +29,7 @@ def small(arch, width=12, heads=2, head_dim=6, **options):
 
 def generic(model, seed=0, scale=0.3):
   """Float64 parameters of one layer, none of them at a special value."""
-  params = deltanet.init(jax.random.key(seed), model)
+  params = leaf.drawn(deltanet.leaves(model), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   move = lambda x: np.asarray(x, float) + scale * rng.standard_normal(x.shape)
   return jax.tree.map(lambda x: jnp.asarray(move(x)), params)

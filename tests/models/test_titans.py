@@ -123,7 +123,7 @@ def test_a_linear_memory_with_decayed_erase_is_gated_deltanet():
   model = small(options=options)
   other = small("gated_deltanet", deltanet.Options(chunk=4, output_gate=True))
   with jax.enable_x64(True):
-    params = generic(deltanet.init(jax.random.key(0), other))
+    params = generic(leaf.drawn(deltanet.leaves(other), jax.random.key(0)))
     x = draw(2, 11, 8)
     # log a = -A softplus(z) at A = 1 is log sigmoid(-z).
     params["A_log"] = jnp.zeros((2,))
