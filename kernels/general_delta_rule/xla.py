@@ -77,9 +77,7 @@ def body(
   pairs = jnp.where(seen, met, 0.0)
 
   e = base[..., :C, :] + solve(pairs[..., :C, C:], x["v"])
-  if C > 1:
-    power = 1 << (C - 1).bit_length()
-    e = solve(tile.inverse(pairs[..., :C, :C], power), e)
+  (e,) = tile.solve([(pairs[..., :C, :C], e)], 1 << (C - 1).bit_length())
   wrote = stack(-e, x["v"])
   y = base[..., C:, :] + tile.mm(pairs[..., C:, :], wrote)
   S = kept + solve(stack(x["b"] * left, x["k"] * left), wrote, "tn")
