@@ -35,7 +35,7 @@ def general_delta_rule(
     q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V]; where one is bfloat16, products
       are those of the policy "lean" of `kernels.walk`.
     log_decay: w, [B,T,H,K], at most 0; their sum over a chunk above -60, with
-      `block` over a block of tokens alone, above -120.
+      `block` over a block of tokens alone, above -80.
     erase: (a, b), what is looked up and where it is taken away, [B,T,H,K]. A
       token with w = 0, b = 0 and k = 0 is a no-op.
     state: S [B,H,K,V], at least float32.

@@ -5,9 +5,9 @@ s < t meets through a_t diag(exp(l_{t-1} - l_s)) b_s^T, which is the product of
 a_t exp(l_{t-1}) and b_s exp(-l_s). The rows e_t = a_t S_{t-1} that the erase
 writes back solve one unit lower triangular system, and then every S_t is a
 known sum. exp(-l) must stay finite: it is the caller's to keep the sum of the
-log decays of a chunk above -60. With blocks, l is counted from the middle of
+log decays of a chunk above -60. With blocks, l is counted from the start of
 the block that t is in, for every s that comes before: then the sum of a block
-alone is bounded, at -120, however long the chunk.
+alone is bounded, at -80, however long the chunk.
 """
 
 import functools
@@ -77,8 +77,7 @@ def body(
   pairs = jnp.where(seen, met, 0.0)
 
   e = base[..., :C, :] + solve(pairs[..., :C, C:], x["v"])
-  if C > 1:
-    (e,) = tile.solve([(pairs[..., :C, :C], e)], 1 << (C - 1).bit_length())
+  (e,) = tile.solve([(pairs[..., :C, :C], e)], 1 << (C - 1).bit_length())
   wrote = stack(-e, x["v"])
   y = base[..., C:, :] + tile.mm(pairs[..., C:, :], wrote)
   S = kept + solve(stack(x["b"] * left, x["k"] * left), wrote, "tn")
@@ -104,8 +103,10 @@ def _by_block(
   erases, reads = [], []
   for begin in range(0, C, block):
     own = slice(begin, min(begin + block, C))
-    middle = (own.start + own.stop - 1) // 2
-    origin = level[..., middle : middle + 1, :]
+    # Before the block: nothing that a token reads hangs on a later one.
+    origin = jnp.zeros_like(level[..., :1, :])
+    if begin:
+      origin = level[..., begin - 1 : begin, :]
     rise = level[..., own, :] - origin
     before = rise - x["log_decay"][..., own, :]
     rows = jnp.concatenate(

@@ -171,10 +171,20 @@ SHAPES = {
     "760m": Shape(9, 128, (3328,), dict(chunk=64, value_dim=256)),
     "1b3": Shape(12, 128, (4288,), dict(chunk=64, value_dim=256)),
   },
-  # Heads of Gated DeltaNet; ranks of 128 beside.
+  # Heads of Gated DeltaNet; its ranks are 128 where they are not said.
   "gated_deltanet2": {
-    "smoke": Shape(3, 16, (98,), dict(chunk=8, value_dim=32)),
-    "tiny": Shape(3, 32, (202,), dict(chunk=16, value_dim=64)),
+    "smoke": Shape(
+      3,
+      16,
+      (98,),
+      dict(chunk=8, value_dim=32, decay_rank=8, gate_rank=8, remat_group=1),
+    ),
+    "tiny": Shape(
+      3,
+      32,
+      (202,),
+      dict(chunk=16, value_dim=64, decay_rank=16, gate_rank=16, remat_group=1),
+    ),
     "340m": Shape(6, 128, (1664,), dict(chunk=64, value_dim=256)),
     "760m": Shape(9, 128, (2752,), dict(chunk=64, value_dim=256)),
     "1b3": Shape(12, 128, (3584,), dict(chunk=64, value_dim=256)),
@@ -314,6 +324,7 @@ FAMILIES = {
   "gated_deltanet": Family(
     "gated_deltanet", "gated_deltanet", dict(output_gate=True)
   ),
+  "gated_deltanet2": Family("gated_deltanet2", "gated_deltanet2"),
   "comba": Family(
     "comba", "gated_deltanet", dict(output_gate=True, correction=1.0)
   ),

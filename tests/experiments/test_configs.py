@@ -21,7 +21,7 @@ NAMES = named.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
-  "deltanet", "gated_deltanet",
+  "deltanet", "gated_deltanet", "gated_deltanet2",
   "titans_lmm", "ttt_linear", "ttt_mlp",
   "retnet", "samba", "comba", "titans_mac", "titans_mag",
   "titans_mal", "dla", "memora", "rwkv7",
@@ -59,7 +59,7 @@ def test_a_config_builds_and_its_count_is_the_formula(name):
   config = build.resolve(named.load_config(name))
   net = build.model(config)
   build.make_optimizer(config, net)
-  build.options(config)
+  build.settings(config)
   params = jax.eval_shape(net.init, jax.random.key(0))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count == net.parameter_count()
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
     config = build.resolve(parse("--config=hope_tiny", change))
     net = build.model(config)
     build.make_optimizer(config, net)
-    build.options(config)
+    build.settings(config)
     build.mesh(config)
     build.dataset(config, net)
 

@@ -7,6 +7,7 @@ from nl_jax.models import cms, layers, lm
 from nl_jax.models.incontext import model as incontext
 from nl_jax.models.mixers import (
   deltanet,
+  gated_deltanet2,
   retnet,
   rwkv7,
   samba,
@@ -95,6 +96,10 @@ MODELS = {
   "gated_deltanet": lambda: _shaped(
     "gated_deltanet",
     deltanet.Options(chunk=8, value_dim=32, output_gate=True),
+  ),
+  "gated_deltanet2": lambda: _shaped(
+    "gated_deltanet2",
+    gated_deltanet2.Options(value_dim=32, decay_rank=8, gate_rank=8, chunk=8),
   ),
   "retnet": lambda: _shaped("retnet", retnet.Options(chunk=8)),
   "rwkv7": lambda: _shaped(

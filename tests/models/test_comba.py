@@ -100,7 +100,9 @@ def test_with_a_whole_erase_and_no_correction_it_is_gated_deltanet():
 
 
 def test_the_start_is_that_of_its_authors():
-  params = deltanet.init(jax.random.key(0), small(correction=0.02))
+  params = leaf.drawn(
+    deltanet.leaves(small(correction=0.02)), jax.random.key(0)
+  )
   np.testing.assert_array_equal(params["erase"], 1.0)
   np.testing.assert_array_equal(params["correction"], np.float32(0.02))
 

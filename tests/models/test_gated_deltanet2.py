@@ -5,8 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.cli import named
+from nl_jax import build, sharding
 from nl_jax.kernels import general_delta_rule as ops
+from nl_jax.models import leaves as leaf
+from nl_jax.models.mixers import gated_deltanet2
 from tests.golden import _oracle
+from tests.laws.models import MODELS
 
 B, T, H, K, V = 2, 24, 2, 4, 3
 
@@ -119,3 +124,26 @@ def test_with_numbers_a_head_it_is_gated_deltanet():
       write = np.asarray(beta[:, t] * error)
       S = a * S + one[..., None] * write[:, :, None]
       close(np.einsum("bhk,bhkv->bhv", q[:, t], S), np.asarray(y[:, t]))
+
+
+@pytest.mark.parametrize("scale", ["340m", "760m", "1b3"])
+def test_sizes(scale):
+  config = named.load_config(f"gated_deltanet2_{scale}")
+  net = build.model(build.resolve(config))
+  D, H, K = net.width, net.heads, net.head_dim
+  HK, HV, R = H * K, H * net.mixer.value_dim, 128
+  kernels = 3 * D * (HK + HV) + R * (2 * D + HK + HV)
+  expected = kernels + 4 * (2 * HK + HV) + H + HK + HV // H
+  assert leaf.count(gated_deltanet2.leaves(net.dims)) == expected
+
+
+def test_every_parameter_and_state_has_a_place_on_the_mesh():
+  model, mesh = MODELS["gated_deltanet2"](), sharding.mesh(fsdp=-1, tensor=2)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  places = sharding.param_shardings(params, model.axes(), mesh)
+  places = places["blocks"]["mixer"]
+  assert places["w_erase"].spec[1:] == ("fsdp", "tensor")
+  assert places["dt_bias"].spec[1:] == ("tensor",)
+  state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
+  place = sharding.sequence_shardings(state, mesh).layers.S_BxHxKxV
+  assert place.spec[2] == "tensor"

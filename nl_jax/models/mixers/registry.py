@@ -3,6 +3,7 @@
 from nl_jax.models import mixer as contract
 from nl_jax.models.mixers import (
   deltanet,
+  gated_deltanet2,
   hope,
   retnet,
   rwkv7,
@@ -17,6 +18,7 @@ MIXERS: dict[str, contract.Mixer] = {
   "deltanet": deltanet,
   "dla": dla,
   "gated_deltanet": deltanet,
+  "gated_deltanet2": gated_deltanet2,
   "hope": hope,
   "hope_attention": attention,
   "memora": memora,
