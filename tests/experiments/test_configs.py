@@ -59,7 +59,7 @@ def test_a_config_builds_and_its_count_is_the_formula(name):
   config = build.resolve(named.load_config(name))
   net = build.model(config)
   build.make_optimizer(config, net)
-  build.settings(config)
+  build.options(config)
   params = jax.eval_shape(net.init, jax.random.key(0))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count == net.parameter_count()
@@ -172,7 +172,7 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
     config = build.resolve(parse("--config=hope_tiny", change))
     net = build.model(config)
     build.make_optimizer(config, net)
-    build.settings(config)
+    build.options(config)
     build.mesh(config)
     build.dataset(config, net)
 
