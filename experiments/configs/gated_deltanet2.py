@@ -1,7 +1,7 @@
 """Gated DeltaNet-2 (arXiv 2605.22791): gates of a channel for erase and write.
 
 Heads of Gated DeltaNet. It learns at each token; a chunk is what is computed at
-once, and changes no number. It is no row of Table 1.
+once, and changes no number. It is not a row of Table 1.
 
 Unstated in the paper: shapes, ranks of the projections; ours here. What follows
 from them (parameters, FLOPs, levels, tokens) is printed by --describe:

@@ -144,7 +144,7 @@ def linen(*path: str | int) -> int:
 
 
 def under(name: str, table: Leaves, *key: int) -> dict[str, Leaf]:
-  """A table below `name`, whose keys go on from `key`."""
+  """A table below `name`, whose keys continue from `key`."""
   return {
     f"{name}/{path}": dataclasses.replace(leaf, key=(*key, *leaf.key))
     for path, leaf in table.items()

@@ -95,7 +95,7 @@ class Mixer(Protocol):
     *,
     model: Dims,
   ) -> Result:
-    """The residual stream behind the mixer, the state, sums for metrics.
+    """The residual stream after the mixer, the state, sums for metrics.
 
     Most are `around(apply)`. `params` are the mixer_norm and mixer of a layer.
     """

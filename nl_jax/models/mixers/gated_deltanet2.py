@@ -108,7 +108,7 @@ def leaves(model: contract.Dims) -> contract.Leaves:
   for name, R, inner in ranks:
     down = leaf.kernel((D, R), ("embed", "mem_out"), next(key))
     made[f"{name}_down"] = down
-    # Of unit scale behind a projection that is not.
+    # Of unit scale after a projection that is not.
     up = leaf.kernel((R, inner), ("mem_in", "heads"), next(key), R**-0.5)
     made[f"{name}_up"] = up
   made["A_log"] = deltanet.decays(H, next(key))["A_log"]
@@ -131,7 +131,7 @@ def apply(
   Args:
     params: of one layer.
     x_BxTxD: normalised input.
-    state: to go on from; None at the start of a sequence.
+    state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     model: shapes and switches.
 
