@@ -329,7 +329,9 @@ def scale_by_deep_momentum(
     new = [jax.tree.unflatten(treedef, [r[i] for r in rows]) for i in range(3)]
     direction = new[0]
     if output == "orthogonalize":
-      direction = ns.orthogonalize(direction, specs, ns_steps)
+      direction = ns.orthogonalize(
+        direction, jax.tree.unflatten(treedef, specs), ns_steps
+      )
     elif callable(output):
       direction = jax.tree.map(output, direction)
     memories = _dtypes.cast(new[1], state.memory)

@@ -135,7 +135,8 @@ def scale_by_m3(
     del params, extra
     specs = _dims.flat(dims, updates)
     treedef = jax.tree.structure(updates)
-    orthogonal = lambda tree: ns.orthogonalize(tree, specs, ns_steps)
+    spec_tree = jax.tree.unflatten(treedef, specs)
+    orthogonal = lambda tree: ns.orthogonalize(tree, spec_tree, ns_steps)
     count = optax.safe_increment(state.count)
     g = jax.tree.map(lambda x: x.astype(_dtypes.wide(x)), updates)
 

@@ -7,7 +7,6 @@ import jax
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients
-from nl_jax.optim import _dims
 
 Tree = Any
 
@@ -31,17 +30,16 @@ class NewtonSchulz:
   sharding: orthogonalize.NSSharding | None = None
 
   def orthogonalize(
-    self, tree: Tree, specs: list[_dims.Spec], steps: coefficients.Steps
+    self, tree: Tree, specs: Tree, steps: coefficients.Steps
   ) -> Tree:
     """The tree with each matrix made orthogonal.
 
     Args:
       tree: updates.
-      specs: one a leaf; those of None pass.
+      specs: a prefix tree of them; leaves of None pass.
       steps: iterations.
     """
-    dims = jax.tree.unflatten(jax.tree.structure(tree), specs)
     return orthogonalize.orthogonalize_tree(
-      tree, dims, coeffs=self.coeffs, ns_steps=steps, eps=self.eps,
+      tree, specs, coeffs=self.coeffs, ns_steps=steps, eps=self.eps,
       ns_dtype=self.dtype, sharding=self.sharding,
     )  # fmt: skip
