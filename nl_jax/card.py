@@ -1,6 +1,6 @@
 """The level card: every component of a model, and how often it changes.
 
-One row a component (model.md §1, "Level card"; camera-ready Fig. 3). A model
+One row a component (docs/mathematics.md 1; camera-ready Fig. 3). A model
 gives rows without their place in the order; `rank` gives each its update
 frequency and its level, which hang on all rows together, so that the rows of
 an optimizer can be added first. Higher level numbers mean lower frequencies.

@@ -1,4 +1,4 @@
-"""The level card reproduces camera-ready Fig. 3 (model.md 1)."""
+"""The level card reproduces camera-ready Fig. 3 (docs/mathematics.md 1)."""
 
 import pytest
 

@@ -1,10 +1,12 @@
-"""The pages: every command runs, every field and file is there."""
+"""The pages: every command runs, every field, file and section is there."""
 
+import functools
 import json
 import os
 import pathlib
 import re
 import shlex
+import tokenize
 
 import pytest
 
@@ -81,9 +83,104 @@ def test_the_page_of_all_fields_is_what_the_command_prints():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_files_and_links_of_a_page_are_there(page):
   text = page.read_text("utf-8")
-  links = [x for x in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in x]
-  for link in links:
-    assert (page.parent / link).exists(), link
+  links = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)
+  for link in ("".join(x) for x in links):
+    if "://" in link:
+      continue
+    name, _, anchor = link.partition("#")
+    target = page.parent / name if name else page
+    assert target.exists(), link
+    if anchor:
+      assert anchor in anchors(target), link
   for file in re.findall(r"`((?:nl_jax|kernels|tests|experiments)/[^`*<]+)`",
                          text):  # fmt: skip
     assert (ROOT / file).exists(), file
+
+
+def headings(page: pathlib.Path) -> list[str]:
+  text = re.sub(r"^```.*?^```", "", page.read_text("utf-8"), flags=re.M | re.S)
+  return re.findall(r"^#+ (.+)$", text, re.M)
+
+
+@functools.cache
+def anchors(page: pathlib.Path) -> set[str]:
+  """What links may name: headings in small letters, with dashes."""
+  plain = [re.sub(r"[^\w\- ]", "", x.lower()) for x in headings(page)]
+  return {x.strip().replace(" ", "-") for x in plain}
+
+
+@functools.cache
+def sections(page: pathlib.Path) -> set[str]:
+  """The numbers of a page's sections, as 2 and 2.5."""
+  found = (re.match(r"(\d+(?:\.\d+)?)\.? ", x) for x in headings(page))
+  return {x[1] for x in found if x}
+
+
+# A page, and the numbers of sections that may follow it.
+_CITED = re.compile(
+  r"(?<![\w/.<])((?:[\w.]+/)*\w+\.md)(#[\w-]+)?"
+  r"(?:,? (\d+(?:\.\d+)*(?:(?:, | and |-)\d+(?:\.\d+)*)*)(?![\w.]*\d))?"
+)
+_SOURCES = [
+  *(x for room in ("nl_jax", "kernels", "experiments", "examples", "tests")
+    for x in sorted((ROOT / room).rglob("*.py"))
+    if not x.is_relative_to(ROOT / "nl_jax" / "kernels")),
+  *sorted((ROOT / "docs" / "figures").glob("*.py")),
+]  # fmt: skip
+
+
+def prose(path: pathlib.Path) -> str:
+  """Comments and docstrings of a file, lines and their marks joined."""
+  parts = []
+  with open(path, "rb") as file:
+    for token in tokenize.tokenize(file.readline):
+      is_doc = token.type == tokenize.STRING and '"""' in token.string
+      if is_doc or token.type == tokenize.COMMENT:
+        parts.append(token.string.lstrip("#"))
+  text = re.sub(r"\s+", " ", " ".join(parts))
+  return re.sub(r"\[[^]]*\]\([^)]*\)", "", text)  # Links of made pages.
+
+
+def missing(text: str) -> list[str]:
+  """Citations of docs/ in a text that lead nowhere."""
+  wrong = []
+  for name, anchor, numbers in _CITED.findall(text):
+    page = ROOT / name
+    if not page.exists():
+      wrong.append(name)
+      continue
+    wanted = re.findall(r"[\d.]+", numbers)
+    if not set(wanted) <= sections(page):
+      wrong.append(f"{name} {numbers}")
+    if anchor and anchor[1:] not in anchors(page):
+      wrong.append(name + anchor)
+  return wrong
+
+
+def test_what_is_cited_is_there():
+  wrong = [
+    f"{path.relative_to(ROOT)}: {what}"
+    for path in _SOURCES
+    for what in missing(prose(path))
+  ]
+  assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_sections_that_a_page_names_are_there(page):
+  text = re.sub(r"\s+", " ", page.read_text("utf-8"))
+  for name, numbers in re.findall(
+    r"\[(\w+\.md)\]\(\1\)[,)]? (\d+(?:\.\d+)?)\b", text
+  ):
+    assert numbers in sections(page.parent / name), (name, numbers)
+
+
+@pytest.mark.parametrize("text, found", [
+  ("as docs/mathematics.md 2.3, 2.5 say", []),
+  ("docs/mathematics.md 2.99", ["docs/mathematics.md 2.99"]),
+  ("(docs/nowhere.md 2)", ["docs/nowhere.md"]),
+  ("spec model.md 3", ["model.md"]),
+  ("docs/guide.md#nowhere", ["docs/guide.md#nowhere"]),
+])  # fmt: skip
+def test_a_citation_that_leads_nowhere_is_found(text, found):
+  assert missing(text) == found

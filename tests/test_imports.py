@@ -1,4 +1,4 @@
-"""Who imports whom (design.md 2), and what importing costs."""
+"""Who imports whom (docs/architecture.md 2), and what importing costs."""
 
 import ast
 import pathlib

@@ -161,7 +161,8 @@ def steps() -> list[dict]:
 def temporaries() -> list[dict]:
   """Temporary bytes of the gradient against remat groups and length.
 
-  The saved states are (N/g + g) copies of the fast weights (model.md 2.6).
+  The saved states are (N/g + g) copies of the fast weights (docs/mathematics.md
+  2.6).
   """
   import jax
   import jax.numpy as jnp

@@ -20,7 +20,7 @@ from typing import Any
 _BATCHES = 4
 _VOCAB = 4096  # Pieces of the SentencePiece model that is trained here.
 # Words of the parts of a document, so that rows have about the tokens of
-# evaluation.md section 3: context, continuation.
+# the tasks themselves: context, continuation.
 _WORDS = {
   "wikitext": (0, 1800),
   "lambada_openai": (28, 1),

@@ -1,8 +1,8 @@
 """Runs a command: its flags, its exit status, its errors as one sentence.
 
-Exit status (design.md section 3): 0 done, or stopped after saving; 1 a mistake
-or failure; 3 part of the work failed; 130 Ctrl-C; 143 SIGTERM where nothing is
-to be saved.
+Exit status (docs/architecture.md 3): 0 done, or stopped after saving; 1 a
+mistake or failure; 3 part of the work failed; 130 Ctrl-C; 143 SIGTERM where
+nothing is to be saved.
 """
 
 import contextlib

@@ -20,7 +20,7 @@ ConfigDict = config_dict.ConfigDict
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-  """A size of Table 1, or one of ours (model.md sections 7.1, 7.2 and 9).
+  """A size of Table 1, or one of ours (docs/mathematics.md 7.1, 7.2 and 9).
 
   Attributes:
     sequence_length: tokens of a row.

@@ -1,7 +1,7 @@
 """Builders of the delta-rule baselines: DeltaNet, Gated DeltaNet and Comba.
 
 Matrix memories that learn by the delta rule, with a plain feed-forward block;
-definitions and shapes: model.md sections 6 and 7.2.
+definitions and shapes: docs/mathematics.md 6 and 7.2.
 """
 
 from typing import Any

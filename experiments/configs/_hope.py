@@ -1,7 +1,7 @@
 """Builders of the HOPE configs: self-modifying Titans and a CMS (eq. 94-97).
 
 `mlp` has the paper's memories, two-layer MLPs; `linear` matrices, the cheap
-form. Switches and defaults: model.md sections 3.3 and 9. `mlp` takes the
+form. Switches and defaults: docs/mathematics.md 3.3 and 9. `mlp` takes the
 argument `paper`: every switch at its literal reading.
 """
 
@@ -30,7 +30,7 @@ def mlp(size: str, arg: str, **cms: Any) -> ConfigDict:
     erase_of="whole",  # Eq. 88: the erase acts on the whole weight.
     read="chunk_start",  # Eq. 90.
     value_source="self",  # Eq. 84, of M_memory too.
-    value_norm="target",  # A stabiliser: NaN without (model.md 9).
+    value_norm="target",  # A stabiliser: NaN without (docs/mathematics.md 9).
     # eta starts at 0.05, unstated in the paper: from 0.5 the raw erase of the
     # input layer alone is NaN at the third step of the tiny model.
     eta_bias=-3.0,
@@ -43,8 +43,8 @@ def linear(size: str, arg: str) -> ConfigDict:
   """HOPE with matrix memories."""
   matrix = dict(
     memory="linear",  # A matrix K x K.
-    residual=False,  # M_memory: read is q W (model.md 9).
-    objective="dot",  # With the raw erase: the delta rule (model.md 9).
+    residual=False,  # M_memory: read is q W (docs/mathematics.md 9).
+    objective="dot",  # With raw erase: the delta rule (docs/mathematics.md 9).
     dgd_coef="raw",  # Eq. 88: eta itself.
     residual_clip=0.0,  # The delta rule is bounded without.
   )

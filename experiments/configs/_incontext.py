@@ -1,9 +1,10 @@
 """Builders of the configs whose levels learn in context (paper eq. 71).
 
 The models of `_hope` and `_attention` with a sliding window, of the same
-parameters but a rate for each fast level. In the last quarter of the layers
-the levels high and mid have weights of their own in each sequence, which learn
-from the tokens as they are read (model.md 4.3). The paper states no value.
+parameters but a rate for each fast level. In the last quarter of the layers the
+levels high and mid have weights of their own in each sequence, which learn from
+the tokens as they are read (docs/mathematics.md 4.3). The paper states no
+value.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """Builder of the RetNet configs (arXiv 2307.08621).
 
 Matrix memories that forget at a fixed rate, with a plain feed-forward block;
-definition and shapes: model.md sections 6 and 7.2.
+definition and shapes: docs/mathematics.md 6 and 7.2.
 """
 
 from experiments.configs import _common

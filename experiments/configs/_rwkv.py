@@ -1,4 +1,4 @@
-"""Builder of RWKV-7; definitions and shapes: model.md sections 6 and 7.2."""
+"""Builder of RWKV-7; definitions and shapes: docs/mathematics.md 6 and 7.2."""
 
 from experiments.configs import _common
 from nl_jax.models import presets

@@ -1,7 +1,7 @@
 """Builder of the Samba configs (arXiv 2406.07522).
 
 Mamba and sliding-window attention in turn, each with a plain feed-forward
-block; definition and shapes: model.md sections 6 and 7.2.
+block; definition and shapes: docs/mathematics.md 6 and 7.2.
 """
 
 from experiments.configs import _common

@@ -1,7 +1,7 @@
 """Builders of the Titans configs (arXiv 2501.00663).
 
 Deep memories that learn by momentum; shapes, chunks and gates' starts are
-ours, unstated there (model.md sections 6, 7.2 and 9).
+ours, unstated there (docs/mathematics.md 6, 7.2 and 9).
 """
 
 from typing import Any

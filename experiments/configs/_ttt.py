@@ -1,7 +1,7 @@
 """Builders of the TTT configs (arXiv 2407.04620).
 
 Memories trained by mini-batches of the context, a line or an MLP; shapes:
-model.md section 7.2, the rest as its authors have it.
+docs/mathematics.md 7.2, the rest as its authors have it.
 """
 
 from typing import Any

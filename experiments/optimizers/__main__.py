@@ -1,4 +1,4 @@
-"""Compares optimizers, honestly and resumably (spec optimizers.md 6).
+"""Compares optimizers, honestly and resumably (docs/results_optimizers.md).
 
     python -m experiments.optimizers --suite={lm,topics,toys} [--full]
                                      [--folder=runs/optimizers] [--table=FILE]

@@ -29,7 +29,7 @@ def learn_in_context(
 ) -> None:
   """Lets the fastest levels of a converted model learn while it reads.
 
-  With rates of 0 the logits stay what they were (model.md §4.4).
+  With rates of 0 the logits stay what they were (docs/mathematics.md 4.4).
 
   Args:
     group: the group `model`, changed in place.

@@ -32,8 +32,8 @@ class Arm(NamedTuple):
   changes: Mapping[str, Any] = {}
 
 
-# What makes parity learnable at all (model.md 2.8): writes that turn a sign,
-# and memories that keep.
+# What makes parity learnable at all (docs/mathematics.md 2.8): writes that turn
+# a sign, and memories that keep.
 _SIGNS = {"model.mixer.eta_max": 2.0, "model.mixer.alpha_bias": 6.0}
 _NEGATIVE = {"model.mixer.allow_neg_eigval": True}
 _COMPARED = (

@@ -1,7 +1,7 @@
 """What is learned and tested in recall and languages: data, sizes, verdicts.
 
-Sizes (spec benchmarks.md 3 and 5): `smoke` is a test of the machinery, `small`
-what a CPU can do, `paper` the settings of the sources.
+Sizes: `smoke` is a test of the machinery, `small` what a CPU can do, `paper`
+the settings of the sources.
 """
 
 import dataclasses

@@ -25,9 +25,9 @@ def general_delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
   """S <- diag(exp w) S - b^T (a S) + k^T v, read at each token as q S.
 
-  The rule of RWKV-7 (arXiv 2503.14456; model.md 6). With one decay a head,
-  a = k and b = rate k it is what `rank_one` has, the erase on the state before
-  it decays. The result does not depend on the chunk.
+  The rule of RWKV-7 (arXiv 2503.14456; docs/mathematics.md 6). With one decay a
+  head, a = k and b = rate k it is what `rank_one` has, the erase on the state
+  before it decays. The result does not depend on the chunk.
 
   Args:
     q, k, v: [B,T,H,K], [B,T,H,K], [B,T,H,V]; where one is bfloat16, products

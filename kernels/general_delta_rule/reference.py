@@ -1,4 +1,4 @@
-"""The general delta rule, one token at a time: the definition (model.md 6).
+"""The general delta rule by token: the definition (docs/mathematics.md 6).
 
     S <- diag(exp w) S - b^T (a S) + k^T v;   y = q S
 

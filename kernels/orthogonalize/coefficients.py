@@ -1,4 +1,4 @@
-"""Coefficient tables of the Newton-Schulz iteration (optimizers.md 2.1).
+"""Coefficient tables of the Newton-Schulz iteration (docs/mathematics.md 10.1).
 
 A step maps x to a x + (b A + c A A) x with A = x x^H, so that a singular value
 s becomes a s + b s^3 + c s^5.

@@ -2,7 +2,7 @@
 
 A matrix that is spread over devices would be gathered in every step. Instead
 the stack axis is spread over the devices (all-to-all), each runs the loop on
-whole matrices, and the result goes back (optimizers.md 4).
+whole matrices, and the result goes back (docs/mathematics.md 10.1).
 """
 
 import dataclasses

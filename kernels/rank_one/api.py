@@ -1,4 +1,4 @@
-"""The one chunk algebra that every memory is made of (design.md 3)."""
+"""The algebra of a chunk, which all memories share (docs/architecture.md 3)."""
 
 import jax
 
@@ -28,7 +28,7 @@ def rank_one(
   window: tuple[jax.Array, jax.Array, jax.Array] | None = None,
   implementation: str | None = None,
 ) -> tuple[jax.Array | None, jax.Array, jax.Array | None]:
-  """Writes one chunk into one weight matrix, and reads it (model.md 2.3, 2.5).
+  """Writes a chunk into a matrix, and reads it (docs/mathematics.md 2.3, 2.5).
 
   Leading axes are any, the same for all; size 1 broadcasts.
 

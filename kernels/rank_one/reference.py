@@ -1,4 +1,4 @@
-"""Rank-one memory, one token at a time: the definition (model.md 2.3).
+"""Rank-one memory by token: the definition (docs/mathematics.md 2.3).
 
 For one weight matrix W (a, b), read as `x @ W`, and a token with layer input
 u (a,) and error delta (b,) taken at the anchor:

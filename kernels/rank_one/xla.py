@@ -1,4 +1,4 @@
-"""Rank-one memory, all tokens of a chunk at once (model.md 2.5).
+"""Rank-one memory, all tokens of a chunk at once (docs/mathematics.md 2.5).
 
 Exact. With D = W - R, the retention of a token alpha, the product of those of
 tokens s + 1 to t written a_t / a_s, and `after` reads,

@@ -24,8 +24,8 @@ def selective_scan(
 ) -> tuple[jax.Array, jax.Array]:
   """h <- exp(dt A) h + (dt u) B^T, read at each token as h C.
 
-  Mamba (arXiv 2312.00752; model.md 6). The result does not depend on the
-  chunk.
+  Mamba (arXiv 2312.00752; docs/mathematics.md 6). The result does not depend on
+  the chunk.
 
   Args:
     dt, u: [B,T,I], step sizes and inputs; a token with dt = 0 is a no-op.

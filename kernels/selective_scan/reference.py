@@ -1,4 +1,4 @@
-"""The recurrence of Mamba, one token at a time: the definition (model.md 6).
+"""The recurrence of Mamba by token: the definition (docs/mathematics.md 6).
 
 h <- exp(dt A) h + (dt u) B^T;   y = h C
 """

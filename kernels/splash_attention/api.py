@@ -9,13 +9,13 @@ own queries of a row, whose keys and values it gathers) and its masks. It has
 one derivative, not two.
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+
+from nl_jax.kernels import placement
 
 _BLOCKS = (512, 256, 128)  # Tokens; the largest that divides a device's.
 _DTYPES = ("float32", "bfloat16")
@@ -40,11 +40,12 @@ def supports(
   """
   mesh = jax.sharding.get_abstract_mesh()
   tokens = q.shape[1]
-  if not interpret and _platform(mesh) != "tpu":
-    return f"it needs a TPU, got the platform {_platform(mesh)!r}"
+  platform = placement.platform(mesh)
+  if not interpret and platform != "tpu":
+    return f"it needs a TPU, got the platform {platform!r}"
   if q.dtype not in _DTYPES:
     return f"it takes {' or '.join(_DTYPES)}, got {q.dtype}"
-  parts = _parts(mesh, spec)
+  parts = placement.parts(mesh, spec)
   if tokens % (_BLOCKS[-1] * parts[1]):
     least = _BLOCKS[-1] * parts[1]
     over = f" over {parts[1]} devices of mesh.sequence" * (parts[1] > 1)
@@ -58,27 +59,7 @@ def supports(
     return None
   if parts[3] > 1:
     return "it does not split the features of a head"
-  for name, size, part in (
-    ("rows", q.shape[0], parts[0]),
-    ("heads", q.shape[2], parts[2]),
-    ("heads of keys", k.shape[2], parts[2]),
-  ):
-    if size % part:
-      return f"{size} {name} do not divide over {part} devices of the mesh"
-  return None
-
-
-def _platform(mesh: jax.sharding.AbstractMesh) -> str:
-  """Where the program will run: the mesh may be of chips that are not here."""
-  device = mesh.abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
-def _parts(mesh: jax.sharding.AbstractMesh, spec: P) -> list[int]:
-  """Devices over which each of four axes is split."""
-  axes = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
-  axes += [()] * (4 - len(axes))
-  return [math.prod(mesh.shape.get(name, 1) for name in a) for a in axes]
+  return placement.undivided(q, k, parts)
 
 
 def splash_attention(
@@ -113,7 +94,7 @@ def splash_attention(
     raise ValueError(f"splash attention cannot run here: {reason}")
 
   mesh = jax.sharding.get_abstract_mesh()
-  parts = _parts(mesh, spec)
+  parts = placement.parts(mesh, spec)
   heads, tokens = q.shape[2] // parts[2], q.shape[1]
   kernel = _kernel(heads, tokens, window, interpret, parts[1])
   axis = (*spec, None, None)[1] if parts[1] > 1 else None

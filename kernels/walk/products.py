@@ -285,8 +285,7 @@ class Tile:
     """(I + L)^{-1} for L [..., P, P], strictly lower in blocks of `block`.
 
     Doubles the size of the inverted diagonal blocks at each round, by products
-    alone, so it is backward stable (kernels.md 1.5); `block` is a power of
-    two.
+    alone, so it is backward stable; `block` is a power of two.
     """
     if not self.fused:
       return _inverse(L, self, block)

@@ -5,7 +5,7 @@ targets = d[1:], so that no target crosses into another document. Pairs are
 padded to a multiple of `alignment`, laid end to end, and cut into rows. A long
 document goes on in the next row, as a new segment. Because `alignment` divides
 the row, segments start at multiples of it only: memories reset at chunk edges
-(model.md section 2.7, `aligned`).
+(docs/mathematics.md 2.7, `aligned`).
 """
 
 from collections.abc import Iterable, Sequence

@@ -1,4 +1,4 @@
-"""The walk over chunks, once for all memories (model.md 2.4, 2.6, 2.7).
+"""The walk of all memories over chunks (docs/mathematics.md 2.4, 2.6, 2.7).
 
 A call lays its T tokens on a grid of chunks of C, and `kernels.walk` runs the
 memory's chunk function over it. Each row resumes where its last call stopped:
@@ -327,7 +327,7 @@ def update(
   run: Run | None = None,
   name: str = "memory",
 ) -> tuple[jax.Array, MemoryState, rules.Metrics]:
-  """Writes T tokens into a memory and reads it at each (model.md 2.3-2.7).
+  """Writes T tokens into a memory, reads at each (docs/mathematics.md 2.3-2.7).
 
   Args:
     forward: the memory's architecture, see `rule`.

@@ -1,4 +1,4 @@
-"""Matrix memory: M(z) = z w, or z + z w (model.md 2.1).
+"""Matrix memory: M(z) = z w, or z + z w (docs/mathematics.md 2.1).
 
 The classic fast weight. With the `dot` objective and the raw erase it is the
 delta rule; `rule.Rule` holds every other switch.

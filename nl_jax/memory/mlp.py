@@ -1,4 +1,4 @@
-"""MLP memories (model.md 2.1): residual, two layers; with layer norm; gated.
+"""MLP memories: residual, with layer norm, gated (docs/mathematics.md 2.1).
 
     mlp      z + gelu(z w_in) w_out                        (paper eq. 89 = 91)
     mlp_ln   z + LN(gelu(z w_in) w_out), LN without affine (Miras)
@@ -86,7 +86,7 @@ def init(
     heads, key_dim, hidden: H, K (= V), M.
     arch: adds w_gate for "glu".
     in_std: 1 where keys and queries have unit norm (with K^-1/2 training
-      diverged, model.md 9), else K^-1/2.
+      diverged, docs/mathematics.md 9), else K^-1/2.
     out_std: of w_out.
 
   Returns:

@@ -2,10 +2,10 @@
 
     S <- beta S - write u^T delta;   W <- alpha W + (1 - alpha) R + eta NS(S)
 
-NS is five steps of Newton-Schulz (arXiv 2505.23735; model.md 2.3). "token"
-moves at every token: the definition, one token at a time. "chunk" moves at the
-end of each chunk, by the momentum and the eta of its last token; until then
-weights only decay, and a token sees nothing of its own chunk.
+NS is five steps of Newton-Schulz (arXiv 2505.23735; docs/mathematics.md 2.3).
+"token" moves at every token: the definition, one token at a time. "chunk" moves
+at the end of each chunk, by the momentum and the eta of its last token; until
+then weights only decay, and a token sees nothing of its own chunk.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""Inner objectives of a memory: loss and output error (model.md 2.2).
+"""Inner objectives of a memory: loss and error (docs/mathematics.md 2.2).
 
 An objective maps (prediction M(k), target v), both [..., V], to terms [..., V]
 that add up to the loss and the error d loss / d M(k) [..., V]. The error is

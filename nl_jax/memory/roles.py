@@ -1,4 +1,6 @@
-"""The chunk function of self-modifying Titans (paper eq. 83-90; model.md 3).
+"""The chunk function of self-modifying Titans (paper eq. 83-90).
+
+The equations are in docs/mathematics.md 3.
 
 All memories of a layer learn one key with one gate, so what they share is made
 once: the products of keys, the decays, one inverse a rate. Roles of one shape
@@ -241,7 +243,7 @@ def by_chunk(
   targets: Sequence[list[jax.Array]],
   gates: rules.Gates,
 ) -> Written:
-  """Writes a chunk into all parts, by one batch of inverses (model.md 2.5).
+  """Writes a chunk into all parts by one inverse (docs/mathematics.md 2.5).
 
   Args:
     parts: the memories; one retention and one momentum for all.

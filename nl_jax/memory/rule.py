@@ -1,4 +1,4 @@
-"""What a memory learns from one block of tokens (model.md 2.2, 2.3).
+"""What a memory learns from one block of tokens (docs/mathematics.md 2.2, 2.3).
 
 A memory is a function `forward(apply, z)` of its layers, where
 `apply(name, x)` stands for `x @ W[name]`. Everything else follows from it:
@@ -42,7 +42,7 @@ Walk = Annotated[str, OneOf("auto", *walk.IMPLEMENTATIONS)]
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How a memory learns: the switches of model.md 2.2-2.4.
+  """How a memory learns: the switches of docs/mathematics.md 2.2-2.4.
 
   Attributes:
     chunk: tokens that share one gradient point; part of the function.

@@ -1,4 +1,4 @@
-"""Self-modifying Titans (paper eq. 83-90; model.md 3).
+"""Self-modifying Titans (paper eq. 83-90; docs/mathematics.md 3).
 
 Memories M_k, M_v, M_eta, M_alpha (the generators) produce the key, the value
 and the gates with which all memories, M_memory too, are then written:
@@ -13,8 +13,8 @@ one chunk length for both they are one chunk function, with two they are two
 walks. All is differentiated, through every write.
 
 Departures from the print: the sign of eq. 92 and the index of eq. 90 are
-corrected (model.md 8.3); M_eta and M_alpha give one scalar a head through a
-learned vector, so that the chunk form stays exact (`gate_shape`).
+corrected (docs/mathematics.md 8.3); M_eta and M_alpha give one scalar a head
+through a learned vector, so that the chunk form stays exact (`gate_shape`).
 """
 
 import dataclasses
@@ -47,8 +47,8 @@ class Generators:
     residual: M_k, M_v, M_eta and M_alpha add their inputs.
     value_source: "self", each learns M(v_t) (eq. 84), or "plain", v_t.
     value_norm: "none", "l2" of v_t, or "target", of what is learned; needed
-      for stability (model.md 9).
-    rate: factor on eta in their writes (model.md 9); 0 freezes them.
+      for stability (docs/mathematics.md 9).
+    rate: factor on eta in their writes (docs/mathematics.md 9); 0 freezes them.
   """
 
   residual: bool = True
@@ -62,7 +62,7 @@ class Generators:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Every switch of self-modifying Titans (model.md 3.3; defaults of 9).
+  """Every switch of self-modifying Titans (docs/mathematics.md 3.3, 9).
 
   Attributes:
     memory: "linear", "mlp", "mlp_ln" or "glu", of all memories (eq. 89).
@@ -116,8 +116,8 @@ class Config:
   retention_target: rules.Retention = "init"
   erase_of: rules.Erase = "deviation"
   read: rules.Read = "after"
-  # Deviation from model.md 9 (off): without it a constant input makes the
-  # norm of an MLP memory burst to hundreds of times its start.
+  # Without it a constant input makes the norm of an MLP memory grow several
+  # hundredfold (docs/mathematics.md 3.3).
   residual_clip: rules.Clip = 4.0
   inner_mean: bool = False
   remat_group: rules.Count = 4

@@ -2,10 +2,11 @@
 
     u_t^T delta_t  becomes  sum_{t - omega < i <= t} gamma_i u_i^T delta_i
 
-with every gradient at the anchor of t (Atlas, arXiv 2505.23735; model.md 2.3).
-Masked tokens do not count, and the sum stays inside t's document. The omega - 1
-tokens before a block are carried: `past_k`, `past_v` (what was to be learned)
-and `past_gamma`, which is 0 where there is no such token.
+with every gradient at the anchor of t (Atlas, arXiv 2505.23735;
+docs/mathematics.md 2.3). Masked tokens do not count, and the sum stays inside
+t's document. The omega - 1 tokens before a block are carried: `past_k`,
+`past_v` (what was to be learned) and `past_gamma`, which is 0 where there is no
+such token.
 """
 
 from typing import TYPE_CHECKING, NamedTuple

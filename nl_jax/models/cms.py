@@ -1,9 +1,10 @@
 """The feed-forward part of every model: a continuum memory system (CMS).
 
 A chain of feed-forward levels MLP^(1) … MLP^(k), fastest first, each with a
-period of its own (paper eq. 70-74; model.md §4.1). Here is the forward pass;
-when a level changes is the business of `nl_jax.optim.multi_frequency`. One
-level is the plain SwiGLU feed-forward block.
+period of its own (paper eq. 70-74; docs/mathematics.md 4.1). Here is the
+forward pass; when a level changes is the business of
+`nl_jax.optim.multi_frequency`. One level is the plain SwiGLU feed-forward
+block.
 
 Block form [ours; the paper disregards normalisation]: a level is a pre-RMSNorm
 residual SwiGLU, x ← x + MLP(RMSNorm(x)).

@@ -1,9 +1,9 @@
-"""FLOPs of a token, by formula: what MFU counts (model.md 3.5).
+"""FLOPs of a token, by formula: what MFU counts (docs/mathematics.md 3.5).
 
 Products of matrices in the forward pass, a multiply-add as 2, means over the
-tokens of a sequence from its start. Counted is what the mathematics asks for
-in its chunk form (model.md 2.5), the learning of memories and of levels in
-context included, whatever an implementation does:
+tokens of a sequence from its start. Counted is what the mathematics asks for in
+its chunk form (docs/mathematics.md 2.5), the learning of memories and of levels
+in context included, whatever an implementation does:
 
 - attention sees all T keys, or all W of a window, as is usual: the causal half
   is not taken off;

@@ -21,9 +21,9 @@ from nl_jax.kernels.rank_one import segments
 if TYPE_CHECKING:
   from nl_jax.models import lm
 
-INIT_STD = 0.02  # model.md §5: kernels and embedding.
+INIT_STD = 0.02  # docs/mathematics.md 5: kernels and embedding.
 EPSILON = 1e-6  # Of every norm, unless a model says another.
-ROPE_THETA = 10000.0  # Base of the wave lengths of RoPE (model.md §6).
+ROPE_THETA = 10000.0  # Base of RoPE's wave lengths (docs/mathematics.md 6).
 ROPE_SCALINGS = ("none", "linear", "llama3")
 CONV_WIDTH = 4  # Paper §8.2: "local convolutions with window 4".
 

@@ -1,9 +1,9 @@
 """The language model: embedding, a scanned stack of blocks, output.
 
-    layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)          (model.md §5)
+    layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)
 
 then a final RMSNorm and logits against the embedding, or, untied, against a
-head of its own. The mixer is the module
+head of its own (docs/mathematics.md 5). The mixer is the module
 that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
 of one level is the plain block. Parameters of the layers are stacked on a
 leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.

@@ -1,4 +1,4 @@
-"""The named shapes of Table 1, and two small ones (model.md 7).
+"""The named shapes of Table 1, and two small ones (docs/mathematics.md 7).
 
 All models of a scale have the same depth and width and, by the width of their
 feed-forward part, the same number of parameters: within 3 % of the nominal
@@ -182,7 +182,7 @@ SHAPES = {
     "1b3": Shape(16, 128, (2048,), 256, 64, window=1024),
   },
   # K = 128, M = K, C = 64: the parameters and state of K = 64, M = 2K at half
-  # the time of a step (model.md 9).
+  # the time of a step (docs/mathematics.md 9).
   "hope": {
     "smoke": Shape(4, 16, (32,) * 3, 32, 8),
     "tiny": Shape(4, 32, (64,) * 3, 32, 16),

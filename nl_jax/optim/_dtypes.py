@@ -1,4 +1,4 @@
-"""Dtypes of optimizer states (optimizers.md 1.3), and roots safe at zero."""
+"""Dtypes of optimizer states (docs/mathematics.md 10.9); roots safe at zero."""
 
 import jax
 import jax.numpy as jnp

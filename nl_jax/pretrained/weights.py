@@ -1,8 +1,8 @@
 """Pretrained Transformers as language models of this project, and back.
 
-Llama, Qwen2 and Qwen3 in the Hugging Face format: a config and tensors by
-name. Their kernels are (d_out, d_in), ours (d_in, d_out); their RoPE pairs the
-same features as ours. The feed-forward part becomes a CMS (model.md §4.4):
+Llama, Qwen2 and Qwen3 in the Hugging Face format: a config and tensors by name.
+Their kernels are (d_out, d_in), ours (d_in, d_out); their RoPE pairs the same
+features as ours. The feed-forward part becomes a CMS (docs/mathematics.md 4.4):
 
 - `inplace`: every layer keeps its MLP, as a CMS of one level.
 - `split`: the hidden units of each MLP are dealt out to k independent levels,

@@ -1,6 +1,6 @@
 """Labelled rows as a batch, and how right predictions of them are.
 
-A batch is what the trainer takes (design.md section 3): `inputs`, `targets`,
+A batch is what the trainer takes (docs/architecture.md 3): `inputs`, `targets`,
 `weights`, `segment_ids`, each [N,T]. A target is a label of its own position;
 weights are 1 where there is one. Rows shorter than T end in padding: id 0 of
 segment 0.

@@ -1,4 +1,4 @@
-"""The outer optimizer: the recipe of model.md 7.1 around the levels' periods.
+"""The outer optimizer: a recipe (docs/mathematics.md 7.1) around periods.
 
     clip by global norm -> every level at its own period: rule, decay, rate
 
@@ -92,7 +92,8 @@ def make(
     schedule: of the learning rate, after the warm-up.
     cooldown_steps: at the end, of wsd and inverse_root.
     groups: texts of parameters that are frozen, or have a rate or decay of
-      their own: pattern:frozen, or pattern:rate=0.1,decay=0 (optimizers.md).
+      their own: pattern:frozen, or pattern:rate=0.1,decay=0
+      (docs/optimizers.md).
     reduce: of the gradients that a slow level gathers: "mean", or "sum"
       (literal eq. 71).
     nested_meta: with the CMS variant "nested", how a level's initial state

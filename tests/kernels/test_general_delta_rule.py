@@ -66,7 +66,7 @@ def test_a_text_is_its_parts():
 
 
 def test_with_a_decay_a_head_it_is_the_rank_one_rule():
-  """`dot`, rho = eta, erase on what has not decayed (model.md 2.5)."""
+  """`dot`, rho = eta, erase before the decay (docs/mathematics.md 2.5)."""
   with jax.enable_x64(True):
     q, k, v, w, (a, _), state = inputs()
     w, rate = w[..., :1], jax.nn.sigmoid(draw(B, T, H, 1, seed=7))

@@ -1,4 +1,4 @@
-"""The chunk form equals the token loop; both obey the laws of model.md 8."""
+"""The chunk form equals the token loop (docs/architecture.md 5)."""
 
 import itertools
 

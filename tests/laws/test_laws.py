@@ -1,4 +1,4 @@
-"""The laws of design.md 5 for every model, at its smoke size in float64.
+"""The laws of docs/architecture.md 5 for every model, in float64.
 
 A new model joins with its row in `MODELS`. All laws of a model share its
 compiled forward functions.

@@ -1,8 +1,8 @@
 """Memories written again, one row and one token at a time, by autodiff.
 
-Straight from model.md 2.3, 2.4, 2.7 and 3.1, sharing no code with the library
-but the gates' squashing: inner gradients by `jax.grad` of the written-out
-loss, weights formed at every token. For tests only.
+Straight from docs/mathematics.md 2.3, 2.4, 2.7 and 3.1, sharing no code with
+the library but the gates' squashing: inner gradients by `jax.grad` of the
+written-out loss, weights formed at every token. For tests only.
 """
 
 import jax
@@ -141,7 +141,7 @@ def target(config, part, W, v):
 
 
 def self_modifying(config, params, zq, zk, zv):
-  """All memories of one head in one token loop (model.md 3.1): y [T, K].
+  """All memories of a head in one loop (docs/mathematics.md 3.1): y [T, K].
 
   `params` are those of one head: role -> weights, gate -> vectors.
   """

@@ -1,4 +1,4 @@
-"""Laws of single memories (model.md 8.1): definition, streaming, documents."""
+"""Laws of single memories (docs/architecture.md 5)."""
 
 import dataclasses
 import functools
@@ -336,7 +336,7 @@ def test_read_sees_the_present_weights():
   ("l2", "whole", 0.5), ("dot", "whole", 1.0),
 ])  # fmt: skip
 def test_fixed_points_of_a_repeated_pair(objective, erase_of, fixed):
-  """l2 + DGD recalls v / 2, dot + DGD recalls v (model.md 2.8)."""
+  """l2 + DGD recalls v / 2, dot + DGD recalls v (docs/mathematics.md 2.8)."""
   rule = memory.Rule(
     chunk=4, objective=objective, dgd_coef="raw", erase_of=erase_of,
     retention_target="zero",
@@ -352,7 +352,7 @@ def test_fixed_points_of_a_repeated_pair(objective, erase_of, fixed):
 
 
 def test_contraction_of_a_repeated_key_is_the_closed_form():
-  """2 (1 - eta)^C - 1 a chunk for l2 + DGD at alpha = 1 (model.md 2.8)."""
+  """2 (1 - eta)^C - 1 a chunk, l2 + DGD, alpha 1 (docs/mathematics.md 2.8)."""
   C, eta = 8, 0.1
   rule = memory.Rule(
     chunk=C, dgd_coef="raw", erase_of="whole", retention_target="zero"

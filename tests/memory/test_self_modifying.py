@@ -1,4 +1,4 @@
-"""Self-modifying Titans against the joint token loop (model.md 3, law 13)."""
+"""Self-modifying Titans and the joint token loop (docs/mathematics.md 3.4)."""
 
 import dataclasses
 

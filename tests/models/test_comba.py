@@ -51,7 +51,7 @@ def sigmoid(x):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from its definition (model.md 6): one token and head at a time."""
+  """A layer by its definition (docs/mathematics.md 6), by token and head."""
   p = jax.tree.map(np.asarray, params)
   H, K = model.heads, model.head_dim
   norm = lambda z: z / np.sqrt(z @ z + 1e-6)

@@ -53,7 +53,7 @@ def sigmoid(x):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from its definition (model.md 6): one token and head at a time."""
+  """A layer by its definition (docs/mathematics.md 6), by token and head."""
   p = jax.tree.map(np.asarray, params)
   gated = model.arch == "gated_deltanet"
   H, K = model.heads, model.head_dim
@@ -137,7 +137,7 @@ def test_without_decay_gated_deltanet_is_deltanet():
 
 
 def test_negative_eigenvalues_turn_the_sign_of_what_is_held():
-  """beta = 2 reflects along the key: S + 2 k^T (0 - k S) (model.md 2.8)."""
+  """beta = 2 reflects: S + 2 k^T (0 - k S) (docs/mathematics.md 2.8)."""
   rule = deltanet.Options(chunk=4).rule
   start = {"w": jnp.zeros((1, 2, 1))}
   k = jnp.tile(jnp.asarray([1.0, 0.0]), (1, 4, 1, 1))
@@ -210,7 +210,7 @@ def test_the_frozen_numbers_are_what_the_oracles_say():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_the_formulas_and_the_table(name):
-  """model.md 7.2, in millions."""
+  """docs/mathematics.md 7.2, in millions."""
   table = dict(
     deltanet=(341.6, 757.9, 1300.1), gated_deltanet=(340.1, 758.1, 1303.7)
   )

@@ -51,7 +51,7 @@ def test_with_a_matrix_it_is_gated_linear_attention():
 
 @pytest.mark.parametrize("kind", ["random", "constant", "repeated"])
 def test_the_default_memory_stays_bounded(kind):
-  """model.md 8.1, law 14, at 4096 tokens."""
+  """docs/mathematics.md 8.1, at 4096 tokens."""
   model = test_titans.small("dla", dla.Options(chunk=8, hidden=8))
   params = dla.init(jax.random.key(0), model)
   x = draw(1, 4096, 8).astype(np.float32)

@@ -290,8 +290,9 @@ def test_every_config_has_a_formula(name):
   assert parts.total > 1.9 * net.parameter_count()
 
 
-# Of the sums that model.md 3.5 states, V = K; but without momentum error and
-# erase are one row: 4 C (K + M) less, and 2 C (K + M) where nothing is read.
+# Of the sums that docs/mathematics.md 3.5 states, V = K; but without momentum
+# error and erase are one row: 4 C (K + M) less, and 2 C (K + M) where nothing
+# is read.
 K, M, C = 64, 128, 16
 
 

@@ -35,7 +35,7 @@ def close(x, y, tolerance):
 
 
 def token_loop(params, u_TxD):
-  """A layer from its definition (model.md 6): y and the last h."""
+  """A layer from its definition (docs/mathematics.md 6): y and the last h."""
   p = jax.tree.map(np.asarray, params)
   silu = lambda z: z / (1 + np.exp(-z))
   R = p["w_dt"].shape[0]

@@ -73,7 +73,7 @@ def test_a_layer_is_its_token_loop(chunk, lag):
 
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_columns_sum_to_one_and_weights_move(kind):
-  """model.md 8.1, law 14, at 512 tokens: bounded by what it is."""
+  """docs/mathematics.md 8.1, at 512 tokens: bounded by what it is."""
   model = test_titans.small("memora", memora.Options(chunk=8, hidden=8))
   params = memora.init(jax.random.key(0), model)
   x = draw(1, 512, 8).astype(np.float32)

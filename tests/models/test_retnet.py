@@ -55,7 +55,7 @@ def turn(z, position):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from its definition (model.md 6): one token and head at a time."""
+  """A layer by its definition (docs/mathematics.md 6), by token and head."""
   p = jax.tree.map(np.asarray, params)
   H, K = model.heads, model.head_dim
   S = np.zeros((H, K, 2 * K))
@@ -210,7 +210,7 @@ def test_the_frozen_numbers_are_what_the_oracle_says():
   ("340m", 338.0), ("760m", 757.0), ("1b3", 1295.6),
 ])  # fmt: skip
 def test_sizes_are_the_formula_and_the_table(size, total):
-  """model.md 7.2, in millions."""
+  """docs/mathematics.md 7.2, in millions."""
   config = build.resolve(named.load_config(f"retnet_{size}"))
   net = build.model(config)
   assert abs(net.parameter_count() / 1e6 - total) < 0.06

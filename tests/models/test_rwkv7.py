@@ -165,7 +165,7 @@ def test_the_start_is_that_of_its_authors():
 
 @pytest.mark.parametrize("kind", ["random", "constant"])
 def test_a_long_text_keeps_the_memory_bounded(kind):
-  """model.md 8.1, law 14, at 2048 tokens: below |k| |v| / (1 - e^w)."""
+  """docs/mathematics.md 8.1, at 2048 tokens: below |k| |v| / (1 - e^w)."""
   rng = np.random.default_rng(0)
   r, k, v, a = rng.standard_normal((4, 1, 2048, 2, 8))
   if kind == "constant":
@@ -185,7 +185,7 @@ def test_a_long_text_keeps_the_memory_bounded(kind):
   ("340m", 339.8), ("760m", 759.8), ("1b3", 1302.5),
 ])  # fmt: skip
 def test_sizes_are_the_formula(size, total):
-  """model.md 7.2 in millions, but for the LoRA that the first layer lacks."""
+  """docs/mathematics.md 7.2 in millions, but for a LoRA of the first layer."""
   net = build.model(build.resolve(named_lib.load_config(f"rwkv7_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, F = net.width, net.cms.widths[0]

@@ -124,7 +124,7 @@ def test_the_state_has_one_size_and_the_card_says_it():
   ("340m", 337.7), ("760m", 759.0), ("1b3", 1301.5),
 ])  # fmt: skip
 def test_sizes_are_the_formula_and_the_table(size, total):
-  """model.md 7.2, in millions."""
+  """docs/mathematics.md 7.2, in millions."""
   config = build.resolve(named.load_config(f"samba_{size}"))
   net = build.model(config)
   assert abs(net.parameter_count() / 1e6 - total) < 0.06

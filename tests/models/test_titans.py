@@ -94,7 +94,7 @@ def test_a_layer_is_its_token_loop(options):
 
 
 def test_hope_without_generators_is_titans():
-  """model.md 8.1, law 10: no generators, static gates, the same switches."""
+  """docs/mathematics.md 8.1: no generators, static gates, the same switches."""
   shared = dict(
     dgd_scope="none", momentum="off", retention_target="zero",
     erase_of="whole", residual_clip=1.0, hidden=6,
@@ -114,7 +114,7 @@ def test_hope_without_generators_is_titans():
 
 
 def test_a_linear_memory_with_decayed_erase_is_gated_deltanet():
-  """model.md 8.1, law 10: rho = alpha beta, dot, no momentum."""
+  """docs/mathematics.md 8.1: rho = alpha beta, dot, no momentum."""
   options = titans.Options(
     chunk=4, memory="linear", residual=False, objective="dot", momentum="off",
     dgd_scope="per_layer", dgd_coef="decayed", residual_clip=0.0, eta_max=1.0,
@@ -217,7 +217,7 @@ def test_a_row_that_ended_keeps_its_gradient_point():
 
 @pytest.mark.parametrize("kind", ["random", "constant", "repeated"])
 def test_the_default_memory_stays_bounded(kind):
-  """model.md 8.1, law 14, at 4096 tokens: no norm above 10 x its start."""
+  """docs/mathematics.md 8.1, at 4096 tokens: no norm above 10 x its start."""
   model = small(options=titans.Options(chunk=8, hidden=8))
   params = titans.init(jax.random.key(0), model)
   x = draw(1, 4096, 8).astype(jnp.float32)

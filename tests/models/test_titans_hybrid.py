@@ -361,7 +361,7 @@ def test_the_state_has_one_size_and_the_card_says_it(arch):
   ("340m", 339.0), ("760m", 756.7), ("1b3", 1302.0),
 ])  # fmt: skip
 def test_sizes_are_the_formula_and_the_table(arch, size, total):
-  """model.md 7.2, in millions, with P and the norms of the branches."""
+  """docs/mathematics.md 7.2, in millions, with P and norms of branches."""
   net = build.model(build.resolve(named.load_config(f"{arch}_{size}")))
   assert abs(net.parameter_count() / 1e6 - total) < 0.1
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden

@@ -52,7 +52,7 @@ def short_conv(x_TxE, taps, bias):
 
 
 def token_loop(model, params, x_TxD):
-  """A layer from model.md 6: inner gradients by `jax.grad`, one by one."""
+  """A layer from docs/mathematics.md 6, inner gradients by `jax.grad`."""
   p = jax.tree.map(np.asarray, params)
   C, H, K = model.mixer.chunk, model.heads, model.head_dim
   fast, affine, T = p["memory"], p["memory_norm"], len(x_TxD)
@@ -175,7 +175,7 @@ def test_a_call_that_begins_a_document_begins_a_mini_batch():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_sizes_are_the_formula_and_the_table(name):
-  """model.md 7.2, in millions, and 6 D a layer of pre_conv on top."""
+  """docs/mathematics.md 7.2, in millions, and 6 D a layer of pre_conv."""
   table = dict(
     ttt_linear=(338.7, 760.8, 1304.2), ttt_mlp=(340.4, 763.3, 1298.1)
   )

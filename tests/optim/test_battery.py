@@ -1,4 +1,4 @@
-"""What every optimizer must do: one row each (optimizers.md 1.2-1.5)."""
+"""What every optimizer must do: one row each (docs/mathematics.md 10.9)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Matrix selection by path and routing to the fallback (optimizers.md 1.4)."""
+"""Choice of matrices and of the fallback (docs/mathematics.md 10.9)."""
 
 import jax
 import jax.numpy as jnp

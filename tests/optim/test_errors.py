@@ -1,4 +1,4 @@
-"""The error table of optimizers.md 1.6."""
+"""What each mistake in an optimizer's arguments raises."""
 
 import jax.numpy as jnp
 import optax

@@ -1,4 +1,4 @@
-"""Oracle identities 6-20 and 22 and fixture F (optimizers.md 3), in float64."""
+"""Identities (docs/mathematics.md 10.10) and fixture F, in float64."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Laws of per-group update periods (optimizers.md, identity 21)."""
+"""Laws of per-group update periods (docs/mathematics.md 10.10)."""
 
 import jax
 import jax.numpy as jnp

@@ -1,6 +1,6 @@
 """Levels that learn in context from a loss of their own layer.
 
-The cheap form of `incontext` (model.md §4.3, "Local-loss option"; not the
+The cheap form of `incontext` (docs/mathematics.md 4.3; not the
 paper's rule): a fast level learns, with x̄ = RMSNorm(x) and a learned slow
 projection W_t (D,D),
 

@@ -1,8 +1,8 @@
 """A language model whose feed-forward levels learn while it reads.
 
-Mechanism B of the continuum memory system (paper eq. 71; model.md §4.3): in
-the last layers each sequence has its own copy of the weights of the fast
-levels, which learn from the loss of the tokens as they are read:
+Mechanism B of the continuum memory system (paper eq. 71; docs/mathematics.md
+4.3): in the last layers each sequence has its own copy of the weights of the
+fast levels, which learn from the loss of the tokens as they are read:
 
     theta_l <- theta_l - rate_l Red(sum over C_l tokens of grad CE_t)
 

@@ -11,11 +11,11 @@ Comba is gated, erases less than it writes and reads with a corrected query:
     y = K^-1/2 (q - D p) S;  out = (RMSNorm_V(y) * sigmoid(x W_g)) W_o
 
 DeltaNet: arXiv 2406.06484; Gated DeltaNet: arXiv 2412.06464; Comba: arXiv
-2506.02475 (model.md 6). In the words of Nested Learning a linear memory with
-the objective -<k S, v> and delta gradient descent (paper eq. 56): the rule of
-model.md 2.3 with the objective `dot`, the write rate beta and the erase rate
-a beta. The result does not depend on the chunk, so documents may begin
-anywhere.
+2506.02475 (docs/mathematics.md 6). In the words of Nested Learning a linear
+memory with the objective -<k S, v> and delta gradient descent (paper eq. 56):
+the rule of docs/mathematics.md 2.3 with the objective `dot`, the write rate
+beta and the erase rate a beta. The result does not depend on the chunk, so
+documents may begin anywhere.
 """
 
 import dataclasses

@@ -5,9 +5,10 @@
     out = (RMSNorm_K(y) * SiLU(x W_g)) W_o
 
 No attention and no positions. The paper leaves out norms, gates and residuals
-"for clarity"; these follow Titans sec. 4.4 (model.md 3.2). Projections W_k and
-W_v stand before the generators M_k, M_v, since memories are per head and only
-a slow projection mixes heads; `gen_input="slice"` is the literal alternative.
+"for clarity"; these follow Titans sec. 4.4 (docs/mathematics.md 3.2).
+Projections W_k and W_v stand before the generators M_k, M_v, since memories are
+per head and only a slow projection mixes heads; `gen_input="slice"` is the
+literal alternative.
 """
 
 import math

@@ -7,8 +7,8 @@
 
 In the words of Nested Learning: a memory of N numbers a channel, with the
 objective -<h, x B^T>, gradient descent and a retention of its own for each
-number (model.md 6). The recurrence (`kernels.selective_scan`) runs in chunks;
-the result does not depend on them, so documents may begin anywhere.
+number (docs/mathematics.md 6). The recurrence (`kernels.selective_scan`) runs
+in chunks; the result does not depend on them, so documents may begin anywhere.
 """
 
 import math

@@ -5,9 +5,9 @@
     y = K^-1/2 q S;   out = (RMSNorm_V(y) * SiLU(x W_g)) W_o
 
 In the words of Nested Learning a linear memory with the objective -<k S, v>,
-gradient descent and a retention that nothing learns (model.md 6). The result
-does not depend on the chunk, so documents may begin anywhere; positions
-restart with them.
+gradient descent and a retention that nothing learns (docs/mathematics.md 6).
+The result does not depend on the chunk, so documents may begin anywhere;
+positions restart with them.
 """
 
 # Deviation: RoPE in place of the paper's xPos, and RMSNorm in place of

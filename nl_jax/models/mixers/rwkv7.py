@@ -9,17 +9,17 @@
     out = ((GroupNorm_h(r S) + (sum_K r k r_k) v) * g) W_o
     feed-forward: relu((x + (x_{t-1} - x) mu) W_up)^2 W_down
 
-RWKV-7, arXiv 2503.14456 (model.md 6). In the words of Nested Learning a linear
-memory with the objective -<k S, v>, delta gradient descent on a state that has
-not decayed yet, as in eq. 88, and a rate and a retention of their own for each
-key channel. v_first are the values of the first layer, which all above it see:
-with them, and with a feed-forward part that looks one token back, a layer here
-is more than a mixer, and the language model takes it whole.
+RWKV-7, arXiv 2503.14456 (docs/mathematics.md 6). In the words of Nested
+Learning a linear memory with the objective -<k S, v>, delta gradient descent on
+a state that has not decayed yet, as in eq. 88, and a rate and a retention of
+their own for each key channel. v_first are the values of the first layer, which
+all above it see: with them, and with a feed-forward part that looks one token
+back, a layer here is more than a mixer, and the language model takes it whole.
 """
 
 # Deviation: RMSNorm before each half of a layer in place of LayerNorm, and no
 # norm behind the embedding, because all rows of Table 1 share these parts
-# (model.md 6, 7.2).
+# (docs/mathematics.md 6, 7.2).
 
 import dataclasses
 import math

@@ -3,9 +3,9 @@
     even layer:  x <- x + Mamba(RMSNorm(x));       x <- x + SwiGLU(RMSNorm(x))
     odd layer:   x <- x + Attention_W(RMSNorm(x)); x <- x + SwiGLU(RMSNorm(x))
 
-The unit that the language model stacks is a pair of layers: what stands here
-is the even layer and the first half of the odd one (model.md 6). In the words
-of Nested Learning: a memory that compresses all of the text, and one that
+The unit that the language model stacks is a pair of layers: what stands here is
+the even layer and the first half of the odd one (docs/mathematics.md 6). In the
+words of Nested Learning: a memory that compresses all of the text, and one that
 holds the last W tokens as they are.
 """
 
@@ -38,7 +38,8 @@ class Options:
     state_dim: N, numbers that Mamba holds a channel.
     chunk: tokens that Mamba computes at once; changes no number.
     implementation: of attention without a cache: "auto" (by the platform),
-      "xla", "pallas_tpu", "pallas_interpret", see `attention.Options`.
+      "xla", "pallas_tpu", "pallas_interpret", "cudnn", see
+      `attention.Options`.
     walk: what runs Mamba's walk over chunks: "auto" (the kernels on a TPU
       where they can), "xla", "pallas_tpu", "pallas_interpret".
   """

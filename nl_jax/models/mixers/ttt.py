@@ -10,7 +10,7 @@
 with eta = base_lr sigmoid(x w_lr + b_lr) / K and tok_t = max(0, learned_t +
 1/t), t = 1 ... C, a factor of the row t and not of the source s: it is `row`
 of `memory.chunked.update`. Biases are the weights of a constant input; the
-layer norm inside the objective is a slow weight (model.md 6).
+layer norm inside the objective is a slow weight (docs/mathematics.md 6).
 """
 
 import dataclasses

@@ -1,9 +1,9 @@
 """Causal softmax attention with RoPE: the mixer of Transformer++.
 
 Multi-head, theta 10000 on the full head width, scale K^-1/2, no biases
-(model.md §6); what pretrained models have besides are `Options`. In the words
-of Nested Learning the cache is the one level of infinite frequency: it has no
-parameters, and every token is appended.
+(docs/mathematics.md 6); what pretrained models have besides are `Options`. In
+the words of Nested Learning the cache is the one level of infinite frequency:
+it has no parameters, and every token is appended.
 
 Training, prefill and decoding share one function. Real tokens are appended to
 the cache of their row without gaps, so rows may be out of step; padding takes
@@ -46,8 +46,9 @@ class Options:
     rope_theta: base of the wave lengths.
     rope_scaling: for contexts beyond the trained length (Llama 3.1).
     implementation: of a call without a cache: "xla", "pallas_tpu" (splash
-      attention), "pallas_interpret", or "auto", the kernel where the platform
-      and the shapes allow it. Calls that go on from a cache are XLA's.
+      attention), "pallas_interpret", "cudnn" (flash attention on a GPU), or
+      "auto", a kernel where the platform and the shapes allow it. Calls that
+      continue from a cache are XLA's.
   """
 
   window: Annotated[int, Whole(2, also=(0,))] = 0
@@ -237,11 +238,10 @@ def _attend_own(
 ) -> types.Array:
   """Causal attention among a call's tokens; T <= W without the kernel."""
   document = jnp.where(places.real_BxT, places.document_BxT, 0)
-  if softmax.fused(q, k, options.implementation):
+  kernel = softmax.kernel(q, k, options.implementation)
+  if kernel is not None:
     own = None if ids is None else document
-    y = softmax.fused_attention(
-      q, k, v, own, options.window, options.implementation
-    )
+    y = softmax.fused_attention(q, k, v, own, options.window, kernel)
     return y if ids is None else _real(y, places)
   # Each shard of a text has the keys and values of all of it.
   k, v = sharding.whole_rows(k), sharding.whole_rows(v)
@@ -272,7 +272,7 @@ def _attend_window(
     last_keys, last_values, last_documents, *_clocks(state, places, ids)
   )
   within = q.shape[1] <= options.window
-  if fresh and (within or softmax.fused(q, k, options.implementation)):
+  if fresh and (within or softmax.kernel(q, k, options.implementation)):
     return _attend_own(q, k, v, places, ids, options), new_state
   if fresh:
     y = sliding_window.attend_own(

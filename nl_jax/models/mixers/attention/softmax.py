@@ -1,4 +1,4 @@
-"""Softmax attention: the library's, in float64 our own, on TPUs a kernel."""
+"""Softmax attention: the library's, in float64 our own, or a kernel's."""
 
 from typing import Annotated
 
@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from nl_jax import sharding, types
 from nl_jax.fields import OneOf
-from nl_jax.kernels import splash_attention
+from nl_jax.kernels import cudnn_attention, splash_attention
 
-IMPLEMENTATIONS = ("auto", "xla", "pallas_tpu", "pallas_interpret")
+IMPLEMENTATIONS = (
+  "auto", "xla", "pallas_tpu", "pallas_interpret", "cudnn",
+)  # fmt: skip
 Implementation = Annotated[str, OneOf(*IMPLEMENTATIONS)]
 
 
@@ -51,32 +53,44 @@ def _layout() -> sharding.P:
   return sharding.spec("batch", "length", "heads", "head_dim")
 
 
-def fused(
+def kernel(
   q_BxTxHxK: types.Array, k_BxTxGxK: types.Array, implementation: str
-) -> bool:
-  """Whether `fused_attention` is to run.
+) -> str | None:
+  """The kernel that `fused_attention` is to run; None: XLA's form instead.
 
   Args:
     q_BxTxHxK, k_BxTxGxK: queries and keys of a whole text.
-    implementation: of `IMPLEMENTATIONS`; "auto": where it can.
+    implementation: of `IMPLEMENTATIONS`; "auto": splash attention on a TPU and
+      cuDNN's on a GPU, where they take the shapes.
 
   Raises:
     ValueError: a kernel was asked for by name and cannot run; why.
   """
   if implementation == "xla":
-    return False
-  reason = splash_attention.supports(
-    q_BxTxHxK,
-    k_BxTxGxK,
-    spec=_layout(),
-    interpret=implementation == "pallas_interpret",
+    return None
+  asked = ("pallas_tpu", "cudnn") if implementation == "auto" else ()
+  for name in asked or (implementation,):
+    reason = _why_not(q_BxTxHxK, k_BxTxGxK, name)
+    if reason is None:
+      return name
+  if implementation == "auto":
+    return None
+  raise ValueError(
+    f"model.mixer.implementation={implementation!r} cannot run here: {reason}; "
+    "or set it to 'auto'"
   )
-  if reason is not None and implementation != "auto":
-    raise ValueError(
-      f"model.mixer.implementation={implementation!r}: splash attention "
-      f"cannot run here: {reason}; or set it to 'auto'"
-    )
-  return reason is None
+
+
+def _why_not(
+  q_BxTxHxK: types.Array, k_BxTxGxK: types.Array, name: str
+) -> str | None:
+  """Why a kernel does not take the arrays, or None where it does."""
+  arrays = q_BxTxHxK, k_BxTxGxK
+  if name == "cudnn":
+    return cudnn_attention.supports(*arrays, spec=_layout())
+  return splash_attention.supports(
+    *arrays, spec=_layout(), interpret=name == "pallas_interpret"
+  )
 
 
 def fused_attention(
@@ -85,25 +99,24 @@ def fused_attention(
   v_BxTxGxK: types.Array,
   document_BxT: types.Array | None,
   window: int,
-  implementation: str,
+  name: str,
 ) -> types.Array:
-  """Causal attention of a whole text, by the kernel; one derivative only.
+  """Causal attention of a whole text by a kernel; one derivative only.
 
   Args:
     q_BxTxHxK, k_BxTxGxK, v_BxTxGxK: queries, keys and values.
     document_BxT: int32, that of each token; None: one a row.
     window: tokens that each token sees, itself included; 0: all.
-    implementation: as `fused` allows.
+    name: of `kernel`.
 
   Returns:
     y_BxTxHxK.
   """
+  arrays = q_BxTxHxK, k_BxTxGxK, v_BxTxGxK, document_BxT
+  if name == "cudnn":
+    return cudnn_attention.cudnn_attention(
+      *arrays, window=window, spec=_layout()
+    )
   return splash_attention.splash_attention(
-    q_BxTxHxK,
-    k_BxTxGxK,
-    v_BxTxGxK,
-    document_BxT,
-    window=window,
-    spec=_layout(),
-    interpret=implementation == "pallas_interpret",
+    *arrays, window=window, spec=_layout(), interpret=name == "pallas_interpret"
   )

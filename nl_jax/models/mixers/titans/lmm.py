@@ -7,7 +7,8 @@
 
 Titans, arXiv 2501.00663, with its (eta, theta, 1 - alpha) our (beta, write
 rate, alpha). It is the layer of HOPE without generators and with gates straight
-from the input (model.md 3.2, 6). The authors state neither shapes nor chunks.
+from the input (docs/mathematics.md 3.2, 6). The authors state neither shapes
+nor chunks.
 """
 
 import dataclasses
@@ -53,7 +54,7 @@ class Options(memory.Rule):
 
   dgd_scope: rule.Scope = "none"
   # Deviation from Titans ("sum"): a re-parametrisation of its step; the sum
-  # diverges on repeated tokens (model.md 2.8).
+  # diverges on repeated tokens (docs/mathematics.md 2.8).
   momentum: rule.Momentum = "ema"
   retention_target: rule.Retention = "zero"
   erase_of: rule.Erase = "whole"

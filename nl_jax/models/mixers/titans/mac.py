@@ -1,7 +1,7 @@
 """Titans, memory as context (MAC): attention over segments that recalls.
 
 For each segment x of S tokens, with M the memory as the segment finds it and P
-the persistent tokens (Titans sec. 4.1, eq. 21-25; model.md 6):
+the persistent tokens (Titans sec. 4.1, eq. 21-25; docs/mathematics.md 6):
 
     h = RMSNorm_K(M(l2(SiLU(conv4(x W_Q)))))                     recall
     y = n1(causal attention of x over [P | h | x])
@@ -10,7 +10,7 @@ the persistent tokens (Titans sec. 4.1, eq. 21-25; model.md 6):
 
 h_i depends on x_i and is masked causally, as x is; and the second read of a
 token sees the memory after that token, not after the segment. Public versions
-recall and write in another order (model.md 8.3).
+recall and write in another order (docs/mathematics.md 8.3).
 
 The segment is a chunk of `memory.chunked`: the anchor of that walk is the
 memory that h reads, and what attention has seen of an open segment is carried

@@ -4,7 +4,7 @@
 
 Both branches read the same input; the window is the short-term memory, exact,
 and the other one fades. The non-linearity of the product is not certain:
-`mag_gate` (model.md 6).
+`mag_gate` (docs/mathematics.md 6).
 """
 
 import dataclasses
