@@ -19,6 +19,13 @@ from absl import flags
 from experiments.cli import command
 
 _ROUNDS = 5
+_QUICK = flags.DEFINE_boolean(
+  "quick", False, "Of the suites gpu and tpu: smallest sizes, on any device."
+)
+_SECONDS = flags.DEFINE_float(
+  "seconds", 480.0, "Of the suites gpu and tpu: nothing begins after these.",
+  lower_bound=1.0,
+)  # fmt: skip
 _OUTPUT = flags.DEFINE_string("output", "", "Also write the rows as JSON here.")
 
 
@@ -90,64 +97,16 @@ def memories() -> list[dict]:
   return rows
 
 
-def _tiny(
-  name: str, change: Callable[[Any], None] | None = None
-) -> tuple[Any, Any, Any, float]:
-  """(compiled step, state, batch, CPU seconds of compiling) of a config."""
-  import jax
-  import numpy as np
+def _stepper(name: str, change: Callable[[Any], None] | None = None) -> Any:
+  from experiments.bench import steps as steps_lib
 
-  from experiments.cli import named
-  from nl_jax import build
-  from nl_jax.train import state as state_lib
-  from nl_jax.train import step as step_lib
-
-  config = named.load_config(name)
-  if change is not None:
-    with config.unlocked():
-      change(config)
-  config = build.resolve(config)
-  net = build.model(config)
-  optimizer = build.make_optimizer(config, net)
-  mesh = build.mesh(config)
-  B, T = config.data.batch_size, config.data.sequence_length
-  with jax.set_mesh(mesh):
-    like = state_lib.abstract(net, optimizer.tx, mesh)
-    step = step_lib.make(net, optimizer.tx, optimizer.schedule,
-                         optimizer.labels)  # fmt: skip
-    begin = time.process_time()
-    compiled = step_lib.compiled(step, like, mesh, B, T)
-    seconds = time.process_time() - begin
-    state = state_lib.create(net, optimizer.tx, like, seed=0)
-  rng = np.random.default_rng(0)
-  batch = dict(
-    inputs=rng.integers(3, 259, (B, T)),
-    targets=rng.integers(3, 259, (B, T)),
-    weights=np.ones((B, T)),
-    segment_ids=np.ones((B, T), int),
-  )
-  batch = {
-    k: jax.device_put(v.astype(step_lib.BATCH_DTYPES[k]))
-    for k, v in batch.items()
-  }
-  return compiled, state, batch, seconds
-
-
-class _Stepper:
-  """Calls a donating step again and again."""
-
-  def __init__(self, name: str, change: Callable[[Any], None] | None = None):
-    self.step, self.state, self.batch, _ = _tiny(name, change)
-
-  def __call__(self) -> Any:
-    self.state, metrics = self.step(self.state, self.batch)
-    return metrics
+  return steps_lib.Stepper(steps_lib.tiny(name, change))
 
 
 def steps() -> list[dict]:
   """A train step of each tiny config against Transformer++'s."""
   names = ("transformer", "hope_attention", "hope_linear", "hope")
-  times = least_seconds({n: _Stepper(f"{n}_tiny") for n in names})
+  times = least_seconds({n: _stepper(f"{n}_tiny") for n in names})
   return [
     dict(
       what=f"train step, {name}_tiny / transformer_tiny, equal parameters",
@@ -214,7 +173,7 @@ def compile_seconds() -> list[dict]:
     rows.append(
       dict(
         what=f"CPU seconds to trace and compile the train step, {name}",
-        ratio=_tiny(name)[-1],
+        ratio=_stepper(name).compile_seconds,
         target="<= 40",
       )
     )
@@ -232,7 +191,7 @@ def data() -> list[dict]:
   """Preparing a corpus, and reading it while training."""
   from experiments.bench import data as data_lib
 
-  return data_lib.run(_Stepper("hope_tiny"), 256, 8)
+  return data_lib.run(_stepper("hope_tiny"), 256, 8)
 
 
 def eval_() -> list[dict]:
@@ -246,7 +205,7 @@ def incontext() -> list[dict]:
   """A train step of levels that learn in context against the plain chain."""
   from experiments.bench import incontext as incontext_lib
 
-  return incontext_lib.steps(_Stepper, least_seconds)
+  return incontext_lib.steps(_stepper, least_seconds)
 
 
 def decode() -> list[dict]:
@@ -263,6 +222,24 @@ def mixers() -> list[dict]:
   return mixers_lib.run(least_seconds, _OUTPUT.value)
 
 
+def gpu() -> list[dict]:
+  """Mixers and train steps of the 340M models (docs/performance.md)."""
+  return _device("gpu")
+
+
+def tpu() -> list[dict]:
+  """What `gpu` measures, on a TPU."""
+  return _device("tpu")
+
+
+def _device(platform: str) -> list[dict]:
+  from experiments.bench import device
+
+  return device.run(
+    platform, least_seconds, _QUICK.value, _SECONDS.value, _OUTPUT.value
+  )
+
+
 SUITES = {
   "memories": memories,
   "steps": steps,
@@ -274,6 +251,8 @@ SUITES = {
   "incontext": incontext,
   "decode": decode,
   "mixers": mixers,
+  "gpu": gpu,
+  "tpu": tpu,
 }
 _SUITE = flags.DEFINE_list(
   "suite", ["memories", "steps", "temporaries", "compile"],

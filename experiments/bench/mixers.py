@@ -43,7 +43,7 @@ def run(least_seconds: Callable, output: str) -> list[dict]:
     raise ValueError(f"{picture} exists: name another --output or remove it")
   times = {kind: {name: [] for name in lm.MIXERS} for kind in _KINDS}
   for tokens in _LENGTHS:
-    for kind, make in (("train", _gradient), ("decode", _decoding)):
+    for kind, make in (("train", gradient), ("decode", _decoding)):
       functions = {name: make(_model(name), tokens) for name in lm.MIXERS}
       for name, seconds in least_seconds(functions).items():
         times[kind][name].append(seconds)
@@ -58,12 +58,16 @@ def _model(name: str) -> Any:
   from nl_jax import build
   from nl_jax.models.mixers.attention import mixer as attention
 
-  net = build.model(build.resolve(named.load_config(f"{name}_tiny")))
-  heads = {}
+  net = one_unit(build.model(build.resolve(named.load_config(f"{name}_tiny"))))
   if net.module is attention:
-    heads = dict(heads=1, head_dim=net.width)
+    return dataclasses.replace(net, heads=1, head_dim=net.width)
+  return net
+
+
+def one_unit(net: Any) -> Any:
+  """A model with one layer, or with one unit of its stack."""
   depth = 2 if net.whole else getattr(net.module, "LAYERS", 1)
-  return dataclasses.replace(net, layers=depth, **heads)
+  return dataclasses.replace(net, layers=depth)
 
 
 def _layer(net: Any) -> Any:
@@ -82,15 +86,16 @@ def _mix(net: Any, params: Any, x: Any, state: Any) -> tuple[Any, Any]:
   return net.module.leave(y) if net.whole else y, state
 
 
-def _draws(net: Any, tokens: int) -> Any:
-  """A residual stream, [1,T,D]."""
+def _draws(net: Any, tokens: int, rows: int = 1) -> Any:
+  """A residual stream, [B,T,D]."""
   import jax
 
-  return jax.random.normal(jax.random.key(1), (1, tokens, net.width))
+  shape = rows, tokens, net.width
+  return jax.random.normal(jax.random.key(1), shape, net.dtype)
 
 
-def _gradient(net: Any, tokens: int) -> Callable[[], Any]:
-  """One gradient through a mixer."""
+def gradient(net: Any, tokens: int, rows: int = 1) -> functools.partial:
+  """One gradient through a mixer: a compiled function and its arguments."""
   import jax
   import jax.numpy as jnp
 
@@ -100,12 +105,12 @@ def _gradient(net: Any, tokens: int) -> Callable[[], Any]:
 
     def loss(p: Any, x: Any) -> Any:
       p = p | {"mixer": p["mixer"] | fixed}
-      return jnp.sum(jnp.square(_mix(net, p, x, None)[0]))
+      return jnp.sum(jnp.square(_mix(net, p, x, None)[0].astype(jnp.float32)))
 
     learned = {k: v for k, v in params["mixer"].items() if k not in fixed}
     return jax.grad(loss, (0, 1))(params | {"mixer": learned}, x)
 
-  return functools.partial(grad, _layer(net), _draws(net, tokens))
+  return functools.partial(grad, _layer(net), _draws(net, tokens, rows))
 
 
 @functools.cache

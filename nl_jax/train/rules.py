@@ -7,6 +7,7 @@ no text can say, is no field: schedule, decay and its mask, which leaves are
 matrices, where Newton-Schulz is spread.
 """
 
+import functools
 import inspect
 import types
 import typing
@@ -282,7 +283,7 @@ _WAS = {"m3": {"b1": 0.95}, "muon": {"b1": 0.95}}
 def _field(field: Field, factory: Callable[..., Any]) -> Field:
   """A parameter of a factory as a field of a config."""
   key, default = field.name, field.default
-  hint = typing.get_type_hints(factory)[key]
+  hint = _hints(factory)[key]
   names = _literals(hint)
   if key.endswith("_dtype"):
     bounds = _DTYPES
@@ -297,6 +298,9 @@ def _field(field: Field, factory: Callable[..., Any]) -> Field:
   if default is None:
     default = NONE if isinstance(bounds, OneOf) else 0.0
   return field._replace(default=default, bounds=bounds)
+
+
+_hints = functools.cache(typing.get_type_hints)
 
 
 def _literals(hint: Any) -> list[str]:

@@ -53,4 +53,4 @@ def test_decoding_goes_on_where_the_text_ends(monkeypatch, name):
   mix = jax.jit(lambda p, x: bench._mix(net, p, x, None)[0])
   whole = mix(bench._layer(net), bench._draws(net, 11))
   np.testing.assert_allclose(y[:, 0, 0], whole[0, 8:], atol=1e-5)
-  assert all(x.size for x in jax.tree.leaves(bench._gradient(net, 8)()))
+  assert all(x.size for x in jax.tree.leaves(bench.gradient(net, 8)()))
