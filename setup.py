@@ -85,6 +85,7 @@ setup(
     "eval": [*_TRAIN, *_EVAL],
     "tpu": ["jax[tpu]>=0.10.2,<0.13"],
     "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [*_TRAIN, *_HF],
     "beam": [*_TRAIN, *_BEAM],
     "dev": [*_TRAIN, *_DEV, *_HF],

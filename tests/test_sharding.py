@@ -109,6 +109,7 @@ def test_every_parameter_has_one_rule(name):
     assert len(axes) == leaf.ndim
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
   "name", ["hope", "hope_linear", "transformer", "incontext"]
 )
@@ -232,6 +233,7 @@ def prepared(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
   return made, like, state_lib.create(m, made.tx, like, seed=0)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["hope", "transformer"])
 def test_optimizer_slots_lie_as_their_parameters(name):
   mesh = sharding.mesh(fsdp=4, tensor=2)
@@ -270,6 +272,7 @@ def two_steps(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
   return jax.device_get(state["params"]), seen
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [
