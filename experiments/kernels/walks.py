@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.cli import named
 from nl_jax import build
 from nl_jax.kernels import walk
-from nl_jax.kernels.walk import api, blocks, pallas, products, vmem
+from nl_jax.kernels.walk import api, blocks, pallas, plans, products, vmem
 from nl_jax.models import lm
 
 _ROWS = 2
@@ -46,7 +46,7 @@ class Body(NamedTuple):
   @property
   def sizes(self) -> tuple[int, ...]:
     """K and M of the first weights of a head."""
-    return api.sizes(self.call.state)
+    return plans.sizes(self.call.state)
 
   @property
   def chunks(self) -> int:
@@ -107,8 +107,8 @@ def _body(name: str, call: walk.Call, heads: int | None) -> Body:
   if call.implementation != "pallas_tpu":
     why = call.reason or f"the mixer asks for {call.asked!r}"
     return Body(name, call._replace(reason=why), None, 0, H)
-  kernel = api.Kernel(call.body, call.policy, call.name, heads)
-  how, need = api.plan(kernel, slow, xs, places, state)
+  kernel = plans.Kernel(call.body, call.policy, call.name, heads)
+  how, need = plans.plan(kernel, slow, xs, places, state)
   return Body(name, call, how, need, H)
 
 
@@ -120,7 +120,7 @@ def step_heads(body: Body) -> list[int]:
     how.body, products.Tile(how.tile.policy, fused=True), how.chunk,
     body.heads, 1, how.name, how.limit, how.interpret,
   )  # fmt: skip
-  return api.step_heads(whole, call.slow, call.xs, call.places, call.state)
+  return plans.step_heads(whole, call.slow, call.xs, call.places, call.state)
 
 
 def equations(body: Body) -> core.Jaxpr:

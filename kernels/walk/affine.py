@@ -108,11 +108,9 @@ def walk(
     narrow: `run` with the chunk function of `columns`.
     columns: see its type.
   """
-  rows, (axis,), heads = sequence.axes(mesh, spec)
-  if places.real.shape[0] % sequence.parts(mesh, spec)[0]:
-    rows = ()
-  every = set(mesh.axis_names) - set(mesh.manual_axes)
-  names, heads = (every, heads) if manual else ({axis, *rows}, ())
+  rows, _, axis, heads, names = sequence.split(
+    mesh, spec, places.real.shape[0], manual
+  )
 
   def piece(rank, slow, xs, places, state):
     own = summary(narrow, columns, slow, xs, places, state)

@@ -54,6 +54,41 @@ def axes(mesh: AbstractMesh, spec: P | None) -> list[tuple[str, ...]]:
   return [tuple(name for name in over if name in left) for over in named]
 
 
+class Split(NamedTuple):
+  """Mesh axes of a walk whose tokens are split.
+
+  Attributes:
+    rows: of the rows; () where they do not divide over their axes.
+    groups: devices over which the rows are split.
+    axis: of the tokens.
+    heads: of the heads; () where the walk of a device sees them all.
+    names: all that `shard_map` takes.
+  """
+
+  rows: tuple[str, ...]
+  groups: int
+  axis: str
+  heads: tuple[str, ...]
+  names: set[str]
+
+
+def split(mesh: AbstractMesh, spec: P, batch: int, manual: bool) -> Split:
+  """How `walk`, here and in `affine`, lays its arrays on the mesh.
+
+  Args:
+    mesh, spec, manual: see `walk`.
+    batch: rows.
+  """
+  rows, (axis,), heads = axes(mesh, spec)
+  groups = parts(mesh, spec)[0]
+  if batch % groups:
+    rows, groups = (), 1
+  if not manual:
+    return Split(rows, groups, axis, (), {axis, *rows})
+  every = set(mesh.axis_names) - set(mesh.manual_axes)
+  return Split(rows, groups, axis, heads, every)
+
+
 class _Ring(NamedTuple):
   """What is static in a pipeline.
 
@@ -102,12 +137,10 @@ def walk(
     manual: `run` sees the heads of one device (a kernel), not those of all,
       which XLA splits.
   """
-  rows, (axis,), heads = axes(mesh, spec)
-  groups, size, _ = parts(mesh, spec)
-  if jax.tree.leaves(xs)[0].shape[0] % groups:
-    rows, groups = (), 1
-  every = set(mesh.axis_names) - set(mesh.manual_axes)
-  names, heads = (every, heads) if manual else ({axis, *rows}, ())
+  rows, groups, axis, heads, names = split(
+    mesh, spec, places.real.shape[0], manual
+  )
+  size = mesh.shape[axis]
   ring = _Ring(run, axis, size)
   # A device's rows are its steps.
   by_step = lambda x: jnp.swapaxes(x.reshape(groups, -1, *x.shape[1:]), 0, 1)

@@ -14,7 +14,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.kernels.orthogonalize import stack
 from nl_jax.optim import _checks, _dtypes, _spectral
@@ -50,7 +49,7 @@ def scale_by_adam_memory(
   bias_correction: bool = True,
   target: Literal["rms", "square"] = "rms",
   mu_dtype: jax.typing.DTypeLike | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """M P / (H + lambda): the read-out of the element-wise memory.
 
   The defaults are exactly `optax.scale_by_adam`.
@@ -106,11 +105,11 @@ def scale_by_adam_memory(
     mu, nu = _dtypes.cast(mu, state.mu), _dtypes.cast(nu, state.nu)
     return direction, ScaleByAdamMemoryState(count, mu, nu)
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adam_memory(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   b1: A = 0.9,
   b2: A = 0.999,
   eps: A = 1e-8,
@@ -122,7 +121,7 @@ def adam_memory(
   bias_correction: bool = True,
   target: Literal["rms", "square"] = "rms",
   mu_dtype: jax.typing.DTypeLike | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """`scale_by_adam_memory` with decoupled weight decay.
 
   Args:
@@ -149,7 +148,7 @@ def scale_by_adagrad_memory(
   momentum: bool = False,
   granularity: str = "element",
   side: str = "output",
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """g / sqrt(H + eps), H the sum of squares (eq. 108-111).
 
   The defaults are exactly `optax.scale_by_rss`.
@@ -228,11 +227,11 @@ def scale_by_adagrad_memory(
     count = optax.safe_increment(state.count)
     return direction, ScaleByAdagradMemoryState(count, mu, sum_sq)
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def adagrad_memory(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   eps: A = 1e-7,
   initial_accumulator_value: A = 0.1,
   weight_decay: A = 0.0,
@@ -241,7 +240,7 @@ def adagrad_memory(
   momentum: bool = False,
   granularity: str = "element",
   side: str = "output",
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """`scale_by_adagrad_memory` with decoupled weight decay.
 
   Args:

@@ -22,3 +22,11 @@ def inexact(params: Any, what: str, allow_complex: bool = True) -> None:
         f"shape {leaf.shape} at {jax.tree_util.keystr(path)}; leave it out "
         "with optax.masked"
       )
+
+
+def given(params: Any, name: str) -> None:
+  """Raises ValueError unless an update has the parameters that it needs."""
+  if params is None:
+    raise ValueError(
+      f"{name} needs the parameters: update(updates, state, params)"
+    )

@@ -21,7 +21,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
@@ -187,7 +186,7 @@ def scale_by_deep_momentum(
   ns_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
   ns_sharding: orthogonalize.NSSharding | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Deep momentum gradient descent; see the module docstring.
 
   Scaling all gradients by k scales the direction by k. The literal form is
@@ -344,7 +343,7 @@ def scale_by_deep_momentum(
     new_state = ScaleByDeepMomentumState(count, memories, new[2])
     return _dtypes.cast(direction, updates), new_state
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _samples(x: jax.Array, spec: _dims.Spec) -> jax.Array:
@@ -355,14 +354,14 @@ def _samples(x: jax.Array, spec: _dims.Spec) -> jax.Array:
 
 
 def deep_momentum(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   alpha: A = 0.995,
   inner_lr: A = 0.1,
   weight_decay: A = 0.0,
   mask: Tree | None = None,
   *,
-  fallback: base.GradientTransformation | None = None,
-  fallback_learning_rate: base.ScalarOrSchedule | None = None,
+  fallback: optax.GradientTransformation | None = None,
+  fallback_learning_rate: optax.ScalarOrSchedule | None = None,
   target_decay: A = 0.9,
   memory: MLPMemory | LinearMemory = MLPMemory(),  # noqa: B008 (frozen)
   inner_step: Literal["normalized", "gd"] = "normalized",
@@ -379,7 +378,7 @@ def deep_momentum(
   ns_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
   ns_sharding: orthogonalize.NSSharding | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Deep momentum with decoupled weight decay; see `scale_by_deep_momentum`.
 
   Args:

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import optax
-from optax._src import base
 
 from nl_jax.optim import _checks, _dtypes
 
@@ -22,7 +21,7 @@ Tree = Any
 
 def scale_by_delta_gradient(
   decay: A = 1.0,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """g + decay (G @ W), G the Gram matrix of the layer's inputs.
 
   `update(g, state, params, input_gram=tree)`: a tree like the parameters with a
@@ -37,12 +36,11 @@ def scale_by_delta_gradient(
 
   def init(params):
     _checks.inexact(params, "delta_gradient")
-    return base.EmptyState()
+    return optax.EmptyState()
 
   def update(updates, state, params=None, *, input_gram=None, **extra):
     del extra
-    if params is None:
-      raise ValueError(base.NO_PARAMS_MSG)
+    _checks.given(params, "delta_gradient")
     if input_gram is None:
       raise ValueError(
         "delta_gradient needs update(..., input_gram=tree): a (c, c) matrix "
@@ -64,16 +62,16 @@ def scale_by_delta_gradient(
     new = jax.tree_util.tree_map_with_path(one, updates, params, input_gram)
     return new, state
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def delta_gradient(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   decay: A = 1.0,
   momentum: A | None = None,
   weight_decay: A = 0.0,
   mask: Tree | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Delta gradient descent; stable for learning_rate * decay * |G|_2 <= 2.
 
   On an L2 loss its fixed point is half the solution: it is the delta rule of

@@ -19,7 +19,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.kernels.orthogonalize import stack
 from nl_jax.optim import _checks, _dims, _dtypes
@@ -39,7 +38,7 @@ class ScaleByDeltaMomentumState(NamedTuple):
 
   count: jax.Array
   mu: Tree
-  precond: base.OptState
+  precond: optax.OptState
 
 
 def scale_by_delta_momentum(
@@ -51,11 +50,11 @@ def scale_by_delta_momentum(
   granularity: Literal["matrix", "tensor", "element"] = "matrix",
   side: Literal["input", "output"] = "input",
   key: Literal["frobenius", "raw"] = "frobenius",
-  preconditioner: base.GradientTransformation | None = None,
+  preconditioner: optax.GradientTransformation | None = None,
   eps: A = 1e-8,
   mu_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Momentum that erases along the gradient before it writes.
 
   `eta_decay=0` is `optax.trace(alpha)` in every form.
@@ -94,7 +93,7 @@ def scale_by_delta_momentum(
   P = (
     None
     if preconditioner is None
-    else (base.with_extra_args_support(preconditioner))
+    else (optax.with_extra_args_support(preconditioner))
   )
 
   def init(params):
@@ -137,7 +136,7 @@ def scale_by_delta_momentum(
     new = ScaleByDeltaMomentumState(count, _dtypes.cast(mu, state.mu), precond)
     return _dtypes.cast(mu, updates), new
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 Rule = Callable[..., jax.Array]
@@ -196,7 +195,7 @@ def _on_matrices(
 
 
 def delta_momentum(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   alpha: A = 0.9,
   eta_decay: A = 0.5,
   weight_decay: A = 0.0,
@@ -207,11 +206,11 @@ def delta_momentum(
   granularity: Literal["matrix", "tensor", "element"] = "matrix",
   side: Literal["input", "output"] = "input",
   key: Literal["frobenius", "raw"] = "frobenius",
-  preconditioner: base.GradientTransformation | None = None,
+  preconditioner: optax.GradientTransformation | None = None,
   eps: A = 1e-8,
   mu_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Delta momentum with decoupled weight decay; see `scale_by_delta_momentum`.
 
   Args:
@@ -234,8 +233,8 @@ def delta_momentum(
 
 
 def delta_momentum_paper(
-  learning_rate: base.ScalarOrSchedule, alpha: A = 0.9
-) -> base.GradientTransformationExtraArgs:
+  learning_rate: optax.ScalarOrSchedule, alpha: A = 0.9
+) -> optax.GradientTransformationExtraArgs:
   """Eq. 49 with eta = eta_d = 1 and keys as they are: unstable for |G| > 1.
 
   Args:

@@ -5,7 +5,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.kernels.orthogonalize import api, stack
 from nl_jax.optim import _dtypes, _matrices
@@ -50,7 +49,7 @@ def norm(x: jax.Array, spec: Spec) -> jax.Array:
 
 def scale_by_shape(
   dims: DimsLike = None, consistent_rms: jax.typing.ArrayLike | None = None
-) -> base.GradientTransformation:
+) -> optax.GradientTransformation:
   """Scales matrices of fan-in c and fan-out r; other leaves pass.
 
   consistent_rms * sqrt(max(c, r)) (arXiv 2502.16982), or sqrt(max(1, r / c))
@@ -71,15 +70,15 @@ def scale_by_shape(
     scaled = map(one, leaves, flat(dims, updates))
     return jax.tree.unflatten(treedef, list(scaled)), state
 
-  return base.GradientTransformation(base.init_empty_state, update)
+  return optax.GradientTransformation(optax.init_empty_state, update)
 
 
 def partition(
-  matrices: base.GradientTransformation,
-  others: base.GradientTransformation,
+  matrices: optax.GradientTransformation,
+  others: optax.GradientTransformation,
   dims: DimsLike,
   require_matrix: bool = False,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """`matrices` on the leaves with a spec, `others` on the rest."""
 
   def labels(params):

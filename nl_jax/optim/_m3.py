@@ -20,7 +20,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
@@ -76,7 +75,7 @@ def scale_by_m3(
   o2_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
   ns_sharding: orthogonalize.NSSharding | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Orthogonalised momentum at two time scales; see the module docstring.
 
   Args:
@@ -240,7 +239,7 @@ def scale_by_m3(
     m2, slow_sum, o2 = (jax.tree.unflatten(treedef, c) for c in columns)
     return m2, slow_sum, o2 if cache_slow else ()
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _shape_groups(
@@ -254,7 +253,7 @@ def _shape_groups(
 
 
 def m3(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   b1: A = 0.8,
   b2: A = 0.95,
   b3: A = 0.9,
@@ -266,8 +265,8 @@ def m3(
   mask: Tree | None = None,
   *,
   consistent_rms: A | None = 0.2,
-  fallback: base.GradientTransformation | None = None,
-  fallback_learning_rate: base.ScalarOrSchedule | None = None,
+  fallback: optax.GradientTransformation | None = None,
+  fallback_learning_rate: optax.ScalarOrSchedule | None = None,
   fallback_b1: A = 0.9,
   fallback_b2: A = 0.95,
   fallback_eps: A = 1e-8,
@@ -290,7 +289,7 @@ def m3(
   o2_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
   ns_sharding: orthogonalize.NSSharding | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """M3 on the matrices, AdamW on everything else.
 
   `alpha=None, second_moment=None` is Muon, `alpha=None` an AdaMuon.
@@ -344,15 +343,15 @@ def m3(
 
 
 def muon(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   b1: A = 0.8,
   ns_steps: int = 5,
   weight_decay: A = 0.0,
   mask: Tree | None = None,
   *,
   consistent_rms: A | None = 0.2,
-  fallback: base.GradientTransformation | None = None,
-  fallback_learning_rate: base.ScalarOrSchedule | None = None,
+  fallback: optax.GradientTransformation | None = None,
+  fallback_learning_rate: optax.ScalarOrSchedule | None = None,
   fallback_b1: A = 0.9,
   fallback_b2: A = 0.95,
   fallback_eps: A = 1e-8,
@@ -365,7 +364,7 @@ def muon(
   mu_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
   ns_sharding: orthogonalize.NSSharding | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Muon: M3 without its slow memory and second moment.
 
   Args:
@@ -388,7 +387,7 @@ def muon(
 
 
 def m3_paper(
-  learning_rate: base.ScalarOrSchedule,
+  learning_rate: optax.ScalarOrSchedule,
   b1: A = 0.9,
   b2: A = 0.999,
   b3: A = 0.9,
@@ -399,7 +398,7 @@ def m3_paper(
   *,
   coeffs: str | coefficients.Table = "jordan",
   dims: _dims.DimsLike = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Algorithm 1 as printed: sums, second moment of gradients, no corrections.
 
   Its step shrinks like 1 / sqrt(t) and grows like 1 / |g|: for comparison.

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.optim import _checks, _labels
 
@@ -40,7 +39,7 @@ class MultiFrequencyState(NamedTuple):
   n_acc: dict[str, jax.Array]
   fired: dict[str, jax.Array]
   acc: dict[str, Tree]
-  inner: dict[str, base.OptState]
+  inner: dict[str, optax.OptState]
 
 
 def cms_periods(
@@ -63,7 +62,7 @@ def cms_periods(
   return {k: max_chunk // freq if freq else None for k, freq in freqs.items()}
 
 
-def reclock_schedule(schedule: base.Schedule, period: int) -> base.Schedule:
+def reclock_schedule(schedule: optax.Schedule, period: int) -> optax.Schedule:
   """A schedule whose k-th call by a slow group sees `schedule(k * period)`.
 
   Inner optimizers count firings; this keeps their schedules in outer steps.
@@ -72,8 +71,8 @@ def reclock_schedule(schedule: base.Schedule, period: int) -> base.Schedule:
 
 
 def multi_frequency(
-  inner: base.GradientTransformation
-  | Mapping[str, base.GradientTransformation],
+  inner: optax.GradientTransformation
+  | Mapping[str, optax.GradientTransformation],
   periods: Mapping[str, int | None],
   labels: _labels.Labels,
   *,
@@ -83,7 +82,7 @@ def multi_frequency(
   accumulate: str = "gradients",
   mode: str = "select",
   acc_dtype: jax.typing.DTypeLike = jnp.float32,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Runs an optimizer a group, each at the end of its own period (eq. 71).
 
   A group gathers for a period, then its optimizer runs once and its parameters
@@ -190,7 +189,7 @@ def multi_frequency(
     frozen = jax.tree.map(jnp.zeros_like, updates)
     return _labels.merge(outputs, named, frozen), new
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _Groups:
@@ -211,7 +210,7 @@ class _Groups:
     else:
       inner = dict.fromkeys(self.periods, inner)
     self.inner = {
-      k: base.with_extra_args_support(inner[k]) for k in self.periods
+      k: optax.with_extra_args_support(inner[k]) for k in self.periods
     }
     self.labels = labels
     if not callable(labels):

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import stack
@@ -35,7 +34,7 @@ class ScaleByPreconditionedMomentumState(NamedTuple):
 
   count: jax.Array
   mu: Tree
-  precond: base.OptState
+  precond: optax.OptState
 
 
 class ScaleByFeatureMomentumState(NamedTuple):
@@ -43,7 +42,7 @@ class ScaleByFeatureMomentumState(NamedTuple):
 
   count: jax.Array
   mu: Tree
-  precond: base.OptState
+  precond: optax.OptState
 
 
 def _momentum(m, written, alpha, eta):
@@ -53,13 +52,13 @@ def _momentum(m, written, alpha, eta):
 
 
 def scale_by_preconditioned_momentum(
-  preconditioner: base.GradientTransformation,
+  preconditioner: optax.GradientTransformation,
   alpha: A = 0.9,
   eta: A = 1.0,
   *,
   nesterov: bool = False,
   mu_dtype: jax.typing.DTypeLike | None = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """m <- alpha m + eta P(g) (eq. 46-47).
 
   Args:
@@ -73,7 +72,7 @@ def scale_by_preconditioned_momentum(
   Returns:
     A transformation with state `ScaleByPreconditionedMomentumState`.
   """
-  P = base.with_extra_args_support(preconditioner)
+  P = optax.with_extra_args_support(preconditioner)
 
   def init(params):
     _checks.inexact(params, "preconditioned momentum")
@@ -91,7 +90,7 @@ def scale_by_preconditioned_momentum(
     )
     return _dtypes.cast(direction, updates), new
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 FEATURES = {
@@ -107,11 +106,11 @@ def scale_by_feature_momentum(
   alpha: A = 0.9,
   eta: A = 1.0,
   *,
-  preconditioner: base.GradientTransformation | None = None,
+  preconditioner: optax.GradientTransformation | None = None,
   normalize: str | None = "rms",
   mu_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Momentum of features of the gradient (eq. 51).
 
   Args:
@@ -135,7 +134,7 @@ def scale_by_feature_momentum(
   _checks.one_of("normalize", normalize, ("rms", None))
   if not callable(feature):
     _checks.one_of("feature", feature, (*FEATURES, "orthogonalize"))
-  P = base.with_extra_args_support(
+  P = optax.with_extra_args_support(
     optax.identity() if preconditioner is None else preconditioner
   )
 
@@ -171,7 +170,7 @@ def scale_by_feature_momentum(
     )
     return _dtypes.cast(mu, updates), new
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _rms(x):
@@ -188,7 +187,7 @@ class DiagPreconditionerState(NamedTuple):
 
 def diag_preconditioner(
   b2: A = 0.999, eps: A = 1e-8
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """g / (sqrt(v) + eps), v the bias-corrected EMA of g^2; momentum after it
   is LaProp.
 
@@ -212,7 +211,7 @@ def diag_preconditioner(
     out = jax.tree.map(lambda g, n: g / (root(n) + eps), updates, nu)
     return _dtypes.cast(out, updates), DiagPreconditionerState(count, nu)
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 class LeftGramPreconditionerState(NamedTuple):
@@ -229,7 +228,7 @@ def left_gram_preconditioner(
   side: str = "input",
   *,
   dims: _dims.DimsLike = None,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """(EMA(G G^T) + eps I)^power G, one-sided Shampoo; vectors pass unchanged.
 
   Args:
@@ -290,12 +289,12 @@ def left_gram_preconditioner(
     out, gram = (jax.tree.unflatten(treedef, list(x)) for x in zip(*pairs))
     return out, LeftGramPreconditionerState(count, gram)
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def orthogonal_preconditioner(
   dims: _dims.DimsLike = None,
-) -> base.GradientTransformation:
+) -> optax.GradientTransformation:
   """P = Newton-Schulz on matrices; other leaves pass unchanged.
 
   Args:
@@ -307,4 +306,4 @@ def orthogonal_preconditioner(
     specs = _dims.as_tree(dims, updates)
     return orthogonalize.orthogonalize_tree(updates, specs), state
 
-  return base.GradientTransformation(base.init_empty_state, update)
+  return optax.GradientTransformation(optax.init_empty_state, update)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from optax._src import base
 
 from nl_jax.optim import _checks, _labels
 
@@ -29,18 +28,18 @@ class ResetOnSlowerState(NamedTuple):
   """
 
   start: Tree
-  inner: base.OptState
+  inner: optax.OptState
 
 
 def reset_on_slower(
-  inner: base.GradientTransformation,
+  inner: optax.GradientTransformation,
   periods: Mapping[str, int | None],
   labels: _labels.Labels,
   *,
   order: Sequence[str],
   meta: str = "none",
   meta_rate: jax.typing.ArrayLike = 1.0,
-) -> base.GradientTransformationExtraArgs:
+) -> optax.GradientTransformationExtraArgs:
   """Re-initialises a level whenever the next slower level fires (eq. 72).
 
   With `end` the parameters of the fast level after its own update u, and
@@ -74,7 +73,7 @@ def reset_on_slower(
     )
   _checks.one_of("meta", meta, ("none", "reptile", "fomaml"))
   slower = _slower(order, periods)
-  inner = base.with_extra_args_support(inner)
+  inner = optax.with_extra_args_support(inner)
 
   def init(params):
     if not jax.tree.leaves(params):
@@ -88,8 +87,7 @@ def reset_on_slower(
     return ResetOnSlowerState(start, inner.init(params))
 
   def update(updates, state, params=None, **extra):
-    if params is None:
-      raise ValueError(base.NO_PARAMS_MSG)
+    _checks.given(params, "reset_on_slower")
     updates, new_inner = inner.update(updates, state.inner, params, **extra)
     before = optax.tree.get(state.inner, "fired")
     after = optax.tree.get(new_inner, "fired")
@@ -115,7 +113,7 @@ def reset_on_slower(
     updates = jax.tree.map(lambda x: x[1], pairs, is_leaf=is_pair)
     return updates, ResetOnSlowerState(start, new_inner)
 
-  return base.GradientTransformationExtraArgs(init, update)
+  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _slower(order: Sequence[str], periods: Mapping) -> dict[str, str]:

@@ -14,7 +14,7 @@ import pytest
 
 from experiments.kernels import check, compile, dump, precision, table, walks
 from nl_jax.aot import hlo, programs
-from nl_jax.kernels.walk import api, pallas
+from nl_jax.kernels.walk import pallas, plans
 from tests.experiments import forked
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -113,8 +113,8 @@ def delta():
   (body,) = walks.of_config("deltanet_1b3")
   assert body.how is None and "needs a TPU" in body.call.reason
   call = body.call
-  kernel = api.Kernel(call.body, call.policy, call.name, interpret=True)
-  how, need = api.plan(kernel, call.slow, call.xs, call.places, call.state)
+  kernel = plans.Kernel(call.body, call.policy, call.name, interpret=True)
+  how, need = plans.plan(kernel, call.slow, call.xs, call.places, call.state)
   return body._replace(how=how, need=need)
 
 
@@ -265,7 +265,7 @@ def test_heads_that_spare_more_than_two_percent_become_a_tile():
 
 
 def test_tiles_that_are_kept_can_be_taken():
-  rows = json.loads(api._TILES.read_text())
+  rows = json.loads(plans._TILES.read_text())
   for made in rows:
     key = [made[k] for k in ("name", "C", "K", "M")]
     assert made["of_default"][str(made["default"])] == 1.0, key

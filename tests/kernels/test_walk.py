@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from nl_jax import sharding
 from nl_jax.kernels import walk
-from nl_jax.kernels.walk import api, blocks, pallas, products
+from nl_jax.kernels.walk import blocks, pallas, plans, products
 from tests.kernels import walk_bodies as bodies
 
 C = 8
@@ -355,7 +355,7 @@ def test_a_stack_keeps_as_many_states_as_fit():
   """Of 24 layers of HOPE at 1.3B, 8 heads and 64 chunks a device: 7.5 GiB."""
   w = jax.ShapeDtypeStruct((1, 8, 128, 1280), jnp.float32)
   state = walk.State({"w": w}, None)
-  save = lambda chunks, policy: api._save(chunks, state, policy)
+  save = lambda chunks, policy: plans._save(chunks, state, policy)
   assert save(64, products.F32) == 1
   with walk.kept(24):
     assert save(64, products.F32) == 2
@@ -449,9 +449,9 @@ def test_the_chunk_function_sees_where_it_is():
 
 def test_a_row_of_the_table_of_tiles_is_heads_and_save(monkeypatch):
   row = dict(chip="v5e", name="walk", C=C, K=64, M=64, heads=2, save=3)
-  monkeypatch.setattr(api, "_tiles", lambda: [row | {"C": 16}, row])
+  monkeypatch.setattr(plans, "_tiles", lambda: [row | {"C": 16}, row])
   assert seen("pallas_interpret")[1] == (2,)
-  monkeypatch.setattr(api, "_tiles", lambda: [row | {"name": "other"}])
+  monkeypatch.setattr(plans, "_tiles", lambda: [row | {"name": "other"}])
   assert seen("pallas_interpret")[1] == (4,)
 
 
