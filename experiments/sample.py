@@ -3,7 +3,7 @@
     python -m experiments.sample --workdir=runs/hope_tiny --prompt="def "
 
 With --memory_out the model's memory of prompt and text is kept in a file, and
-with --memory_in it goes on from there, in another process or on another day.
+with --memory_in it resumes from there, in another process or on another day.
 
 --prompts=texts.jsonl --memories=folder writes on from many texts at once, each
 with the memory of its name where there is one (lines {"name": ..., "text":
@@ -19,7 +19,7 @@ from absl import flags, logging
 from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-_PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
+_PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; may be empty.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to write.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.9, "0: always the most likely token.", lower_bound=0.0
@@ -30,14 +30,16 @@ _TOP_P = flags.DEFINE_float(
 _FILE = flags.DEFINE_string(
   "prompt_file", "", "A UTF-8 file to read before the prompt."
 )
-_IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
+_IN = flags.DEFINE_string("memory_in", "", "A memory file to resume from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Replace --memory_out, if it is there."
 )
-_PROMPTS = flags.DEFINE_string("prompts", "", "Go on from texts of this JSONL.")
+_PROMPTS = flags.DEFINE_string(
+  "prompts", "", "Continue the texts of this JSONL."
+)
 _MEMORIES = flags.DEFINE_string("memories", "", "Folder of their memories.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 
 
 def main() -> int:
@@ -52,16 +54,12 @@ def main() -> int:
   import jax
 
   from experiments.cli import generation
-  from nl_jax import build, files, stream
+  from nl_jax import files, stream
   from nl_jax.data import documents
-  from nl_jax.train import checkpoint
 
   if _OUT.value and not (_OVERWRITE.value or _IN.value == _OUT.value):
     files.refuse_taken("--memory_out", _OUT.value)
-  config, net = build.of_run(_WORKDIR.value)
-  tokenizer = build.tokenizer(config)
-  params, step = checkpoint.load_params(_WORKDIR.value, net)
-  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
+  net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
   prompt = _PROMPT.value
   if _FILE.value:
     path = pathlib.Path(_FILE.value)
@@ -105,17 +103,11 @@ def _sample_many() -> int:
     raise ValueError(f"--{given[0]} is for one text, and --prompts for many")
   if not _MEMORIES.value:
     raise ValueError("--memories is required: the folder of their memories")
-  from experiments.cli import many
-  from nl_jax import build
-  from nl_jax.data import tokenizers
-  from nl_jax.train import checkpoint
+  from experiments.cli import generation, texts
 
-  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
-  config, net = build.of_run(_WORKDIR.value)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  params, step = checkpoint.load_params(_WORKDIR.value, net)
-  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
-  for prompt, text in many.sample(
+  prompts = texts.load(_PROMPTS.value, _MEMORIES.value)
+  net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
+  for prompt, text in texts.sample(
     prompts, net, params, tokenizer, _TOKENS.value,
     temperature=_TEMPERATURE.value, top_p=_TOP_P.value, seed=_SEED.value,
   ):  # fmt: skip

@@ -5,8 +5,9 @@ Everything that can be checked is checked here, before the first compile.
 
 import dataclasses
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +18,51 @@ from nl_jax import data, fields, sharding
 from nl_jax.data import sources, tokenizers
 from nl_jax.eval import evaluate
 from nl_jax.kernels import walk as kernels
-from nl_jax.models import cms, lm
+from nl_jax.models import cms, lm, presets
 from nl_jax.models.incontext import model as incontext
 from nl_jax.train import checkpoint, files, optimizer, rules
 from nl_jax.train import config as configs
 from nl_jax.train import settings as settings_lib
 
 ConfigDict = config_dict.ConfigDict
+Model = lm.LanguageModel | incontext.InContextModel
+
+
+class Run(NamedTuple):
+  """What a run has made, as `nl_jax.stream` takes it.
+
+  Attributes:
+    model: of its config.
+    params: of its newest checkpoint that can be read.
+    tokenizer: of its data.
+    step: of the checkpoint.
+    config: all of it.
+  """
+
+  model: Model
+  params: Any
+  tokenizer: tokenizers.Tokenizer
+  step: int
+  config: ConfigDict
+
+
+def load(workdir: str | os.PathLike) -> Run:
+  """Loads a run: model, parameters and tokenizer.
+
+  Nothing in the workdir is changed.
+
+  Args:
+    workdir: of the run, as "runs/hope_tiny".
+
+  Raises:
+    ValueError: no run there, one whose config this version does not read, or
+      no checkpoint that can be read.
+    FileNotFoundError: its tokenizer is gone.
+  """
+  config, net = of_run(workdir)
+  ids = tokenizer(config)
+  params, step = checkpoint.load_params(os.fspath(workdir), net)
+  return Run(net, params, ids, step, config)
 
 
 def plain(config: ConfigDict) -> dict[str, Any]:
@@ -49,22 +88,20 @@ def from_plain(values: dict[str, Any]) -> ConfigDict:
   return ConfigDict(values).lock()
 
 
-def of_run(
-  workdir: str,
-) -> tuple[ConfigDict, lm.LanguageModel | incontext.InContextModel]:
+def of_run(workdir: str | os.PathLike) -> tuple[ConfigDict, Model]:
   """The config of a run, and its model.
 
   Raises:
     ValueError: no run there, or one whose config this version does not read.
   """
-  values = checkpoint.read_config(workdir)
+  values = checkpoint.read_config(os.fspath(workdir))
   try:
     config = from_plain(values)
     return config, model(config)
   except ValueError as error:
     reason = " ".join(str(error).split())
     raise ValueError(
-      f"{workdir}/{files.CONFIG} is no config that this version of nl_jax "
+      f"{workdir}/{files.CONFIG} is not a config that this version of nl_jax "
       f"reads: {reason}; use the version that made the run, or a copy of the "
       "file as it was"
     ) from error
@@ -85,7 +122,7 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
 def resolve(config: ConfigDict) -> ConfigDict:
   """A config that is checked, with what depends on the machine filled in.
 
-  Configs from files of before get the fields that they do not list; groups of
+  Configs of earlier files get the fields that they do not list; groups of
   rules that are not chosen go, where they say nothing; what the machine decides
   is the dtype of activations.
 
@@ -97,8 +134,7 @@ def resolve(config: ConfigDict) -> ConfigDict:
   known = configs.flat(configs.table_of(values))
   config = ConfigDict(from_plain(_split(values, known)).to_dict())
   if config.train.dtype == "auto":
-    on_cpu = jax.default_backend() == "cpu"
-    config.train.dtype = "float32" if on_cpu else "bfloat16"
+    config.train.dtype = _dtype()
   return config.lock()
 
 
@@ -139,31 +175,54 @@ def with_source(config: ConfigDict, is_given: bool) -> ConfigDict:
   return config.lock()
 
 
-def model(
-  config: ConfigDict,
-) -> lm.LanguageModel | incontext.InContextModel:
-  """The model of the groups `model`, `data` and `train`.
+def model(config: ConfigDict | str) -> Model:
+  """The model of the groups `model`, `data` and `train`, or of a name.
 
   Its levels learn in context where `model.cms` says how.
 
+  Args:
+    config: resolved; or a name, as "hope_340m" (`presets.names` has all): then
+      activations are bfloat16, on a CPU float32.
+
   Raises:
-    ValueError: shapes or switches that do not fit.
+    ValueError: no such name, or shapes or switches that do not fit.
   """
-  values = config.model.to_dict()
-  mixer = lm.options(values["arch"], values.pop("mixer", None))
-  names = {field.name for field in dataclasses.fields(incontext.Options)}
-  learning = {k: v for k, v in values["cms"].items() if k in names}
-  chain = {k: v for k, v in values["cms"].items() if k not in names}
-  base = lm.LanguageModel(
-    **values | {"cms": cms.CMSConfig(**chain)},
-    mixer=mixer,
+  if isinstance(config, str):
+    family, size = presets.parse(config)
+    scale = presets.SCALES[size]
+    return _model(
+      presets.group(family, size),
+      sequence_length=scale.sequence_length,
+      dtype=_dtype(),
+      remat=scale.remat,
+    )
+  return _model(
+    config.model.to_dict(),
     sequence_length=config.data.sequence_length,
     dtype=config.train.dtype,
     remat=config.train.remat,
   )
+
+
+def _model(group: Mapping[str, Any], **others: Any) -> Model:
+  """The model of a group `model`, and of its fields that stand in others."""
+  values = dict(group)
+  mixer = lm.options(values["arch"], values.pop("mixer", None))
+  names = {field.name for field in dataclasses.fields(incontext.Options)}
+  levels = values.pop("cms")
+  learning = {k: v for k, v in levels.items() if k in names}
+  chain = {k: v for k, v in levels.items() if k not in names}
+  base = lm.LanguageModel(
+    **values, cms=cms.CMSConfig(**chain), mixer=mixer, **others
+  )
   if not learning:
     return base
   return incontext.InContextModel(base, incontext.Options(**learning))
+
+
+def _dtype() -> str:
+  """Of activations, as the machine decides it."""
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def dataset(
@@ -208,7 +267,8 @@ def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
     ):
       if value != default:
         raise ValueError(
-          f"{path}={value!r} is of data.rows=stream, got data.rows={rows!r}"
+          f"{path}={value!r} applies to data.rows=stream, got "
+          f"data.rows={rows!r}"
         )
     return
   if net.grows:
@@ -221,8 +281,8 @@ def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
   if levels and (levels.reset == "document") != (reset == "document"):
     fits = {"document": "document", "never": "sequence"}[reset]
     raise ValueError(
-      f"with data.rows=stream and data.reset={reset} levels in context begin "
-      f"anew with model.cms.reset={fits}, got {levels.reset!r}"
+      f"with data.rows=stream and data.reset={reset} levels in context need "
+      f"model.cms.reset={fits}, got {levels.reset!r}"
     )
 
 
@@ -346,9 +406,7 @@ def mesh(
   return made
 
 
-def walks(
-  config: ConfigDict, net: lm.LanguageModel | incontext.InContextModel
-) -> list[kernels.Call]:
+def walks(config: ConfigDict, net: Model) -> list[kernels.Call]:
   """The walks over chunks of a layer in a training step, traced by shapes."""
   shape = config.data.batch_size, config.data.sequence_length
   tokens = jax.ShapeDtypeStruct(shape, jnp.int32)

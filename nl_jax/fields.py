@@ -12,7 +12,7 @@ import functools
 import inspect
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 LARGEST = 2**31 - 1  # Of what is counted in int32.
@@ -187,7 +187,7 @@ def check(
   Args:
     group: of the config, as "model.mixer"; messages name the whole path.
     made: the dataclass or function whose parameters the values are.
-    values: by name; what has no bounds, or is no parameter, is passed over.
+    values: by name; what has no bounds, or is not a parameter, is passed over.
   """
   known = of(made)
   for name, value in values.items():
@@ -225,13 +225,10 @@ def _check_one(path: str, bounds: Any, value: Any) -> None:
   raise ValueError(f"{path} must be {bounds}{mark} got {value!r}{hint}")
 
 
-def defaults(made: Callable[..., Any]) -> dict[str, Any]:
-  """The defaults of all fields that have one; of groups as dicts."""
-  return {
-    name: dataclasses.asdict(field.default) if field.group else field.default
-    for name, field in of(made).items()
-    if field.default is not inspect.Parameter.empty
-  }
+def near(name: str, known: Iterable[str]) -> str:
+  """The question whether one of the known was meant; "" where none is near."""
+  close = difflib.get_close_matches(name, list(known))
+  return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
 def _remarks(made: Callable[..., Any]) -> dict[str, str]:

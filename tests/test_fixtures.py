@@ -1,7 +1,8 @@
-"""What earlier versions wrote still loads and goes on: `tests.fixtures`."""
+"""What earlier versions wrote still loads and continues: `tests.fixtures`."""
 
 import json
 import pathlib
+import re
 import shutil
 import tarfile
 
@@ -39,9 +40,22 @@ def runs(tmp_path_factory):
   return folder
 
 
+def test_the_example_of_the_readme_reads_a_run(runs, tmp_path, monkeypatch):
+  page = (FOLDER.parents[1] / "README.md").read_text("utf-8")
+  blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+  (code,) = (block for block in blocks if "build.load" in block)
+  (tmp_path / "runs").mkdir()
+  (tmp_path / "runs" / "hope_tiny").symlink_to(runs / "hope")
+  monkeypatch.chdir(tmp_path)
+  made = {}
+  exec(code, made)
+  assert made["run"].step == make.KEPT and made["nats_BxT"].shape == (1, 16)
+  assert stream.read_manifest("main.memory")["tokens_seen"] == [16]
+
+
 @pytest.fixture
 def run(runs, tmp_path):
-  """A copy of one run, to go on with or to change."""
+  """A copy of one run, to continue with or to change."""
   return pathlib.Path(shutil.copytree(runs / "hope_linear", tmp_path / "run"))
 
 

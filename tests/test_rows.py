@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.cli import many
+from experiments.cli import texts as texts_lib
 from nl_jax import rows, stream
 from nl_jax.data import tokenizers
 from tests.laws.models import MODELS
@@ -93,10 +93,10 @@ def test_64_texts_with_64_memories_are_64_runs(model, tmp_path):
   more = [line | {"text": line["text"][::-1]} for line in lines]
   for part in (lines, more):
     path = written(tmp_path / "texts.jsonl", part)
-    prompts = many.load(path, str(tmp_path / "m"))
-    many.check(prompts, net, params)
+    prompts = texts_lib.load(path, str(tmp_path / "m"))
+    texts_lib.check(prompts, net, params)
     done = {
-      x.prompt.name: x for x in many.read(prompts, net, params, tokenizer)
+      x.prompt.name: x for x in texts_lib.read(prompts, net, params, tokenizer)
     }
   assert len(done) == 64 == len(list((tmp_path / "m").iterdir()))
   for i in range(0, 64, 9):
@@ -111,7 +111,7 @@ def test_64_texts_with_64_memories_are_64_runs(model, tmp_path):
     )  # fmt: skip
   drawn = dict(
     (p.name, text)
-    for p, text in many.sample(
+    for p, text in texts_lib.sample(
       prompts[:3], net, params, tokenizer, 5, temperature=0.0
     )
   )
@@ -124,17 +124,17 @@ def test_64_texts_with_64_memories_are_64_runs(model, tmp_path):
 
 
 @pytest.mark.parametrize("line,sentence", [
-  ("{", "texts.jsonl:2 is no JSON"),
+  ("{", "texts.jsonl:2 is not JSON"),
   ('{"name": "../a", "text": "b"}', '"name" must be letters, digits and'),
   ('{"name": "c", "text": ""}', """"text" must be a text, got ''"""),
-  ('{"name": "a", "text": "b"}', "the name 'a' is there already"),
-  ("[" * 200_000, "texts.jsonl:2 is no JSON"),
+  ('{"name": "a", "text": "b"}', "the name 'a' already exists"),
+  ("[" * 200_000, "texts.jsonl:2 is not JSON"),
 ])  # fmt: skip
 def test_a_line_that_is_no_text(tmp_path, line, sentence):
   path = tmp_path / "texts.jsonl"
   path.write_text('{"name": "a", "text": "b"}\n' + line + "\n")
   with pytest.raises(ValueError) as found:
-    many.load(str(path), str(tmp_path))
+    texts_lib.load(str(path), str(tmp_path))
   assert sentence in str(found.value)
 
 
@@ -147,7 +147,7 @@ def test_a_memory_of_another_model_is_found_first(model, tmp_path):
     tmp_path / "t.jsonl",
     [{"name": "a", "text": "x"}, {"name": "b", "text": "y"}],
   )
-  prompts = many.load(path, str(tmp_path))
+  prompts = texts_lib.load(path, str(tmp_path))
   with pytest.raises(ValueError, match="the memory of another model"):
-    many.check(prompts, *model)
+    texts_lib.check(prompts, *model)
   assert not (tmp_path / "a.memory").exists()

@@ -1,13 +1,21 @@
-"""Text from a model, as it comes."""
+"""Runs that are asked for text, and text from a model, as it comes."""
 
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from nl_jax import stream
+from experiments.cli import command
+from nl_jax import build, stream
 
 _OPENING = 80  # Characters of a prompt taken from the data, at most.
+
+
+def load(workdir: str) -> build.Run:
+  """`build.load`, which says what it is."""
+  run = build.load(workdir)
+  command.say(f"{run.model.arch} at step {run.step} of {workdir}")
+  return run
 
 
 def opening(dataset: Any) -> str:
@@ -35,7 +43,7 @@ def generate(
     tokenizer: of `nl_jax.data.tokenizers`.
     prompt: read first. May be empty: then the text follows what was read
       before, and where that is nothing the tokenizer's begin id, or a line
-      break. (Without a begin id, how a document begins is no target of
+      break. (Without a begin id, how a document begins is not a target of
       training.)
     tokens: how many at most; the end of a document ends the text.
     temperature, top_p, seed: of `stream.Stream.sample`.

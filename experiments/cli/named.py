@@ -1,25 +1,26 @@
 """Configs by name: `--config=hope_1b3`, `--config=hope_1b3:smoke`, or a path.
 
-A config is a file of `configs/` with `get_config(arg: str = "")`, which returns
-a ConfigDict; files starting with `_` are shared builders. Fields are changed on
-the command line by `--config.<group>.<field>=<value>`. Every mistake is found
-while the flags are read, and said in one sentence.
+A config is a file with `get_config(arg: str = "")`, which returns a ConfigDict.
+`hope_1b3:smoke` is that of `configs/hope.py` with the argument "1b3,smoke"; a
+path has the argument that stands behind its colon. Fields are changed on the
+command line by `--config.<group>.<field>=<value>`. Every mistake is found while
+the flags are read, and said in one sentence.
 """
 
-import difflib
 import importlib.util
 import math
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from nl_jax import files
+from nl_jax import fields, files
+from nl_jax.models import presets
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 # What random keys tell apart, and what is counted in int32.
@@ -37,14 +38,13 @@ _FILE_ERRORS = (
   SyntaxError,
   TypeError,
 )
-_TEXTS = ("prompt",)  # Flags that may begin with "~" and are no path.
+_TEXTS = ("prompt",)  # Flags that may begin with "~" and are not paths.
 _CHOICE = re.compile(r"--?config(=(?P<value>.*))?$")
 
 
 def config_names() -> list[str]:
   """The names that --config accepts, sorted."""
-  names = (path.stem for path in _FOLDER.glob("*.py"))
-  return sorted(name for name in names if not name.startswith("_"))
+  return presets.names()
 
 
 def load_config(value: str) -> config_dict.ConfigDict:
@@ -59,12 +59,11 @@ def load_config(value: str) -> config_dict.ConfigDict:
   name, colon, arg = value.partition(":")
   if name.endswith(".json"):
     raise ValueError(f"unknown config argument {arg!r}; {name} takes none")
-  path = pathlib.Path(name) if name.endswith(".py") else _FOLDER / f"{name}.py"
-  if not name.endswith(".py") and name not in config_names():
-    raise ValueError(
-      f"no config named {name!r}. {_did_you_mean(name, config_names())}"
-      f"Known: {', '.join(config_names())}"
-    )
+  path = pathlib.Path(name)
+  if not name.endswith(".py"):
+    presets.parse(name)  # Raises unless there is one.
+    family, _, size = name.rpartition("_")
+    path, arg, colon = _FOLDER / f"{family}.py", f"{size},{arg}".strip(","), ":"
   if not path.is_file():
     raise ValueError(f"no config file {name!r}")
   config = _run_file(path, [arg] if colon else [])
@@ -159,7 +158,7 @@ def _exit(error: Exception) -> NoReturn:
 def _expand_homes(flag_values: flags.FlagValues) -> None:
   """Takes "~" for a home folder where a flag is a path.
 
-  A shell does so at the beginning of a word, and not behind --workdir=.
+  A shell does so at the beginning of a word, and not after --workdir=.
 
   Raises:
     ValueError: there is no such user.
@@ -247,7 +246,7 @@ def check_key(config: config_dict.ConfigDict, path: str) -> None:
       raise ValueError(f"unknown config key: {path!r}; {where} is a field")
     if key not in node:
       raise ValueError(
-        f"unknown config key: {path!r}. {_did_you_mean(key, node)}"
+        f"unknown config key: {path!r}. {fields.near(key, node)}"
         f"Keys of {where}: {', '.join(node)}"
       )
     node = node[key]
@@ -274,11 +273,6 @@ def _with_tuples(value: Any) -> Any:
   if isinstance(value, dict):
     return {key: _with_tuples(x) for key, x in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
-
-
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
-  close = difflib.get_close_matches(name, list(known))
-  return f"Did you mean {' or '.join(close)}? " if close else ""
 
 
 def _run_file(path: pathlib.Path, args: Sequence[str]) -> object:

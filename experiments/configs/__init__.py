@@ -1,1 +1,1 @@
-"""Named configs: one file each, `get_config(arg="") -> ConfigDict`."""
+"""Named configs: one file a family, `get_config(arg) -> ConfigDict`."""

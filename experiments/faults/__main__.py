@@ -1,4 +1,4 @@
-"""Does harm to runs, and looks whether they end as those that nothing hurt.
+"""Injects faults into runs, and compares each with an undisturbed run.
 
     python -m experiments.faults --kills=20
     python -m experiments.faults --kills=5 --only=full_disk,torn_checkpoint
@@ -11,12 +11,10 @@ alone, or say in one sentence what is wrong; then what the sentence asks for is
 done, and the next start must end so.
 
 Prints a table in Markdown and writes faults.json. The same command, with more
---kills perhaps, goes on where it was stopped. Status 3: a run went wrong; its
-folder stays.
+--kills perhaps, resumes where it was stopped. Status 3: a run went wrong; its
+folder is kept.
 """
 
-import concurrent.futures
-import difflib
 import pathlib
 import resource
 import signal
@@ -25,13 +23,18 @@ from typing import Any
 from absl import flags, logging
 
 from experiments.cli import command, named
+from experiments.cli.trials import side_by_side
+from nl_jax import fields
 
 _KILLS = flags.DEFINE_integer(
-  "kills", None, "How many faults, taken from the kinds in turn.", lower_bound=1
+  "kills",
+  None,
+  "Number of faults, taken from the kinds in turn.",
+  lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Folder of all runs.")
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the moments and of what is damaged.", lower_bound=0
+  "seed", 0, "Seed of the times and of the damage.", lower_bound=0
 )
 _ONLY = flags.DEFINE_list(
   "only", [], "Kinds, with commas between; --only=list names all."
@@ -81,8 +84,7 @@ def _chosen(known: list[str]) -> list[str]:
   """The kinds of --only; all of this system without it."""
   for name in _ONLY.value:
     if name not in known:
-      close = difflib.get_close_matches(name, known)
-      hint = f"Did you mean {' or '.join(close)}? " if close else ""
+      hint = fields.near(name, known)
       raise ValueError(
         f"unknown kind {name!r}. {hint}Known: {', '.join(known)}"
       )
@@ -152,20 +154,10 @@ def _trials(folder: pathlib.Path, only: list[str]) -> list[dict[str, Any]]:
   open_ = [trial for trial in plan if not path(trial).exists()]
   wholes = _wholes(place, open_)
   (folder / "trials").mkdir(exist_ok=True)
-  pool = concurrent.futures.ThreadPoolExecutor(_JOBS.value)
-  try:
-    futures = [
-      pool.submit(trials.run, place, trial, wholes[trial.whole])
-      for trial in open_
-    ]
-    for future in concurrent.futures.as_completed(futures):
-      result = future.result()
-      files.write_json(path(trials.of(result)), result)
-      command.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
-  finally:
-    pool.shutdown(wait=False, cancel_futures=True)
-    scene.stop()
-    pool.shutdown()  # The folder stays locked until then.
+  one = lambda trial: trials.run(place, trial, wholes[trial.whole])
+  for result in side_by_side(open_, one, _JOBS.value, scene.stop):
+    files.write_json(path(trials.of(result)), result)
+    command.say(f"{result['number'] + 1}/{_KILLS.value} {_told(result)}")
   return [files.read_json(path(trial)) for trial in plan]
 
 
@@ -177,7 +169,7 @@ def _wholes(place: Any, open_: list[Any]) -> dict[Any, Any]:
   for trial in open_:
     if trial.whole not in found:
       config, skipped = trial.whole
-      command.say(f"{config}: a run that nothing is done to")
+      command.say(f"{config}: an undisturbed run")
       found[trial.whole] = trials.whole(place, config, skipped=skipped)
   return found
 

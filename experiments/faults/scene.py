@@ -28,7 +28,7 @@ _PATIENCE = 300.0  # Seconds; a start that takes longer hangs.
 _POLL = 0.002
 _stopped = threading.Event()
 _alive: set["Start"] = set()
-_FROM = re.compile(r"^going on from step (\d+) in ", re.M)
+_FROM = re.compile(r"^resuming from step (\d+) in ", re.M)
 
 
 class WrongError(AssertionError):
@@ -289,6 +289,6 @@ def read_lines(workdir: pathlib.Path) -> list[dict]:
 
 
 def begun_at(said: str) -> int:
-  """The step that a start says it goes on from; 0: from the beginning."""
+  """The step that a start says it resumes from; 0: from the beginning."""
   found = _FROM.findall(said)
   return int(found[-1]) if found else 0

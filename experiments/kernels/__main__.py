@@ -27,6 +27,7 @@ from absl import flags
 from experiments.cli import command as command_lib
 from experiments.cli import named
 from experiments.kernels import table
+from nl_jax import files
 from nl_jax.aot import chips
 
 _REPORT = flags.DEFINE_boolean("report", False, "Compile and print estimates.")
@@ -88,7 +89,7 @@ def _check_flags() -> None:
   for topology in _TOPOLOGY.value:
     chips.kind(topology)
   if _JSON.value and os.path.exists(_JSON.value):
-    raise ValueError(f"--json={_JSON.value} is there; give another file")
+    raise ValueError(f"--json={_JSON.value} exists; give another file")
   if _PEER.value and shutil.which(_PEER.value) is None:
     raise ValueError(f"--peer={_PEER.value}: there is no such program")
   for name in _CONFIG.value:
@@ -266,7 +267,7 @@ def _write(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
   """JSON with a row a line."""
   path.parent.mkdir(parents=True, exist_ok=True)
   lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-  path.write_text(f"[\n{lines}\n]\n" if rows else "[]\n", encoding="utf-8")
+  files.write(path, f"[\n{lines}\n]\n" if rows else "[]\n")
   command_lib.say(f"wrote {path.relative_to(_ROOT)}")
 
 

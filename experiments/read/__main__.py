@@ -4,14 +4,14 @@
         --memory_out=book.memory
 
 Memory and time a token stay the same however long the text is. Ctrl-C keeps
-what was read; --memory_in=book.memory goes on there. A picture beside
+what was read; --memory_in=book.memory resumes there. A picture beside
 --memory_out, book.memory.png, shows the surprise over the text, beside that of
 a memory that begins again every --forget_every tokens, and within the chunks
 of each memory: how much less a token surprises after a write than before it.
 
 --prompts=texts.jsonl --memories=folder reads many texts at once, each into the
 memory of its own name (lines {"name": ..., "text": ...}); where that is there,
-it goes on.
+it resumes.
 
 --point=before_book marks what is remembered before the text is read;
 --roll_back=before_book goes back to it, from a memory that has it.
@@ -28,7 +28,7 @@ from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _TEXT = flags.DEFINE_string("text", "", "The UTF-8 file to read.")
-_IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
+_IN = flags.DEFINE_string("memory_in", "", "A memory file to resume from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Replace --memory_out and its picture, if they are there."
@@ -43,7 +43,7 @@ _BACK = flags.DEFINE_string(
 )
 _BOUND = flags.DEFINE_float(
   "drift_bound", None,
-  "Norm of the change of the memory beyond which it writes no more.",
+  "Norm of the change of the memory beyond which it stops writing.",
 )  # fmt: skip
 _SINCE = flags.DEFINE_string(
   "since", "", "The point that drift is measured from; default: the beginning."
@@ -111,7 +111,7 @@ def main() -> int:
   start = reading.place(text, manifest["about"].get("text"))
   if _IN.value:
     command.say(
-      f"going on at byte {start:,}" if start
+      f"continuing at byte {start:,}" if start
       else "the memory is of another text: reading this one from its beginning"
     )  # fmt: skip
   every = net.sequence_length if _FORGET.value is None else _FORGET.value
@@ -132,7 +132,7 @@ def main() -> int:
     reading.draw(done, picture)
     print(f"picture: {picture}")
   if asked.reason:
-    command.say("stopped; --memory_in goes on there")
+    command.say("stopped; --memory_in resumes there")
     return command.INTERRUPTED
   return command.DONE
 
@@ -146,25 +146,19 @@ def _read_many() -> int:
     if not flag.value:
       raise ValueError(f"--{flag.name} is required")
   logging.set_verbosity(logging.WARNING)
-  from experiments.cli import many
-  from nl_jax import build
-  from nl_jax.data import tokenizers
-  from nl_jax.train import checkpoint
+  from experiments.cli import generation, texts
 
-  prompts = many.load(_PROMPTS.value, _MEMORIES.value)
-  config, net = build.of_run(_WORKDIR.value)
-  tokenizer = tokenizers.load(config.data.tokenizer)
-  params, step = checkpoint.load_params(_WORKDIR.value, net)
-  command.say(f"{config.model.arch} at step {step} of {_WORKDIR.value}")
-  many.check(prompts, net, params)
-  for number, done in enumerate(many.read(prompts, net, params, tokenizer), 1):
+  prompts = texts.load(_PROMPTS.value, _MEMORIES.value)
+  net, params, tokenizer, *_ = generation.load(_WORKDIR.value)
+  texts.check(prompts, net, params)
+  for number, done in enumerate(texts.read(prompts, net, params, tokenizer), 1):
     size = len(done.prompt.text.encode())
     print(
       f"{done.prompt.memory}: {size:,} bytes, {done.tokens:,} tokens, "
       f"{done.nats / size:.4f} nat per byte",
       flush=True,
     )
-    if number % many.AT_ONCE == 0:
+    if number % texts.AT_ONCE == 0:
       command.say(f"{number:,} of {len(prompts):,} texts are read")
   return command.DONE
 

@@ -2,14 +2,14 @@
 
     python -m experiments.study --name=tiny_table
     python -m experiments.study --name=topics --jobs=2
+    python -m experiments.study --name=streams
 
 Each run is `experiments.lm` in a folder of its own, at seeds 0, 1, 2; what is
-finished stays, and the same command goes on. Prints a table in Markdown and
+finished is kept, and the same command resumes. Prints a table in Markdown and
 writes it with a picture beside the runs. --smoke takes seconds, and shows that
 everything works; its figures mean nothing.
 """
 
-import concurrent.futures
 import dataclasses
 import itertools
 import os
@@ -21,11 +21,12 @@ import threading
 from absl import flags
 
 from experiments.cli import command as command_lib
+from experiments.cli import trials
 
 _NAME = flags.DEFINE_enum(
-  "name", None, ["tiny_table", "topics"], "Which study."
+  "name", None, ["tiny_table", "topics", "streams"], "Which study."
 )
-_FOLDER = flags.DEFINE_string("folder", "runs/studies", "Where runs lie.")
+_FOLDER = flags.DEFINE_string("folder", "runs/studies", "Folder of the runs.")
 _JOBS = flags.DEFINE_integer(
   "jobs", 0, "Runs at a time; 0: one for each two cores.", lower_bound=0
 )
@@ -53,7 +54,7 @@ class Run:
   folder: pathlib.Path
 
   def command(self) -> list[str]:
-    """The command that trains it, or goes on."""
+    """The command that trains it, or continues."""
     return [
       sys.executable, "-m", "experiments.lm", f"--config={self.config}",
       *(f"--config.{x}" for x in self.overrides),
@@ -87,32 +88,31 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
       # Runs at a time must not share cores: XLA takes all it is given, but
       # not before it was imported.
       os.sched_setaffinity(process.pid, place)
-      status = process.wait()
+      process.wait()
     with told:
       free.append(place)
-      word = "done" if not status else f"failed, see {run.folder}/study.log"
+      # One that was told to stop ends well, too.
+      word = "done" if run.done else f"not done, see {run.folder}/study.log"
       command_lib.say(f"{run.row}, seed {run.seed}: {word}")
-    return run if status else None
+    return None if run.done else run
 
-  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-    results = list(pool.map(one, waiting))
-  return [run for run in results if run]
+  return [run for run in trials.side_by_side(waiting, one, jobs) if run]
 
 
 def main() -> int:
   """Runs the command; returns its exit status."""
   if not _NAME.value:
-    raise ValueError("--name is required: tiny_table or topics")
+    raise ValueError("--name is required: tiny_table, topics or streams")
   from experiments.study import studies
 
-  study = studies.STUDIES[_NAME.value](_SMOKE.value)
+  size = "smoke" if _SMOKE.value else ""
+  folder = pathlib.Path(_FOLDER.value) / _NAME.value / size
+  study = studies.STUDIES[_NAME.value](_SMOKE.value, folder)
   unknown = [name for name in _ROWS.value if name not in study.rows]
   if unknown:
     raise ValueError(
       f"unknown row {unknown[0]!r}; known: {', '.join(study.rows)}"
     )
-  size = "smoke" if _SMOKE.value else ""
-  folder = pathlib.Path(_FOLDER.value) / _NAME.value / size
   rows = _ROWS.value or list(study.rows)
   seeds = range(min(_SEEDS.value, 2) if _SMOKE.value else _SEEDS.value)
   # Seed by seed, so that a table of all rows is there early.
@@ -125,6 +125,7 @@ def main() -> int:
     f"{len(runs)} runs, {sum(run.done for run in runs)} of them done, in "
     f"{folder}"
   )
+  study.prepare()
   failed = _train(runs, min(jobs, len(os.sched_getaffinity(0))))
   print(studies.tell(folder))
   return command_lib.PARTLY_FAILED if failed else command_lib.DONE

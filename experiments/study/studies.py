@@ -1,32 +1,36 @@
 """The studies of `experiments.study`: their rows, and what is made of them."""
 
 import dataclasses
-import json
 import pathlib
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.cli import named
+from experiments.study import cells
+from nl_jax import files
 
 Row = tuple[str, tuple[str, ...]]  # A config's name and its changed fields.
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """What is trained, and what is told.
+  """What is trained, and what is reported.
 
   Attributes:
     rows: by name.
     tell: (finished runs, folder for a picture) -> a table in Markdown.
+    prepare: makes what the runs read, where it is not there.
   """
 
   rows: dict[str, Row]
   tell: Callable[[Sequence[Any], pathlib.Path], str]
+  prepare: Callable[[], None] = lambda: None
 
 
-def tiny_table(smoke: bool) -> Study:
+def tiny_table(smoke: bool, folder: pathlib.Path) -> Study:
   """All rows of Table 1 at the tiny size, on the embedded corpus."""
+  del folder  # Nothing is made for it.
   names = [x for x in named.config_names() if x.endswith("_tiny")]
   if smoke:
     names = ["transformer_tiny", "deltanet_tiny"]
@@ -51,8 +55,9 @@ _TOPIC_ARMS = {
 }
 
 
-def topics(smoke: bool) -> Study:
+def topics(smoke: bool, folder: pathlib.Path) -> Study:
   """HOPE-Attention that reads package A, then B, then A again."""
+  del folder  # Nothing is made for it.
   from experiments.study import topics as topics_lib
 
   config = "hope_attention_incontext_tiny" + (":smoke" if smoke else "")
@@ -70,7 +75,48 @@ def topics(smoke: bool) -> Study:
   return Study(rows, tell)
 
 
-STUDIES = {"tiny_table": tiny_table, "topics": topics}
+_STREAM_MODELS = ("hope_linear", "titans_lmm", "hope_attention_incontext")
+
+
+def streams(smoke: bool, folder: pathlib.Path) -> Study:
+  """Loss beyond the trained row, trained on packed rows and on streams."""
+  from experiments.study import streams as streams_lib
+
+  # The same text for all, of about as many tokens as the steps read (a fifth
+  # is held out), so that packed rows and streams are the same tokens.
+  length, batch, steps = (64, 8, 3) if smoke else (128, 16, 150)
+  text = folder / "text.jsonl"
+  size = (
+    "data.source=jsonl", f"data.path={text}", f"data.sequence_length={length}",
+    f"data.batch_size={batch}", f"train.steps={steps}", "train.eval_every=0",
+    f"eval.batches={1 if smoke else 8}",
+  )  # fmt: skip
+  models = ("deltanet",) if smoke else _STREAM_MODELS
+  rows = {
+    f"{model}_{arm}": (
+      f"{model}_tiny" + (":smoke" if smoke else ""),
+      (*size, *_ends(model, arm), f"data.rows={arm}"),
+    )
+    for model in models
+    for arm in streams_lib.ARMS
+  }
+  return Study(
+    rows,
+    lambda runs, where: streams_lib.tell(runs, where, length),
+    lambda: streams_lib.write_text(text, length * batch * steps * 6 // 5),
+  )
+
+
+def _ends(model: str, arm: str) -> tuple[str, ...]:
+  """Where the carried memory ends: levels in context go on over documents.
+
+  Streams of theirs that begin anew with each document train 20 times slower.
+  """
+  never = arm == "stream" and model.endswith("_incontext")
+  return ("data.reset=never",) if never else ()
+
+
+STUDIES = {"tiny_table": tiny_table, "topics": topics, "streams": streams}
 
 
 class Finished(NamedTuple):
@@ -115,29 +161,13 @@ def tell(folder: pathlib.Path) -> str:
   name = (folder.parent if smoke else folder).name
   if name not in STUDIES:
     raise ValueError(
-      f"{folder} is not the folder of a study: {' or '.join(STUDIES)} expected"
+      f"{folder} is not the folder of a study: {', '.join(STUDIES)} expected"
     )
-  study, runs = STUDIES[name](smoke), finished(folder)
+  study, runs = STUDIES[name](smoke, folder), finished(folder)
   runs = [run for row in study.rows for run in runs if run.row == row]
   table = study.tell(runs, folder)
-  (folder / "table.md").write_text(table + "\n", encoding="utf-8")
+  files.write(folder / "table.md", table + "\n")
   return table
-
-
-def by_row(runs: Sequence[Any]) -> dict[str, list[Any]]:
-  """Finished runs by the name of their row."""
-  groups: dict[str, list[Any]] = {}
-  for run in runs:
-    groups.setdefault(run.row, []).append(run)
-  return groups
-
-
-def cell(values: Sequence[float], form: str = ".3f") -> str:
-  """Mean, and the spread over seeds where there are several."""
-  mean = format(statistics.fmean(values), form)
-  if len(values) < 2:
-    return mean
-  return f"{mean} ± {format(statistics.stdev(values), form)}"
 
 
 def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
@@ -153,10 +183,8 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
     "|---|---|---|---|---|---|",
   ]
   rows, losses = [], {}
-  for name, group in by_row(runs).items():
-    found = [
-      json.loads((run.folder / "results.json").read_text()) for run in group
-    ]
+  for name, group in cells.by_row(runs).items():
+    found = [files.read_json(run.folder / "results.json") for run in group]
     _, net = build.of_run(str(group[0].folder))
     params = jax.eval_shape(net.init, jax.random.key(0))
     state = jax.eval_shape(lambda p, net=net: net.init_state(p, 1), params)
@@ -169,7 +197,7 @@ def _tell_table(runs: Sequence[Any], folder: pathlib.Path) -> str:
       (
         statistics.fmean(loss),
         f"| `{name}` | {net.parameter_count():,} | {size:,}{grows} | "
-        f"{cell(loss)} | {statistics.fmean(speed):,.0f} | {len(group)} |",
+        f"{cells.cell(loss)} | {statistics.fmean(speed):,.0f} | {len(group)} |",
       )
     )
   charts.dots(losses, "nat per byte, validation", folder / "table.png")

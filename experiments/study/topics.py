@@ -1,7 +1,7 @@
 """What a model that has read package A, and then B, still knows of A.
 
 Texts are held-out files of the embedded corpus. Three readings end with the
-same second text of A: alone; behind the first text of A; behind the first text
+same second text of A: alone; after the first text of A; after the first text
 of A and one of B. All levels start from the trained weights, and learn as they
 read.
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.study import studies
+from experiments.study import cells as cells_lib
 
 _PAIRS = 12
 _READINGS = ("A2", "A1 A2", "A1 B A2")
@@ -56,10 +56,8 @@ def readings(length: int) -> dict[str, np.ndarray]:
 def measure(folder: pathlib.Path, length: int) -> dict[str, np.ndarray]:
   """By reading: nats of the tokens of A2, but its first, [pairs, length-1]."""
   from nl_jax import build, stream
-  from nl_jax.train import checkpoint
 
-  _, net = build.of_run(str(folder))
-  params, _ = checkpoint.load_params(str(folder), net)
+  net, params, *_ = build.load(folder)
   made = {}
   for name, tokens in readings(length).items():
     reader = stream.start(net, params, batch_size=len(tokens))
@@ -86,12 +84,14 @@ def tell(runs: Sequence[Any], folder: pathlib.Path, length: int) -> str:
     charts.Panel(f"A2 read as {name}: nat per byte", "bytes of A2", [])
     for name in _READINGS
   ]
-  for number, (row, group) in enumerate(studies.by_row(runs).items()):
+  for number, (row, group) in enumerate(cells_lib.by_row(runs).items()):
     seeds = [measure(run.folder, length) for run in group]
     means = {x: [float(m[x].mean()) for m in seeds] for x in _READINGS}
     alone, after, switched = (np.array(means[x]) for x in _READINGS)
-    cells = [studies.cell(means[x]) for x in _READINGS]
-    cells += [studies.cell(list(x)) for x in (alone - after, alone - switched)]
+    cells = [cells_lib.cell(means[x]) for x in _READINGS]
+    cells += [
+      cells_lib.cell(list(x)) for x in (alone - after, alone - switched)
+    ]
     lines.append(f"| {row} | {' | '.join(cells)} | {len(group)} |")
     for panel, name in zip(panels, _READINGS):
       nats = np.mean([m[name].mean(axis=0) for m in seeds], axis=0)

@@ -15,13 +15,13 @@ again, and the table shows all of the same sizes.
 """
 
 import dataclasses
-import difflib
 import pathlib
 from typing import Any
 
 from absl import flags
 
 from experiments.cli import command, named
+from nl_jax import fields, files
 
 named.define_config(required=False)
 _TASK = flags.DEFINE_string("task", "", "Which; --task=list names all.")
@@ -62,7 +62,9 @@ _NEW_TOKENS = flags.DEFINE_integer(
 _HAYSTACK = flags.DEFINE_string(
   "haystack", "", "Needles: UTF-8 file of the text; default: Python's library."
 )
-_SEED = flags.DEFINE_integer("seed", 42, "Needles: of all.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  "seed", 42, "Needles: seed of all questions.", lower_bound=0
+)
 
 _ALL_LANGUAGES = "languages"
 _OF_NEEDLES = (
@@ -171,7 +173,7 @@ def _keep_compiled(folder: pathlib.Path) -> None:
 def _show(text: str) -> int:
   print(text)
   if _TABLE.value:
-    pathlib.Path(_TABLE.value).write_text(text + "\n", encoding="utf-8")
+    files.write(pathlib.Path(_TABLE.value), text + "\n")
   return command.DONE
 
 
@@ -210,8 +212,7 @@ def _known_task(known: list[str]) -> str:
   name = _TASK.value
   if name in known:
     return name
-  close = difflib.get_close_matches(name, known)
-  hint = f"Did you mean {' or '.join(close)}? " if close else ""
+  hint = fields.near(name, known)
   what = f"no task {name!r}. " if name else "--task is required. "
   raise ValueError(f"{what}{hint}Known: {', '.join(known)}")
 

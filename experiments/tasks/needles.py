@@ -1,7 +1,7 @@
 """Asks a trained model for needles, as RULER does, and keeps what it said.
 
-Questions are read in batches: each row is padded behind its last token, which
-changes nothing, and a stream goes on from there, greedily.
+Questions are read in batches: each row is padded after its last token, which
+changes nothing, and a stream resumes from there, greedily.
 """
 
 import dataclasses
@@ -18,11 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cli import command, generation, named
+from experiments.cli import trials as kept
 from experiments.tasks import arms, problems, training, trials
 from nl_jax import build, stream
 from nl_jax.data import documents, sources
 from nl_jax.tasks import batches, needles
-from nl_jax.train import checkpoint
 
 _PIECE = 256  # Tokens of a row that are read at once.
 _DEFAULT_DEPTHS = (0.0, 25.0, 50.0, 75.0, 100.0)
@@ -103,19 +103,16 @@ class Answer(NamedTuple):
 
 def load(workdir: pathlib.Path) -> Subject:
   """The newest checkpoint of a run."""
-  config, net = build.of_run(str(workdir))
-  tokenizer = build.tokenizer(config)
-  params, step = checkpoint.load_params(str(workdir), net)
-  command.say(f"{config.model.arch} at step {step} of {workdir}")
+  run = generation.load(str(workdir))
   about = {
     "workdir": str(workdir),
-    "arch": config.model.arch,
-    "step": step,
-    "trained_length": config.data.sequence_length,
-    "tokenizer": tokenizer.fingerprint,
-    "weights": stream.weights_hash(params),
+    "arch": run.model.arch,
+    "step": run.step,
+    "trained_length": run.config.data.sequence_length,
+    "tokenizer": run.tokenizer.fingerprint,
+    "weights": stream.weights_hash(run.params),
   }
-  return Subject(net, params, tokenizer, about)
+  return Subject(run.model, run.params, run.tokenizer, about)
 
 
 def learned(
@@ -263,7 +260,7 @@ def run(
   for (length, depth), some in questions.items():
     cell = _ask(subject, asked, some, length, at_once)
     result["cells"].append({"length": length, "depth": depth, **cell})
-    trials.save(path, result)
+    kept.save(path, result)
     command.say(
       f"{asked.task}, {length} tokens, depth "
       f"{'drawn' if depth is None else f'{depth:g} %'}: "

@@ -8,15 +8,14 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 
 from experiments.cli import command
+from experiments.cli import trials as kept
 from experiments.tasks import arms, problems, training
-from nl_jax import files
 from nl_jax.train import environment
 
 VERSION = 1  # Of generators and protocol; a change makes old trials others.
@@ -49,17 +48,8 @@ def protocol(task: str, size: problems.Sizes) -> dict[str, Any]:
 
 def known(task: str, size: problems.Sizes, folder: pathlib.Path) -> list[dict]:
   """The trials of a protocol that lie in the folder, by whatever command."""
-  trials = [
-    json.loads(path.read_text(encoding="utf-8"))
-    for path in sorted((folder / task).glob("*.json"))
-  ]
-  return [t for t in trials if t["protocol"] == protocol(task, size)]
-
-
-def save(path: pathlib.Path, content: Any) -> None:
-  """Writes JSON, as a whole or not at all."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  files.write(path, json.dumps(content, indent=1))
+  asked = protocol(task, size)
+  return [t for t in kept.held(folder / task) if t["protocol"] == asked]
 
 
 def _trial(
@@ -76,23 +66,24 @@ def _trial(
     "seed": seed,
   }
   path = folder / task / f"{_slug(arm.title)}-{_digest(about)}.json"
-  if path.exists():
-    return json.loads(path.read_text(encoding="utf-8"))
-  begin = time.monotonic()
-  fitted = training.fit(
-    net, problem.train, problem.tests, problems.plan(task, size, rate),
-    seed=seed, done=lambda history: problems.done(task, size, history),
-  )  # fmt: skip
-  result = {
-    "arm": arm.title,
-    **about,
-    "parameters": sum(x.size for x in jax.tree.leaves(fitted.params)),
-    "history": fitted.history,
-    "seconds": time.monotonic() - begin,
-    "environment": environment.describe(),
-  }
-  save(path, result)
-  last = fitted.history[-1]
+
+  def make() -> kept.Result:
+    fitted = training.fit(
+      net, problem.train, problem.tests, problems.plan(task, size, rate),
+      seed=seed, done=lambda history: problems.done(task, size, history),
+    )  # fmt: skip
+    return {
+      "arm": arm.title,
+      **about,
+      "parameters": sum(x.size for x in jax.tree.leaves(fitted.params)),
+      "history": fitted.history,
+      "environment": environment.describe(),
+    }
+
+  result, is_new = kept.once(path, make)
+  if not is_new:
+    return result
+  last = result["history"][-1]
   shown = ", ".join(
     f"{k} {v:.3f}" for k, v in last.items() if k.endswith("sequence")
   )

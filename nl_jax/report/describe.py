@@ -57,6 +57,15 @@ def batch_text(dataset: data.Dataset) -> str:
   return f"first batch: {shapes}; its first row reads {text!r}"
 
 
+def training_text(config: build.ConfigDict) -> str:
+  """How much a run reads."""
+  steps, tokens = config.train.steps, build.tokens_per_step(config)
+  return (
+    f"training: {steps:,} steps of {tokens:,} tokens ({config.data.batch_size} "
+    f"rows of {config.data.sequence_length}), {steps * tokens:,} in all"
+  )
+
+
 def _group(name: str) -> str:
   if "/memory/" in name and "/gate/" not in name:
     return "initial states of memories"

@@ -121,7 +121,7 @@ class Finder:
 
   def _at(self, restored: checkpoint.Restored, workdir: str) -> Start:
     """Where a checkpoint stands."""
-    logging.info("going on from step %d in %s", restored.step, workdir)
+    logging.info("resuming from step %d in %s", restored.step, workdir)
     if restored.step > self.steps:
       raise ValueError(
         f"{workdir} is at step {restored.step}, beyond train.steps="

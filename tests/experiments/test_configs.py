@@ -1,5 +1,6 @@
 """Configs: found by name, valid, of the promised size; mistakes answered."""
 
+import pathlib
 import re
 import sys
 from unittest import mock
@@ -13,6 +14,9 @@ from experiments.cli import named
 from nl_jax import build, sharding
 from nl_jax.models import presets
 
+ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "docs" / "results.md"
+TABLE = ROOT / "nl_jax" / "eval" / "table1.csv"  # Of the paper.
 NAMES = named.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
@@ -87,16 +91,36 @@ def test_models_of_a_scale_are_parameter_matched(size):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_docstring_says_what_a_user_asks(name):
-  path = named._FOLDER / f"{name}.py"
-  text = path.read_text()
-  for line in ("Unstated in the paper:", "Parameters:", "Tokens:", "Chunks",
-               f"Command: python -m experiments.lm --config={name}",
-               "Hardware:", "Expected:"):  # fmt: skip
+def test_the_library_makes_the_model_of_a_config_by_name(name):
+  assert build.model(name) == build.model(
+    build.resolve(named.load_config(name))
+  )
+
+
+@pytest.mark.parametrize("name", ["hope_1b3:smoke", "hope_340m:paper"])
+def test_the_library_knows_the_words_of_a_name(name):
+  assert build.model(name) == build.model(
+    build.resolve(named.load_config(name))
+  )
+  with pytest.raises(ValueError, match="Did you mean hope_1b3"):
+    build.model("hope_1b")
+  with pytest.raises(ValueError, match="'papr'; known: smoke, paper"):
+    build.model("hope_1b3:papr")
+
+
+@pytest.mark.parametrize("family", ARCHS)
+def test_a_docstring_says_what_a_user_asks(family):
+  text = (named._FOLDER / f"{family}.py").read_text()
+  for line in ("Unstated in the paper:", "Measured (docs/results.md):",
+               f"python -m experiments.lm --config={family}_tiny"):  # fmt: skip
     assert line in text, line
-  net = build.model(build.resolve(named.load_config(name)))
-  millions = float(re.search(r"Parameters: ([\d.]+)M", text)[1])
-  assert abs(millions - net.parameter_count() / 1e6) < 0.06
+  row = re.search(rf"^\| `{family}_tiny` .*$", RESULTS.read_text(), re.M)[0]
+  measured = re.search(r"tiny: (\S+ ± \S+) nat per byte, (\d) seeds", text)
+  cells = [cell.strip() for cell in row.split("|")]
+  assert cells[4] == measured[1] and cells[6] == measured[2]
+  papers = TABLE.read_text().splitlines()
+  for values in re.findall(r"^  \w+: ([\d.]+), ([\d.]+)\.$", text, re.M):
+    assert any({*values} <= {*row.split(",")} for row in papers), values
 
 
 def test_overrides_have_the_fields_type():
@@ -199,5 +223,8 @@ def test_a_broken_config_file_is_one_sentence(body, sentence, tmp_path):
 
 
 def test_a_config_is_found_by_path():
-  path = named._FOLDER / "hope_tiny.py"
-  assert parse(f"--config={path}:smoke") == parse("--config=hope_tiny:smoke")
+  path = named._FOLDER / "hope.py"
+  smoke = parse("--config=hope_tiny:smoke")
+  assert parse(f"--config={path}:tiny,smoke") == smoke
+  assert parse(f"--config={path}") == parse("--config=hope_tiny")
+  assert "unknown size '2b'" in mistake(f"--config={path}:2b")

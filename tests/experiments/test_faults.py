@@ -76,7 +76,7 @@ def test_a_run_that_loses_a_checkpoint_is_wrong(done, monkeypatch):
 
   def lose(scene):
     kinds.sigkill(scene)
-    # Whole when the run was killed, and not there when it goes on.
+    # Whole when the run was killed, and not there when it resumes.
     steps = scene.workdir / "checkpoints"
     newest = checkpoint.latest_step(str(scene.workdir))
     if newest is None:
@@ -105,7 +105,7 @@ def train(folder: pathlib.Path, **changes) -> judge.Record:
 
 
 class Slipped(stub.Data):
-  """Data that go on one batch too late."""
+  """Data that continue one batch too late."""
 
   def set_state(self, state):
     super().set_state({"next_row": state["next_row"] + stub.BATCH})
@@ -183,7 +183,7 @@ def test_figures_of_a_resume(tmp_path):
   )
   # Step 9 was made before the run ended, and saved.
   scene.marks.append(scene_lib.Mark(time=2.0, step=8, promised=4))
-  said = "log\ngoing on from step 4 in x\n"
+  said = "log\nresuming from step 4 in x\n"
   ended = scene_lib.Ended(0, said, begun=3.0, seconds=6.0)
   expected = {"resumed_from": 4, "steps_lost": 4, "seconds_lost": 5.5}
   assert trials.lost(scene, ended) == expected

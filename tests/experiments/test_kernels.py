@@ -346,7 +346,7 @@ MISTAKES = (
   (["--report", "--topology=v5e:2"], "has 2 sides"),
   (["--report", "--config=hop_1b3"], "no config named 'hop_1b3'"),
   (["--report", "--peer=no_python"], "there is no such program"),
-  (["--report", "--json=."], "is there; give another"),
+  (["--report", "--json=."], "exists; give another"),
 )
 
 
@@ -358,10 +358,10 @@ def test_mistakes_end_in_one_sentence(tmp_path):
     assert line.startswith("error: ") and sentence in line
 
 
-CONFIG = """from experiments.configs import {name}_tiny
+CONFIG = """from experiments.configs import {name}
 
 def get_config(arg=""):
-  config = {name}_tiny.get_config()
+  config = {name}.get_config("tiny")
   config.model.update(width=128, heads=2, head_dim=64)
   return config
 """

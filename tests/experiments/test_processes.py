@@ -149,7 +149,7 @@ def test_goes_on_with_other_processes_and_another_mesh(
   """Two processes share the rows of a half of each batch.
 
   What the second of two had saved last is torn: some of four find that out,
-  and all go on from the checkpoint before.
+  and all resume from the checkpoint before.
   """
   shutil.copytree(two[0], folder / "resumed")
   saved = folder / "resumed" / "checkpoints" / "4" / "state"
@@ -160,7 +160,7 @@ def test_goes_on_with_other_processes_and_another_mesh(
     "--allow_config_change", steps=8, every=4,
   )  # fmt: skip
   done = succeed(server.run(command, processes=4))
-  assert "going on from step 2" in done[0].stderr
+  assert "resuming from step 2" in done[0].stderr
   assert (folder / "resumed" / "damaged" / "4").is_dir()
   assert_same_losses(one, folder / "resumed", range(1, 9))
   assert_same_weights(one, folder / "resumed", 8)

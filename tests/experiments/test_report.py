@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from experiments.configs import hope_tiny, transformer_tiny
+from experiments.configs import hope, transformer
 from nl_jax import build
 from nl_jax.report import charts, folder
 from nl_jax.report import page as page_lib
@@ -35,7 +35,7 @@ def memory(step):
   } | {"opt/cms/high/update_norm": step % 2, "opt/slow/update_norm": 0.2}
 
 
-def make_run(folder, module=hope_tiny, lines=None, **config):
+def make_run(folder, module=hope, lines=None, **config):
   folder.mkdir()
   built = module.get_config("smoke")
   built.update_from_flattened_dict(config)
@@ -108,7 +108,7 @@ def test_the_same_run_gives_the_same_page(tmp_path):
 def test_runs_side_by_side(tmp_path):
   one = make_run(tmp_path / "one")
   lines = [line(i) for i in range(1, 5)]
-  two = make_run(tmp_path / "two", transformer_tiny, lines, **{"data.seed": 7})
+  two = make_run(tmp_path / "two", transformer, lines, **{"data.seed": 7})
   page = report(tmp_path / "out", one, two)
   assert "one, train" in page.text and "two, train" in page.text
   assert "fields differ." in page.text and "data.seed" in page.text
@@ -121,7 +121,7 @@ def test_runs_side_by_side(tmp_path):
 
 def test_runs_with_other_tokenizers_share_no_panel_of_loss(tmp_path):
   one = make_run(tmp_path / "one")
-  two = make_run(tmp_path / "two", transformer_tiny)
+  two = make_run(tmp_path / "two", transformer)
   (two / "config.json").write_text(json.dumps({
     **json.loads((two / "config.json").read_text()),
     "tokenizer": {"file": "w.model", "sha256": {"w.model": "ab" * 32}},
@@ -165,7 +165,7 @@ def test_lines_that_lie_on_each_other_are_seen(tmp_path):
 
 
 def test_what_changed_and_where_it_came_from_is_told(tmp_path):
-  folder = make_run(tmp_path / "a$b^{")  # A name is no formula.
+  folder = make_run(tmp_path / "a$b^{")  # A name is not a formula.
   about = json.loads((folder / "config.json").read_text())
   about["changes"] = [{"step": 4, "changes": ["optim.b1: 0.9 -> 0.8"]}]
   about["chain"] = [
@@ -189,7 +189,7 @@ def test_what_changed_and_where_it_came_from_is_told(tmp_path):
 def test_gaps_torn_lines_and_single_lines(tmp_path):
   lines = [line(i) for i in range(1, 6)]
   lines[2]["train/loss"] = None
-  run = make_run(tmp_path / "a", transformer_tiny, lines)
+  run = make_run(tmp_path / "a", transformer, lines)
   with (run / "metrics.jsonl").open("a") as file:
     file.write('{"step": 6, "tok')
   page = report(run, run)
@@ -197,7 +197,7 @@ def test_gaps_torn_lines_and_single_lines(tmp_path):
   assert "1 torn lines" in page.text
   _, ys = runs_lib.read(str(run)).series("train/loss")
   assert [math.isnan(y) for y in ys] == [False, False, True, False, False]
-  alone = make_run(tmp_path / "b", transformer_tiny, [line(1)])
+  alone = make_run(tmp_path / "b", transformer, [line(1)])
   assert "Loss over tokens" in report(alone, alone).text
 
 
@@ -205,7 +205,7 @@ def test_damaged_lines_are_left_out_and_damaged_values_are_gaps(tmp_path):
   lines = [line(i) for i in range(1, 6)]
   lines[2]["train/loss"] = "low"
   lines[3]["opt/grad_norm"] = 10**400
-  run = make_run(tmp_path / "a", transformer_tiny, lines)
+  run = make_run(tmp_path / "a", transformer, lines)
   with (run / "metrics.jsonl").open("ab") as file:
     file.write(b'\xff\n{"step": "7", "tokens": [], "wall_time": {}}\n[3]\n')
   page = report(run, run)
@@ -222,7 +222,7 @@ NAMES = [
 
 def test_names_are_drawn_as_they_are(tmp_path):
   lines = [line(i) for i in range(1, 3)]
-  runs = [make_run(tmp_path / x, transformer_tiny, lines) for x in NAMES]
+  runs = [make_run(tmp_path / x, transformer, lines) for x in NAMES]
   page = report(tmp_path / "out", *runs)
   drawn = [text for text in page.words if text.endswith(", train")]
   assert len(drawn) == 2 * len(NAMES) and not page.fetched

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.cli import named
-from experiments.configs import hope_linear_tiny
+from experiments.configs import hope_linear
 from nl_jax import build, sharding
 from nl_jax import tensors as sealed
 from nl_jax.pretrained import folders, hf_config, weights
@@ -36,7 +36,7 @@ def write_tokenizer(folder):
 
 def write_run(folder):
   """A run of a model that has no form in the format of the hub."""
-  config = build.resolve(hope_linear_tiny.get_config("smoke"))
+  config = build.resolve(hope_linear.get_config("smoke"))
   params = jax.jit(build.model(config).init)(jax.random.key(0))
   zero = np.zeros((), np.int32)
   files.claim(folder, build.plain(config), "")
@@ -199,8 +199,8 @@ SENTENCES = [
   "--workdir is required: the folder of the new run",
   "no folder --hf=no: give one with a config.json",
   "nothing has no config.json; give a folder with one",
-  "model.safetensors is no safetensors file, or a torn one",
-  "config.json is no JSON",
+  "model.safetensors is not a safetensors file, or a torn one",
+  "config.json is not JSON",
   "--levels belongs to --mode=split: inplace has one",
   "--mode must be one of inplace, split; got 'apart'",
   "--chunks are whole numbers and --rates are numbers, got invalid literal",

@@ -1,0 +1,25 @@
+"""HOPE whose levels learn in context (eq. 71, 94-97).
+
+`hope` with a rate for each fast level: in the last quarter of the layers the
+levels high and mid have weights of their own in each sequence, which learn from
+the tokens as they are read (docs/mathematics.md 4.3).
+
+Unstated in the paper: shapes, chunk lengths, inner rule and rates; ours here.
+What follows from them (parameters, FLOPs, levels, tokens) is printed by
+--describe:
+
+    python -m experiments.lm --config=hope_incontext_tiny
+    python -m experiments.lm --config=hope_incontext_340m --describe
+
+Measured (docs/results.md):
+  tiny: 1.380 ± 0.002 nat per byte, 3 seeds; two CPU cores, minutes.
+  340m, 760m, 1b3: not run; a TPU slice.
+Expected: no row of Table 1.
+"""
+
+from experiments.configs import _common
+
+
+def get_config(arg: str = "tiny") -> _common.ConfigDict:
+  """See above; arg: a size, then `smoke` after a comma."""
+  return _common.of_family("hope_incontext", arg)
