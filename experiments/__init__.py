@@ -4,6 +4,8 @@ import importlib.util
 import os
 import pathlib
 
+from nl_jax import debugging
+
 _GOOGLE = "0x1ae0"  # Vendor of a TPU on the PCI bus.
 
 
@@ -15,7 +17,8 @@ def _has_tpu() -> bool:
 
 # XLA logs as an error that a compilation takes more than two minutes. What does
 # go wrong is raised besides; 0 shows all of the log.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if not debugging.on():
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 # With libtpu installed and no TPU, for compiling ahead of time, JAX would look
 # for one and print pages of what it did not find.

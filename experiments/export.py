@@ -12,7 +12,7 @@ import pathlib
 import shutil
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command
 
@@ -48,7 +48,7 @@ def main() -> int:
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
   out = pathlib.Path(_OUT.value)
   _refuse_taken(out)
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   import jax
   import numpy as np
 

@@ -102,7 +102,7 @@ def main() -> int:
     print(describe.flops_text(config, net), flush=True)
   if _DESCRIBE.value:
     return command.DONE
-  settings, mesh = build.settings(config), build.mesh(config)
+  options, mesh = build.options(config), build.mesh(config)
   dataset = build.dataset(config, net, mesh)
   evaluate = _with_tasks(
     _evaluation(net, dataset, config.eval.batches, mesh),
@@ -127,7 +127,7 @@ def main() -> int:
     sequence_length=config.data.sequence_length,
     workdir=str(workdir),
     config=build.plain(config),
-    settings=settings,
+    options=options,
     fingerprint=dataset.fingerprint,
     mesh=mesh,
     evaluate=evaluate,

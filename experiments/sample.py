@@ -14,7 +14,7 @@ import json
 import pathlib
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command
 
@@ -48,7 +48,7 @@ def main() -> int:
     raise ValueError("--workdir is required: the folder of a trained run")
   if not pathlib.Path(_WORKDIR.value).is_dir():
     raise ValueError(f"no folder {_WORKDIR.value}: give the --workdir of a run")
-  logging.set_verbosity(logging.WARNING)  # Only the text, and mistakes.
+  command.quiet()
   if _PROMPTS.value:
     return _sample_many()
   import jax

@@ -22,7 +22,7 @@ from nl_jax.models import cms, lm, presets
 from nl_jax.models.incontext import model as incontext
 from nl_jax.train import checkpoint, files, optimizer, rules
 from nl_jax.train import config as configs
-from nl_jax.train import settings as settings_lib
+from nl_jax.train import options as options_lib
 
 ConfigDict = config_dict.ConfigDict
 Model = lm.LanguageModel | incontext.InContextModel
@@ -213,7 +213,7 @@ def _model(group: Mapping[str, Any], **others: Any) -> Model:
   learning = {k: v for k, v in levels.items() if k in names}
   chain = {k: v for k, v in levels.items() if k not in names}
   base = lm.LanguageModel(
-    **values, cms=cms.CMSConfig(**chain), mixer=mixer, **others
+    **values, cms=cms.Options(**chain), mixer=mixer, **others
   )
   if not learning:
     return base
@@ -344,11 +344,11 @@ def make_optimizer(
     ValueError: a value that does not fit, or that the rule does not read.
   """
   group = rules.chosen(config.optim.to_dict())
-  options = group.pop(group["name"])
+  own = group.pop(group["name"])
   return optimizer.make(
     net,
     **group,
-    options=options,
+    options=own,
     steps=config.train.steps,
     tokens_per_step=tokens_per_step(config),
   )
@@ -466,19 +466,19 @@ def check_sequence(config: ConfigDict, shards: int) -> None:
     )
 
 
-def settings(config: ConfigDict) -> settings_lib.Settings:
+def options(config: ConfigDict) -> options_lib.Options:
   """What the loop does, and when.
 
   Raises:
     ValueError: a number out of range, or a task that there is not.
   """
-  settings_lib.Evaluation(**config.eval.to_dict())
+  options_lib.EvalOptions(**config.eval.to_dict())
   try:
     evaluate.parse(config.eval.tasks)
   except ValueError as error:
     raise ValueError(f"eval.tasks: {error}") from error
   train = config.train
-  return settings_lib.Settings(
+  return options_lib.Options(
     steps=train.steps,
     log_every=train.log_every,
     eval_every=train.eval_every,

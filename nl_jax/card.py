@@ -10,66 +10,12 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-NONPARAMETRIC = 0  # Chunk of what has no parameters to update: attention.
-STEP = -1  # Chunk of what is updated once an optimizer step: a batch's tokens.
-KINDS = (
-  "memory",
-  "feed-forward",
-  "attention",
-  "slow weights",
-  "optimizer state",
-)
-TRANSFERS = ("parametric", "nonparametric", "backprop", "init", "generation")
+from nl_jax.levels import NONPARAMETRIC, STEP, LevelRow
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
-  """One component of a model.
-
-  Attributes:
-    name: what it is called in the paper and in the parameter tree.
-    kind: one of `KINDS`.
-    chunk: tokens between two of its updates; `STEP` for one optimizer step,
-      `NONPARAMETRIC` for attention.
-    bptt: its own states that the outer gradient passes through in a training
-      sequence; 1 where updates are not differentiated; None for all of the
-      sequence's tokens (printed L, as in the paper).
-    objective: what its rule minimises.
-    rule: how it learns.
-    transfer: how knowledge reaches it or leaves it, one of `TRANSFERS`.
-    state_bytes: of state that one sequence carries, over all layers.
-    parameters: of the slow weights in it, over all layers.
-    frozen: it changes in pre-training only; its chunk is that of pre-training.
-    level: 1 for the fastest; filled in by `rank`.
-    frequency: as printed; filled in by `rank`.
-  """
-
-  name: str
-  kind: str
-  chunk: int
-  bptt: int | None = 1
-  objective: str = "task loss"
-  rule: str = "optimizer"
-  transfer: str = "backprop"
-  state_bytes: int = 0
-  parameters: int = 0
-  frozen: bool = False
-  level: int = 0
-  frequency: str = ""
-
-  def __post_init__(self):
-    for field, value, known in (
-      ("kind", self.kind, KINDS),
-      ("transfer", self.transfer, TRANSFERS),
-    ):
-      if value not in known:
-        raise ValueError(
-          f"row {self.name!r}: {field} must be one of {', '.join(known)}, "
-          f"got {value!r}"
-        )
-
-
-def rank(rows: Sequence[Row], batch_tokens: int | None = None) -> list[Row]:
+def rank(
+  rows: Sequence[LevelRow], batch_tokens: int | None = None
+) -> list[LevelRow]:
   """Fills in level and frequency of every row.
 
   frequency = C_max / C, C_max the largest finite chunk among the rows; ∞ for
@@ -104,7 +50,7 @@ def rank(rows: Sequence[Row], batch_tokens: int | None = None) -> list[Row]:
   ]
 
 
-def _tokens(row: Row, batch_tokens: int | None) -> int | None:
+def _tokens(row: LevelRow, batch_tokens: int | None) -> int | None:
   """Tokens of the row's chunk; None where it is unknown or has none."""
   if row.chunk == NONPARAMETRIC:
     return None
@@ -142,7 +88,7 @@ _HEADER = (
 _RIGHT = {"level", "chunk", "BPTT", "frequency", "state/seq", "parameters"}
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: LevelRow) -> tuple[str, ...]:
   if row.frozen:
     chunk = "∞"
   elif row.chunk == NONPARAMETRIC:
@@ -158,7 +104,9 @@ def _cells(row: Row) -> tuple[str, ...]:
   )
 
 
-def format_rows(rows: Sequence[Row], batch_tokens: int | None = None) -> str:
+def format_rows(
+  rows: Sequence[LevelRow], batch_tokens: int | None = None
+) -> str:
   """The card as an aligned table, fastest level first.
 
   Args:

@@ -1,14 +1,14 @@
 """The mesh, the logical axes, and the one table that maps them.
 
-Model code names logical axes and never a mesh axis. A parameter's axes follow
-from its path: exactly one rule of `PARAMETERS` matches it. Fast weights are
-laid out by sequence and head, so that inner loops need no collective.
+Model code names logical axes and never a mesh axis. A parameter's axes are in
+the table of its model, a state's in its name. Fast weights are laid out by
+sequence and head, so that inner loops need no collective.
 """
 
 import logging
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import jax
@@ -21,6 +21,7 @@ from jax.sharding import PartitionSpec as P
 from nl_jax import fields
 
 Tree = Any
+Axes = Mapping[str, tuple[str | None, ...]]  # Logical names by path.
 
 AXES = ("replica", "fsdp", "sequence", "tensor")
 _SIZE = fields.Whole(1, also=(-1,))
@@ -43,119 +44,28 @@ LOGICAL = {
   "chunk": None,
 }
 
-# Samba's mixer is a layer and the mixer of the next; those of Titans with
-# attention have two branches.
-_MIXER = r"blocks/mixer/((mamba|attention|lmm)/)?"
-_LEVEL = r"blocks/(mixer/)?cms/\w+/"
-
-# (pattern of the whole path, axes); `layer` stands before those in blocks/.
-PARAMETERS = (
-  (r"embed", ("vocab", "embed")),
-  (r"head", ("embed", "vocab")),
-  (
-    r"(blocks/(mixer|mixer/(attention|lmm))_norm|final_norm)/scale",
-    ("act_embed",),
-  ),
-  (_LEVEL + r"norm/scale", ("act_embed",)),
-  (_LEVEL + r"w_(gate|up)", ("embed", "mlp")),
-  (_LEVEL + r"w_down", ("mlp", "embed")),
-  (_LEVEL + r"mu", ("act_embed",)),
-  (r"blocks/cms/mix", ("level",)),
-  (r"in_context/log_rate", ("level",)),
-  (r"in_context/w_target/\w+", ("layer", "embed", "act_embed")),
-  (_MIXER + r"w_[qkvgr]", ("embed", "heads")),
-  (_MIXER + r"w_o", ("heads", "embed")),
-  (_MIXER + r"conv_[qkv]", ("act_embed", "heads")),
-  (_MIXER + r"([qk]_)?norm/scale", ("head_dim",)),
-  (_MIXER + r"persistent", ("chunk", "act_embed")),
-  # TTT.
-  (_MIXER + r"w_qk", ("embed", "heads")),
-  (_MIXER + r"w_lr", ("embed", "heads")),
-  (_MIXER + r"b_(lr|q|k|v)", ("heads",)),
-  (_MIXER + r"(pre_norm/scale|b_pre)", ("act_embed",)),
-  (_MIXER + r"conv_pre", ("chunk", "act_embed")),
-  (_MIXER + r"token_rate", ("chunk",)),
-  (_MIXER + r"memory/b_(w|in|out)", ("heads", "mem_out")),
-  (_MIXER + r"memory_norm/(scale|bias)", ("heads", "head_dim")),
-  (_MIXER + r"norm/bias", ("act_embed",)),
-  # RWKV-7; its norm is of all heads.
-  (_MIXER + r"mu_\w", ("act_embed",)),
-  (_MIXER + r"(decay|rate|value|gate)_down", ("embed", "mem_out")),
-  (_MIXER + r"(decay|rate|value|gate)_up", ("mem_in", "heads")),
-  (_MIXER + r"((decay|rate|value)_bias|key_(scale|rate)|bonus)", ("heads",)),
-  # Mamba; its channels are split as heads are.
-  (_MIXER + r"w_[xz]", ("embed", "heads")),
-  (_MIXER + r"conv_x", ("act_embed", "heads")),
-  (_MIXER + r"(b_x|b_dt|D_skip)", ("heads",)),
-  (_MIXER + r"w_dbc", ("heads", "head_dim")),
-  (_MIXER + r"w_dt", ("head_dim", "heads")),
-  (_MIXER + r"A_log", ("heads", "mem_in")),
-  (_MIXER + r"w_(a|beta)", ("embed", "heads")),
-  (_MIXER + r"(A_log|dt_bias|erase|correction)", ("heads",)),
-  (_MIXER + r"(static_)?gate/w_(eta|alpha|beta|gamma)", ("embed", "heads")),
-  (_MIXER + r"(static_)?gate/b_(eta|alpha|beta)", ("heads",)),
-  (_MIXER + r"gate/w_(eta|alpha)_down", ("embed", "mem_out")),
-  (_MIXER + r"gate/w_(eta|alpha)_up", ("mem_in", "heads")),
-  (_MIXER + r"memory/gate/w_(eta|alpha)", ("heads", "head_dim")),
-  (_MIXER + r"memory/gate/b_(eta|alpha|beta)", ("heads",)),
-  # Gates of a channel.
-  (_MIXER + r"memory/gate/b_(eta|alpha)", ("heads", "head_dim")),
-  (
-    _MIXER + r"memory/((?!gate/)\w+/)?w(_in|_out|_gate)?",
-    ("heads", "start_in", "mem_out"),
-  ),
-)
-
-# Of a model that learns in context: by where in its state they stand.
-_LAYERS = r"layers/((slow|begin|now)/)?"
-_LOCAL = r"layers/fast/\w+/"
-_CONVS = _LAYERS + r"(((mamba|lmm|segment/carried)/)?convs/\w+|recall)/"
-_CACHE = _LAYERS + r"(attention/|segment/carried/cache/)?"
-_FAR = _LAYERS + r"((lmm/)?memory|segment)/"
-_FAST = r"levels/\w+/(params|start|gradient|gathered|rule/(\w+/)*)/?"
-
-# The state of a language model: axes after `layer` and `batch`.
+# Axes of a state after `batch`, by the letters that end its name: inputs_Bx3xE.
+_LETTERS = {
+  **{"S": "length", "C": "chunk", "3": "chunk", "D": "act_embed"},
+  **dict.fromkeys("EHI", "heads"),
+  **{"K": "head_dim", "V": "mem_out", "N": "mem_in"},
+}
+# Of other leaves of a language model's state, the first that fits path and
+# rank: axes after `layer`, in layers/, and `batch`.
+_FEED_FORWARD = r"levels/\w+/(params|start|gradient|gathered|rule/(\w+/)*)/?"
+_LOCAL = r"layers/fast/\w+/(anchor|w|s)/"
 STATES = (
-  (r"position_B", ()),
-  (_CONVS + r"inputs_Bx3xE", ("chunk", "heads")),
-  (_CONVS + r"segment_Bx3", ("chunk",)),
-  (_LAYERS + r"mamba/h_BxIxN", ("heads", "mem_in")),
-  (_LAYERS + r"S_BxHxKxK", ("heads", "mem_in", "mem_out")),
-  (
-    _LAYERS + r"(lmm/)?memory/(generators|memory|local|wide|keys)/"
-    r"(anchor|w|s|carried)/\w+",
-    ("heads", "mem_in", "mem_out"),
-  ),
-  (_FAR + r"(anchor|w|s|carried)/\w+", ("heads", "mem_in", "mem_out")),
-  (
-    _LAYERS + r"segment/carried/(anchor|s|carried)/\w+",
-    ("heads", "mem_in", "mem_out"),
-  ),
-  (_FAR + r"(\w+/)?(phase|segment|place)", ()),
-  (
-    _CACHE + r"(recall_)?(keys|values)_BxSxHxK",
-    ("length", "heads", "head_dim"),
-  ),
-  (_CACHE + r"slot_document_BxS", ("length",)),
-  (_LAYERS + r"((attention|segment/carried)/)?\w+_B", ()),
-  # Fast weights of feed-forward levels, split as the slow ones over `tensor`.
-  (_FAST + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
-  (_FAST + r"w_down", ("layer", "mlp", "act_embed")),
-  (r"levels/\w+/(weight|clock)", ()),
   *((r"levels/\w+/replay/.+", ("chunk",) * k) for k in range(7)),
-  (
-    _LOCAL + r"(anchor|w|s)/w_(gate|up)",
-    ("level", "act_embed", "mlp"),
-  ),
-  (_LOCAL + r"(anchor|w|s)/w_down", ("level", "mlp", "act_embed")),
-  (_LOCAL + r"(phase|segment)", ()),
-  (r"buffer/x_BxCxD", ("chunk", "act_embed")),
-  (r"buffer/(tokens|ids|learn)_BxC", ("chunk",)),
-  (r"buffer/phase_B", ()),
+  # Fast weights of feed-forward levels, split as the slow ones over `tensor`.
+  (_FEED_FORWARD + r"w_(gate|up)", ("layer", "act_embed", "mlp")),
+  (_FEED_FORWARD + r"w_down", ("layer", "mlp", "act_embed")),
+  (_LOCAL + r"w_(gate|up)", ("level", "act_embed", "mlp")),
+  (_LOCAL + r"w_down", ("level", "mlp", "act_embed")),
+  (r"layers/(.+/)?(anchor|w|s|carried)/\w+", ("heads", "mem_in", "mem_out")),
+  (r"(layers|levels)/(.+/)?(phase|segment|place|weight|clock)", ()),
 )
 
-# The small network that an optimizer keeps for a matrix: which of the last two
-# axes has its hidden units.
+# Of the small network that an optimizer keeps for a matrix: its hidden axis.
 LEARNED = {"w_in": 1, "w_out": 0}
 
 _LARGE = 2**20  # Bytes from which a replicated leaf is worth a line.
@@ -358,8 +268,7 @@ def shard_shape(
   Without a mesh the shape itself.
 
   Args:
-    shape: of the whole.
-    names: logical names of the axes.
+    shape, names: of the whole, and the logical names of its axes.
   """
   sizes = jax.sharding.get_abstract_mesh().shape
   if not set(AXES) <= set(sizes):
@@ -381,61 +290,47 @@ def path_name(path: Sequence[Any]) -> str:
   return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
 
 
-def logical_axes(path: str, rank: int) -> tuple[str, ...]:
-  """The logical names of a parameter's axes.
-
-  Raises:
-    ValueError: not exactly one rule matches path and rank.
-  """
-  lead = ("layer",) if path.startswith("blocks/") else ()
-  found = [
-    lead + names
-    for pattern, names in PARAMETERS
-    if re.fullmatch(pattern, path) and len(lead + names) == rank
-  ]
-  if len(found) != 1:
-    raise ValueError(
-      f"{path}: {len(found)} sharding rules match a parameter of rank {rank}, "
-      "expected 1; see PARAMETERS of nl_jax/sharding.py"
-    )
-  return found[0]
-
-
-def param_shardings(params: Tree, mesh: Mesh) -> Tree:
+def param_shardings(params: Tree, axes: Axes, mesh: Mesh) -> Tree:
   """Shardings of a tree of parameters (arrays or their shapes).
 
+  Args:
+    params: of a model, or some of them.
+    axes: the model's, by path.
+    mesh: where to.
+
   Raises:
-    ValueError: a parameter without exactly one rule, or an axis that its part
-      of the mesh does not divide.
+    ValueError: a parameter without axes, or an axis that its part of the mesh
+      does not divide.
   """
 
   def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
     name = path_name(path)
-    return _named(mesh, name, leaf.shape, logical_axes(name, leaf.ndim))
+    if len(axes.get(name, ())) != leaf.ndim:
+      raise ValueError(
+        f"{name}: the model has no parameter of this name and of rank "
+        f"{leaf.ndim}; its table of leaves has all that it has"
+      )
+    return _named(mesh, name, leaf.shape, axes[name])
 
   return jax.tree_util.tree_map_with_path(one, params)
 
 
-def decode_shardings(params: Tree, mesh: Mesh) -> Tree:
+def decode_shardings(params: Tree, axes: Axes, mesh: Mesh) -> Tree:
   """Shardings of parameters that read one token at a time.
 
   A token needs all weights once: split over `fsdp` they would be gathered for
   each, so that every shard of it holds them whole, and `tensor` splits them.
 
   Args:
-    params: arrays, or their shapes.
-    mesh: where to.
+    params, axes, mesh: as of `param_shardings`.
 
   Raises:
     ValueError: as `param_shardings`.
   """
-
-  def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
-    name = path_name(path)
-    axes = logical_axes(name, leaf.ndim)
-    return _named(mesh, name, leaf.shape, [_whole(axis) for axis in axes])
-
-  return jax.tree_util.tree_map_with_path(one, params)
+  whole = {
+    name: tuple(_whole(axis) for axis in names) for name, names in axes.items()
+  }
+  return param_shardings(params, whole, mesh)
 
 
 def _whole(axis: str | None) -> str | None:
@@ -578,17 +473,26 @@ def sequence_shardings(state: Tree, mesh: Mesh) -> Tree:
 
   def one(path: Sequence[Any], leaf: jax.Array) -> NamedSharding:
     name = path_name(path)
-    lead = ("layer", "batch") if name.startswith("layers/") else ("batch",)
-    found = [
-      axes
-      for pattern, names in STATES
-      if re.fullmatch(pattern, name) and len(axes := lead + names) == leaf.ndim
-    ]
-    if len(found) != 1:
-      raise ValueError(
-        f"{name}: {len(found)} sharding rules match a state of rank "
-        f"{leaf.ndim}, expected 1; see STATES of nl_jax/sharding.py"
-      )
-    return _named(mesh, name, leaf.shape, found[0])
+    return _named(mesh, name, leaf.shape, state_axes(name, leaf.ndim))
 
   return jax.tree_util.tree_map_with_path(one, state)
+
+
+def state_axes(name: str, rank: int) -> tuple[str, ...]:
+  """The logical names of the axes of a state, by its path and rank.
+
+  Raises:
+    ValueError: no rule fits.
+  """
+  lead = ("layer", "batch") if name.startswith("layers/") else ("batch",)
+  letters = re.fullmatch(r"(?!levels/\w+/replay/).*_B((x\w)*)", name)
+  found = [axes for rule, axes in STATES if re.fullmatch(rule, name)]
+  if letters:
+    found = [tuple(_LETTERS[x] for x in letters[1].split("x")[1:])]
+  for axes in found:
+    if len(lead + axes) == rank:
+      return lead + axes
+  raise ValueError(
+    f"{name}: no sharding rule fits a state of rank {rank}; see STATES of "
+    "nl_jax/sharding.py"
+  )

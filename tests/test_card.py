@@ -4,6 +4,7 @@ import pytest
 
 from experiments.cli import named
 from nl_jax import build, card
+from nl_jax.levels import LevelRow
 
 
 def ranked(name):
@@ -55,4 +56,4 @@ def test_the_card_is_sorted_by_level_and_says_what_is_frozen():
   levels = [row.level for row in sorted(rows.values(), key=lambda r: r.level)]
   assert levels[0] == 1 and levels == sorted(levels)
   with pytest.raises(ValueError, match="kind must be one of"):
-    card.Row(name="x", kind="y", chunk=1)
+    LevelRow(name="x", kind="y", chunk=1)

@@ -47,10 +47,11 @@ def test_the_example_of_the_readme_reads_a_run(runs, tmp_path, monkeypatch):
   (tmp_path / "runs").mkdir()
   (tmp_path / "runs" / "hope_tiny").symlink_to(runs / "hope")
   monkeypatch.chdir(tmp_path)
+  (tmp_path / "README.md").write_text("def main(argv):\n")
   made = {}
   exec(code, made)
-  assert made["run"].step == make.KEPT and made["nats_BxT"].shape == (1, 16)
-  assert stream.read_manifest("main.memory")["tokens_seen"] == [16]
+  assert made["run"].step == make.KEPT and made["nats"].shape == (1, 16)
+  assert stream.read_manifest("readme.memory")["tokens_seen"] == [16]
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def go_on(workdir, config=None):
     sequence_length=config.data.sequence_length,
     workdir=str(workdir),
     config=build.plain(config),
-    settings=build.settings(config),
+    options=build.options(config),
     fingerprint=dataset.fingerprint,
     mesh=build.mesh(config, jax.devices()[:1]),
   )

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from experiments.cli import texts as texts_lib
-from nl_jax import rows, stream
+from nl_jax import stream
 from nl_jax.data import tokenizers
+from nl_jax.stream import rows
 from tests.laws.models import MODELS
 
 LENGTHS = (7, 40, 1, 23)

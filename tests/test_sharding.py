@@ -17,8 +17,8 @@ from nl_jax.train import optimizer, step
 from nl_jax.train import state as state_lib
 
 T, B = 16, 8
-CMS = cms.CMSConfig(("high", "low"), (32, 32), (T * B, 2 * T * B))
-MEMORY = self_modifying.Config(chunk_memory=8, chunk_gen=8)
+CMS = cms.Options(("high", "low"), (32, 32), (T * B, 2 * T * B))
+MEMORY = self_modifying.Options(chunk_memory=8, chunk_gen=8)
 
 
 def model(arch: str = "hope", **change) -> lm.LanguageModel:
@@ -39,24 +39,24 @@ def model(arch: str = "hope", **change) -> lm.LanguageModel:
 MODELS = {
   "hope": model(),
   "hope_linear": model(
-    mixer=self_modifying.Config(
+    mixer=self_modifying.Options(
       memory="linear",
       momentum="ema",
       value_source="plain",
-      generators=self_modifying.Generators(value_source="plain"),
+      generators=self_modifying.GeneratorOptions(value_source="plain"),
     )
   ),
-  "hope_channel": model(mixer=self_modifying.Config(gate_shape="channel")),
+  "hope_channel": model(mixer=self_modifying.Options(gate_shape="channel")),
   "hope_attention": model("hope_attention"),
   "independent": model(
     "hope_attention",
-    cms=cms.CMSConfig(("a", "b"), (32, 32), (0, 0), variant="independent"),
+    cms=cms.Options(("a", "b"), (32, 32), (0, 0), variant="independent"),
   ),
-  "transformer": model("transformer", cms=cms.CMSConfig(widths=(64,))),
+  "transformer": model("transformer", cms=cms.Options(widths=(64,))),
   # So narrow that the chain is split by tokens.
   "narrow": model(
     "hope_attention",
-    cms=cms.CMSConfig(("a", "b", "c"), (4, 4, 4), (0, 0, 0)),
+    cms=cms.Options(("a", "b", "c"), (4, 4, 4), (0, 0, 0)),
   ),
   "incontext": incontext.InContextModel(
     model("hope_attention", mixer=attention.Options(window=8)),
@@ -102,11 +102,15 @@ def test_mesh_that_does_not_fit(sizes):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_every_parameter_has_one_rule(name):
+def test_the_table_has_every_parameter(name):
+  table = MODELS[name].leaves()
   params = jax.eval_shape(MODELS[name].init, jax.random.key(0))
-  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    axes = sharding.logical_axes(sharding.path_name(path), leaf.ndim)
-    assert len(axes) == leaf.ndim
+  made = jax.tree_util.tree_leaves_with_path(params)
+  shapes = {sharding.path_name(path): leaf.shape for path, leaf in made}
+  assert shapes == {path: leaf.shape for path, leaf in table.items()}
+  for path, leaf in table.items():
+    assert len(leaf.axes) == len(leaf.shape), path
+    assert set(leaf.axes) <= set(sharding.LOGICAL), path
 
 
 @pytest.mark.versions
@@ -139,7 +143,7 @@ def test_every_config_is_laid_out(name):
   config = build.resolve(named.load_config(name))
   net, mesh = build.model(config), sharding.mesh(2, 2, 1, 2)
   params = jax.eval_shape(net.init, jax.random.key(0))
-  shardings = sharding.param_shardings(params, mesh)
+  shardings = sharding.param_shardings(params, net.axes(), mesh)
   whole = sharding.large_replicated(params, shardings)
   assert not [path for path, size in whole if size > 2**24]
   assert any("tensor" in s.spec for s in jax.tree.leaves(shardings))
@@ -166,9 +170,10 @@ def test_every_config_is_laid_out(name):
 
 def test_heads_that_do_not_divide_say_so():
   config = build.resolve(named.load_config("gated_deltanet_tiny:smoke"))
-  params = jax.eval_shape(build.model(config).init, jax.random.key(0))
+  net, mesh = build.model(config), sharding.mesh(fsdp=4, tensor=2)
+  params = jax.eval_shape(net.init, jax.random.key(0))
   with pytest.raises(ValueError, match="'heads' of size 3 must be a multiple"):
-    sharding.param_shardings(params, sharding.mesh(fsdp=4, tensor=2))
+    sharding.param_shardings(params, net.axes(), mesh)
 
 
 def test_learned_memories_of_an_optimizer_are_split():
@@ -190,20 +195,19 @@ def test_learned_memories_of_an_optimizer_are_split():
 
 
 def test_unknown_parameter_and_wrong_rank():
-  with pytest.raises(ValueError, match="blocks/x/bias: 0 sharding rules"):
-    sharding.logical_axes("blocks/x/bias", 2)
-  with pytest.raises(ValueError, match="embed: 0 sharding rules"):
-    sharding.logical_axes("embed", 3)
+  axes, mesh = {"embed": ("vocab", "embed")}, sharding.mesh()
+  for name, rank in ("bias", 2), ("embed", 3):
+    params = {name: jnp.zeros((8,) * rank)}
+    with pytest.raises(ValueError, match=f"{name}: .* of rank {rank}"):
+      sharding.param_shardings(params, axes, mesh)
 
 
 def test_axis_that_does_not_divide():
-  params = jax.eval_shape(
-    model("transformer", cms=cms.CMSConfig(widths=(30,))).init,
-    jax.random.key(0),
-  )
+  net = model("transformer", cms=cms.Options(widths=(30,)))
+  params = jax.eval_shape(net.init, jax.random.key(0))
   mesh = sharding.mesh(fsdp=2, tensor=4)
   with pytest.raises(ValueError, match="'mlp' of size 30 .* nearest: 32"):
-    sharding.param_shardings(params, mesh)
+    sharding.param_shardings(params, net.axes(), mesh)
 
 
 def test_batch_that_does_not_divide():
@@ -364,7 +368,8 @@ def gradient_of_stack(
   """What the layers and their gradients send between eight devices."""
   mesh = mesh or sharding.mesh(2, 2, 1, 2)
   blocks = jax.eval_shape(m.init, jax.random.key(0))["blocks"]
-  shardings = sharding.param_shardings({"blocks": blocks}, mesh)["blocks"]
+  shardings = sharding.param_shardings({"blocks": blocks}, m.axes(), mesh)
+  shardings = shardings["blocks"]
   blocks = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     blocks,

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from nl_jax import drift, sharding, stream
+from nl_jax import sharding, stream
+from nl_jax.stream import drift
 from tests.laws.models import MODELS
 
 

@@ -61,7 +61,7 @@ def _gradient(config: Any, implementation: str) -> Callable[[], Any]:
     def loss(params, z):
       y, _, _ = self_modifying.update(
         params, self_modifying.start(params, B, config), *z,
-        config=config, run=memory.Run(implementation), at_edge=True,
+        options=config, run=memory.Run(implementation), at_edge=True,
       )  # fmt: skip
       return jnp.sum(jnp.square(y))
 
@@ -74,8 +74,8 @@ def memories() -> list[dict]:
   """Chunk form against the token loop: linear >= 4x, MLP >= 6x."""
   from nl_jax.memory import self_modifying
 
-  titans = self_modifying.Config()
-  linear = self_modifying.Config(
+  titans = self_modifying.Options()
+  linear = self_modifying.Options(
     memory="linear", objective="dot", dgd_coef="raw", residual=False,
     residual_clip=0.0, adaptive=(),
   )  # fmt: skip
@@ -131,7 +131,7 @@ def temporaries() -> list[dict]:
   B, H, K = 2, 4, 64
 
   def measured(T: int, group: int) -> tuple[int, int]:
-    config = self_modifying.Config(remat_group=group)
+    config = self_modifying.Options(remat_group=group)
     params = self_modifying.init(jax.random.key(0), config, H, K)
     z = jax.ShapeDtypeStruct((B, T, H, K), jnp.float32)
 

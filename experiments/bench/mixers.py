@@ -66,7 +66,7 @@ def _model(name: str) -> Any:
 
 def one_unit(net: Any) -> Any:
   """A model with one layer, or with one unit of its stack."""
-  depth = 2 if net.whole else getattr(net.module, "LAYERS", 1)
+  depth = 2 if net.whole else net.module.LAYERS
   return dataclasses.replace(net, layers=depth)
 
 
@@ -75,15 +75,15 @@ def _layer(net: Any) -> Any:
   import jax
 
   blocks = net.init(jax.random.key(0))["blocks"]
-  blocks = net.module.laid(blocks) if net.whole else blocks
+  blocks = net.laid(blocks)
   return jax.tree.map(lambda x: x[0], blocks)
 
 
 def _mix(net: Any, params: Any, x: Any, state: Any) -> tuple[Any, Any]:
   """The residual stream after a mixer, and its state."""
-  x = net.module.enter(x) if net.whole else x
+  x = net.enter(x)
   y, state, _ = net.mix(params, x, state, None)
-  return net.module.leave(y) if net.whole else y, state
+  return net.leave(y), state
 
 
 def _draws(net: Any, tokens: int, rows: int = 1) -> Any:
@@ -135,7 +135,7 @@ def _decoding(net: Any, tokens: int) -> Callable[[], Any]:
   read, decode = _reader(net)
   params, x = _layer(net), _draws(net, tokens + _DECODED)
   length = tokens + _DECODED
-  state = net.module.init_state(params["mixer"], 1, length, model=net)
+  state = net.module.init_state(params["mixer"], 1, length, model=net.dims)
   for begin in range(0, tokens, _PIECE):
     state, _ = read(params, state, x[:, begin : begin + _PIECE])
   rest = jnp.swapaxes(x[:, tokens:], 0, 1)[:, None]

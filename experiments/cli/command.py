@@ -10,6 +10,7 @@ import functools
 import logging as std_logging
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from absl import app, flags, logging
 
 from experiments.cli import distributed, named
+from nl_jax import debugging
 
 DONE = 0
 FAILED = 1
@@ -28,8 +30,11 @@ INTERRUPTED = 130
 TERMINATED = 143
 
 _DEBUG = flags.DEFINE_boolean(
-  "debug", False, "Show the traceback of an error, not only its sentence."
-)
+  "debug", False,
+  "Show the whole traceback of an error before its sentence, and mute nothing; "
+  "the variable NL_DEBUG=1 does so for every command.",
+)  # fmt: skip
+_ASKED = re.compile(r"--?debug(=(t|true|y|yes|1))?", re.IGNORECASE)
 _EXTRAS = {"datasets": "hf"}  # Of setup.py, where it is not `train`.
 _ROOT = pathlib.Path(__file__).parents[2]
 _AGAIN = 0.05  # Seconds.
@@ -40,33 +45,38 @@ MISTAKES = (ValueError, OSError, FloatingPointError, MemoryError)
 
 def run(main: Callable[[], int]) -> None:
   """Parses the flags, calls main(), and exits with the status it returns."""
+  if any(map(_ASKED.fullmatch, sys.argv[1:])):
+    debugging.start()
   plain = std_logging.Formatter("%(message)s")
   logging.get_absl_handler().setFormatter(plain)
-  # Tells of every accelerator that is not here.
-  std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)
+  if debugging.on():
+    import jax
+
+    jax.config.update("jax_traceback_filtering", "off")
+  else:  # Tells of every accelerator that is not here.
+    std_logging.getLogger("jax._src.xla_bridge").setLevel(std_logging.WARNING)
   sys.unraisablehook = _unraisable
   guarded = functools.partial(_guarded, main)
   app.run(lambda argv: guarded(), flags_parser=named.parse)
 
 
 def _guarded(main: Callable[[], int]) -> int:
+  if _DEBUG.value:  # It may stand in a --flagfile.
+    debugging.start()
   with distributed.Together():
     try:
       return main()
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+      debugging.trace(error)
       return _stopped("stopped by Ctrl-C", INTERRUPTED)
     except ModuleNotFoundError as error:
-      if _DEBUG.value:
-        raise
+      debugging.trace(error)
       return _stopped(f"error: {_missing_module(error)}", FAILED)
     except MISTAKES as error:
-      if _DEBUG.value:
-        raise
+      debugging.trace(error)
       return _stopped(f"error: {error}{_origin(error)}", FAILED)
     except RuntimeError as error:
-      sentence = None
-      if not _DEBUG.value:
-        sentence = _too_large(error) or distributed.lost(error)
+      sentence = _too_large(error) or distributed.lost(error)
       if sentence is None:
         raise
       return _stopped(f"error: {sentence}", FAILED)
@@ -77,6 +87,7 @@ def _too_large(error: RuntimeError) -> str | None:
   text = str(error)
   if "RESOURCE_EXHAUSTED" not in text and "Out of memory" not in text:
     return None
+  debugging.trace(error)
   first = text.strip().splitlines()[0][:160]
   return (
     f"the devices have too little memory ({first}); give a smaller model, "
@@ -105,6 +116,12 @@ def _stopped(text: str, status: int) -> int:
 def say(text: str) -> None:
   """Prints to stderr; stdout is for what a command was asked for."""
   print(text, file=sys.stderr, flush=True)
+
+
+def quiet() -> None:
+  """Shows warnings and mistakes alone: for a command whose output is a text."""
+  if not debugging.on():
+    logging.set_verbosity(logging.WARNING)
 
 
 def tell(text: str) -> None:

@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from absl import flags
 
+from nl_jax import debugging
+
 S, T = TypeVar("S"), TypeVar("T")
 _FLAGS = ("coordinator", "process_id", "process_count")
 # Set by launchers that jax knows.
@@ -182,17 +184,11 @@ def _await(coordinator: str, deadline: float) -> None:
 @contextlib.contextmanager
 def _muted() -> Iterator[None]:
   """Nothing on stderr: jax's own library writes a stack trace there."""
-  sys.stderr.flush()
-  kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  _Abort.stderr = kept
-  os.dup2(nothing, 2)
-  try:
-    yield
-  finally:
-    os.dup2(kept, 2)
-    _Abort.stderr = 2
-    os.close(kept)
-    os.close(nothing)
+  with debugging.muted() as _Abort.stderr:
+    try:
+      yield
+    finally:
+      _Abort.stderr = 2
 
 
 class _Abort:
@@ -392,6 +388,7 @@ def lost(error: RuntimeError) -> str | None:
 
   if _others is None or not isinstance(error, jax.errors.JaxRuntimeError):
     return None
+  debugging.trace(error)
   limit = time.monotonic() + _PATIENCE
   while time.monotonic() < limit:
     _others.hear()

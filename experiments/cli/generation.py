@@ -84,7 +84,7 @@ def encode(tokenizer: Any, text: str, is_first: bool = False) -> np.ndarray:
   except UnicodeEncodeError as error:
     raise ValueError(
       f"the prompt is not UTF-8 at character {error.start}"
-    ) from None
+    ) from error
   ids = np.asarray(tokenizer.encode(text), np.int32)
   if not is_first or tokenizer.begin_id is None:
     return ids

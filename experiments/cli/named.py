@@ -2,7 +2,7 @@
 
 A config is a file with `get_config(arg: str = "")`, which returns a ConfigDict.
 `hope_1b3:smoke` is that of `configs/hope.py` with the argument "1b3,smoke"; a
-path has the argument that stands behind its colon. Fields are changed on the
+path has the argument that stands after its colon. Fields are changed on the
 command line by `--config.<group>.<field>=<value>`. Every mistake is found while
 the flags are read, and said in one sentence.
 """
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from absl import flags
 from ml_collections import config_dict, config_flags
 
-from nl_jax import fields, files
+from nl_jax import debugging, fields, files
 from nl_jax.models import presets
 
 _FOLDER = pathlib.Path(__file__).parents[1] / "configs"
@@ -151,6 +151,7 @@ def parse(
 
 def _exit(error: Exception) -> NoReturn:
   """Ends the command with the sentence of a mistake in its flags."""
+  debugging.trace(error)
   sentence = " ".join(str(error).split()).removeprefix("ERROR:: ")
   sys.exit(f"FATAL Flags parsing error: {sentence}")
 

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from experiments.cli import generation
-from nl_jax import rows, stream
+from nl_jax import stream
+from nl_jax.stream import rows
 
 AT_ONCE = 64  # Texts.
 _NAME = re.compile(r"[\w+-][\w.+-]{0,199}")

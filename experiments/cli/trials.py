@@ -1,7 +1,7 @@
 """Trials: each is made once, and kept as a JSON file that is whole.
 
 A command that compares makes many. What lies in its folder is not made again,
-so a command that was killed goes on where it stopped.
+so a command that was killed resumes where it stopped.
 """
 
 import concurrent.futures
@@ -29,7 +29,7 @@ def once(path: pathlib.Path, make: Callable[[], Result]) -> tuple[Result, bool]:
     The result, and whether it was made now.
 
   Raises:
-    ValueError: the file is no JSON.
+    ValueError: the file is not JSON.
     StorageError: the system refuses to write it.
   """
   if path.exists():
@@ -79,4 +79,4 @@ def side_by_side(
   finally:
     pool.shutdown(wait=False, cancel_futures=True)
     stop()
-    pool.shutdown()  # Nothing is under way when the caller goes on.
+    pool.shutdown()  # Nothing is under way when the caller continues.

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from typing import Any, NoReturn
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command, named
 from nl_jax.aot import chips
@@ -137,14 +137,14 @@ def _report(topology: str, folder: pathlib.Path) -> dict[str, Any]:
   from nl_jax import build
   from nl_jax.aot import programs
 
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   config = flags.FLAGS.config
   with config.unlocked():
     config.mesh.update(programs.asked_mesh(_MESH.value))
     if config.train.dtype == "auto":
       config.train.dtype = "bfloat16"  # Of the chips, not of this machine.
   config = build.resolve(config)
-  build.settings(config)  # Raises what experiments.lm does.
+  build.options(config)  # Raises what experiments.lm does.
   chip = chips.kind(topology)
   found = programs.devices(topology)
   # The compiler's own handler would print a trace; Python's would wait for it.

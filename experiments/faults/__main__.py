@@ -20,7 +20,7 @@ import resource
 import signal
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command, named
 from experiments.cli.trials import side_by_side
@@ -69,7 +69,7 @@ def main() -> int:
   only = _chosen(list(kinds.KINDS))
   _check_configs()
   folder = pathlib.Path(_WORKDIR.value).resolve()
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   # A SIGTERM ends the runs under way too; and in the background of a shell,
   # where Ctrl-C is ignored, the runs would inherit that.
   for number in (signal.SIGTERM, signal.SIGINT):

@@ -148,7 +148,7 @@ def _built(name: str, args: list[str], shapes: bool) -> str:
   config = build.resolve(parse(name, args))
   net = build.model(config)
   optimizer = build.make_optimizer(config, net)
-  build.settings(config)
+  build.options(config)
   card = describe.card_text(config, net, optimizer)
   if build.from_plain(build.plain(config)) != config:
     raise run.Wrong("the config changes as it is written and read")

@@ -131,7 +131,7 @@ def _parameters(net: lm.LanguageModel) -> Any:
 
   def draw() -> Any:
     blocks = net.init(jax.random.key(0))["blocks"]
-    blocks = net.module.laid(blocks) if net.whole else blocks
+    blocks = net.laid(blocks)
     # The last: the first layer of RWKV-7 has parameters without use.
     return jax.tree.map(lambda x: x[-1], blocks)
 
@@ -155,9 +155,9 @@ def _both_ways(net: lm.LanguageModel, layer: Any) -> tuple[Any, Any]:
 
   def loss(learned: Any, x: Any) -> tuple[jax.Array, Any]:
     params = layer | {"mixer": learned | fixed}
-    inside = net.module.enter(x) if net.whole else x
+    inside = net.enter(x)
     y, state, _ = net.mix(params, inside, None, ids)
-    y = net.module.leave(y) if net.whole else y
+    y = net.leave(y)
     # What stands in padding is nobody's.
     outs = (jnp.where(ids[..., None] != 0, y, 0), state)
     return sum(map(_number, jax.tree.leaves(outs))), outs

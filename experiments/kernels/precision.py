@@ -103,7 +103,7 @@ def _hope(arch: str, policy: str) -> Any:
   matrix = dict(
     objective="dot", dgd_coef="raw", residual=False, residual_clip=0.0
   )
-  config = self_modifying.Config(
+  config = self_modifying.Options(
     memory=arch, chunk_memory=_CHUNK, chunk_gen=_CHUNK,
     **(matrix if arch == "linear" else {}),
   )  # fmt: skip
@@ -111,7 +111,7 @@ def _hope(arch: str, policy: str) -> Any:
   z = jax.random.normal(jax.random.key(3), (3, *_SHAPE))
   y, state, _ = self_modifying.update(
     params, self_modifying.start(params, _SHAPE[0], config), *z,
-    config=config, at_edge=True, aligned=True,
+    options=config, at_edge=True, aligned=True,
     run=memory.Run("xla", policy=policy),
   )  # fmt: skip
   return y, (state.generators.w, state.memory.w)

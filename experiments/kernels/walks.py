@@ -93,10 +93,10 @@ def _mix(net: lm.LanguageModel, tokens: int, segmented: bool) -> Any:
   """A layer's mixer at the start of packed rows."""
   net = getattr(net, "base", net)
   blocks = net.init(jax.random.key(0))["blocks"]
-  blocks = net.module.laid(blocks) if net.whole else blocks
+  blocks = net.laid(blocks)
   layer = jax.tree.map(lambda x: x[0], blocks)
   x = jnp.zeros((_ROWS, tokens, net.width), net.dtype)
-  x = net.module.enter(x) if net.whole else x
+  x = net.enter(x)
   ids = jnp.ones((_ROWS, tokens), jnp.int32) if segmented else None
   return net.mix(layer, x, None, ids)
 

@@ -9,7 +9,7 @@ training only have empty lanes.
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command
 
@@ -31,7 +31,7 @@ def main() -> int:
     raise ValueError(f"no folder {workdir}: give the --workdir of a run")
   if not text.is_file():
     raise FileNotFoundError(f"no file --text={text}")
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   from experiments.cli import generation
   from experiments.raster import recording
   from nl_jax import build

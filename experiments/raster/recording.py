@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from nl_jax import card, files
+from nl_jax import files
+from nl_jax.levels import NONPARAMETRIC
 
 _FIELDS = ("update_norm", "memory_norm", "inner_loss")
 
@@ -116,7 +117,7 @@ def draw(shown: Trace, net: Any, path: pathlib.Path) -> None:
   still = [
     row.name
     for row in net.levels()[0]
-    if row.name not in moving and row.chunk != card.NONPARAMETRIC
+    if row.name not in moving and row.chunk != NONPARAMETRIC
   ]
   names = [*shown.levels, *still]
   for place, name in enumerate(names):

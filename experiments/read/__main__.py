@@ -22,7 +22,7 @@ more.
 
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command
 
@@ -75,11 +75,12 @@ def main() -> int:
   text = pathlib.Path(_TEXT.value)
   if not text.is_file():
     raise FileNotFoundError(f"no file --text={_TEXT.value}")
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   picture = pathlib.Path(f"{_OUT.value}.png")
   command.say(f"loading the model of {_WORKDIR.value} ...")
   from experiments.read import reading
-  from nl_jax import build, drift, files, stream
+  from nl_jax import build, files, stream
+  from nl_jax.stream import drift
   from nl_jax.train import checkpoint, stop
 
   # Going on from a file and keeping the memory there asks for no flag.
@@ -145,7 +146,7 @@ def _read_many() -> int:
   for flag in (_WORKDIR, _MEMORIES):
     if not flag.value:
       raise ValueError(f"--{flag.name} is required")
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   from experiments.cli import generation, texts
 
   prompts = texts.load(_PROMPTS.value, _MEMORIES.value)

@@ -17,7 +17,7 @@ import pathlib
 import shlex
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command
 
@@ -48,7 +48,7 @@ def main() -> int:
   folder, workdir = pathlib.Path(_HF.value), pathlib.Path(_WORKDIR.value)
   if not folder.is_dir():
     raise ValueError(f"no folder --hf={folder}: give one with a config.json")
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   names, chunks, rates = _names(), *_learning()
   from experiments.stack import stacked
   from nl_jax import build

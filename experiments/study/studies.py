@@ -108,7 +108,7 @@ def streams(smoke: bool, folder: pathlib.Path) -> Study:
 
 
 def _ends(model: str, arm: str) -> tuple[str, ...]:
-  """Where the carried memory ends: levels in context go on over documents.
+  """Where the carried memory ends: levels in context continue over documents.
 
   Streams of theirs that begin anew with each document train 20 times slower.
   """

@@ -21,7 +21,7 @@ import pathlib
 import shlex
 import sys
 
-from absl import flags, logging
+from absl import flags
 
 from experiments.cli import command, distributed, named
 
@@ -108,7 +108,7 @@ def main() -> int:
   )
   steps = _steps()
   others = [result.read(path) for path in _ALL.value]
-  logging.set_verbosity(logging.WARNING)
+  command.quiet()
   found = {score.run(asked, step, _chosen(), others) for step in steps}
   return found.pop() if len(found) == 1 else command.PARTLY_FAILED
 
@@ -133,11 +133,11 @@ def _steps() -> list[int | None]:
 def _windows() -> tuple[int, ...]:
   try:
     return tuple(map(int, _WINDOWS.value))
-  except ValueError:
+  except ValueError as error:
     raise ValueError(
       "--wiki_max_length must be whole numbers with commas between, got "
       f"{','.join(_WINDOWS.value)!r}"
-    ) from None
+    ) from error
 
 
 if __name__ == "__main__":

@@ -103,7 +103,7 @@ def _random(name: str, config: build.ConfigDict) -> Loaded:
   net, mesh = build.model(config), sharding.mesh()
   tokenizer = build.tokenizer(config)
   shapes = jax.eval_shape(net.init, jax.random.key(0))
-  shardings = sharding.param_shardings(shapes, mesh)
+  shardings = sharding.param_shardings(shapes, net.axes(), mesh)
   init = jax.jit(net.init, out_shardings=shardings)
   params = init(jax.random.key(config.train.seed))
   command.tell(

@@ -195,10 +195,10 @@ def _numbers(flag: str, kind: type) -> tuple:
   values = flags.FLAGS[flag].value
   try:
     return tuple(kind(value) for value in values or ())
-  except ValueError:
+  except ValueError as error:
     raise ValueError(
       f"--{flag} takes numbers with commas between, got {','.join(values)!r}"
-    ) from None
+    ) from error
 
 
 def _depths() -> tuple[float, ...] | None:

@@ -28,7 +28,7 @@ class LSTM:
   vocab_size: int
   width: int = 128
   layers: int = 2
-  cms: cms_lib.CMSConfig = cms_lib.CMSConfig(("none",), (1,), (0,))
+  cms: cms_lib.Options = cms_lib.Options(("none",), (1,), (0,))
 
   def init(self, key: jax.Array) -> dict[str, Any]:
     """Parameters; forget gates start at 1."""

@@ -5,10 +5,13 @@ s < t meets through a_t diag(exp(l_{t-1} - l_s)) b_s^T, which is the product of
 a_t exp(l_{t-1}) and b_s exp(-l_s). The rows e_t = a_t S_{t-1} that the erase
 writes back solve one unit lower triangular system, and then every S_t is a
 known sum. exp(-l) must stay finite: it is the caller's to keep the sum of the
-log decays of a chunk above -60.
+log decays of a chunk above -60. With blocks, l is counted from the start of
+the block that t is in, for every s that comes before: then the sum of a block
+alone is bounded, at -80, however long the chunk.
 """
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +26,12 @@ def _iota(size: int, lead: int, axis: int) -> jax.Array:
 
 
 def body(
-  slow: None, state: walks.State, x: dict[str, jax.Array], at: walks.At
+  slow: None,
+  state: walks.State,
+  x: dict[str, jax.Array],
+  at: walks.At,
+  *,
+  block: int | None = None,
 ) -> tuple[walks.State, jax.Array, None]:
   """One chunk; see `kernels.walk`.
 
@@ -37,6 +45,7 @@ def body(
     state: w is S [..., K, V].
     x: q, k, v, log_decay, a, b, [..., C, ·].
     at: the chunk's tokens.
+    block: tokens that have an origin of decays of their own; None: the chunk.
   """
   del slow
   tile, S, w = at.tile, state.w, x["log_decay"]
@@ -48,8 +57,6 @@ def body(
   level = tile.mm(ones.astype(w.dtype), w, "nn", "exact")
   last = level[..., -1:, :]
   rows = stack(x["a"] * jnp.exp(level - w), x["q"] * jnp.exp(level))
-  fall = jnp.exp(-level)
-  columns = stack(x["b"] * fall, x["k"] * fall)
   left = jnp.exp(last - level)  # As it is: at most 1.
 
   t, s = _iota(2 * C, lead, 0), _iota(2 * C, lead, 1)
@@ -62,23 +69,72 @@ def body(
     base = jnp.where(twice == 0, base, 0.0)
     left = jnp.where(own == end, left, 0.0)
     kept = jnp.where(end == 0, kept, 0.0)
-  pairs = jnp.where(seen, solve(rows, columns, "nt"), 0.0)
+  if block is None:
+    fall = jnp.exp(-level)
+    met = solve(rows, stack(x["b"] * fall, x["k"] * fall), "nt")
+  else:
+    met = _by_block(solve, x, level, block)
+  pairs = jnp.where(seen, met, 0.0)
 
   e = base[..., :C, :] + solve(pairs[..., :C, C:], x["v"])
-  if C > 1:
-    block = 1 << (C - 1).bit_length()
-    e = solve(tile.inverse(pairs[..., :C, :C], block), e)
+  (e,) = tile.solve([(pairs[..., :C, :C], e)], 1 << (C - 1).bit_length())
   wrote = stack(-e, x["v"])
   y = base[..., C:, :] + tile.mm(pairs[..., C:, :], wrote)
   S = kept + solve(stack(x["b"] * left, x["k"] * left), wrote, "tn")
   return walks.State(S, state.s), y, None
 
 
-def _columns() -> walks.Columns:
+def _by_block(
+  solve: Callable[..., jax.Array],
+  x: dict[str, jax.Array],
+  level: jax.Array,
+  block: int,
+) -> jax.Array:
+  """Products of all rows and columns, where a row comes after its column.
+
+  Args:
+    solve: products.
+    x: as of `body`.
+    level: running sum of the log decays.
+    block: tokens with an origin of their own.
+  """
+  C, lead = level.shape[-2], level.ndim - 2
+  place = jax.lax.broadcasted_iota(jnp.int32, (1,) * lead + (C, 1), lead)
+  erases, reads = [], []
+  for begin in range(0, C, block):
+    own = slice(begin, min(begin + block, C))
+    # Before the block: nothing that a token reads hangs on a later one.
+    origin = jnp.zeros_like(level[..., :1, :])
+    if begin:
+      origin = level[..., begin - 1 : begin, :]
+    rise = level[..., own, :] - origin
+    before = rise - x["log_decay"][..., own, :]
+    rows = jnp.concatenate(
+      [
+        x["a"][..., own, :] * jnp.exp(before),
+        x["q"][..., own, :] * jnp.exp(rise),
+      ],
+      axis=-2,
+    )
+    # Later tokens would be beyond float32; no row of the block sees them.
+    fall = jnp.where(
+      place < own.stop,
+      jnp.exp(jnp.where(place < own.stop, origin - level, 0.0)),
+      0.0,
+    )
+    columns = jnp.concatenate([x["b"] * fall, x["k"] * fall], axis=-2)
+    met = solve(rows, columns, "nt")
+    size = own.stop - own.start
+    erases.append(met[..., :size, :])
+    reads.append(met[..., size:, :])
+  return jnp.concatenate(erases + reads, axis=-2)
+
+
+def _columns(block: int | None) -> walks.Columns:
   """Columns of S go their own ways; those of v alone make them differ."""
 
   def write(*of) -> tuple[walks.State, tuple, None]:
-    return body(*of)[0], (), None
+    return body(*of, block=block)[0], (), None
 
   def widen(slow: None, xs: dict, heads: int, count: int) -> tuple[None, dict]:
     return slow, xs | {"v": walks.wider(xs["v"], heads, count)}
@@ -99,6 +155,7 @@ def general_delta_rule(
   remat_group: int,
   implementation: str | None,
   spec: jax.sharding.PartitionSpec | None,
+  block: int | None,
 ) -> tuple[jax.Array, jax.Array]:
   """The exact chunk form; arguments and results as `api.general_delta_rule`."""
   batch, tokens = q.shape[:2]
@@ -108,10 +165,11 @@ def general_delta_rule(
   xs = dict(q=q, k=k, v=v, log_decay=log_decay, a=erase[0], b=erase[1])
   pack = lambda x: jnp.pad(x.reshape(batch, tokens, -1), [*rest, (0, 0)])
   y, after, _, _ = walks.walk(
-    body, None, jax.tree.map(pack, xs), places,
+    functools.partial(body, block=block) if block else body, None,
+    jax.tree.map(pack, xs), places,
     state=walks.State(state, ()), group=remat_group, chunk_free=True,
     # A single token is not work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
-    spec=spec, name="general_delta_rule", columns=_columns(),
+    spec=spec, name="general_delta_rule", columns=_columns(block),
   )  # fmt: skip
   return y[:, :tokens].reshape(v.shape), after.w

@@ -302,17 +302,13 @@ class Chunk:
       rows = jnp.exp(self.tokens.log_alpha) * rows
     return right + rows
 
-  def solved(self, inverse: jax.Array, right: jax.Array) -> jax.Array:
-    """The rows that solve the system, from its inverse."""
-    return self.tokens.applied(inverse, right, "solve")
-
   def read(self, Q: jax.Array, read: str, rows: jax.Array | None) -> jax.Array:
     """q_t W_t, or q_t W_{t-1} with read="before".
 
     Args:
       Q: [..., C, a].
       read: "after" or "before".
-      rows: of `solved`; None where nothing is erased.
+      rows: of `recall`; None where nothing is erased.
     """
     tokens = self.tokens
     gain = tokens.after if read == "after" else tokens.before
@@ -351,21 +347,29 @@ class Chunk:
       if tokens.document is not None:
         held, kept = alive * held, alive * kept
       D = D + held * self.S
-      S = kept * self.S - self._wrote(tokens.last(steps), self.Delta)
+      steps = self._shares(tokens.last(steps))
+      S = kept * self.S - self._wrote(steps * self.Delta)
       decays = tokens.momentum_decays
       spread = self.tile.mm(decays, tokens.flat(real), "tn", "solve")
       writes = tokens.heads(spread) * self.write
-    D = D - self._wrote(writes, rows if self.joint else self.Delta)
+    wrote = self._shares(writes) * (rows if self.joint else self.Delta)
     if rows is not None and not self.joint:
       erased = left * self.erase * rows
-      D = D - self.tile.mm(self.U, erased, "tn", "state")
-    return D, S
+      if self.weights is None:  # Of the same tokens: one product for both.
+        wrote = wrote + erased
+      else:
+        D = D - self.tile.mm(self.U, erased, "tn", "state")
+    return D - self._wrote(wrote), S
 
-  def _wrote(self, weights: jax.Array, rows: jax.Array) -> jax.Array:
-    """sum_s weights_s u_s^T rows_s, [..., a, b]."""
-    if self.weights is not None:
-      weights = self.tile.mm(self.weights, weights, "tn", "solve")
-    return self.tile.mm(self.written, weights * rows, "tn", "state")
+  def _shares(self, writes: jax.Array) -> jax.Array:
+    """Of each pair that is written, from rates [..., C, 1] of tokens."""
+    if self.weights is None:
+      return writes
+    return self.tile.mm(self.weights, writes, "tn", "solve")
+
+  def _wrote(self, rows: jax.Array) -> jax.Array:
+    """sum_s u_s^T rows_s, [..., a, b]."""
+    return self.tile.mm(self.written, rows, "tn", "state")
 
 
 def recall(chunks: Sequence[Chunk], erase_of: str) -> list[jax.Array | None]:
@@ -385,18 +389,11 @@ def recall(chunks: Sequence[Chunk], erase_of: str) -> list[jax.Array | None]:
   rights = [right for _, right in systems]
   if erase_of == "whole":
     rights = [c.whole(right) for c, right in zip(erasing, rights)]
-  size, tile = erasing[0].tokens.size, erasing[0].tile
-  if size > 1:
-    block = 1 << (size - 1).bit_length()
-    if len(systems) == 1:
-      inverses = [tile.inverse(systems[0][0], block)]
-    else:
-      inverses = tile.inverse(jnp.stack([L for L, _ in systems]), block)
-    rights = [
-      chunk.solved(inverses[i], right)
-      for i, (chunk, right) in enumerate(zip(erasing, rights))
-    ]
-  solved = iter(rights)
+  tokens = erasing[0].tokens
+  block = 1 << (tokens.size - 1).bit_length()
+  flat = [(L, tokens.flat(x)) for (L, _), x in zip(systems, rights)]
+  # L is made of grams in one pass: its gradient needs no more.
+  solved = map(tokens.heads, tokens.tile.solve(flat, block, "read"))
   return [None if chunk.erase is None else next(solved) for chunk in chunks]
 
 

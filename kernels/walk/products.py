@@ -9,11 +9,12 @@ the three forms, since that of `dot_general` ends in transposes.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 from jax.interpreters import ad, batching, mlir
 
@@ -281,42 +282,137 @@ class Tile:
     u = jax.lax.broadcasted_iota(jnp.int32, shape, len(shape) - 1)
     return jnp.where(t == u, x, 0.0)
 
-  def inverse(self, L: jax.Array, block: int) -> jax.Array:
-    """(I + L)^{-1} for L [..., P, P], strictly lower in blocks of `block`.
+  def solve(
+    self,
+    systems: Sequence[tuple[jax.Array, jax.Array]],
+    block: int,
+    derivative: str = "solve",
+  ) -> list[jax.Array]:
+    """x of (I + L) x = rows, of several systems by one batch of inverses.
 
     Doubles the size of the inverted diagonal blocks at each round, by products
-    alone, so it is backward stable; `block` is a power of two.
+    alone, so it is backward stable.
+
+    Args:
+      systems: (L [..., P, P], rows [..., P, b]) each, all L of one shape and
+        strictly lower in blocks of `block`.
+      block: a power of two.
+      derivative: kind of the product that is the gradient of L.
     """
-    if not self.fused:
-      return _inverse(L, self, block)
-    flat = L.reshape(-1, *L.shape[-2:])
-    return _fused_inverse(flat, self, block).reshape(L.shape)
+    if block == 1:
+      return [rows for _, rows in systems]
+    one = len(systems) == 1
+    L = systems[0][0] if one else jnp.stack([L for L, _ in systems])
+    if self.fused:
+      flat = jax.lax.stop_gradient(L).reshape(-1, *L.shape[-2:])
+      X, run = _invert(flat, self, block).reshape(L.shape), _fused_solve
+    else:
+      X, run = _inverse(L, self, block), _solve
+    return [
+      run(L, X if one else X[i], rows, self, derivative)
+      for i, (L, rows) in enumerate(systems)
+    ]
 
 
 EXACT = Tile()
 
 
 def _invert(L: jax.Array, tile: Tile, block: int) -> jax.Array:
-  how = tile.policy.inverse
+  """(I + L)^{-1} for L [..., P, P], strictly lower in blocks of `block`."""
+  how, size = tile.policy.inverse, L.shape[-1]
   steps = int(how[-1]) if how.startswith("newton") else 0
-  how = "x1" if steps else how
-  shape = L.shape[-2:]
-  t = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
-  u = jax.lax.broadcasted_iota(jnp.int32, shape, 1)
-  wide = lambda mask: mask.reshape((1,) * (L.ndim - 2) + shape)
+  mm = functools.partial(tile._mm, form="nn", how="x1" if steps else how)
+  wide = lambda mask: mask.reshape((1,) * (L.ndim - 2) + mask.shape)
+  t, u = _places(size)
   eye = wide(jnp.where(t == u, 1.0, 0.0).astype(L.dtype))
   X, b = eye, 0
+  if tile.fused and block >= _SMALL:
+    X, b = _small_inverses(L), _SMALL.bit_length() - 1
   while 1 << b < block:
     off = (t >> (b + 1)) == (u >> (b + 1))
     off &= ((t >> b) & 1) > ((u >> b) & 1)
     part = jnp.where(wide(off), L, 0.0)
-    if b:
-      part = tile._mm(X, tile._mm(part, X, "nn", how), "nn", how)
-    X, b = X - part, b + 1
-  for _ in range(steps):
-    left = X - eye + tile._mm(L, X, "nn", "x3")
-    X = X - tile._mm(X, left, "nn", "x1")
+    if tile.fused and 1 << b >= _SMALL:
+      X = _doubled(X, part, 1 << b, mm)
+    else:
+      X = X - (mm(X, mm(part, X)) if b else part)
+    b += 1
+  for step in range(steps):
+    if step:
+      made = tile._mm(L, X, "nn", "x3")
+    else:  # What rounding X does the step repairs; L X is then two passes.
+      X = _rounded(X)
+      made = mm(jnp.concatenate([L, L - _rounded(L)], axis=-2), X)
+      made = made[..., :size, :] + made[..., size:, :]
+    X = X - mm(X, X - eye + made)
   return X
+
+
+_SMALL, _LANES = 8, 128  # Rows and lanes of a register.
+
+
+def _places(size: int) -> tuple[jax.Array, jax.Array]:
+  """Row and column of each entry, int32 [size, size]."""
+  iota = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (size, size), axis)
+  return iota(0), iota(1)
+
+
+def _small_inverses(L: jax.Array) -> jax.Array:
+  """The inverse of blocks of 8 on the diagonal of I + L, [R, P, P].
+
+  The blocks stand side by side in one register for each P = 128, and are
+  solved a row after the other, exactly; a product of the matrix unit would
+  have 128 columns for 8.
+  """
+  R, size, _ = L.shape
+  t, u = _places(size)
+  own = ((t >> 3) == (u >> 3))[None]
+  rows = jnp.where(own, L, 0.0).reshape(R, size // _SMALL, _SMALL, size)
+  rows = jnp.sum(rows, axis=1)
+  if spare := -size % _LANES:
+    empty = jnp.zeros((R, _SMALL, spare), L.dtype)
+    rows = jnp.concatenate([rows, empty], axis=-1)
+  wide = size + spare
+  lane = jax.lax.broadcasted_iota(jnp.int32, (R, _SMALL, wide), 2) & 7
+  row = jax.lax.broadcasted_iota(jnp.int32, (R, _SMALL, wide), 1)
+  X = jnp.where(row == lane, 1.0, 0.0)
+  for j in range(_SMALL - 1):
+    # Column j of each block, on all lanes up to j: right of it X_j is 0.
+    column, width = jnp.where(lane == j, rows, 0.0), 1
+    while width <= j:
+      column = column + pltpu.roll(column, wide - width, 2)
+      width *= 2
+    X = X - column * X[:, j : j + 1]
+  X = X[:, None, :, :size]
+  X = jnp.broadcast_to(X, (R, size // _SMALL, _SMALL, size))
+  return jnp.where(own, X.reshape(R, size, size), 0.0)
+
+
+def _doubled(
+  X: jax.Array,
+  part: jax.Array,
+  size: int,
+  mm: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """X - X part X, where every second `size` rows of `part` are 0.
+
+  Args:
+    X: the inverse of blocks of `size`, [R, P, P].
+    part: what stands below them in blocks twice as large.
+    size: at least the 8 rows of a register.
+    mm: x y.
+  """
+  R, P, _ = X.shape
+  halves = lambda Z: Z.reshape(R, P // (2 * size), 2, size, P)
+  lower = lambda Z: halves(Z)[:, :, 1].reshape(R, P // 2, P)
+
+  def whole(upper: jax.Array, low: jax.Array) -> jax.Array:
+    both = upper, low.reshape(upper.shape)
+    return jnp.stack(both, axis=2).reshape(R, P, P)
+
+  upper = halves(X)[:, :, 0]
+  made = whole(jnp.zeros_like(upper), mm(lower(part), X))
+  return whole(upper, lower(X) - mm(lower(X), made))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2))
@@ -331,19 +427,46 @@ def _inverse_jvp(tile: Tile, block: int, primals, tangents):
   return X, -tile._mm(X, tile._mm(tangents[0], X, "nn", how), "nn", how)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _fused_inverse(L: jax.Array, tile: Tile, block: int) -> jax.Array:
-  return _invert(L, tile, block)
+# The derivative of a solved system is a system of the same matrix: it asks for
+# one product more than the solution, where that of the inverse asks for three.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _solve(
+  L: jax.Array, X: jax.Array, rows: jax.Array, tile: Tile, derivative: str
+) -> jax.Array:
+  """X rows, where X is the inverse of I + L."""
+  del L, derivative
+  return tile.mm(X, rows, "nn", "solve")
 
 
-def _fused_inverse_fwd(L: jax.Array, tile: Tile, block: int):
-  X = _fused_inverse(L, tile, block)
-  return X, X
+@_solve.defjvp
+def _solve_jvp(tile: Tile, derivative: str, primals, tangents):
+  # The tangent of X says nothing that L's does not; a second derivative has
+  # it, since X is read here.
+  L, X, rows = primals
+  out = _solve(L, X, rows, tile, derivative)
+  change = tangents[2] - tile.mm(tangents[0], out, "nn", derivative)
+  return out, tile.mm(X, change, "nn", "solve")
 
 
-def _fused_inverse_bwd(tile: Tile, block: int, X: jax.Array, g: jax.Array):
-  how = tile.policy.solve
-  return (-tile._mm(tile._mm(X, g, "tn", how), X, "nt", how),)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _fused_solve(
+  L: jax.Array, X: jax.Array, rows: jax.Array, tile: Tile, derivative: str
+) -> jax.Array:
+  del L, derivative
+  return tile.mm(X, rows, "nn", "solve")
 
 
-_fused_inverse.defvjp(_fused_inverse_fwd, _fused_inverse_bwd)
+def _fused_solve_fwd(
+  L: jax.Array, X: jax.Array, rows: jax.Array, tile: Tile, derivative: str
+):
+  out = _fused_solve(L, X, rows, tile, derivative)
+  return out, (X, out)
+
+
+def _fused_solve_bwd(tile: Tile, derivative: str, kept, g: jax.Array):
+  X, out = kept
+  change = tile.mm(X, g, "tn", "solve")
+  return -tile.mm(change, out, "nt", derivative), None, change
+
+
+_fused_solve.defvjp(_fused_solve_fwd, _fused_solve_bwd)

@@ -248,7 +248,7 @@ def _decode(config: build.ConfigDict, mesh: jax.sharding.Mesh) -> tuple:
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     tree, shardings,
   )  # fmt: skip
-  params = place(params, sharding.decode_shardings(params, mesh))
+  params = place(params, sharding.decode_shardings(params, net.axes(), mesh))
   state = place(state, sharding.sequence_shardings(state, mesh))
   by_row = jax.sharding.NamedSharding(mesh, sharding.spec("batch"))
   tokens = jax.ShapeDtypeStruct((rows, 1), jnp.int32, sharding=by_row)

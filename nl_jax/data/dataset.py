@@ -119,7 +119,7 @@ def load(
   source: str,
   path: str = "",
   text_key: str = "text",
-  bad_documents: Annotated[str, fields.OneOf("refuse", "skip")] = "refuse",
+  bad_documents: Annotated[str, fields.OneOf(*bad_lib.POLICIES)] = "refuse",
   separator: str = "",
   tokenizer: str = "bytes",
   bos: bool = False,

@@ -233,7 +233,7 @@ def decode(content: bytes, path: pathlib.Path | str, offset: int = 0) -> str:
       f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
       f"{offset + error.start}; convert the file (iconv -t UTF-8) or leave it "
       "out"
-    ) from None
+    ) from error
 
 
 def in_one(path: pathlib.Path) -> bool:

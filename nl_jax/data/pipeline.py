@@ -46,7 +46,7 @@ def make(
   split: str = "train",
   process_index: int = 0,
   process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> "Batches":
   """Packs one split of a source; returns `batches` of its rows."""
   documents = packing.tokenize(source.documents(split), tokenizer)
   rows = packing.pack(documents, sequence_length, alignment, tokenizer.pad_id)
@@ -68,7 +68,7 @@ def batches(
   mix: Mix | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> grain.DatasetIterator:
+) -> "Batches":
   """Endless shuffled batches; every row once an epoch, in a new order each.
 
   Args:
@@ -96,7 +96,7 @@ def batches(
     dataset = indices.map(lambda index_B: _gather(rows, index_B[take], size))
     return iter(dataset.to_iter_dataset(options))
 
-  return _Batches(begin, batch_size)
+  return Batches(begin, batch_size)
 
 
 def reading(rows: packing.Rows | packing.Table) -> grain.ReadOptions:
@@ -108,7 +108,7 @@ def reading(rows: packing.Rows | packing.Table) -> grain.ReadOptions:
   )
 
 
-class _Batches(grain.DatasetIterator):
+class Batches(grain.DatasetIterator):
   """Batches from any row of the order on; the place is a number of rows."""
 
   def __init__(

@@ -68,7 +68,6 @@ def check(settings: partition.Settings) -> tokenizers_lib.Tokenizer:
   if settings.kind not in partition.KINDS:
     raise errors.unknown_name("data.source", settings.kind, partition.KINDS)
   packing.check_lengths(settings.sequence_length, settings.alignment)
-  bad_documents.on_bad(settings.bad_documents)
   if settings.separator and settings.kind != "text":
     raise sources.no_separator(settings.separator, settings.kind)
   if not 0 < settings.validation_percent < 100:

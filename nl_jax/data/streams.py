@@ -16,35 +16,6 @@ import numpy as np
 from nl_jax.data import errors, packing, pipeline
 
 
-class Streams(grain.DatasetIterator):
-  """Endless batches [streams * consecutive, T]; see `make`."""
-
-  def __init__(self, batches: grain.DatasetIterator, batch_size: int):
-    """Args: batches by their number, and rows of one over all processes."""
-    super().__init__()
-    self._batches, self._size = batches, batch_size
-
-  def __next__(self) -> pipeline.Batch:
-    return next(self._batches)
-
-  def get_state(self) -> dict[str, int]:
-    return {"next_row": self._batches.get_state()["next_index"] * self._size}
-
-  def set_state(self, state: dict[str, int]) -> None:
-    """Goes on after so many rows.
-
-    Raises:
-      ValueError: they are not a whole number of batches.
-    """
-    done, rest = divmod(state["next_row"], self._size)
-    if rest:
-      raise ValueError(
-        f"{state['next_row']} rows are not a whole number of batches of "
-        f"{self._size}; data.rows=stream keeps its batch size"
-      )
-    self._batches.set_state({"next_index": done})
-
-
 def make(
   rows: packing.Rows | packing.Table,
   *,
@@ -55,8 +26,8 @@ def make(
   mix: pipeline.Mix | None = None,
   process_index: int = 0,
   process_count: int = 1,
-) -> Streams:
-  """Endless batches of rows that follow each other.
+) -> pipeline.Batches:
+  """Endless batches [streams * consecutive, T] of rows that follow each other.
 
   Row s * consecutive + j of batch t is row t * consecutive + j of stream s.
   Its `segment_ids` number documents from that of the row before: with
@@ -109,9 +80,16 @@ def make(
     return taken
 
   dataset = grain.MapDataset.range(pipeline.FAR // batch_size).map(batch)
-  return Streams(
-    iter(dataset.to_iter_dataset(pipeline.reading(rows))), batch_size
-  )
+
+  def begin(row: int) -> grain.DatasetIterator:
+    if row:
+      raise ValueError(
+        f"the run stands at row {row} of a batch of {batch_size}; "
+        "data.rows=stream goes on with the same batch size only"
+      )
+    return iter(dataset.to_iter_dataset(pipeline.reading(rows)))
+
+  return pipeline.Batches(begin, batch_size)
 
 
 def _spans(mix: pipeline.Mix, streams: int) -> tuple[np.ndarray, np.ndarray]:

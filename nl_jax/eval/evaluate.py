@@ -5,16 +5,14 @@
 A task that fails is recorded, and the others continue.
 """
 
-import contextlib
 import dataclasses
 import importlib.util
-import os
 import pathlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from nl_jax import debugging
 from nl_jax.eval import encoding, files, metrics, requests, scoring
 
 # What a task may raise without ending the others: files, values, devices.
@@ -194,26 +192,11 @@ def versions() -> dict[str, str]:
 
 def _seqio_tasks() -> Any:
   """The module that needs seqio, imported here and nowhere else."""
-  with _hushed():
+  # TensorFlow tells of every library that is not here, before it reads how
+  # much it shall say.
+  with debugging.muted():
     from nl_jax.eval import tasks
   return tasks
-
-
-@contextlib.contextmanager
-def _hushed() -> Iterator[None]:
-  """Nothing on stderr: TensorFlow tells of every library that is not here.
-
-  Below Python: its C++ writes before it reads how much it shall say.
-  """
-  sys.stderr.flush()
-  kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-  try:
-    os.dup2(nothing, 2)
-    yield
-  finally:
-    os.dup2(kept, 2)
-    os.close(kept)
-    os.close(nothing)
 
 
 def direct(
@@ -277,6 +260,7 @@ def failed(error: BaseException) -> Result:
 
 
 def sentence(error: BaseException) -> str:
-  """An error's first line."""
+  """An error's first line; its trace is printed where that is asked for."""
+  debugging.trace(error)
   lines = str(error).strip().splitlines()
   return lines[0] if lines else type(error).__name__

@@ -94,7 +94,7 @@ def load(task: requests.Task, folder: pathlib.Path, limit: int = 0) -> Loaded:
     text = content.decode("utf-8")
   except UnicodeDecodeError as error:
     line = content.count(b"\n", 0, error.start) + 1
-    raise ValueError(f"{path}:{line}: not UTF-8") from None
+    raise ValueError(f"{path}:{line}: not UTF-8") from error
   raw = path.suffix == ".raw"
   lines = list(wikitext.pages(text)) if raw else _lines(text)
   _check_split(task, path, len(lines))
@@ -126,7 +126,7 @@ def _parse(path: pathlib.Path, line: int, text: str) -> Mapping[str, Any]:
   try:
     doc = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}:{line}: not JSON ({error})") from None
+    raise ValueError(f"{path}:{line}: not JSON ({error})") from error
   if not isinstance(doc, dict):
     raise ValueError(
       f"{path}:{line}: expected a JSON object, got {type(doc).__name__}"

@@ -209,10 +209,10 @@ def _arc(doc: Doc) -> Choices:
       choices = {k: [c[k] for c in listed] for k in ("text", "label")}
       question = question["stem"]
     texts, labels = _texts(choices["text"]), choices["label"]
-  except (KeyError, TypeError):
+  except (KeyError, TypeError) as error:
     raise ValueError(
       "no column 'choices' with the lists 'text' and 'label'"
-    ) from None
+    ) from error
   context = f"Question: {question}\nAnswer:"
   gold = _gold(doc, "answerKey", labels)
   return Choices([context] * len(texts), texts, gold)

@@ -10,8 +10,11 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nl_jax import debugging
+
 # Before TensorFlow is imported: it tells of every library that is not here.
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+if not debugging.on():
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import numpy as np  # noqa: E402
 import seqio  # noqa: E402

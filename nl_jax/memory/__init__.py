@@ -2,8 +2,9 @@
 
 `linear` and `mlp` are memories with one signature (init, start, read,
 update); `self_modifying` couples several of them (paper eq. 83-90); `rule`
-says how any of them learns, but for `simplex`, whose rule is its own;
-`chunked` walks them over chunks; `spans` sets local ones beside a global one.
+says how any of them learns, but for `simplex`, whose rule is its own, `block`
+and `writing` what a chunk writes; `chunked` walks them over chunks; `spans`
+sets local ones beside a global one.
 """
 
 from nl_jax.memory import chunked as chunked

@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 
 from nl_jax.kernels import walk as walks
 from nl_jax.kernels.rank_one import segments
-from nl_jax.memory import muon, window
+from nl_jax.memory import block as blocks
+from nl_jax.memory import muon, window, writing
 from nl_jax.memory import rule as rules
 
 
@@ -318,7 +319,7 @@ def update(
   *,
   rule: rules.Rule,
   slow: Any = None,
-  target: Callable[[rules.Block, jax.Array], jax.Array] | None = None,
+  target: Callable[[blocks.Block, jax.Array], jax.Array] | None = None,
   segment_ids: jax.Array | None = None,
   at_edge: bool = False,
   aligned: bool = False,
@@ -381,12 +382,12 @@ def update(
   def body(fixed, now: walks.State, x, at: walks.At):
     if rule.stop_grad_writes:
       now = jax.lax.stop_gradient(now)
-    block = rules.Block(fixed["start"], now.w, *now.s, at)
+    block = blocks.Block(fixed["start"], now.w, *now.s, at)
     architecture = forward
     if slow is not None:
       architecture = functools.partial(forward, slow=fixed["forward"])
     v = x["v"] if target is None else target(block, x["v"])
-    reads, after, sums = rules.write_and_read(
+    reads, after, sums = writing.write_and_read(
       architecture, block, rule, x["q"], x["k"], v, x["gates"],
       by_token=by_token, factor=x.get("row"),
     )  # fmt: skip
@@ -405,7 +406,7 @@ def update(
     at_edge=at_edge, aligned=aligned, chunk_free=chunk_free, run=run, name=name,
     columns=columns,
   )  # fmt: skip
-  return y.reshape(B, T, H, -1), state, rules.metrics(sums)
+  return y.reshape(B, T, H, -1), state, blocks.metrics(sums)
 
 
 def _columns(
@@ -414,15 +415,15 @@ def _columns(
   """A matrix memory whose columns, of `width` values, learn on their own."""
 
   def write(fixed, now: walks.State, x, at: walks.At):
-    block = rules.Block(fixed["start"], now.w, *now.s, at)
+    block = blocks.Block(fixed["start"], now.w, *now.s, at)
     v, k = x["v"], x["k"]
     if rule.objective == "l2":  # Predicted without weights, this is no goal.
       none = lambda _, z: jnp.zeros((*z.shape[:-1], width), z.dtype)
       base = forward(none, k)
       rest = [(0, 0)] * (v.ndim - 1) + [(0, v.shape[-1] - width)]
       v = v - jnp.pad(base, rest)
-    matrix = lambda apply, z: apply("w", z)
-    _, after, _ = rules.write_and_read(
+    matrix = lambda layer, z: layer("w", z)
+    _, after, _ = writing.write_and_read(
       matrix, block, rule, None, k, v, x["gates"]
     )
     return walks.State(after.w, (after.s, after.carried)), (), None
@@ -437,7 +438,7 @@ def _columns(
 
 
 def _scaled(
-  block: rules.Block, w: rules.Weights, last: jax.Array
+  block: blocks.Block, w: rules.Weights, last: jax.Array
 ) -> rules.Weights:
   """Where the chunk closes, anchor + last (w - anchor)."""
   at = block.at

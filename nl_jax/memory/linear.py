@@ -7,20 +7,21 @@ delta rule; `rule.Rule` holds every other switch.
 import jax
 import jax.numpy as jnp
 
+from nl_jax.memory import block as blocks
 from nl_jax.memory import chunked
 from nl_jax.memory import rule as rules
 from nl_jax.memory.chunked import MemoryState as MemoryState
 from nl_jax.memory.chunked import start as start
 
 
-def forward(apply: rules.Apply, z: jax.Array) -> jax.Array:
+def forward(layer: rules.Layer, z: jax.Array) -> jax.Array:
   """z [..., K] -> [..., V]."""
-  return apply("w", z)
+  return layer("w", z)
 
 
-def forward_residual(apply: rules.Apply, z: jax.Array) -> jax.Array:
+def forward_residual(layer: rules.Layer, z: jax.Array) -> jax.Array:
   """z [..., K] -> z + z w; needs K = V."""
-  return z + apply("w", z)
+  return z + layer("w", z)
 
 
 def init(
@@ -48,7 +49,7 @@ def read(
   residual: bool = False,
 ) -> jax.Array:
   """Reads z [B, T, H, K] from the weights as they are now; no write."""
-  return rules.read(_forward(residual), params, state.w, z)
+  return blocks.read(_forward(residual), params, state.w, z)
 
 
 def update(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nl_jax.memory import block as blocks
 from nl_jax.memory import chunked
 from nl_jax.memory import rule as rules
 from nl_jax.memory.chunked import MemoryState as MemoryState
@@ -42,10 +43,10 @@ class Architecture(NamedTuple):
   output: str | None = None
   finish: Callable[[jax.Array], jax.Array] | None = None
 
-  def __call__(self, apply: rules.Apply, z: jax.Array) -> jax.Array:
+  def __call__(self, layer: rules.Layer, z: jax.Array) -> jax.Array:
     """z [..., K] -> [..., V], as `rule.Forward`."""
-    y = self.hidden(*(apply(name, z) for name in self.inputs))
-    y = y if self.output is None else apply(self.output, y)
+    y = self.hidden(*(layer(name, z) for name in self.inputs))
+    y = y if self.output is None else layer(self.output, y)
     return y if self.finish is None else self.finish(y)
 
 
@@ -66,7 +67,7 @@ def forward(arch: str, residual: bool = True) -> rules.Forward:
       f"{', '.join(ARCHITECTURES)}; got {arch!r}"
     )
   inner = ARCHITECTURES[arch]
-  return (lambda apply, z: z + inner(apply, z)) if residual else inner
+  return (lambda layer, z: z + inner(layer, z)) if residual else inner
 
 
 def init(
@@ -112,7 +113,7 @@ def read(
   residual: bool = True,
 ) -> jax.Array:
   """Reads z [B, T, H, K] from the weights as they are now; no write."""
-  return rules.read(forward(arch, residual), params, state.w, z)
+  return blocks.read(forward(arch, residual), params, state.w, z)
 
 
 def update(

@@ -8,19 +8,14 @@ at the end of each chunk, by the momentum and the eta of its last token; until
 then weights only decay, and a token sees nothing of its own chunk.
 """
 
-from typing import TYPE_CHECKING
-
 import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels import orthogonalize as ns
 from nl_jax.kernels import rank_one, walk
 from nl_jax.kernels.rank_one import segments
+from nl_jax.memory import block as blocks
 
-if TYPE_CHECKING:
-  from nl_jax.memory import rule as rules
-
-MODES = ("off", "chunk", "token")
 RATE = "muon_rate"  # Beside the momentum: eta of the last real token.
 # Of LaCT: singular values of a Gaussian matrix end in 0.98 ... 1.03.
 COEFFICIENTS = (
@@ -68,7 +63,7 @@ def momentum(
   return chunk.end(None)[0]
 
 
-def move(block: "rules.Block", eta: jax.Array) -> "rules.Block":
+def move(block: blocks.Block, eta: jax.Array) -> blocks.Block:
   """A block after a chunk, and after its move where the chunk closes.
 
   Args:

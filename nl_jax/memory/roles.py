@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax.kernels import rank_one, walk
-from nl_jax.memory import mlp
+from nl_jax.memory import block as blocks
+from nl_jax.memory import mlp, writing
 from nl_jax.memory import rule as rules
 
 MATRIX = mlp.Architecture(("w",), lambda x: x)
@@ -27,7 +28,7 @@ class Part(NamedTuple):
   """Memories that stand side by side and learn by one rule.
 
   Attributes:
-    block: their weights, see `rule.Block`.
+    block: their weights, see `block.Block`.
     anchor: dict of [..., a, b], their weights at the anchor.
     outputs: of each role its output layer at the anchor; empty without one.
     roles: how many.
@@ -36,7 +37,7 @@ class Part(NamedTuple):
     rate: a factor on eta.
   """
 
-  block: rules.Block
+  block: blocks.Block
   anchor: rules.Weights
   outputs: list[jax.Array]
   roles: int
@@ -105,7 +106,7 @@ def _split(
 
 
 def side_by_side(
-  block: rules.Block,
+  block: blocks.Block,
   roles: int,
   architecture: mlp.Architecture,
   residual: bool,
@@ -232,7 +233,7 @@ class Written(NamedTuple):
       [..., 1, n].
   """
 
-  blocks: list[rules.Block]
+  blocks: list[blocks.Block]
   read: Callable[[int, jax.Array], jax.Array] | None
   sums: jax.Array
 
@@ -291,7 +292,7 @@ def by_chunk(
     y = part.architecture(layer, q)
     return q + y if part.residual else y
 
-  blocks = []
+  done = []
   for i, part in enumerate(parts):
     ends = {name: [] for name in part.block.w}
     for key, chunk in chunks.items():
@@ -301,12 +302,12 @@ def by_chunk(
     if part.rule.retention_target == "zero":  # What decayed is the weight.
       w = {n: W - part.block.begin(n) for n, W in after.w.items()}
       after = after._replace(w=w)
-    blocks.append(after)
+    done.append(after)
   sums = []
-  for part, block, pair in zip(parts, blocks, learned):
+  for part, block, pair in zip(parts, done, learned):
     own, steps = steps[..., : part.roles], steps[..., part.roles :]
     sums.append(_sums(part, block, pair, own, gates))
-  return Written(blocks, read, jnp.concatenate(sums, axis=-1))
+  return Written(done, read, jnp.concatenate(sums, axis=-1))
 
 
 def _chunks(
@@ -342,7 +343,7 @@ def _chunks(
 
 def _after(
   part: Part, ends: dict[str, list[tuple[jax.Array, jax.Array | None]]]
-) -> rules.Block:
+) -> blocks.Block:
   """The block of a part from the ends of its layers, by role or for all."""
   w, s = {}, {}
   for name, each in ends.items():
@@ -371,7 +372,7 @@ def _sizes(tile: walk.Tile, x: jax.Array, roles: int = 1) -> jax.Array:
 
 def _sums(
   part: Part,
-  after: rules.Block,
+  after: blocks.Block,
   pair: _Pairs,
   steps: jax.Array,
   gates: rules.Gates,
@@ -385,12 +386,12 @@ def _sums(
   """
   absolute = {name: after.absolute(name, D) for name, D in after.w.items()}
   weights = [part.by_role(name, W) for name, W in absolute.items()]
-  sizes = [rules.norm(each) for each in zip(*weights)]
+  sizes = [blocks.norm(each) for each in zip(*weights)]
   own = gates._replace(eta=part.rate * gates.eta)
-  loss = rules.total(after.at, sum(pair.terms))
+  loss = blocks.total(after.at, sum(pair.terms))
   steps = jnp.sum(steps, axis=-1, keepdims=True)
   means = (x / part.roles for x in (loss, steps, sum(sizes)))
-  return rules.metric_sums(after.at, own, *means)
+  return blocks.metric_sums(after.at, own, *means)
 
 
 def by_token(
@@ -400,12 +401,12 @@ def by_token(
   gates: rules.Gates,
 ) -> Written:
   """`by_chunk` by the token loop, role by role: the definition; no reads."""
-  blocks, sums = [], []
+  done, sums = [], []
   for part, goals in zip(parts, targets):
     own = gates._replace(eta=part.rate * gates.eta)
     ends, each = {name: [] for name in part.block.w}, []
     for r, goal in enumerate(goals):
-      _, after, total = rules.write_and_read(
+      _, after, total = writing.write_and_read(
         _forward(part),
         _role(part, r),
         part.rule,
@@ -418,19 +419,19 @@ def by_token(
       each.append(total)
       for name, W in after.w.items():
         ends[name].append((W, after.s.get(name)))
-    blocks.append(_after(part, ends))
+    done.append(_after(part, ends))
     sums.append(sum(each) / part.roles)
-  return Written(blocks, None, jnp.concatenate(sums, axis=-1))
+  return Written(done, None, jnp.concatenate(sums, axis=-1))
 
 
 def _forward(part: Part) -> rules.Forward:
   """The architecture of one role."""
   if not part.residual:
     return part.architecture
-  return lambda apply, z: z + part.architecture(apply, z)
+  return lambda layer, z: z + part.architecture(layer, z)
 
 
-def _role(part: Part, role: int) -> rules.Block:
+def _role(part: Part, role: int) -> blocks.Block:
   """The block of one role."""
 
   def cut(tree: rules.Weights | None) -> rules.Weights | None:

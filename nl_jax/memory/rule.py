@@ -1,15 +1,12 @@
-"""What a memory learns from one block of tokens (docs/mathematics.md 2.2, 2.3).
+"""How a memory learns: its switches and rates (docs/mathematics.md 2.2, 2.3).
 
-A memory is a function `forward(apply, z)` of its layers, where
-`apply(name, x)` stands for `x @ W[name]`. Everything else follows from it:
-with the anchor's weights and a tap on every pre-activation it gives the pairs
-(u, delta) whose outer products are the inner gradients; with the exact
-per-token weights of `rank_one` it gives the reads.
+A memory is a function `forward(layer, z)` of its layers, where
+`layer(name, x)` stands for `x @ W[name]`. Everything else follows from it:
+`block` has its inner gradients, `writing` its writes and reads.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, NamedTuple
 
 import jax
@@ -18,10 +15,10 @@ import jax.numpy as jnp
 from nl_jax import fields
 from nl_jax.fields import OneOf, Whole
 from nl_jax.kernels import rank_one, walk
-from nl_jax.memory import muon, objectives, window
+from nl_jax.memory import objectives
 
-Apply = Callable[[str, jax.Array], jax.Array]
-Forward = Callable[[Apply, jax.Array], jax.Array]
+Layer = Callable[[str, jax.Array], jax.Array]
+Forward = Callable[[Layer, jax.Array], jax.Array]
 Weights = Mapping[str, jax.Array]
 
 INPUT_LAYERS = ("w", "w_in", "w_gate")  # Layers whose input is the key.
@@ -79,7 +76,7 @@ class Rule:
   remat_group: Count = 4
   stop_grad_writes: bool = False
   omega: Count = 1
-  inner_muon: Annotated[str, OneOf(*muon.MODES)] = "off"
+  inner_muon: Annotated[str, OneOf("off", "chunk", "token")] = "off"
 
   def __post_init__(self):
     fields.check("model.mixer", type(self), vars(self))
@@ -153,90 +150,6 @@ class Metrics(NamedTuple):
   count: jax.Array
 
 
-class Block(NamedTuple):
-  """A memory at the start of a chunk, and what the chunk's tokens may see.
-
-  Leading axes are those of a chunk function: [B, H], or the heads of a kernel.
-
-  Attributes:
-    start: dict of [..., a, b], the learned start; None: memories start empty.
-    w: dict of [..., a, b], the deviations from the start now.
-    s: their momentum; an empty dict without.
-    carried: what a window or inner Muon has from before; else empty.
-    at: the chunk's tokens, see `kernels.walk.At`.
-  """
-
-  start: Weights | None
-  w: Weights
-  s: Weights
-  carried: Weights
-  at: walk.At
-
-  def begin(self, name: str) -> jax.Array:
-    """The learned start of a layer, [..., a, b]."""
-    return (
-      jnp.zeros_like(self.w[name]) if self.start is None else (self.start[name])
-    )
-
-  def absolute(self, name: str, deviation: jax.Array) -> jax.Array:
-    """The weights of a layer from their deviation."""
-    return deviation if self.start is None else self.start[name] + deviation
-
-  def at_anchor(self, name: str, x: jax.Array) -> jax.Array:
-    """x [..., C, a] through the anchor of each token's own document."""
-    at, kind = self.at, "anchor"
-    deviation = self.w if at.anchor is None else at.anchor
-    y = at.tile.mm(x, self.absolute(name, deviation[name]), "nn", kind)
-    if at.ids is None:
-      return y
-    own = jnp.swapaxes(at.ids, -1, -2) == 0
-    if self.start is None:
-      return jnp.where(own, y, 0.0)
-    return jnp.where(own, y, at.tile.mm(x, self.start[name], "nn", kind))
-
-
-def pairs(
-  forward: Forward,
-  block: Block,
-  k: jax.Array,
-  target: jax.Array,
-  rule: Rule,
-) -> tuple[Weights, Weights, jax.Array]:
-  """Layer inputs and errors of every token, at the anchor.
-
-  Args:
-    forward: the memory's architecture.
-    block: see `Block`.
-    k: keys [..., C, K]; target: [..., C, V], constant for the inner gradient
-      (the outer one goes through it).
-    rule: the objective, its clip and mean.
-
-  Returns:
-    (u, delta, terms): dicts of [..., C, a] and [..., C, b] whose outer products
-    are the gradients of each token's loss, and terms [..., C, V] that add up
-    to that loss.
-  """
-
-  def tapped(taps: Weights) -> tuple[jax.Array, Weights]:
-    inputs = {}
-
-    def apply(name: str, x: jax.Array) -> jax.Array:
-      inputs[name] = block.at.tile.rounded(x)
-      return block.at_anchor(name, inputs[name]) + taps[name]
-
-    y = forward(apply, k)
-    return y, inputs
-
-  def zeros(W: jax.Array) -> jax.Array:
-    lead = jnp.broadcast_shapes(k.shape[:-2], W.shape[:-2])
-    return jnp.zeros((*lead, k.shape[-2], W.shape[-1]), W.dtype)
-
-  taps = jax.tree.map(zeros, dict(block.w))
-  prediction, pull, inputs = jax.vjp(tapped, taps, has_aux=True)
-  error, terms = output_error(rule, prediction, target)
-  return inputs, pull(error)[0], terms
-
-
 def output_error(
   rule: Rule, prediction: jax.Array, target: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -298,243 +211,3 @@ def erases(rule: Rule, name: str) -> bool:
   """Whether a layer erases what it recalls, beside writing."""
   inputs = rule.dgd_scope == "input_layer" and name in INPUT_LAYERS
   return rule.dgd_scope == "per_layer" or inputs
-
-
-class _Layer(NamedTuple):
-  """What one layer learns from a chunk, and how.
-
-  Attributes:
-    u, delta: [..., C, ·]; rates: see `rank_one.Rates`.
-    W: [..., a, b], the weights now; S: momentum or None.
-    R: what retention goes to, the start or None; begin: the start.
-    window: of `rank_one`.
-  """
-
-  u: jax.Array
-  delta: jax.Array
-  rates: rank_one.Rates
-  W: jax.Array
-  S: jax.Array | None
-  R: jax.Array | None
-  begin: jax.Array
-  window: tuple[jax.Array, jax.Array, jax.Array] | None
-
-
-_Read = Callable[[str, jax.Array], jax.Array]
-_End = Callable[[str], tuple[jax.Array, jax.Array | None]]
-
-
-def _by_chunk(
-  layers: Mapping[str, _Layer], block: Block, rule: Rule
-) -> tuple[_Read, _End]:
-  """Reads of layers, and their weights and momentum after the chunk."""
-  at, made = block.at, {}
-  first = next(iter(layers.values())).rates
-  tokens = rank_one.Tokens(
-    first.log_alpha, first.log_beta, at.real, ids=at.ids, tile=at.tile
-  )
-  for name, x in layers.items():
-    D, fresh = block.w[name], None
-    if x.R is None and block.start is not None:
-      D, fresh = x.W, x.begin  # What decays to 0 is W, and begins at the start.
-    made[name] = rank_one.Chunk(
-      tokens, x.u, x.delta, x.rates.write, x.rates.erase, D, x.S, x.R,
-      fresh=fresh, window=x.window,
-    )  # fmt: skip
-  solved = rank_one.recall(list(made.values()), rule.erase_of)
-  rows = dict(zip(made, solved))
-
-  def end(name: str) -> tuple[jax.Array, jax.Array | None]:
-    D, S = made[name].end(rows[name])
-    start = block.start
-    if layers[name].R is None and start is not None:
-      D = D - start[name]
-    return D, S
-
-  return lambda name, x: made[name].read(x, rule.read, rows[name]), end
-
-
-def _by_token(
-  layers: Mapping[str, _Layer], block: Block, rule: Rule, eta: jax.Array
-) -> tuple[_Read, _End]:
-  """`_by_chunk` by the token loop, the definition."""
-  at, ends = block.at, {}
-  ids = None if at.ids is None else at.ids[..., 0, :].astype(jnp.int32) + 1
-
-  def run(name: str, x: jax.Array | None) -> jax.Array | None:
-    own = layers[name]
-    call = functools.partial(
-      rank_one.rank_one, window=own.window, implementation="reference",
-      read=rule.read, erase_of=rule.erase_of,
-    )  # fmt: skip
-    if rule.inner_muon == "token":
-      call = functools.partial(muon.by_token, eta=eta, read=rule.read)
-    anchor = block.w if at.anchor is None else at.anchor
-    y, *ends[name] = call(
-      own.u, own.delta, x, own.rates, own.W, own.S, own.R,
-      anchor=block.absolute(name, anchor[name]), start=own.begin,
-      segment_ids=ids,
-    )  # fmt: skip
-    return y
-
-  def end(name: str) -> tuple[jax.Array, jax.Array | None]:
-    if name not in ends:
-      run(name, None)
-    W, S = ends[name]
-    return W if block.start is None else W - block.start[name], S
-
-  return run, end
-
-
-def write_and_read(
-  forward: Forward,
-  block: Block,
-  rule: Rule,
-  q: jax.Array | None,
-  k: jax.Array,
-  target: jax.Array,
-  gates: Gates,
-  *,
-  by_token: bool = False,
-  factor: jax.Array | None = None,
-) -> tuple[jax.Array | None, Block, jax.Array]:
-  """Writes a chunk's tokens into a memory; reads it along the way (eq. 88).
-
-  Args:
-    forward, block, rule: see their types.
-    q: [..., C, K], or None to write only.
-    k, target: [..., C, K], [..., C, V].
-    gates: columns [..., C, 1]; [..., C, K] for gates of a channel.
-    by_token: one token at a time, the definition, in place of the chunk form.
-    factor: [..., C, 1], what a token sees of the changes since the anchor
-      (TTT); None is 1.
-
-  Returns:
-    (reads [..., C, V] or None, the block after the chunk, sums [..., 1, 7]),
-    the sums those of `Metrics`.
-  """
-  at, laid, before, view = block.at, None, 0, block
-  _, eta = at.tile.keys(k, gates.eta)
-  if rule.omega > 1:
-    laid = window.extend(block, k, target, gates.gamma, rule.omega)
-    before, view = rule.omega - 1, window.widened(block, rule.omega)
-    k, target = laid.k, laid.target
-  all_u, all_delta, terms = pairs(forward, view, k, target, rule)
-  own = lambda x: x[..., before:, :] if before else x
-  layers, momenta, steps = {}, {}, 0.0
-  for name, D in block.w.items():
-    u, delta = own(all_u[name]), own(all_delta[name])
-    gate = layer_gates(gates._replace(eta=eta), name)
-    rate = rates(rule, gate, u, at.real, erases(rule, name))
-    past = None
-    if laid is not None:
-      past = all_u[name][..., :before, :], all_delta[name][..., :before, :]
-      past = (*past, laid.weights)
-    W, S = block.absolute(name, D), block.s.get(name)
-    R = block.begin(name) if rule.retention_target == "init" else None
-    if rule.inner_muon == "chunk":
-      momenta[name] = muon.momentum(u, delta, rate, S, past, at)
-      rate = rate._replace(log_beta=None, write=0 * rate.write)
-      S = past = None
-    layers[name] = _Layer(u, delta, rate, W, S, R, block.begin(name), past)
-    if gate.eta.ndim == u.ndim:
-      size = _write_sizes(all_u[name], all_delta[name], laid)
-      steps = steps + jnp.square(layers[name].rates.write) * size
-  if by_token or rule.loops:
-    read, end = _by_token(layers, block, rule, gates.eta)
-  else:
-    read, end = _by_chunk(layers, block, rule)
-
-  def layer(name: str, x: jax.Array) -> jax.Array:
-    still = None
-    if rule.read == "chunk_start" or factor is not None:
-      still = block.at_anchor(name, x)
-    if rule.read == "chunk_start":
-      return still
-    reads = read(name, x)
-    return reads if factor is None else still + factor * (reads - still)
-
-  reads = None if q is None else forward(layer, q)
-  ends = {name: end(name) for name in layers}
-  w = {name: D for name, (D, _) in ends.items()}
-  s = {name: S for name, (_, S) in ends.items() if S is not None} or momenta
-  carried = dict(block.carried) | ({} if laid is None else laid.past)
-  after = block._replace(w=w, s=s, carried=carried)
-  if rule.inner_muon == "chunk":
-    after = muon.move(after, gates.eta)
-  size = norm(after.absolute(name, D) for name, D in after.w.items())
-  steps = jnp.sqrt(steps + jnp.zeros_like(at.real))
-  sums = total(at, own(terms)), total(at, steps), size
-  return reads, after, metric_sums(at, gates, *sums)
-
-
-def _write_sizes(
-  u: jax.Array, delta: jax.Array, laid: window.Window | None
-) -> jax.Array:
-  """Squared norm of what each token writes, [..., C, 1], but for its rate."""
-  if laid is not None:
-    return window.squared_norms(u, delta, laid.weights)
-  square = lambda x: jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-  return square(u) * square(delta)
-
-
-def _sum(x: jax.Array) -> jax.Array:
-  """Over the last two axes, [..., 1, 1]; a TPU adds rows much faster."""
-  rows = jnp.sum(x, axis=-2, keepdims=True)
-  return jnp.sum(rows, axis=-1, keepdims=True)
-
-
-def norm(weights: Iterable[jax.Array]) -> jax.Array:
-  """Frobenius norm over all weights of a head, [..., 1, 1]."""
-  total = 0.0
-  for W in weights:
-    total = total + _sum(jnp.square(W))
-  return jnp.sqrt(total)
-
-
-def total(at: walk.At, x: jax.Array) -> jax.Array:
-  """Over real tokens and the last axis: [..., C, n] to [..., 1, 1]."""
-  return _sum(x * at.real)
-
-
-def metric_sums(
-  at: walk.At,
-  gates: Gates,
-  loss: jax.Array,
-  steps: jax.Array,
-  size: jax.Array,
-) -> jax.Array:
-  """The sums of `Metrics`, [..., 1, 7]; gates of a channel are averaged.
-
-  Args:
-    at: the chunk.
-    gates: columns [..., C, 1], or [..., C, K].
-    loss, steps: [..., 1, 1], over the chunk.
-    size: [..., 1, 1], the norm of the weights after it.
-  """
-  mean = lambda x: total(at, x) / x.shape[-1]
-  count = mean(jnp.ones_like(at.real))
-  beta = 0 * count
-  if gates.log_beta is not None:
-    beta = mean(jnp.exp(gates.log_beta))
-  alpha = mean(jnp.exp(gates.log_alpha))
-  sums = loss, steps, size * count, mean(gates.eta), alpha, beta, count
-  return jnp.concatenate(sums, axis=-1)
-
-
-def metrics(sums: jax.Array) -> Metrics:
-  """From the sums of a walk, [B, H, 7]."""
-  sums = jax.lax.stop_gradient(sums).astype(jnp.float32)
-  return Metrics(*(sums[..., i] for i in range(len(Metrics._fields))))
-
-
-def read(
-  forward: Forward, params: Weights | None, w: Weights, z: jax.Array
-) -> jax.Array:
-  """Reads z [B, T, H, K] through a start and deviations [B, H, a, b]."""
-  wide = jax.tree.leaves(w)[0].dtype
-  weights = w
-  if params is not None:
-    weights = jax.tree.map(lambda r, d: r[None].astype(wide) + d, params, w)
-  z = jnp.moveaxis(z.astype(wide), 1, 2)
-  return jnp.moveaxis(forward(lambda name, x: x @ weights[name], z), 2, 1)

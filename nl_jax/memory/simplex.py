@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from nl_jax.kernels import simplex as kernels
 from nl_jax.kernels import walk as walks
+from nl_jax.memory import block as blocks
 from nl_jax.memory import chunked
 from nl_jax.memory import rule as rules
 
 _FORMS = (None, "xla", "reference")
 
 
-class _Block(rules.Block):
+class _Block(blocks.Block):
   """A block of logarithms, its start too; columns of weights sum to 1."""
 
   __slots__ = ()
@@ -53,7 +54,7 @@ def _write_and_read(
 ) -> tuple[jax.Array, rules.Weights, jax.Array]:
   """Reads [..., C, V], the deviations after a chunk, and `Metrics` sums."""
   at, ends, gates = block.at, {}, x["gates"]
-  inputs, errors, terms = rules.pairs(forward, block, x["k"], x["v"], rule)
+  inputs, errors, terms = blocks.pairs(forward, block, x["k"], x["v"], rule)
   ids = None if at.ids is None else at.ids[..., 0, :].astype(jnp.int32) + 1
 
   def layer(name: str, z: jax.Array) -> jax.Array:
@@ -68,10 +69,10 @@ def _write_and_read(
     return y
 
   reads = forward(layer, x["q"])
-  size = rules.norm(ends.values())
+  size = blocks.norm(ends.values())
   w = {name: ends[name] - block.begin(name) for name in block.w}
-  loss = rules.total(at, terms)
-  sums = rules.metric_sums(at, gates, loss, 0 * loss, size)
+  loss = blocks.total(at, terms)
+  sums = blocks.metric_sums(at, gates, loss, 0 * loss, size)
   return reads, w, sums
 
 
@@ -139,4 +140,4 @@ def update(
     at_edge=at_edge, aligned=aligned, name="simplex",
     run=chunked.Run("xla", None if run is None else run.spec),
   )  # fmt: skip
-  return y.reshape(B, T, H, -1), state, rules.metrics(sums)
+  return y.reshape(B, T, H, -1), state, blocks.metrics(sums)

@@ -9,13 +9,12 @@ t's document. The omega - 1 tokens before a block are carried: `past_k`,
 such token.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-if TYPE_CHECKING:
-  from nl_jax.memory import rule as rules
+from nl_jax.memory import block as blocks
 
 _PAST = ("past_k", "past_v", "past_gamma")
 
@@ -59,7 +58,7 @@ class Window(NamedTuple):
 
 
 def extend(
-  block: "rules.Block",
+  block: blocks.Block,
   k: jax.Array,
   target: jax.Array,
   gamma: jax.Array,
@@ -105,7 +104,7 @@ def extend(
   return Window(laid[0], laid[1], weights, dict(zip(_PAST, past)))
 
 
-def widened(block: "rules.Block", omega: int) -> "rules.Block":
+def widened(block: blocks.Block, omega: int) -> blocks.Block:
   """The block with a place for each token before it: of its own document."""
   if block.at.ids is None:
     return block

@@ -16,11 +16,11 @@ from typing import Annotated
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from nl_jax import fields, sharding, types
 from nl_jax.fields import OneOf, Whole
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
 
 VARIANTS = ("sequential", "nested", "independent")
 _READ = "read"  # Collection of what the kernels of a level read.
@@ -28,7 +28,7 @@ MIX = "mix"  # Parameter of the weights w_ℓ of the independent variant.
 
 
 @dataclasses.dataclass(frozen=True)
-class CMSConfig:
+class Options:
   """Levels of the feed-forward part.
 
   Attributes:
@@ -51,7 +51,7 @@ class CMSConfig:
   residual: bool = True
 
   def __post_init__(self):
-    fields.check("model.cms", CMSConfig, vars(self))
+    fields.check("model.cms", Options, vars(self))
     count = len(self.levels)
     if not count or len(self.widths) != count or len(self.periods) != count:
       raise ValueError(
@@ -81,26 +81,49 @@ class CMSConfig:
     return self.variant == "independent" and len(self.levels) > 1
 
 
-def parameter_count(config: CMSConfig, width: int) -> int:
-  """Parameters of one layer's feed-forward part, norms included."""
-  count = len(config.levels)
-  norms = count * width if config.norm else 0
-  return 3 * width * sum(config.widths) + norms + count * config.mixes
+def leaves(config: Options, width: int, depth: int) -> dict[str, leaf.Leaf]:
+  """{level: {norm: {scale}, w_gate, w_up, w_down}} of one layer.
+
+  Args:
+    config: the levels.
+    width: D.
+    depth: layers L of the model, for the start of w_down.
+  """
+  made = {}
+  for name, hidden in zip(config.levels, config.widths):
+    if config.norm:
+      made[f"{name}/norm/scale"] = leaf.scale(width, "act_embed")
+    for i, (kernel, one) in enumerate(
+      _kernels(width, hidden, depth).items(), 1
+    ):
+      one = dataclasses.replace(one, key=(leaf.linen(name, i),))
+      made[f"{name}/{kernel}"] = one
+  if config.mixes:
+    count = len(config.levels)
+    made[MIX] = leaf.constant((count,), ("level",), count**-0.5)
+  return made
 
 
-class Level(nn.Module):
+def _kernels(width: int, hidden: int, depth: int) -> dict[str, leaf.Leaf]:
+  """Those of a level; `depth` as of `leaves`."""
+  normal = jax.nn.initializers.normal
+  init, down = normal(layers.INIT_STD), normal(layers.residual_std(depth))
+  wide = leaf.Leaf((width, hidden), ("embed", "mlp"), init, True, True)
+  back = leaf.Leaf((hidden, width), ("mlp", "embed"), down, True, True)
+  return {"w_gate": wide, "w_up": wide, "w_down": back}
+
+
+class FeedForward(nn.Module):
   """MLP^(ℓ)(RMSNorm_ℓ(x)), without the residual.
 
   Attributes:
     hidden: F.
-    down_std: start of w_down.
     norm: whether there is a norm.
     epsilon: of the norm.
     gathers: each device has tokens of its own and all of the kernels.
   """
 
   hidden: int
-  down_std: float
   norm: bool
   epsilon: float = layers.EPSILON
   gathers: bool = False
@@ -110,15 +133,11 @@ class Level(nn.Module):
     """x [..., D] to the same shape."""
     if self.norm:
       x = layers.RMSNorm(self.epsilon, name="norm")(x)
-    shape = (x.shape[-1], self.hidden)
-    init = nn.initializers.normal
-    w_gate = self.param("w_gate", init(layers.INIT_STD), shape)
-    w_up = self.param("w_up", init(layers.INIT_STD), shape)
-    w_down = self.param("w_down", init(self.down_std), shape[::-1])
-    kernels = (w_gate, w_up, w_down)
+    table = _kernels(x.shape[-1], self.hidden, 1)
+    kernels = [self.param(n, w.init, w.shape) for n, w in table.items()]
     if self.gathers:
       kernels = [w.astype(x.dtype) for w in kernels]
-      axes = (("embed", "mlp"),) * 2 + (("mlp", "embed"),)
+      axes = [w.axes for w in table.values()]
       y, hidden = sharding.by_tokens(_feed_forward, x, kernels, axes)
     else:
       y, hidden = _feed_forward(x, *kernels)
@@ -139,25 +158,22 @@ class CMS(nn.Module):
   """The chain or the sum of levels.
 
   Attributes:
-    config: see `CMSConfig`.
-    depth: layers L of the model, for the start of w_down.
+    config: see `Options`.
     epsilon: of the norms.
   """
 
-  config: CMSConfig
-  depth: int
+  config: Options
   epsilon: float = layers.EPSILON
 
   @nn.compact
   def __call__(self, x_BxTxD: types.Array) -> types.Array:
     """x_BxTxD to the same shape."""
     config = self.config
-    down_std = layers.residual_std(self.depth)
     gathers = _gathers(config, x_BxTxD)
     if gathers:  # Told both places, XLA leaves the mixer's heads split.
       x_BxTxD = _place(_place(x_BxTxD, "length"), "tokens")
     blocks = [
-      Level(hidden, down_std, config.norm, self.epsilon, gathers, name=name)
+      FeedForward(hidden, config.norm, self.epsilon, gathers, name=name)
       for name, hidden in zip(config.levels, config.widths)
     ]
     if config.variant == "independent":
@@ -175,8 +191,8 @@ class CMS(nn.Module):
     """Σ_ℓ w_ℓ y_ℓ (eq. 74), w_ℓ = 1 where there is one level."""
     count = len(outputs)
     if self.config.mixes:
-      start = nn.initializers.constant(count**-0.5)
-      mix = self.param(MIX, start, (count,)).astype(x_BxTxD.dtype)
+      zeros = nn.initializers.zeros
+      mix = self.param(MIX, zeros, (count,)).astype(x_BxTxD.dtype)
       outputs = [mix[i] * y for i, y in enumerate(outputs)]
     y_BxTxD = sum(outputs[1:], outputs[0])
     return x_BxTxD + y_BxTxD if self.config.residual else y_BxTxD
@@ -186,7 +202,7 @@ def _place(x_BxTxD: types.Array, length: str) -> types.Array:
   return sharding.constrain(x_BxTxD, "batch", length, "act_embed")
 
 
-def _gathers(config: CMSConfig, x_BxTxD: types.Array) -> bool:
+def _gathers(config: Options, x_BxTxD: types.Array) -> bool:
   """Whether `tensor` splits tokens here, and not the widths of levels.
 
   By widths, what a level writes is a sum over devices, for which the next one
@@ -202,42 +218,27 @@ def _gathers(config: CMSConfig, x_BxTxD: types.Array) -> bool:
   return 2 * sums * tokens > 9 * sum(config.widths)
 
 
-def init(
-  key: types.Array, config: CMSConfig, width: int, depth: int
-) -> types.Params:
-  """Parameters of one layer: {level: {norm: {scale}, w_gate, w_up, w_down}}.
-
-  Args:
-    key: random key.
-    config: the levels.
-    width: D.
-    depth: layers L of the model.
-  """
-  x = jnp.zeros((1, 1, width))
-  return CMS(config, depth).init(key, x).get("params", {})
-
-
 def apply(
   params: types.Params,
   x_BxTxD: types.Array,
-  config: CMSConfig,
+  config: Options,
   epsilon: float = layers.EPSILON,
 ) -> types.Array:
   """The feed-forward part of one layer, its residual included.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: the residual stream.
     config: the levels.
     epsilon: of the norms.
   """
-  return CMS(config, 1, epsilon).apply({"params": params}, x_BxTxD)
+  return CMS(config, epsilon).apply({"params": params}, x_BxTxD)
 
 
 def apply_and_tell(
   params: types.Params,
   x_BxTxD: types.Array,
-  config: CMSConfig,
+  config: Options,
   epsilon: float = layers.EPSILON,
 ) -> tuple[types.Array, dict[str, dict[str, types.Array]]]:
   """`apply`, and what the kernels of each level read.
@@ -249,7 +250,7 @@ def apply_and_tell(
     y_BxTxD, and by level {"x": [B,T,D] of w_gate and w_up, "hidden": [B,T,F]
     of w_down}.
   """
-  y_BxTxD, made = CMS(config, 1, epsilon).apply(
+  y_BxTxD, made = CMS(config, epsilon).apply(
     {"params": params}, x_BxTxD, mutable=[_READ]
   )
   read = {
@@ -259,7 +260,7 @@ def apply_and_tell(
   return y_BxTxD, read
 
 
-def label(path: tuple[jax.tree_util.DictKey, ...], config: CMSConfig) -> str:
+def label(path: tuple[jax.tree_util.DictKey, ...], config: Options) -> str:
   """ "cms/<level>" of a parameter of a level; "slow" for one level, and mix."""
   names = [entry.key for entry in path]
   if "cms" not in names or len(config.levels) == 1:

@@ -1,4 +1,7 @@
-"""FLOPs of a token, by formula: what MFU counts (docs/mathematics.md 3.5).
+"""FLOPs of a token, by formula: the rules of what MFU counts.
+
+Each mixer counts itself by them, and `model.flops(tokens)` is the sum
+(docs/mathematics.md 3.5).
 
 Products of matrices in the forward pass, a multiply-add as 2, means over the
 tokens of a sequence from its start. Counted is what the mathematics asks for in
@@ -21,18 +24,14 @@ of the forward pass, the steps of inner learning included, two more follow, one
 for each factor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from nl_jax import memory
-from nl_jax.memory import muon, self_modifying
-from nl_jax.models import lm
-from nl_jax.models.incontext import local_loss
-from nl_jax.models.incontext import model as incontext
-from nl_jax.models.mixers import mamba
-from nl_jax.models.mixers.attention import mixer as attention
+from nl_jax.memory import muon
+from nl_jax.models import cms
 
-_Shapes = Mapping[str, tuple[int, int]]  # (a, b) by layer, the output last.
+Shapes = Mapping[str, tuple[int, int]]  # (a, b) by layer, the output last.
 
 
 class Flops(NamedTuple):
@@ -67,47 +66,25 @@ def training(model: Any, tokens: int) -> float:
     model: `lm.LanguageModel` or `incontext.InContextModel`.
     tokens: T, of a sequence.
   """
-  return 3.0 * forward(model, tokens).total
+  return 3.0 * model.flops(tokens).total
 
 
-def forward(model: Any, tokens: int) -> Flops:
-  """FLOPs of a token in the forward pass.
-
-  Args:
-    model: `lm.LanguageModel` or `incontext.InContextModel`.
-    tokens: T, of a sequence.
-  """
-  if isinstance(model, incontext.InContextModel):
-    more = _local(model) if model.local else _task(model, tokens)
-    return forward(model.base, tokens)._replace(in_context=more)
-  unit = _unit(model, tokens)
-  whole = Flops(*(model.units * part for part in unit))
-  return whole._replace(output=2.0 * model.vocab_size * model.width)
-
-
-def _unit(model: lm.LanguageModel, tokens: int) -> Flops:
-  """One layer, or what the stack has in place of one."""
-  mixer = MIXERS[model.arch](model, tokens)
-  if model.whole:
-    return mixer
-  return _add(mixer, Flops(feed_forward=_feed_forward(model)))
-
-
-def _add(*parts: Flops) -> Flops:
+def add(*parts: Flops) -> Flops:
+  """The sum, part by part."""
   return Flops(*(sum(values) for values in zip(*parts)))
 
 
-def _feed_forward(
-  model: lm.LanguageModel, levels: tuple[str, ...] | None = None
+def feed_forward(
+  config: cms.Options, width: int, levels: tuple[str, ...] | None = None
 ) -> float:
-  """6 D F of each level, or of some by name."""
-  widths = zip(model.cms.levels, model.cms.widths)
+  """6 D F of each level of the CMS, or of some by name; `width` is D."""
+  widths = zip(config.levels, config.widths)
   hidden = sum(F for name, F in widths if levels is None or name in levels)
-  return 6.0 * model.width * hidden
+  return 6.0 * width * hidden
 
 
 def chunked(
-  shapes: _Shapes,
+  shapes: Shapes,
   rule: memory.Rule,
   *,
   reads: bool = True,
@@ -197,7 +174,7 @@ def _layer(
   return total
 
 
-def layers_of(arch: str, K: int, hidden: int) -> _Shapes:
+def layers_of(arch: str, K: int, hidden: int) -> Shapes:
   """Of the memories of `nl_jax.memory`, V = K."""
   if arch == "linear":
     return {"w": (K, K)}
@@ -206,245 +183,11 @@ def layers_of(arch: str, K: int, hidden: int) -> _Shapes:
   return {"w_in": (K, M), **gate, "w_out": (M, K)}
 
 
-def _product(shapes: _Shapes) -> float:
+def product(shapes: Shapes) -> float:
   """One forward pass through the layers."""
   return sum(2.0 * a * b for a, b in shapes.values())
 
 
-def _scores(model: lm.LanguageModel, keys: float) -> float:
+def scores(heads: int, head_dim: int, keys: float) -> float:
   """Queries against keys, and the sum of their values."""
-  return 4.0 * keys * model.heads * model.head_dim
-
-
-def _attention(model: lm.LanguageModel, tokens: int) -> Flops:
-  options = attention.options(model)
-  both = model.heads + (options.kv_heads or model.heads)
-  keys = min(options.window or tokens, tokens)
-  return Flops(
-    projections=4.0 * model.width * model.head_dim * both,
-    attention=_scores(model, keys),
-  )
-
-
-def _retnet(model: lm.LanguageModel, tokens: int) -> Flops:
-  del tokens
-  K = model.head_dim
-  one = chunked({"w": (K, 2 * K)}, model.mixer.rule)
-  return Flops(projections=16.0 * model.width**2, memories=model.heads * one)
-
-
-def _delta(model: lm.LanguageModel, tokens: int) -> Flops:
-  """DeltaNet, Gated DeltaNet and Comba."""
-  del tokens
-  H, K, options = model.heads, model.head_dim, model.mixer
-  V = options.value_dim or K
-  gates = 1 + (model.arch != "deltanet")
-  columns = H * (2 * K + V * (2 + options.output_gate) + gates)
-  return Flops(
-    projections=2.0 * model.width * columns,
-    memories=H * chunked({"w": (K, V)}, options.rule),
-  )
-
-
-def _rwkv(model: lm.LanguageModel, tokens: int) -> Flops:
-  """A whole layer; what is erased stands at another key than what is written.
-
-  Keys against keys four times, one solve, and two writes for each read.
-  """
-  del tokens
-  options, D, K = model.mixer, model.width, model.head_dim
-  ranks = options.decay_rank + options.rate_rank + options.gate_rank
-  ranks += options.value_rank * (1 - 1 / model.layers)  # Not in the first.
-  one = 8.0 * K * K + 15.0 * K * options.chunk
-  return Flops(
-    projections=8.0 * D * D + 4.0 * D * ranks,
-    memories=model.heads * one,
-    feed_forward=4.0 * D * model.cms.widths[0],
-  )
-
-
-def _samba(model: lm.LanguageModel, tokens: int) -> Flops:
-  """Mamba, its feed-forward part, and attention to a window."""
-  D, N = model.width, model.mixer.state_dim
-  inner, R = mamba.EXPAND * D, mamba.rank(D)
-  # A memory of N numbers a channel: u v is written, and read.
-  even = Flops(
-    projections=2.0 * inner * (3 * D + 2 * R + 2 * N),
-    memories=4.0 * inner * N,
-    feed_forward=_feed_forward(model),
-  )
-  odd = Flops(
-    projections=8.0 * D * D,
-    attention=_scores(model, min(model.mixer.window, tokens)),
-  )
-  return _add(even, odd)
-
-
-def _ttt(model: lm.LanguageModel, tokens: int) -> Flops:
-  """Biases are one more input of each layer."""
-  del tokens
-  D, H, K = model.width, model.heads, model.head_dim
-  shapes = {"w": (K + 1, K)}
-  if model.arch == "ttt_mlp":
-    M = model.mixer.hidden or 4 * K
-    shapes = {"w_in": (K + 1, M), "w_out": (M + 1, K)}
-  return Flops(
-    projections=8.0 * D * D + 2.0 * D * H,
-    memories=H * chunked(shapes, model.mixer.rule, normed=True),
-  )
-
-
-def _titans(model: lm.LanguageModel, tokens: int) -> Flops:
-  del tokens
-  options, D, H = model.mixer, model.width, model.heads
-  gates = len(options.gates) + (options.omega > 1)
-  return Flops(
-    projections=10.0 * D * D + 2.0 * D * H * gates,
-    memories=H * _of_titans(model),
-  )
-
-
-def _memora(model: lm.LanguageModel, tokens: int) -> Flops:
-  """The layer of Titans, but for gates of a channel through `rank`."""
-  del tokens
-  D, rank = model.width, model.mixer.rank
-  return Flops(
-    projections=10.0 * D * D + 8.0 * D * rank,
-    memories=model.heads * _of_titans(model),
-  )
-
-
-def _of_titans(model: lm.LanguageModel) -> float:
-  options, K = model.mixer, model.head_dim
-  shapes = layers_of(options.memory, K, options.hidden)
-  normed = options.memory == "mlp_ln"
-  total = chunked(shapes, options, normed=normed, loop=options.loops)
-  if options.span:
-    wide = memory.spans.wide_rule(options, options.span)
-    total += chunked(shapes, wide, normed=normed)
-    total += chunked({"w": (K, K)}, memory.spans.keys_rule(options))
-  return total
-
-
-def _beside(model: lm.LanguageModel, tokens: int) -> Flops:
-  """Titans with attention to a window and to the persistent tokens."""
-  options, D = model.mixer, model.width
-  keys = min(options.window, tokens) + options.persistent
-  own = Flops(
-    projections=8.0 * D * D + 4.0 * D * D * options.persistent / tokens,
-    attention=_scores(model, keys),
-  )
-  return _add(own, _titans(model, tokens))
-
-
-def _context(model: lm.LanguageModel, tokens: int) -> Flops:
-  """Titans whose attention also sees what each token recalls."""
-  options, D = model.mixer, model.width
-  keys = 2 * min(options.segment, tokens) + options.persistent
-  recall = _product(layers_of(options.memory, model.head_dim, options.hidden))
-  own = Flops(
-    # W_q of the recall, keys and values of tokens and of what they recall.
-    projections=14.0 * D * D + 4.0 * D * D * options.persistent / tokens,
-    attention=_scores(model, keys),
-    memories=model.heads * recall,
-  )
-  return _add(own, _titans(model, tokens))
-
-
-def _hope(model: lm.LanguageModel, tokens: int) -> Flops:
-  """Self-modifying Titans: the generators, then M_memory."""
-  del tokens
-  config: self_modifying.Config = model.mixer
-  D, H, K = model.width, model.heads, model.head_dim
-  shapes = layers_of(config.memory, K, config.hidden)
-  how = dict(
-    normed=config.memory == "mlp_ln", loop=config.gate_shape == "channel"
-  )
-  own = lambda part: (part.value_source == "self") * _product(shapes)
-  made = chunked(shapes, config.generator_rule, **how) + own(config.generators)
-  one = chunked(shapes, config.memory_rule, **how) + own(config)
-  roles = len(config.generator_roles)
-  one += roles * made
-  if roles and config.dgd_scope != "none" and not how["loop"]:
-    # Keys against keys: once for all that have the same chunks.
-    with_memory = config.chunk_gen == config.chunk_memory
-    one -= (roles - 1 + with_memory) * 2.0 * K * config.chunk_gen
-  projected = 1 if config.gen_input == "slice" else 3
-  projections = 2.0 * D * H * K * (projected + 2)
-  if config.gate_source == "static":
-    projections += 4.0 * D * H
-  elif config.gate_shape == "head":
-    one += 4.0 * K
-  return Flops(projections=projections, memories=H * one)
-
-
-# By model.arch: (model, tokens of a sequence) -> Flops of a unit of the stack.
-MIXERS: dict[str, Callable[[lm.LanguageModel, int], Flops]] = {
-  "comba": _delta,
-  "deltanet": _delta,
-  "dla": _titans,
-  "gated_deltanet": _delta,
-  "hope": _hope,
-  "hope_attention": _attention,
-  "memora": _memora,
-  "retnet": _retnet,
-  "rwkv7": _rwkv,
-  "samba": _samba,
-  "titans_lmm": _titans,
-  "titans_mac": _context,
-  "titans_mag": _beside,
-  "titans_mal": _beside,
-  "transformer": _attention,
-  "ttt_linear": _ttt,
-  "ttt_mlp": _ttt,
-}
-
-
-def _task(model: incontext.InContextModel, tokens: int) -> float:
-  """The inner backward pass of levels that learn from the task loss.
-
-  Through slow kernels one product for each of the forward pass, the gradient
-  of its input; through fast ones, attention and memories two. It ends at the
-  first fast level, whose input no fast weight is before; and the micro-chunk
-  that stays open is not learned from. Replays of `nested_meta="full"` are not
-  counted.
-  """
-  base, chunk = model.base, model.options.chunks[0]
-  unit, count = _unit(base, tokens), model.fast_layers
-  fast = _feed_forward(base, model.fast_levels)
-  passed = (count - 1) * (unit.total + unit.attention + unit.memories + fast)
-  passed += _first_layer(model)
-  if model.options.rule == "dgd":
-    passed += 2 * count * fast  # The erase, and its gradient by the kernels.
-  closed = (tokens - 1) // chunk * chunk / tokens
-  return closed * (passed + 2.0 * base.vocab_size * base.width)
-
-
-def _first_layer(model: incontext.InContextModel) -> float:
-  """The same through the feed-forward part of the first fast layer."""
-  chain = model.base.cms.variant != "independent"
-  total, reached = 0.0, False
-  for name in model.base.cms.levels:
-    one, learns = _feed_forward(model.base, (name,)), name in model.fast_levels
-    # 6 D F: to its kernels; 2 D F: through w_down; 4 D F: to its input.
-    total += learns * 4 / 3 * one
-    if chain and reached:
-      total += one * (2 / 3 if learns else 1)
-    reached = reached or learns
-  return total
-
-
-def _local(model: incontext.InContextModel) -> float:
-  """Levels that learn from losses of their layers: memories of one head.
-
-  They read at the key: the feed-forward part has counted that.
-  """
-  D = model.base.width
-  widths = dict(zip(model.base.cms.levels, model.base.cms.widths))
-  total = 0.0
-  for name, chunk in zip(model.fast_levels, model.options.chunks):
-    F = widths[name]
-    shapes = {"w_gate": (D, F), "w_up": (D, F), "w_down": (F, D)}
-    rule = local_loss.rule(model, chunk)
-    total += 2.0 * D * D + chunked(shapes, rule, reads=False, anchor=False)
-  return model.fast_layers * total
+  return 4.0 * keys * heads * head_dim

@@ -6,7 +6,7 @@ Reductions run in float32 at least, products in the dtype of the activations.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -18,33 +18,11 @@ from nl_jax.fields import Number, OneOf, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
 
-if TYPE_CHECKING:
-  from nl_jax.models import lm
-
 INIT_STD = 0.02  # docs/mathematics.md 5: kernels and embedding.
 EPSILON = 1e-6  # Of every norm, unless a model says another.
 ROPE_THETA = 10000.0  # Base of RoPE's wave lengths (docs/mathematics.md 6).
 ROPE_SCALINGS = ("none", "linear", "llama3")
 CONV_WIDTH = 4  # Paper §8.2: "local convolutions with window 4".
-
-
-def check_heads(model: "lm.LanguageModel", *, even: bool = False) -> None:
-  """Raises ValueError unless the heads fill the width; `even`: for RoPE."""
-  if model.heads * model.head_dim != model.width:
-    raise ValueError(
-      "model.heads * model.head_dim must be model.width, got "
-      f"{model.heads} * {model.head_dim} != {model.width}"
-    )
-  if even:
-    check_even(model)
-
-
-def check_even(model: "lm.LanguageModel") -> None:
-  """Raises ValueError unless RoPE can turn the features of a head in pairs."""
-  if model.head_dim % 2:
-    raise ValueError(
-      f"model.head_dim must be even for RoPE, got {model.head_dim}"
-    )
 
 
 def run(
@@ -423,23 +401,6 @@ def lay(
     row, part, i, axis=0
   )
   return jax.vmap(move)(buffer, carried, begin)
-
-
-def size_of_state(model: "lm.LanguageModel", length: int = 0) -> int:
-  """Bytes that the mixers of all layers carry for one sequence.
-
-  Args:
-    model: a language model.
-    length: slots of an unbounded cache.
-  """
-  params = jax.eval_shape(
-    lambda key: model.module.init(key, model), jax.random.key(0)
-  )
-  state = jax.eval_shape(
-    lambda p: model.module.init_state(p, 1, length, model=model), params
-  )
-  sizes = (leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
-  return model.layers * sum(sizes)
 
 
 class RMSNorm(nn.Module):

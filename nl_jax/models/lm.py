@@ -3,67 +3,34 @@
     layer:  x ← x + Mixer(RMSNorm(x));   x ← CMS(x)
 
 then a final RMSNorm and logits against the embedding, or, untied, against a
-head of its own (docs/mathematics.md 5). The mixer is the module
-that `MIXERS` names; the feed-forward part of every model is a CMS, whose case
-of one level is the plain block. Parameters of the layers are stacked on a
+head of its own (docs/mathematics.md 5). The mixer is the module that `MIXERS`
+names, see `mixer.Mixer`; the feed-forward part of every model is a CMS, whose
+case of one level is the plain block. Parameters of the layers are stacked on a
 leading axis L, and one `lax.scan` runs them, rematerialised layer by layer.
 A mixer may hold several layers, as `LAYERS` of its module says: then that many
 are one layer here, and L counts these. Or it is `WHOLE`, a layer with a
 feed-forward part of its own form: its module then also says what goes up the
-layers (`enter`, `leave`) and how their parameters begin and are stacked
-(`finish`, `laid`, `absent`).
+layers and how their parameters are laid for the scan.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, sharding, types
+from nl_jax import fields, sharding, types
 from nl_jax.fields import Number, OneOf, Whole
 from nl_jax.kernels import splash_attention, walk
+from nl_jax.levels import STEP, LevelRow
 from nl_jax.models import cms, layers
-from nl_jax.models.mixers import deltanet, hope, retnet, rwkv7, samba, ttt
+from nl_jax.models import flops as counting
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.attention import mixer as attention
-from nl_jax.models.mixers.titans import (
-  dla,
-  memora,
-)
-from nl_jax.models.mixers.titans import (
-  lmm as titans,
-)
-from nl_jax.models.mixers.titans import (
-  mac as titans_mac,
-)
-from nl_jax.models.mixers.titans import (
-  mag as titans_mag,
-)
-from nl_jax.models.mixers.titans import (
-  mal as titans_mal,
-)
+from nl_jax.models.mixers.registry import MIXERS as MIXERS
 
-MIXERS = {
-  "comba": deltanet,
-  "deltanet": deltanet,
-  "dla": dla,
-  "gated_deltanet": deltanet,
-  "hope": hope,
-  "hope_attention": attention,
-  "memora": memora,
-  "retnet": retnet,
-  "rwkv7": rwkv7,
-  "samba": samba,
-  "titans_lmm": titans,
-  "titans_mac": titans_mac,
-  "titans_mag": titans_mag,
-  "titans_mal": titans_mal,
-  "transformer": attention,
-  "ttt_linear": ttt,
-  "ttt_mlp": ttt,
-}
 # What a layer keeps that is run again in the backward pass: what its kernels
 # made, which then run once.
 _KEEPS = jax.checkpoint_policies.save_only_these_names(
@@ -99,27 +66,10 @@ def options(arch: str, values: Mapping[str, Any] | None) -> Any:
       that it does not take.
   """
   fields.check("model", LanguageModel, {"arch": arch})
-  made = MIXERS[arch].Options
-  if values is None or made is None:
+  if values is None:
     return values
-  return _filled(made, values, f"model.arch={arch!r} has no model.mixer.")
-
-
-def _filled(made: type, values: Mapping[str, Any], missing: str) -> Any:
-  """A dataclass from values by name; groups are filled by their default's."""
-  known = {field.name: field for field in dataclasses.fields(made)}
-  for name in values:
-    if name not in known:
-      close = difflib.get_close_matches(name, known, n=1)
-      hint = f" Did you mean {close[0]!r}?" if close else ""
-      raise ValueError(f"{missing}{name}; it has {', '.join(known)}.{hint}")
-  return made(
-    **{
-      name: _filled(type(known[name].default), value, f"{missing}{name}.")
-      if isinstance(value, Mapping)
-      else value
-      for name, value in values.items()
-    }
+  return contract.filled(
+    MIXERS[arch].Options, values, f"model.arch={arch!r} has no model.mixer."
   )
 
 
@@ -156,7 +106,7 @@ class LanguageModel:
   head_dim: _Size
   vocab_size: _Size
   sequence_length: _Size
-  cms: cms.CMSConfig
+  cms: cms.Options
   mixer: Any = None
   dtype: Annotated[str, OneOf("float32", "bfloat16")] = "float32"
   remat: Annotated[str, OneOf("layer", "none")] = "layer"
@@ -175,78 +125,100 @@ class LanguageModel:
         f"{self.cms.levels}: use model.arch='hope_attention'"
       )
     self._check_mixer()
-    self.module.check(self)
+    self.module.check(self.dims)
 
   def _check_mixer(self) -> None:
     wanted = self.module.Options
     if wanted is attention.Options and self.mixer is None:
       return  # All off: the attention of Transformer++.
-    if type(self.mixer) is not (wanted or type(None)):
-      having = [name for name, mixer in MIXERS.items() if mixer.Options]
+    if type(self.mixer) is not wanted:
       raise ValueError(
-        f"model.mixer belongs to model.arch={', '.join(having)}, each with "
+        f"model.mixer belongs to model.arch={', '.join(MIXERS)}, each with "
         f"switches of its own, got arch={self.arch!r} with "
         f"mixer={self.mixer!r}"
       )
 
   @property
-  def module(self) -> Any:
+  def module(self) -> contract.Mixer:
     """The module of the mixer's functions."""
     return MIXERS[self.arch]
 
   @property
+  def dims(self) -> contract.Dims:
+    """What a mixer sees of the model."""
+    return contract.Dims(
+      self.arch, self.width, self.layers, self.heads, self.head_dim,
+      self.sequence_length, self.cms, self.mixer, self.dtype, self.at_edge,
+      self.norm_epsilon,
+    )  # fmt: skip
+
+  @property
   def units(self) -> int:
     """Length of the stack: layers, or groups of them where a mixer is one."""
-    return self.layers // getattr(self.module, "LAYERS", 1)
+    return self.layers // self.module.LAYERS
 
   @property
   def whole(self) -> bool:
     """Whether the mixer is all of a layer, its feed-forward part included."""
-    return getattr(self.module, "WHOLE", False)
+    return self.module.WHOLE is not None
 
   @property
   def grows(self) -> bool:
     """Whether the state has an unbounded cache, of `length` slots."""
-    return self.module is attention and not attention.options(self).window
+    return self.module.grows(self.dims)
 
   @property
   def alignment(self) -> int:
     """Documents of a packed row must begin at multiples of this."""
-    return self.module.alignment(self)
+    return self.module.alignment(self.dims)
 
-  def init(self, key: types.Array) -> types.Params:
-    """Parameters {embed, blocks: {mixer_norm, mixer, cms}, final_norm}.
+  def leaves(self) -> leaf.Leaves:
+    """The table of the parameters, those of `blocks` stacked [L,...].
 
-    Leaves of `blocks` are stacked [L,...]; a plain nested dict. `head`
-    (D,Vocab) is there too where the output is not tied.
+    {embed, blocks: {mixer_norm, mixer, cms}, final_norm}, and `head` (D,Vocab)
+    where the output is not tied.
     """
-    embed_key, blocks_key = jax.random.split(key)
-    keys = jax.random.split(blocks_key, self.units)
-    blocks = jax.vmap(self._init_block)(keys)
-    params = {
-      "embed": layers.normal(embed_key, (self.vocab_size, self.width)),
-      "blocks": self.module.finish(blocks, self) if self.whole else blocks,
-      "final_norm": {"scale": jnp.ones((self.width,))},
+    D, vocabulary = self.width, self.vocab_size
+    embed = leaf.kernel((vocabulary, D), ("vocab", "embed"), 0)
+    block = {"mixer_norm/scale": leaf.scale(D, "act_embed")}
+    block |= leaf.under("mixer", self.module.leaves(self.dims), 0)
+    if not self.whole:
+      block |= leaf.under("cms", cms.leaves(self.cms, D, self.layers), 1)
+    made = {
+      "embed": dataclasses.replace(embed, matrix=False),
+      **leaf.stacked(leaf.under("blocks", block), self.units, 1),
+      "final_norm/scale": leaf.scale(D, "act_embed"),
     }
     if not self.tied:
+      head = leaf.kernel((D, vocabulary), ("embed", "vocab"), 0)
       # A key that no tied model draws from: its numbers stay.
-      head_key = jax.random.fold_in(embed_key, 0)
-      params["head"] = layers.normal(head_key, (self.width, self.vocab_size))
-    return params
+      made["head"] = dataclasses.replace(head, matrix=False, key=(0, 0))
+    return made
 
-  def _init_block(self, key: types.Array) -> types.Params:
-    mixer_key, cms_key = jax.random.split(key)
-    block = {
-      "mixer_norm": {"scale": jnp.ones((self.width,))},
-      "mixer": self.module.init(mixer_key, self),
-    }
-    if not self.whole:
-      block["cms"] = cms.init(cms_key, self.cms, self.width, self.layers)
-    return block
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The logical axes of the parameters by path."""
+    return leaf.axes(self.leaves())
 
-  def _laid(self, blocks: types.Params) -> types.Params:
+  def init(self, key: types.Array) -> types.Params:
+    """The parameters, a plain nested dict; see `leaves`."""
+    return leaf.drawn(self.leaves(), key)
+
+  def laid(self, blocks: types.Params) -> types.Params:
     """The blocks with leaves [L,...] all."""
-    return self.module.laid(blocks) if self.whole else blocks
+    whole = self.module.WHOLE
+    if whole is None:
+      return blocks
+    return {**blocks, "mixer": whole.laid(blocks["mixer"])}
+
+  def enter(self, x_BxTxD: types.Array) -> Any:
+    """What goes up the layers, from the residual stream."""
+    whole = self.module.WHOLE
+    return x_BxTxD if whole is None else whole.enter(x_BxTxD)
+
+  def leave(self, stream: Any) -> types.Array:
+    """The residual stream, from what goes up the layers."""
+    whole = self.module.WHOLE
+    return stream if whole is None else whole.leave(stream)
 
   def init_state(
     self, params: types.Params, batch_size: int, length: int | None = None
@@ -259,8 +231,9 @@ class LanguageModel:
       length: slots of an unbounded cache; `sequence_length` by default.
     """
     slots = self.sequence_length if length is None else length
-    start = lambda p: self.module.init_state(p, batch_size, slots, model=self)
-    stacked = jax.vmap(start)(self._laid(params["blocks"])["mixer"])
+    dims = self.dims
+    start = lambda p: self.module.init_state(p, batch_size, slots, model=dims)
+    stacked = jax.vmap(start)(self.laid(params["blocks"])["mixer"])
     return LMState(stacked, jnp.zeros((batch_size,), jnp.int32))
 
   def apply(
@@ -347,8 +320,8 @@ class LanguageModel:
     if self.remat == "layer":
       # A scan already keeps XLA from merging the recomputation.
       body = jax.checkpoint(body, prevent_cse=False, policy=_KEEPS)
-    stream = self.module.enter(x_BxTxD) if self.whole else x_BxTxD
-    blocks = self._laid(blocks)
+    stream = self.enter(x_BxTxD)
+    blocks = self.laid(blocks)
     count = jax.tree.leaves(blocks)[0].shape[0]
     if carried is not None and x_BxTxD.shape[1] == 1 and count:
       stream, states, metrics = _in_place(body, stream, blocks, carried)
@@ -357,8 +330,7 @@ class LanguageModel:
         stream, (states, metrics) = jax.lax.scan(
           body, stream, (blocks, carried)
         )
-    x_BxTxD = self.module.leave(stream) if self.whole else stream
-    return x_BxTxD, states, metrics
+    return self.leave(stream), states, metrics
 
   def block(
     self,
@@ -388,61 +360,61 @@ class LanguageModel:
     state: Any,
     segment_ids: types.Array | None,
   ) -> tuple[types.Array, Any, dict[str, Any]]:
-    """x + Mixer(RMSNorm(x)), or what the mixer's module has as `residual`."""
-    if hasattr(self.module, "residual"):
-      return self.module.residual(
-        params, x_BxTxD, state, segment_ids, model=self
-      )
-    scale = params["mixer_norm"]["scale"]
-    normed = layers.rms_norm(x_BxTxD, scale, self.norm_epsilon)
-    y_BxTxD, state, metrics = self.module.apply(
-      params["mixer"], normed, state, segment_ids, model=self
+    """The mixer of one layer around its norm, or what is its `residual`."""
+    return self.module.residual(
+      params, x_BxTxD, state, segment_ids, model=self.dims
     )
-    return x_BxTxD + y_BxTxD, state, metrics
 
   def parameter_count(self) -> int:
-    """Vocab·D (untied: twice) + L (mixer + D + feed-forward) + D (§7.2)."""
-    mixer = self.module.parameter_count(self)
-    block = mixer + self.width
-    outside = self.width * (self.vocab_size * (1 if self.tied else 2) + 1)
+    """Parameters of the whole model."""
+    return leaf.count(self.leaves())
+
+  def flops(self, tokens: int) -> counting.Flops:
+    """FLOPs of a token in the forward pass, in a sequence of `tokens`."""
+    layers = counting.Flops(*(self.units * x for x in self.unit_flops(tokens)))
+    return layers._replace(output=2.0 * self.vocab_size * self.width)
+
+  def unit_flops(self, tokens: int) -> counting.Flops:
+    """Those of one layer, or of what the stack has in place of one."""
+    mixer = self.module.flops(self.dims, tokens)
     if self.whole:
-      return outside + self.units * block - self.module.absent(self)
-    block += cms.parameter_count(self.cms, self.width)
-    return outside + self.units * block
+      return mixer
+    feed_forward = counting.feed_forward(self.cms, self.width)
+    return counting.add(mixer, counting.Flops(feed_forward=feed_forward))
 
   def levels(
     self,
-  ) -> tuple[list[card.Row], Callable[[types.Params], types.Params]]:
+  ) -> tuple[list[LevelRow], Callable[[types.Params], types.Params]]:
     """The rows of the level card, and the function that labels parameters.
 
     The labels are level names in a tree like the parameters': "cms/<level>"
     for a CMS of several levels, else "slow".
     """
-    mixer_rows = self.module.rows(self)
+    mixer_rows = self.module.levels(self.dims)
     cms_rows = self._cms_rows()
     slow = self.parameter_count()
     slow -= sum(row.parameters for row in (*mixer_rows, *cms_rows))
     names = "projections" if cms_rows else "projections and FFN"
-    slow_row = card.Row(
+    slow_row = LevelRow(
       name=f"slow weights ({names})",
       kind="slow weights",
-      chunk=card.STEP,
+      chunk=STEP,
       parameters=slow,
       frozen=True,
     )
     return [*mixer_rows, *cms_rows, slow_row], self._labels
 
-  def _cms_rows(self) -> list[card.Row]:
+  def _cms_rows(self) -> list[LevelRow]:
     """A row a level; none for one level, which is part of the slow weights."""
     config = self.cms
     if len(config.levels) == 1:
       return []
     norm = self.width if config.norm else 0
     return [
-      card.Row(
+      LevelRow(
         name=f"{name} FFN",
         kind="feed-forward",
-        chunk=period or card.STEP,
+        chunk=period or STEP,
         transfer="init" if config.variant == "nested" else "backprop",
         parameters=self.layers * (3 * self.width * hidden + norm),
       )

@@ -2,7 +2,7 @@
 
 `hope_1b3` is the family `hope` at the size `1b3`; `hope_1b3:smoke` its test
 size, and `hope_1b3:paper` the paper's literal reading. `group` gives what such
-a model says in the group `model` of a config, where it is no default.
+a model says in the group `model` of a config, where it is not a default.
 
 All models of a size have the same depth and width and, by the width of their
 feed-forward part, the same number of parameters: within 3 % of the nominal
@@ -48,7 +48,7 @@ class Shape(NamedTuple):
     head_dim: K.
     widths: F of each feed-forward level, fastest first: one, or high, mid, low.
     mixer: options of the mixer at this size. The small sizes keep the states of
-      all chunks: memory is no matter there.
+      all chunks: memory does not matter there.
   """
 
   heads: int
@@ -171,6 +171,24 @@ SHAPES = {
     "760m": Shape(9, 128, (3328,), dict(chunk=64, value_dim=256)),
     "1b3": Shape(12, 128, (4288,), dict(chunk=64, value_dim=256)),
   },
+  # Heads of Gated DeltaNet; its ranks are 128 where they are not said.
+  "gated_deltanet2": {
+    "smoke": Shape(
+      3,
+      16,
+      (98,),
+      dict(chunk=8, value_dim=32, decay_rank=8, gate_rank=8, remat_group=1),
+    ),
+    "tiny": Shape(
+      3,
+      32,
+      (202,),
+      dict(chunk=16, value_dim=64, decay_rank=16, gate_rank=16, remat_group=1),
+    ),
+    "340m": Shape(6, 128, (1664,), dict(chunk=64, value_dim=256)),
+    "760m": Shape(9, 128, (2752,), dict(chunk=64, value_dim=256)),
+    "1b3": Shape(12, 128, (3584,), dict(chunk=64, value_dim=256)),
+  },
   # Heads of 64, M = 4 K and C = 16 are those of its authors.
   "ttt_linear": {
     "smoke": Shape(4, 16, (162,), dict(chunk=8, remat_group=1)),
@@ -221,7 +239,7 @@ SHAPES = {
     "760m": Shape(12, 128, (1600,), dict(hidden=256, chunk=64, window=1024)),
     "1b3": Shape(16, 128, (2048,), dict(hidden=256, chunk=64, window=1024)),
   },
-  # Here a window is a segment.
+  # Here a window is a section.
   "titans_mac": {
     "smoke": Shape(
       4, 16, (36,), dict(hidden=32, chunk=8, segment=16, remat_group=1)
@@ -306,6 +324,7 @@ FAMILIES = {
   "gated_deltanet": Family(
     "gated_deltanet", "gated_deltanet", dict(output_gate=True)
   ),
+  "gated_deltanet2": Family("gated_deltanet2", "gated_deltanet2"),
   "comba": Family(
     "comba", "gated_deltanet", dict(output_gate=True, correction=1.0)
   ),

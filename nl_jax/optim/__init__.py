@@ -52,6 +52,7 @@ from nl_jax.optim._delta_momentum import (
   scale_by_delta_momentum as scale_by_delta_momentum,
 )
 from nl_jax.optim._dims import scale_by_shape as scale_by_shape
+from nl_jax.optim._dtypes import StateDtypes as StateDtypes
 from nl_jax.optim._m3 import ScaleByM3State as ScaleByM3State
 from nl_jax.optim._m3 import m3 as m3
 from nl_jax.optim._m3 import m3_paper as m3_paper
@@ -70,6 +71,7 @@ from nl_jax.optim._multi_frequency import (
 from nl_jax.optim._multi_frequency import cms_periods as cms_periods
 from nl_jax.optim._multi_frequency import multi_frequency as multi_frequency
 from nl_jax.optim._multi_frequency import reclock_schedule as reclock_schedule
+from nl_jax.optim._newton_schulz import NewtonSchulz as NewtonSchulz
 from nl_jax.optim._preconditioned import (
   ScaleByFeatureMomentumState as ScaleByFeatureMomentumState,
 )

@@ -22,9 +22,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
-from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes, _matrices
+from nl_jax.optim import _checks, _dims, _dtypes, _matrices, _newton_schulz
 
 A = jax.typing.ArrayLike
 Tree = Any
@@ -182,10 +181,8 @@ def scale_by_deep_momentum(
   vector_rule: Literal["identity", "trace", "mlp"] = "identity",
   eta: A = 1.0,
   ns_steps: int = 5,
-  coeffs: str | coefficients.Table = "jordan",
-  ns_dtype: jax.typing.DTypeLike | None = None,
+  ns: _newton_schulz.NewtonSchulz = _newton_schulz.NewtonSchulz(),  # noqa: B008
   dims: _dims.DimsLike = None,
-  ns_sharding: orthogonalize.NSSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Deep momentum gradient descent; see the module docstring.
 
@@ -210,9 +207,7 @@ def scale_by_deep_momentum(
       "trace" momentum with alpha and eta, "mlp" one sample of all entries.
     eta: rate of the write of linear memories and of "trace".
     ns_steps: Newton-Schulz iterations of output="orthogonalize".
-    coeffs: coefficients of Newton-Schulz, a name or a table (`orthogonalize`).
-    ns_dtype: dtype of the Newton-Schulz iterations; None is at least float32.
-    ns_sharding: where it runs on a mesh.
+    ns: see `NewtonSchulz`.
     dims: the matrices; None is (-2, -1) for rank >= 2.
 
   Returns:
@@ -231,7 +226,7 @@ def scale_by_deep_momentum(
   _checks.one_of("vector_rule", vector_rule, ("identity", "trace", "mlp"))
   if not callable(output):
     _checks.one_of("output", output, (None, "orthogonalize"))
-  coefficients.check(coeffs, ns_steps)
+  coefficients.check(ns.coeffs, ns_steps)
   is_mlp = isinstance(memory, MLPMemory)
   if is_mlp and readout == "state":
     raise ValueError(
@@ -334,10 +329,7 @@ def scale_by_deep_momentum(
     new = [jax.tree.unflatten(treedef, [r[i] for r in rows]) for i in range(3)]
     direction = new[0]
     if output == "orthogonalize":
-      direction = orthogonalize.orthogonalize_tree(
-        direction, jax.tree.unflatten(treedef, specs), coeffs=coeffs,
-        ns_steps=ns_steps, ns_dtype=ns_dtype, sharding=ns_sharding,
-      )  # fmt: skip
+      direction = ns.orthogonalize(direction, specs, ns_steps)
     elif callable(output):
       direction = jax.tree.map(output, direction)
     memories = _dtypes.cast(new[1], state.memory)
@@ -362,7 +354,6 @@ def deep_momentum(
   mask: Tree | None = None,
   *,
   fallback: optax.GradientTransformation | None = None,
-  fallback_learning_rate: optax.ScalarOrSchedule | None = None,
   target_decay: A = 0.9,
   memory: MLPMemory | LinearMemory = MLPMemory(),  # noqa: B008 (frozen)
   inner_step: Literal["normalized", "gd"] = "normalized",
@@ -375,10 +366,8 @@ def deep_momentum(
   vector_rule: Literal["identity", "trace", "mlp"] = "identity",
   eta: A = 1.0,
   ns_steps: int = 5,
-  coeffs: str | coefficients.Table = "jordan",
-  ns_dtype: jax.typing.DTypeLike | None = None,
+  ns: _newton_schulz.NewtonSchulz = _newton_schulz.NewtonSchulz(),  # noqa: B008
   dims: _dims.DimsLike = None,
-  ns_sharding: orthogonalize.NSSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Deep momentum with decoupled weight decay; see `scale_by_deep_momentum`.
 
@@ -388,31 +377,20 @@ def deep_momentum(
     mask: what decays, as in `optax.adamw`.
     fallback: a complete optimizer for leaves that are not matrices; None leaves
       them to `vector_rule`.
-    fallback_learning_rate: instead of `fallback`: AdamW (b2 .95) at this rate.
     dims: the matrices; None selects them by `matrix_dims_from_paths`.
     alpha, inner_lr, target_decay, memory, inner_step, loss, target, readout,
-      read, output, decay_layers, vector_rule, eta, ns_steps, coeffs, ns_dtype,
-      ns_sharding: see `scale_by_deep_momentum`.
-
-  Raises:
-    ValueError: both `fallback` and `fallback_learning_rate`.
+      read, output, decay_layers, vector_rule, eta, ns_steps, ns: see
+      `scale_by_deep_momentum`.
   """
-  if fallback is not None and fallback_learning_rate is not None:
-    raise ValueError(
-      "give fallback (a complete optimizer) or fallback_learning_rate, not both"
-    )
   dims = _dims.from_paths(dims)
   tx = optax.chain(
     scale_by_deep_momentum(
       alpha, inner_lr, target_decay, memory=memory, inner_step=inner_step,
       loss=loss, target=target, readout=readout, read=read, output=output,
       decay_layers=decay_layers, vector_rule=vector_rule, eta=eta,
-      ns_steps=ns_steps, coeffs=coeffs, ns_dtype=ns_dtype, dims=dims,
-      ns_sharding=ns_sharding,
+      ns_steps=ns_steps, ns=ns, dims=dims,
     ),
     optax.add_decayed_weights(weight_decay, mask),
     optax.scale_by_learning_rate(learning_rate),
   )  # fmt: skip
-  if fallback_learning_rate is not None:
-    fallback = _adam_memory.adam_memory(fallback_learning_rate, b2=0.95)
   return tx if fallback is None else _dims.partition(tx, fallback, dims)

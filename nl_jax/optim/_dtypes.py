@@ -1,9 +1,28 @@
 """Dtypes of optimizer states (docs/mathematics.md 10.9); roots safe at zero."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 
 DType = jax.typing.DTypeLike | None
+
+
+@dataclasses.dataclass(frozen=True)
+class StateDtypes:
+  """Dtypes of the state of `scale_by_m3`.
+
+  Attributes:
+    m1: dtype of m1; None: the parameters'.
+    nu: dtype of nu; None is at least float32.
+    slow: dtype of m2 and slow_sum; None is at least float32.
+    o2: dtype of o2; None: that of m1.
+  """
+
+  m1: DType = None
+  nu: DType = None
+  slow: DType = None
+  o2: DType = None
 
 
 def wide(x: jax.Array) -> jnp.dtype:

@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax.kernels import orthogonalize
 from nl_jax.kernels.orthogonalize import coefficients, stack
-from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes
+from nl_jax.optim import _adam_memory, _checks, _dims, _dtypes, _newton_schulz
 
 A = jax.typing.ArrayLike
 Tree = Any
@@ -64,17 +63,11 @@ def scale_by_m3(
   slow_read: Literal["next", "same"] = "next",
   bias_correction: bool = True,
   nesterov: bool = False,
-  coeffs: str | coefficients.Table = "jordan",
-  ns_eps: A = 1e-12,
-  ns_dtype: jax.typing.DTypeLike | None = None,
+  ns: _newton_schulz.NewtonSchulz = _newton_schulz.NewtonSchulz(),  # noqa: B008
   cache_slow: bool = True,
   stagger: bool = False,
-  mu_dtype: jax.typing.DTypeLike | None = None,
-  nu_dtype: jax.typing.DTypeLike | None = None,
-  slow_dtype: jax.typing.DTypeLike | None = None,
-  o2_dtype: jax.typing.DTypeLike | None = None,
+  dtypes: _dtypes.StateDtypes = _dtypes.StateDtypes(),  # noqa: B008
   dims: _dims.DimsLike = None,
-  ns_sharding: orthogonalize.NSSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Orthogonalised momentum at two time scales; see the module docstring.
 
@@ -93,16 +86,10 @@ def scale_by_m3(
     slow_read: "next" uses o2 from the step after (Algorithm 1), or "same".
     bias_correction: correct the bias of m1 and nu, with accumulate="ema".
     nesterov: NS(b1 m1 / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)).
-    coeffs: coefficients of Newton-Schulz, a name or a table (`orthogonalize`).
-    ns_eps: added to the norms that it divides by.
-    ns_dtype: dtype of the Newton-Schulz iterations; None is at least float32.
-    ns_sharding: where it runs on a mesh.
+    ns: see `NewtonSchulz`.
     cache_slow: keep o2; otherwise it is computed again in every step.
     stagger: groups of equal shapes refresh at different steps.
-    mu_dtype: dtype of m1; None: the parameters'.
-    nu_dtype: dtype of nu; None is at least float32.
-    slow_dtype: dtype of m2 and slow_sum; None is at least float32.
-    o2_dtype: dtype of o2; None: that of m1.
+    dtypes: see `StateDtypes`.
     dims: the matrices; None is (-2, -1) for rank >= 2. Leaves under None take
       the same rule without NS.
 
@@ -116,7 +103,7 @@ def scale_by_m3(
   _checks.one_of("second_moment", second_moment, ("ortho", "grad", None))
   _checks.one_of("chunk_reduce", chunk_reduce, ("mean", "sum"))
   _checks.one_of("slow_read", slow_read, ("next", "same"))
-  coefficients.check(coeffs, ns_steps)
+  coefficients.check(ns.coeffs, ns_steps)
   if accumulate == "sum" and (nesterov or second_moment == "ortho"):
     raise ValueError(
       "accumulate='sum' takes neither nesterov nor second_moment='ortho', got "
@@ -133,37 +120,33 @@ def scale_by_m3(
     _dims.flat(dims, params)
     zeros = lambda make, dtype: jax.tree.map(lambda p: make(p, dtype), params)
     has_slow = alpha is not None
-    slow = lambda: zeros(_dtypes.slow, slow_dtype) if has_slow else ()
+    slow = lambda: zeros(_dtypes.slow, dtypes.slow) if has_slow else ()
     cached = has_slow and cache_slow
     return ScaleByM3State(
       count=jnp.zeros([], jnp.int32),
-      m1=zeros(_dtypes.moment, mu_dtype),
+      m1=zeros(_dtypes.moment, dtypes.m1),
       m2=slow(),
       slow_sum=slow(),
-      o2=zeros(_dtypes.moment, o2_dtype or mu_dtype) if cached else (),
-      nu=zeros(_dtypes.square, nu_dtype) if second_moment else (),
+      o2=zeros(_dtypes.moment, dtypes.o2 or dtypes.m1) if cached else (),
+      nu=zeros(_dtypes.square, dtypes.nu) if second_moment else (),
     )
 
   def update(updates, state, params=None, **extra):
     del params, extra
     specs = _dims.flat(dims, updates)
     treedef = jax.tree.structure(updates)
-    spec_tree = jax.tree.unflatten(treedef, specs)
-    ns = lambda tree: orthogonalize.orthogonalize_tree(
-      tree, spec_tree, coeffs=coeffs, ns_steps=ns_steps, eps=ns_eps,
-      ns_dtype=ns_dtype, sharding=ns_sharding,
-    )  # fmt: skip
+    orthogonal = lambda tree: ns.orthogonalize(tree, specs, ns_steps)
     count = optax.safe_increment(state.count)
     g = jax.tree.map(lambda x: x.astype(_dtypes.wide(x)), updates)
 
     m1 = jax.tree.map(lambda m, x: gather(m, x, b1), state.m1, g)
-    D = ns(jax.tree.map(lambda m, x: fast(m, x, count), m1, g))
+    D = orthogonal(jax.tree.map(lambda m, x: fast(m, x, count), m1, g))
     m2, slow_sum, o2 = state.m2, state.slow_sum, state.o2
     if alpha is not None:
       before = (m2, o2)
-      m2, slow_sum, o2 = refresh(state, g, count, ns, specs)
+      m2, slow_sum, o2 = refresh(state, g, count, orthogonal, specs)
       m2_read, o2_read = before if slow_read == "next" else (m2, o2)
-      slow = o2_read if cache_slow else ns(m2_read)
+      slow = o2_read if cache_slow else orthogonal(m2_read)
       D = jax.tree.map(lambda d, o: d + alpha * o, D, slow)
     U, nu = D, state.nu
     if second_moment:
@@ -194,7 +177,7 @@ def scale_by_m3(
       return R
     return R * _dtypes.safe_divide(_dims.norm(d, spec), _dims.norm(R, spec))
 
-  def refresh(state, g, count, ns, specs):
+  def refresh(state, g, count, orthogonal, specs):
     """(m2, slow_sum, o2) after this step, one conditional a shape group."""
     slow_sum = jax.tree.map(
       lambda s, x: (s + x).astype(s.dtype), state.slow_sum, g
@@ -226,7 +209,7 @@ def scale_by_m3(
           for i, x in zip(members, new):
             tree[i] = x
           o2 = _dtypes.cast(
-            jax.tree.leaves(ns(jax.tree.unflatten(treedef, tree))), o2
+            jax.tree.leaves(orthogonal(jax.tree.unflatten(treedef, tree))), o2
           )
         return new, jax.tree.map(jnp.zeros_like, total), o2
 
@@ -252,6 +235,29 @@ def _shape_groups(
   return list(groups.values())
 
 
+def _complete(
+  matrices: optax.GradientTransformation,
+  learning_rate: optax.ScalarOrSchedule,
+  weight_decay: A,
+  mask: Tree | None,
+  consistent_rms: A | None,
+  fallback: optax.GradientTransformation | None,
+  require_matrix: bool,
+  dims: _dims.DimsLike,
+) -> optax.GradientTransformationExtraArgs:
+  """A rule on the matrices, `fallback` on everything else; see `m3`."""
+  tx = optax.chain(
+    matrices,
+    _dims.scale_by_shape(dims, consistent_rms),
+    optax.add_decayed_weights(weight_decay, mask),
+    optax.scale_by_learning_rate(learning_rate),
+  )
+  if fallback is None:
+    # AdamW to the last digit, with a finite derivative at a zero gradient.
+    fallback = _adam_memory.adam_memory(learning_rate, b2=0.95)
+  return _dims.partition(tx, fallback, dims, require_matrix)
+
+
 def m3(
   learning_rate: optax.ScalarOrSchedule,
   b1: A = 0.8,
@@ -266,11 +272,6 @@ def m3(
   *,
   consistent_rms: A | None = 0.2,
   fallback: optax.GradientTransformation | None = None,
-  fallback_learning_rate: optax.ScalarOrSchedule | None = None,
-  fallback_b1: A = 0.9,
-  fallback_b2: A = 0.95,
-  fallback_eps: A = 1e-8,
-  fallback_weight_decay: A = 0.0,
   require_matrix: bool = False,
   accumulate: Literal["ema", "sum"] = "ema",
   second_moment: Literal["ortho", "grad"] | None = "ortho",
@@ -278,21 +279,15 @@ def m3(
   slow_read: Literal["next", "same"] = "next",
   bias_correction: bool = True,
   nesterov: bool = False,
-  coeffs: str | coefficients.Table = "jordan",
-  ns_eps: A = 1e-12,
-  ns_dtype: jax.typing.DTypeLike | None = None,
+  ns: _newton_schulz.NewtonSchulz = _newton_schulz.NewtonSchulz(),  # noqa: B008
   cache_slow: bool = True,
   stagger: bool = False,
-  mu_dtype: jax.typing.DTypeLike | None = None,
-  nu_dtype: jax.typing.DTypeLike | None = None,
-  slow_dtype: jax.typing.DTypeLike | None = None,
-  o2_dtype: jax.typing.DTypeLike | None = None,
+  dtypes: _dtypes.StateDtypes = _dtypes.StateDtypes(),  # noqa: B008
   dims: _dims.DimsLike = None,
-  ns_sharding: orthogonalize.NSSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """M3 on the matrices, AdamW on everything else.
 
-  `alpha=None, second_moment=None` is Muon, `alpha=None` an AdaMuon.
+  `alpha=None` is an AdaMuon.
 
   Args:
     learning_rate: a number or a schedule.
@@ -300,46 +295,28 @@ def m3(
     mask: what decays, as in `optax.adamw`.
     consistent_rms: scale updates by this times sqrt(max(c, r)); None scales by
       sqrt(max(1, r / c)).
-    fallback: a complete optimizer for the other leaves; None is AdamW with the
-      `fallback_*` arguments and, by default, the same learning rate.
-    fallback_learning_rate: AdamW's, for what is not a matrix; None is the same.
-    fallback_b1: its decay of the first moment.
-    fallback_b2: its decay of the second moment.
-    fallback_eps: added to the root of its second moment.
-    fallback_weight_decay: its weight decay.
+    fallback: a complete optimizer for the other leaves; None is AdamW (b2 .95)
+      at the same learning rate, without weight decay.
     require_matrix: raise if no leaf is a matrix.
     dims: the matrices; None selects them by `matrix_dims_from_paths`.
     b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate, second_moment,
-      chunk_reduce, slow_read, bias_correction, nesterov, coeffs, ns_eps,
-      ns_dtype, cache_slow, stagger, mu_dtype, nu_dtype, slow_dtype, o2_dtype,
-      ns_sharding: see `scale_by_m3`.
+      chunk_reduce, slow_read, bias_correction, nesterov, ns, cache_slow,
+      stagger, dtypes: see `scale_by_m3`.
 
   Returns:
     A complete optimizer; its update needs params.
   """
   dims = _dims.from_paths(dims)
-  matrices = optax.chain(
-    scale_by_m3(
-      b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate=accumulate,
-      second_moment=second_moment, chunk_reduce=chunk_reduce,
-      slow_read=slow_read, bias_correction=bias_correction, nesterov=nesterov,
-      coeffs=coeffs, ns_eps=ns_eps, ns_dtype=ns_dtype, cache_slow=cache_slow,
-      stagger=stagger, mu_dtype=mu_dtype, nu_dtype=nu_dtype,
-      slow_dtype=slow_dtype, o2_dtype=o2_dtype, dims=dims,
-      ns_sharding=ns_sharding,
-    ),
-    _dims.scale_by_shape(dims, consistent_rms),
-    optax.add_decayed_weights(weight_decay, mask),
-    optax.scale_by_learning_rate(learning_rate),
+  matrices = scale_by_m3(
+    b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate=accumulate,
+    second_moment=second_moment, chunk_reduce=chunk_reduce,
+    slow_read=slow_read, bias_correction=bias_correction, nesterov=nesterov,
+    ns=ns, cache_slow=cache_slow, stagger=stagger, dtypes=dtypes, dims=dims,
   )  # fmt: skip
-  if fallback is None:
-    # AdamW to the last digit, with a finite derivative at a zero gradient.
-    fallback = _adam_memory.adam_memory(
-      learning_rate if fallback_learning_rate is None
-      else fallback_learning_rate,
-      fallback_b1, fallback_b2, fallback_eps, fallback_weight_decay,
-    )  # fmt: skip
-  return _dims.partition(matrices, fallback, dims, require_matrix)
+  return _complete(
+    matrices, learning_rate, weight_decay, mask, consistent_rms, fallback,
+    require_matrix, dims,
+  )  # fmt: skip
 
 
 def muon(
@@ -351,38 +328,28 @@ def muon(
   *,
   consistent_rms: A | None = 0.2,
   fallback: optax.GradientTransformation | None = None,
-  fallback_learning_rate: optax.ScalarOrSchedule | None = None,
-  fallback_b1: A = 0.9,
-  fallback_b2: A = 0.95,
-  fallback_eps: A = 1e-8,
-  fallback_weight_decay: A = 0.0,
   require_matrix: bool = False,
   nesterov: bool = False,
-  coeffs: str | coefficients.Table = "jordan",
-  ns_eps: A = 1e-12,
-  ns_dtype: jax.typing.DTypeLike | None = None,
+  ns: _newton_schulz.NewtonSchulz = _newton_schulz.NewtonSchulz(),  # noqa: B008
   mu_dtype: jax.typing.DTypeLike | None = None,
   dims: _dims.DimsLike = None,
-  ns_sharding: orthogonalize.NSSharding | None = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Muon: M3 without its slow memory and second moment.
 
   Args:
     learning_rate: a number or a schedule.
-    b1, ns_steps, weight_decay, mask, consistent_rms, fallback,
-      fallback_learning_rate, fallback_b1, fallback_b2, fallback_eps,
-      fallback_weight_decay, require_matrix, nesterov, coeffs, ns_eps, ns_dtype,
-      mu_dtype, dims, ns_sharding: see `m3`.
+    mu_dtype: of the momentum, None as the parameters.
+    b1, ns_steps, weight_decay, mask, consistent_rms, fallback, require_matrix,
+      nesterov, ns, dims: see `m3`.
   """
-  return m3(
-    learning_rate, b1, alpha=None, second_moment=None, ns_steps=ns_steps,
-    weight_decay=weight_decay, mask=mask, consistent_rms=consistent_rms,
-    fallback=fallback, fallback_learning_rate=fallback_learning_rate,
-    fallback_b1=fallback_b1, fallback_b2=fallback_b2,
-    fallback_eps=fallback_eps, fallback_weight_decay=fallback_weight_decay,
-    require_matrix=require_matrix, nesterov=nesterov, coeffs=coeffs,
-    ns_eps=ns_eps, ns_dtype=ns_dtype, mu_dtype=mu_dtype, dims=dims,
-    ns_sharding=ns_sharding,
+  dims = _dims.from_paths(dims)
+  matrices = scale_by_m3(
+    b1, alpha=None, second_moment=None, ns_steps=ns_steps, nesterov=nesterov,
+    ns=ns, dtypes=_dtypes.StateDtypes(mu_dtype), dims=dims,
+  )  # fmt: skip
+  return _complete(
+    matrices, learning_rate, weight_decay, mask, consistent_rms, fallback,
+    require_matrix, dims,
   )  # fmt: skip
 
 
@@ -396,7 +363,7 @@ def m3_paper(
   ns_steps: int = 5,
   slow_every: A = 100,
   *,
-  coeffs: str | coefficients.Table = "jordan",
+  ns: _newton_schulz.NewtonSchulz = _newton_schulz.NewtonSchulz(),  # noqa: B008
   dims: _dims.DimsLike = None,
 ) -> optax.GradientTransformationExtraArgs:
   """Algorithm 1 as printed: sums, second moment of gradients, no corrections.
@@ -406,13 +373,13 @@ def m3_paper(
   Args:
     learning_rate: a number or a schedule; 3-4 decades below that of `m3`.
     dims: the matrices; None is (-2, -1) for rank >= 2.
-    b1, b2, b3, alpha, eps, ns_steps, slow_every, coeffs: see `scale_by_m3`.
+    b1, b2, b3, alpha, eps, ns_steps, slow_every, ns: see `scale_by_m3`.
   """
   return optax.chain(
     scale_by_m3(
       b1, b2, b3, alpha, eps, ns_steps, slow_every, accumulate="sum",
       second_moment="grad", chunk_reduce="sum", slow_read="next",
-      bias_correction=False, coeffs=coeffs, dims=dims,
+      bias_correction=False, ns=ns, dims=dims,
     ),
     optax.scale_by_learning_rate(learning_rate),
   )  # fmt: skip

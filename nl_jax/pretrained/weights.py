@@ -101,7 +101,7 @@ def convert(
     "widths": widths,
     "periods": (0,) * len(levels),
   }
-  cms.CMSConfig(**group["cms"])  # Its sentence, before anything is written.
+  cms.Options(**group["cms"])  # Its sentence, before anything is written.
   params["blocks"]["cms"] = _dealt(
     params["blocks"]["cms"][_LEVEL], levels, widths
   )
@@ -144,7 +144,7 @@ def _parts(ours: str, x: np.ndarray) -> list[tuple[str, np.ndarray]]:
 def _net(group: Group) -> lm.LanguageModel:
   """The model of a group `model`."""
   mixer = lm.options(group["arch"], group["mixer"])
-  levels = cms.CMSConfig(**group["cms"])
+  levels = cms.Options(**group["cms"])
   return lm.LanguageModel(
     **group | {"cms": levels, "mixer": mixer}, sequence_length=1
   )
@@ -226,7 +226,7 @@ def revert(
   return hf_config_lib.of(net), tensors
 
 
-def _merged(params: Mapping[str, Any], config: cms.CMSConfig) -> dict[str, Any]:
+def _merged(params: Mapping[str, Any], config: cms.Options) -> dict[str, Any]:
   """One MLP [L,...] of a level, or of levels that are summed."""
   levels = [params[name] for name in config.levels]
   if len(levels) == 1:

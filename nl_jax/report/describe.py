@@ -130,7 +130,7 @@ def sequence_text(config: build.ConfigDict, net: lm.LanguageModel) -> str:
 def flops_text(config: build.ConfigDict, net: lm.LanguageModel) -> str:
   """What a token costs, as MFU counts it."""
   tokens = config.data.sequence_length
-  parts = flops.forward(net, tokens)
+  parts = net.flops(tokens)
   shares = ", ".join(
     f"{name.replace('_', ' ')} {value / parts.total:.0%}"
     for name, value in parts._asdict().items()

@@ -380,7 +380,7 @@ def _abstract_params(model: Any, mesh: jax.sharding.Mesh | None) -> Any:
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     shardings = jax.tree.map(lambda _: here, params)
   else:
-    shardings = sharding.param_shardings(params, mesh)
+    shardings = sharding.param_shardings(params, model.axes(), mesh)
   return jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
     params,

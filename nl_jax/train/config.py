@@ -14,7 +14,8 @@ from typing import Any
 from nl_jax import data, fields, sharding
 from nl_jax.models import cms, lm
 from nl_jax.models.incontext import model as incontext
-from nl_jax.train import optimizer, rules, settings
+from nl_jax.train import optimizer, rules
+from nl_jax.train import options as options_lib
 
 Field = fields.Field
 
@@ -57,21 +58,21 @@ def table(
   fields.check_value("model.arch", model["arch"], arch)
   made = {"model": _chosen(model, _SHAPE)}
   made |= _nested("model.mixer", fields.of(lm.MIXERS[arch].Options))
-  levels = fields.of(cms.CMSConfig)
+  levels = fields.of(cms.Options)
   made["model.cms"] = levels | (
     fields.of(incontext.Options) if in_context else {}
   )
   made["data"] = _without(fields.of(data.load), _NOT_DATA)
   made["optim"] = _chosen(fields.of(optimizer.make), _OPTIM)
   made |= {f"optim.{name}": rules.options(name) for name in names}
-  loop = fields.of(settings.Settings)
+  loop = fields.of(options_lib.Options)
   made["train"] = _chosen(loop | model | {"dtype": _dtype(model)}, _TRAIN)
   made["checkpoint"] = {
     key: loop[name]._replace(name=key)
-    for key, name in settings.CHECKPOINT.items()
+    for key, name in options_lib.CHECKPOINT.items()
   }
   made["mesh"] = _chosen(fields.of(sharding.mesh), _MESH)
-  made["eval"] = fields.of(settings.Evaluation)
+  made["eval"] = fields.of(options_lib.EvalOptions)
   return made
 
 

@@ -29,8 +29,8 @@ from nl_jax.train import (
 )
 from nl_jax.train import metrics as metrics_lib
 from nl_jax.train import optimizer as optimizer_lib
+from nl_jax.train import options as options_lib
 from nl_jax.train import origin as origin_lib
-from nl_jax.train import settings as settings_lib
 from nl_jax.train import start as start_lib
 from nl_jax.train import state as state_lib
 from nl_jax.train import step as step_lib
@@ -95,7 +95,7 @@ def train(
   sequence_length: int,
   workdir: str,
   config: Mapping[str, Any],
-  settings: settings_lib.Settings,
+  options: options_lib.Options,
   fingerprint: str = "",
   mesh: jax.sharding.Mesh | None = None,
   evaluate: Evaluate | None = None,
@@ -120,7 +120,7 @@ def train(
       `metrics.jsonl`, `events/`, `config.json`, `results.json` live there.
     config: the resolved configuration, nested dicts of JSON values; a workdir
       with another one is refused.
-    settings: steps and what is due when.
+    options: steps and what is due when.
     fingerprint: of the data; a workdir trained on other data is refused.
     mesh: of `sharding.mesh`; all devices on "fsdp" by default.
     evaluate: (params, step) -> {"eval/<set>/<metric>": value}; all processes
@@ -134,7 +134,7 @@ def train(
     How the run ended. It is saved in every case.
 
   Raises:
-    ValueError: settings, batch or mesh do not fit, or the workdir is of another
+    ValueError: options, batch or mesh do not fit, or the workdir is of another
       run.
     NonFiniteError: by the NaN policy; a report is in the workdir.
     StorageError: a file of the run cannot be written.
@@ -145,11 +145,11 @@ def train(
     heap.keep_freed()
   sharding.check_batch(
     mesh,
-    batch_size // settings.carry_gradient,
+    batch_size // options.carry_gradient,
     sequence_length,
-    settings.accumulate,
+    options.accumulate,
   )
-  like = state_lib.abstract(model, optimizer.tx, mesh, settings.streams)
+  like = state_lib.abstract(model, optimizer.tx, mesh, options.streams)
   folder = pathlib.Path(workdir).resolve()
   if origin and checkpoint.latest_step(workdir) is None:
     origin_lib.check(origin, workdir, fingerprint, like)
@@ -164,7 +164,7 @@ def train(
     _barrier("workdir held")
     reading.check_shared(folder)
     saver = checkpoint.Checkpoints(
-      folder, keep=settings.keep, keep_period=settings.keep_period
+      folder, keep=options.keep, keep_period=options.keep_period
     )
     stack.enter_context(saver)
     about = {
@@ -177,13 +177,13 @@ def train(
     }
     finder = start_lib.Finder(
       folder, saver, model, like, mesh, about, optimizer.schedule,
-      settings.steps,
+      options.steps,
     )  # fmt: skip
     start = finder.find(before, origin)
     optimizer.clocks.clear()
     optimizer.clocks.update(start.clocks)
     run = _Run(
-      model, optimizer, data, evaluate, settings, folder, saver, mesh, about,
+      model, optimizer, data, evaluate, options, folder, saver, mesh, about,
       start,
     )  # fmt: skip
     # Nothing of the run has changed up to here.
@@ -208,7 +208,7 @@ class _Run:
     optimizer: optimizer_lib.Optimizer,
     data: Any,
     evaluate: Evaluate | None,
-    settings: settings_lib.Settings,
+    options: options_lib.Options,
     folder: pathlib.Path,
     saver: checkpoint.Checkpoints,
     mesh: jax.sharding.Mesh,
@@ -217,7 +217,7 @@ class _Run:
   ):
     self.model, self.optimizer = model, optimizer
     self.data, self.evaluate = data, evaluate
-    self.settings, self.folder, self.saver = settings, folder, saver
+    self.options, self.folder, self.saver = options, folder, saver
     self.mesh, self.about = mesh, about
     self.begun = start
     self.start = start.step  # Updates made before this start of the run.
@@ -251,17 +251,17 @@ class _Run:
     if self.begun.state is not None:
       state, self.begun.state = self.begun.state, None  # It is given away.
       return state
-    tx, seed = self.optimizer.tx, self.settings.seed
+    tx, seed = self.optimizer.tx, self.options.seed
     params = self.begun.params
     return state_lib.create(self.model, tx, like, seed=seed, params=params)
 
   @contextlib.contextmanager
   def open(self, flops: float) -> Iterator[None]:
     """Metrics, display and signal handlers, while the context lasts."""
-    steps = self.settings.steps
+    steps = self.options.steps
     tokens_per_step = self.about["batch_size"] * self.about["sequence_length"]
     self.rates = progress.Rates(steps, tokens_per_step, flops)
-    traced = settings_lib.parse_steps(self.settings.profile_steps)
+    traced = options_lib.parse_steps(self.options.profile_steps)
     with (
       metrics_lib.Writer(
         self.folder,
@@ -287,22 +287,22 @@ class _Run:
     sequence_length: int,
   ) -> step_lib.Step:
     """The compiled step; of a run that is done, the step as it is."""
-    settings = self.settings
+    options = self.options
     # What was skipped before a change of the policy is no reason to stop.
     limit = self.skipped
     self.max_skipped = (
-      settings.max_skipped if settings.nan_policy == "skip" else limit
+      options.max_skipped if options.nan_policy == "skip" else limit
     )
     step = step_lib.make(
       self.model,
       self.optimizer.tx,
       self.optimizer.schedule,
       self.optimizer.labels,
-      accumulate=settings.accumulate,
-      carry_gradient=settings.carry_gradient,
+      accumulate=options.accumulate,
+      carry_gradient=options.carry_gradient,
       max_skipped=self.max_skipped,
     )
-    if self.start == settings.steps:
+    if self.start == options.steps:
       return step
     begin = time.monotonic()
     self.heart.beat("compiling the training step")
@@ -316,22 +316,22 @@ class _Run:
 
   def loop(self, step: step_lib.Step, state: state_lib.State) -> Result:
     """The loop. The order of what happens in a round must not change."""
-    settings = self.settings
+    options = self.options
     # A step that is not compiled makes its constants as it goes.
     guard = "allow" if jax.config.jax_disable_jit else "disallow"
     with jax.transfer_guard(guard):
-      for i in range(self.start, settings.steps + 1):
+      for i in range(self.start, options.steps + 1):
         self.saver.check()
         if self.profile.ends(i):
           self._turn(state, self.profile.end)
         # 1. Evaluate state i. At the start of a resumed run that was done
         # before its checkpoint was taken.
-        if i != self.start and settings.due(i, settings.eval_every):
+        if i != self.start and options.due(i, options.eval_every):
           self._flush(state)
           self._evaluate(state, i)
         # 2. Save state i with the iterator as it is before the next batch.
         status = self._status(i)
-        due = status or settings.due(i, settings.checkpoint_every)
+        due = status or options.due(i, options.checkpoint_every)
         if due and i != self.saved:
           self._flush(state)
           self._save(state, i)
@@ -363,7 +363,7 @@ class _Run:
 
   def _status(self, step: int) -> str:
     """Why to end here; "" to continue. The same answer on all processes."""
-    if step == self.settings.steps:
+    if step == self.options.steps:
       return _DONE
     if jax.process_count() > 1:
       agreed = self.saver.preempted(step)
@@ -383,7 +383,7 @@ class _Run:
     values = {k: float(v) for k, v in jax.device_get(pending.metrics).items()}
     self.timer.step()
     failed = values["skipped"] > self.skipped
-    if failed or self.settings.logs(pending.step):
+    if failed or self.options.logs(pending.step):
       rates = self.rates.read(pending.step, self.timer.read())
       self.writer.write(pending.step, values | rates)
       self.display.step(pending.step, values | rates)
@@ -431,7 +431,7 @@ class _Run:
       values = self.evaluate(state["params"], step)
     self.writer.write(step, values)
     shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
-    self.display.say(f"step {step}/{self.settings.steps} {shown}")
+    self.display.say(f"step {step}/{self.options.steps} {shown}")
 
   def _save(self, state: state_lib.State, step: int) -> None:
     self.heart.beat(f"saving step {step}")

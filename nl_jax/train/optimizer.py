@@ -8,7 +8,6 @@ its own clock: its k-th firing takes the rate of step k n. Where the batch has
 changed since, so has n, and it is counted from there on (`clocks_of`).
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -16,17 +15,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax import card, fields, optim, sharding
+from nl_jax import fields, optim, sharding
 from nl_jax.fields import OneOf, Whole
+from nl_jax.levels import STEP, LevelRow
+from nl_jax.models.leaves import Leaves
 from nl_jax.train import groups as groups_lib
-from nl_jax.train import rules, schedules, settings
+from nl_jax.train import options as options_lib
+from nl_jax.train import rules, schedules
 
-# By path: no parameter of these is a matrix that should shrink to zero.
-_NO_DECAY = re.compile(
-  r"(^|/)([^/]*norm[^/]*/.*|conv_\w+|b_\w+|bias|scale|mix|A_log|D_skip)$"
-)
-_MIN_SIDE = 16
-_NO_MATRIX = (r"(^|/)(conv_\w+|b_\w+|mix)$",)
+_MIN_SIDE = 16  # Of a matrix: narrower ones are AdamW's, as gates of heads are.
+_MATRIX = optax.contrib.MuonDimensionNumbers(-2, -1)
 
 
 class Optimizer(NamedTuple):
@@ -41,19 +39,21 @@ class Optimizer(NamedTuple):
     clocks: by label, the step and the count of firings that its rate is
       counted from, (0, 0) where it is not there; set before `tx` is traced.
     name: of its rule.
+    table: of the model's parameters.
   """
 
   tx: optax.GradientTransformation
   schedule: optax.Schedule
   labels: Callable[[Any], Any]
-  rows: tuple[card.Row, ...]
+  rows: tuple[LevelRow, ...]
   groups: tuple[str, ...] = ()
   clocks: dict[str, tuple[int, int]] = {}
   name: str = "adamw"
+  table: Leaves = {}
 
   def chosen(self, params: Any) -> str:
     """Which parameters are the rule's, and which AdamW's, in a line."""
-    return _chosen(self.name, params)
+    return _chosen(self.name, self.table, params)
 
 
 def make(
@@ -106,7 +106,7 @@ def make(
       is not a multiple of the batch's tokens.
   """
   fields.check("optim", make, locals())
-  fields.check("train", settings.Settings, {"steps": steps})
+  fields.check("train", options_lib.Options, {"steps": steps})
   values = rules.filled(name, options or {})
   rates = schedules.make(
     schedule,
@@ -117,7 +117,7 @@ def make(
     cooldown_steps=cooldown_steps,
   )
   every = firing_steps(model.cms, tokens_per_step)
-  labels = model.levels()[1]
+  table, labels = model.leaves(), model.levels()[1]
   parts = groups_lib.parse(groups)
   named = groups_lib.label(parts, labels)
   told = ()
@@ -145,7 +145,7 @@ def make(
 
     return rules.build(
       name, values, rate, learning_rate, weight_decay=decay,
-      mask=decay_mask, dims=matrices,
+      mask=decay_mask(table), dims=matrices(table),
     )  # fmt: skip
 
   def period_of(label: str) -> int | None:
@@ -170,7 +170,7 @@ def make(
     chain.insert(0, _without_frozen(parts, named))
   tx = optax.chain(*chain, levels)
   order = [label for label in every if label != "slow"]
-  if getattr(model.cms, "variant", "") == "nested" and len(order) > 1:
+  if model.cms.variant == "nested" and len(order) > 1:
     if any("@" in name and name.startswith("cms/") for name in names):
       raise ValueError(
         "optim.groups cannot hold levels of model.cms.variant='nested', which "
@@ -180,7 +180,7 @@ def make(
       tx, every, labels, order=order, meta=nested_meta, meta_rate=nested_rate
     )
   rows = _rows(name, every, values, tokens_per_step)
-  return Optimizer(tx, rates, labels, rows, told, clocks, name)
+  return Optimizer(tx, rates, labels, rows, told, clocks, name, table)
 
 
 def clocks_of(opt_state: Any, step: int) -> dict[str, tuple[int, int]]:
@@ -242,53 +242,42 @@ def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:
   return every
 
 
-def decay_mask(params: Any) -> Any:
-  """True where weight decay acts: matrices, initial memory states included.
+def decay_mask(table: Leaves) -> Callable[[Any], Any]:
+  """Of a model's table: params -> True where weight decay acts."""
 
-  By path, without the stacked layer axis: a stacked norm (L,D) is not a matrix.
+  def mask(params: Any) -> Any:
+    one = lambda path, _: table[sharding.path_name(path)].decay
+    return jax.tree_util.tree_map_with_path(one, params)
+
+  return mask
+
+
+def matrices(table: Leaves) -> Callable[[Any], Any]:
+  """Of a model's table: params -> specs of what a rule for matrices learns.
+
+  None: AdamW's.
   """
 
-  def decays(path: tuple, leaf: jax.Array) -> bool:
-    name = sharding.path_name(path)
-    return _rank(name, leaf) >= 2 and not _NO_DECAY.search(name)
+  def specs(params: Any) -> Any:
+    def one(path: tuple, leaf: Any) -> Any:
+      masked = isinstance(leaf, optax.MaskedNode)
+      if masked or not table[sharding.path_name(path)].matrix:
+        return None
+      return _MATRIX if min(leaf.shape[-2:]) >= _MIN_SIDE else None
 
-  return jax.tree_util.tree_map_with_path(decays, params)
+    masked = lambda x: isinstance(x, optax.MaskedNode)
+    return jax.tree_util.tree_map_with_path(one, params, is_leaf=masked)
 
-
-def _rank(name: str, leaf: jax.Array) -> int:
-  """Axes of one layer's parameter; those in blocks/ are stacked."""
-  return leaf.ndim - name.startswith("blocks/")
-
-
-def matrices(params: Any) -> Any:
-  """The specs of the matrices that a rule for matrices learns; None: AdamW's.
-
-  Narrow ones are AdamW's too, as gates of heads are.
-  """
-  specs = optim.matrix_dims_from_paths(
-    params,
-    exclude=(*optim.DEFAULT_EXCLUDE, *_NO_MATRIX),
-    min_dim=_MIN_SIDE,
-    by_shape=False,  # Our names tell all; stacks of heads look like filters.
-  )
-
-  def one(path: tuple, leaf: jax.Array, spec: Any) -> Any:
-    if isinstance(leaf, optax.MaskedNode):
-      return None
-    return spec if _rank(sharding.path_name(path), leaf) >= 2 else None
-
-  return jax.tree_util.tree_map_with_path(
-    one, params, specs, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
-  )
+  return specs
 
 
-def _chosen(name: str, params: Any) -> str:
+def _chosen(name: str, table: Leaves, params: Any) -> str:
   if not rules.RULES[name].matrices:
     return f"optimizer: {name} for all parameters"
   is_spec = lambda x: (
     x is None or isinstance(x, optax.contrib.MuonDimensionNumbers)
   )
-  specs = jax.tree.leaves(matrices(params), is_leaf=is_spec)
+  specs = jax.tree.leaves(matrices(table)(params), is_leaf=is_spec)
   leaves = jax.tree_util.tree_leaves_with_path(params)
   count = sum(x.size for (_, x), spec in zip(leaves, specs) if spec)
   share = count / max(sum(x.size for _, x in leaves), 1)
@@ -308,7 +297,7 @@ def _rows(
   every: Mapping[str, int],
   values: Mapping[str, Any],
   tokens_per_step: int,
-) -> tuple[card.Row, ...]:
+) -> tuple[LevelRow, ...]:
   """The momenta of each group: levels that learn from its gradients."""
   rows = []
   for label, period in every.items():
@@ -316,10 +305,10 @@ def _rows(
     if values.get("alpha") and "slow_every" in values:
       chunks["slow momentum"] = period * values["slow_every"]
     rows += [
-      card.Row(
+      LevelRow(
         name=f"{name} {what} of {label}",
         kind="optimizer state",
-        chunk=card.STEP if steps == 1 else steps * tokens_per_step,
+        chunk=STEP if steps == 1 else steps * tokens_per_step,
         objective="compress gradients",
         rule="EMA",
         transfer="generation",

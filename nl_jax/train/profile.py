@@ -9,7 +9,8 @@ import pathlib
 import jax
 from absl import logging
 
-from nl_jax.train import files, settings
+from nl_jax.train import files
+from nl_jax.train import options as options_lib
 
 FOLDER = "profile"
 
@@ -22,12 +23,12 @@ class Profile:
   """
 
   def __init__(
-    self, steps: settings.Steps | None, folder: pathlib.Path, start: int
+    self, steps: options_lib.Steps | None, folder: pathlib.Path, start: int
   ):
     """What to trace.
 
     Args:
-      steps: of `settings.parse_steps`.
+      steps: of `options_lib.parse_steps`.
       folder: of the run; the trace goes to its `profile/`.
       start: updates made before; a trace that begins earlier is not made.
     """

@@ -70,7 +70,7 @@ RULES = {
   # Leaves that are not matrices are AdamW's, and never a vector rule's.
   "deep_momentum": Rule(
     optim.deep_momentum, (optim.scale_by_deep_momentum,), True,
-    ("vector_rule",),
+    ("vector_rule", "ns_eps"),
   ),
   "delta_momentum": Rule(
     optim.delta_momentum, (optim.scale_by_delta_momentum,)
@@ -80,14 +80,22 @@ RULES = {
 }  # fmt: skip
 
 # Set by the recipe.
-_RECIPE = (
-  "learning_rate", "weight_decay", "mask", "dims", "ns_sharding", "fallback",
-  "fallback_weight_decay",
-)  # fmt: skip
-# Of AdamW for what is not a matrix, whether or not the factory takes them.
-_FALLBACK = (
-  "fallback_learning_rate", "fallback_b1", "fallback_b2", "fallback_eps",
-)  # fmt: skip
+_RECIPE = ("learning_rate", "weight_decay", "mask", "dims", "fallback")
+# Arguments that are groups: what a config calls their fields.
+_GROUPS = {
+  "ns": (
+    optim.NewtonSchulz,
+    {"coeffs": "coeffs", "eps": "ns_eps", "dtype": "ns_dtype"},
+  ),
+  "dtypes": (
+    optim.StateDtypes,
+    {
+      "m1": "mu_dtype", "nu": "nu_dtype", "slow": "slow_dtype",
+      "o2": "o2_dtype",
+    },
+  ),
+}  # fmt: skip
+_FALLBACK = "fallback_"  # Of AdamW for what is not a matrix.
 _PRECONDITIONERS = {
   "diag": optim.diag_preconditioner,
   "left_gram": optim.left_gram_preconditioner,
@@ -107,8 +115,6 @@ _BOUNDS = {
   "b2": fields.DECAY,
   "b3": fields.DECAY,
   "target_decay": fields.DECAY,
-  "fallback_b1": fields.DECAY,
-  "fallback_b2": fields.DECAY,
   "ns_steps": Whole(0, 100),
   "slow_every": Whole(1),
 }
@@ -143,19 +149,22 @@ def options(name: str) -> dict[str, Field]:
   rule = RULES[check_name(name)]
   found = fields.of(rule.factory)
   parameters = inspect.signature(rule.factory).parameters
-  left_out = (*_RECIPE, *_FALLBACK, *rule.hidden)
   made = {}
   for key in parameters:
     if key == "memory":
       made |= _memory()
-    elif key not in left_out:
-      made[key] = _field(found[key], rule.factory)
+    elif key in _GROUPS:
+      kind, names = _GROUPS[key]
+      parts = fields.of(kind)
+      made |= {name: _field(parts[k], kind, name) for k, name in names.items()}
+    elif key not in _RECIPE:
+      made[key] = _field(found[key], rule.factory, key)
   if rule.matrices:
-    known = fields.of(optim.m3)
-    made |= {key: _field(known[key], optim.m3) for key in _FALLBACK}
+    made |= _fallback()
   return {
     key: field._replace(remark=_remark(key, rule) or field.remark)
     for key, field in made.items()
+    if key not in rule.hidden
   }
 
 
@@ -218,15 +227,13 @@ def build(
   decay = {"weight_decay": weight_decay, "mask": mask}
   known = inspect.signature(rule.factory).parameters
   given = {k: v for k, v in _arguments(name, values).items() if k in known}
-  for key in _FALLBACK:
-    given.pop(key, None)
   if "dims" in known:
     given["dims"] = dims
   if rule.matrices:
-    own = values["fallback_learning_rate"]
+    own = values[f"{_FALLBACK}learning_rate"]
     factor = own / peak if own and peak else 1.0
     other = rate if factor == 1 else lambda count: factor * rate(count)
-    adam = {k: values[f"fallback_{k}"] for k in ("b1", "b2", "eps")}
+    adam = {k: values[_FALLBACK + k] for k in ("b1", "b2", "eps")}
     given["fallback"] = adamw(other, **adam, **decay)
   return rule.factory(rate, **decay, **given)
 
@@ -269,7 +276,7 @@ def upgraded(group: Mapping[str, Any]) -> dict[str, Any]:
   if not set(old) & set(group) or name not in RULES:
     return dict(group)
   rest = {k: v for k, v in group.items() if k not in old}
-  prefix = "fallback_" if RULES[name].matrices else ""
+  prefix = _FALLBACK if RULES[name].matrices else ""
   adam = {prefix + k: group[k] for k in old if k in group}
   own = adam if prefix or name == "adamw" else {}
   made = _WAS.get(name, {}) | own | (rest.get(name) or {})
@@ -280,10 +287,10 @@ def upgraded(group: Mapping[str, Any]) -> dict[str, Any]:
 _WAS = {"m3": {"b1": 0.95}, "muon": {"b1": 0.95}}
 
 
-def _field(field: Field, factory: Callable[..., Any]) -> Field:
-  """A parameter of a factory as a field of a config."""
-  key, default = field.name, field.default
-  hint = _hints(factory)[key]
+def _field(field: Field, factory: Callable[..., Any], key: str) -> Field:
+  """A parameter of a factory as the field `key` of a config."""
+  default = field.default
+  hint = _hints(factory)[field.name]
   names = _literals(hint)
   if key.endswith("_dtype"):
     bounds = _DTYPES
@@ -297,7 +304,21 @@ def _field(field: Field, factory: Callable[..., Any]) -> Field:
     bounds = field.bounds or _BOUNDS.get(whole, wide)
   if default is None:
     default = NONE if isinstance(bounds, OneOf) else 0.0
-  return field._replace(default=default, bounds=bounds)
+  return field._replace(name=key, default=default, bounds=bounds, group=None)
+
+
+def _fallback() -> dict[str, Field]:
+  """The fields of AdamW for what is not a matrix."""
+  found = fields.of(adamw)
+  rate = Field(
+    "", 0.0, fields.AT_LEAST_0, False, None, "learning rate; 0 is the same."
+  )
+  known = {"learning_rate": rate} | {k: found[k] for k in ("b1", "b2", "eps")}
+  said = "AdamW's, for what is not a matrix: "
+  return {
+    _FALLBACK + k: x._replace(name=_FALLBACK + k, remark=said + x.remark)
+    for k, x in known.items()
+  }
 
 
 _hints = functools.cache(typing.get_type_hints)
@@ -341,8 +362,7 @@ def _memory() -> dict[str, Field]:
 
 def _remark(key: str, rule: Rule) -> str:
   """What the docstrings say of an option."""
-  first = optim.m3 if key in _FALLBACK else rule.factory
-  for source in (first, *rule.about):
+  for source in (rule.factory, *rule.about):
     field = fields.of(source).get(key)
     if field and field.remark and "see `" not in field.remark:
       return field.remark
@@ -363,6 +383,10 @@ def _arguments(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
       given[key] = None if value == NONE else jnp.dtype(value)
     elif value == NONE or not _is_said(key, value, parameters):
       given[key] = None
+  for group, (kind, names) in _GROUPS.items():
+    if group in parameters:
+      said = {k: given.pop(x) for k, x in names.items() if x in given}
+      given[group] = kind(**said)
   return given
 
 

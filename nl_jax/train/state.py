@@ -37,11 +37,11 @@ def abstract(
     The state as a tree of `jax.ShapeDtypeStruct` with shardings.
 
   Raises:
-    ValueError: a parameter without a sharding rule, or that does not divide.
+    ValueError: a parameter that the mesh does not divide.
   """
   params = jax.eval_shape(model.init, jax.random.key(0))
   everywhere = sharding.replicated(mesh)
-  by_param = sharding.param_shardings(params, mesh)
+  by_param = sharding.param_shardings(params, model.axes(), mesh)
   scalar = jax.ShapeDtypeStruct((), jnp.int32)
   shapes = {
     "params": params,

@@ -17,7 +17,7 @@ from tests.eval import test_scoring  # noqa: E402
 model, _ = test_scoring.made("transformer")
 mesh = sharding.mesh()
 shapes = jax.eval_shape(model.init, jax.random.key(0))
-shardings = sharding.param_shardings(shapes, mesh)
+shardings = sharding.param_shardings(shapes, model.axes(), mesh)
 params = jax.jit(model.init, out_shardings=shardings)(jax.random.key(0))
 scorer = scoring.Scorer(model, test_scoring.VOCAB, mesh)
 print(*scorer(params, test_scoring.pairs()).lls)

@@ -140,7 +140,8 @@ def test_order_batches_and_devices_change_no_score():
   assert_close(small(params, rows), whole)
   assert {batch for batch, _ in small.shapes} == {1}
   many = scorer("transformer", devices=8)
-  sharded = jax.device_put(params, sharding.param_shardings(params, mesh(8)))
+  places = sharding.param_shardings(params, model.axes(), mesh(8))
+  sharded = jax.device_put(params, places)
   assert_close(many(sharded, rows), whole)
   assert all(batch % 8 == 0 for batch, _ in many.shapes)
 

@@ -21,7 +21,8 @@ NAMES = named.config_names()
 ARCHS = (
   "hope", "hope_linear", "hope_attention", "transformer",
   "hope_incontext", "hope_attention_incontext",
-  "deltanet", "gated_deltanet", "titans_lmm", "ttt_linear", "ttt_mlp",
+  "deltanet", "gated_deltanet", "gated_deltanet2",
+  "titans_lmm", "ttt_linear", "ttt_mlp",
   "retnet", "samba", "comba", "titans_mac", "titans_mag",
   "titans_mal", "dla", "memora", "rwkv7",
 )  # fmt: skip
@@ -58,7 +59,7 @@ def test_a_config_builds_and_its_count_is_the_formula(name):
   config = build.resolve(named.load_config(name))
   net = build.model(config)
   build.make_optimizer(config, net)
-  build.settings(config)
+  build.options(config)
   params = jax.eval_shape(net.init, jax.random.key(0))
   count = sum(leaf.size for leaf in jax.tree.leaves(params))
   assert count == net.parameter_count()
@@ -114,10 +115,13 @@ def test_a_docstring_says_what_a_user_asks(family):
   for line in ("Unstated in the paper:", "Measured (docs/results.md):",
                f"python -m experiments.lm --config={family}_tiny"):  # fmt: skip
     assert line in text, line
-  row = re.search(rf"^\| `{family}_tiny` .*$", RESULTS.read_text(), re.M)[0]
-  measured = re.search(r"tiny: (\S+ ± \S+) nat per byte, (\d) seeds", text)
-  cells = [cell.strip() for cell in row.split("|")]
-  assert cells[4] == measured[1] and cells[6] == measured[2]
+  row = re.search(rf"^\| `{family}_tiny` .*$", RESULTS.read_text(), re.M)
+  if row:
+    measured = re.search(r"tiny: (\S+ ± \S+) nat per byte, (\d) seeds", text)
+    cells = [cell.strip() for cell in row[0].split("|")]
+    assert cells[4] == measured[1] and cells[6] == measured[2]
+  else:
+    assert "tiny: not run" in text
   papers = TABLE.read_text().splitlines()
   for values in re.findall(r"^  \w+: ([\d.]+), ([\d.]+)\.$", text, re.M):
     assert any({*values} <= {*row.split(",")} for row in papers), values
@@ -168,7 +172,7 @@ def test_what_does_not_fit_is_found_before_a_compile(change, sentence):
     config = build.resolve(parse("--config=hope_tiny", change))
     net = build.model(config)
     build.make_optimizer(config, net)
-    build.settings(config)
+    build.options(config)
     build.mesh(config)
     build.dataset(config, net)
 

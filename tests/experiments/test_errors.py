@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from nl_jax import debugging
 from tests.experiments import forked
 
 # One worker runs the commands.
@@ -16,6 +17,17 @@ FIRST = (
   "lm --config=transformer_tiny:smoke --workdir=runs/done "
   "--config.train.steps=2 --config.eval.batches=1"
 )
+# A mistake in flags, in a config file and in data, with its trace.
+TRACED = (
+  ("lm --config=hope_1b --debug", "load_config", "no config named 'hope_1b'"),
+  ("lm --debug --config=broken.py", "NameError", "does not run: broken.py:2"),
+  (
+    "lm --config=hope_tiny:smoke --workdir=runs/new --debug "
+    "--config.data.path=latin.txt",
+    "UnicodeDecodeError", "latin.txt is not UTF-8",
+  ),
+  ("tables --results=no.json --debug", "tables.py", "no.json"),
+)  # fmt: skip
 # A sentence may hold a bar: only a bar between spaces ends a cell.
 ROW = re.compile(r"^\| `(?P<command>[^`]+)` \| `(?P<sentence>[^`]+)` \|$")
 
@@ -61,7 +73,7 @@ def make_files(folder: pathlib.Path) -> None:
 def done(tmp_path_factory):
   folder = tmp_path_factory.mktemp("errors")
   make_files(folder)
-  commands = [FIRST, *(command for command, _ in rows())]
+  commands = [FIRST, *(x for x, _ in rows()), *(x for x, _, _ in TRACED)]
   results = forked.run([shlex.split(c) for c in commands], folder)
   assert results[0].returncode == 0, results[0].stderr
   return folder, dict(zip(commands, results))
@@ -82,6 +94,27 @@ def test_a_mistake_is_answered(done, command, sentence):
   said = got.stderr.strip().splitlines()[-1]
   pattern = ".*".join(map(re.escape, sentence.split("…")))
   assert re.search(pattern, said), said
+
+
+@pytest.mark.parametrize("command,cause,sentence", TRACED)
+def test_debug_shows_the_whole_trace_before_the_sentence(
+  done, command, cause, sentence
+):
+  got = done[1][command]
+  assert got.returncode == 1
+  *trace, said = got.stderr.strip().splitlines()
+  assert sentence in said and not said.startswith(" ")
+  assert any(line.startswith("Traceback") for line in trace)
+  assert cause in "\n".join(trace)
+
+
+@pytest.mark.parametrize("value,shown", [("1", True), ("0", False)])
+def test_the_variable_asks_for_traces(monkeypatch, capfd, value, shown):
+  monkeypatch.setenv("NL_DEBUG", value)
+  with debugging.muted():
+    os.write(2, b"of a library\n")
+  debugging.trace(ValueError("why"))
+  assert ("of a library\nValueError: why" in capfd.readouterr().err) == shown
 
 
 def test_nothing_is_made_or_changed(done):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 
 from nl_jax.kernels.walk import pallas, products
 
@@ -43,14 +44,51 @@ def test_derivatives_are_as_precise_as_their_product(form, how, fused):
   assert size(twice, exact) < 20 * bound
 
 
+def in_a_kernel(run, *args):
+  """run(*args), a tuple of arrays like them, inside an interpreted kernel."""
+
+  def kernel(*refs):
+    ins, outs = refs[: len(args)], refs[len(args) :]
+    for out, made in zip(outs, run(*(ref[...] for ref in ins))):
+      out[...] = made
+
+  like = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args)
+  return pl.pallas_call(kernel, out_shape=like, interpret=True)(*args)
+
+
 @pytest.mark.parametrize("policy", ["lean", "lean2"])
-def test_the_inverse_and_its_derivative(policy):
-  L = jnp.tril(0.2 * draw(3, 2, 3, 16, 16), -1)
-  c = draw(4, 2, 3, 16, 16)
-  tile = products.Tile(products.POLICIES[policy])
-  of = lambda tile: lambda L: jnp.sum(c * tile.inverse(L, 16))
-  assert size(tile.inverse(L, 16), EXACT.inverse(L, 16)) < 2e-4
-  assert size(jax.grad(of(tile))(L), jax.grad(of(EXACT))(L)) < 1e-3
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_system_and_its_derivative(policy, fused):
+  L = [jnp.tril(0.2 * draw(3 + n, 2, 16, 16), -1) for n in range(2)]
+  rows = [draw(6 + n, 2, 16, 5) for n in range(2)]
+
+  def solve(tile, a, b, x, y):
+    return jnp.stack(tile.solve([(a, x), (b, y)], 16))
+
+  def slopes(tile):
+    of = lambda *args: jnp.sum(jnp.sin(solve(tile, *args)))
+    return jax.grad(of, (0, 1, 2, 3))
+
+  tile = products.Tile(products.POLICIES[policy], fused=fused)
+  run = in_a_kernel if fused else lambda f, *args: f(*args)
+  made = run(slopes(tile), *L, *rows)
+  exact = slopes(EXACT)(*L, *rows)
+  for x, y in zip(made[:2], exact[:2]):
+    assert size(jnp.tril(x, -1), jnp.tril(y, -1)) < BOUNDS["x1"]
+  for x, y in zip(made[2:], exact[2:]):
+    assert size(x, y) < 1e-3
+
+
+def test_systems_in_a_kernel_fill_whole_registers():
+  """Packed to 128 rows the smallest blocks are solved beside each other."""
+  L = jnp.tril(0.3 * draw(3, 2, 64, 64), -1)
+  packed = jax.scipy.linalg.block_diag(*L)[None]
+  rows = draw(4, 1, 128, 8)
+  tile = products.Tile(fused=True)
+
+  solve = lambda L, x: (L, *tile.solve([(L, x)], 64))
+  _, made = in_a_kernel(solve, packed, rows)
+  np.testing.assert_allclose(made + packed @ made, rows, atol=2e-5)
 
 
 def test_rounded_keys_erase_as_much():

@@ -9,6 +9,7 @@ import pytest
 
 from nl_jax import sharding
 from nl_jax.kernels import splash_attention
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.models.mixers.attention import softmax
 from tests.laws.models import MODELS
@@ -59,7 +60,7 @@ def test_a_layer_is_the_same_either_way(window):
   model = MODELS["hope_attention"]()
   options = attention.Options(window=window, kv_heads=2)
   model = dataclasses.replace(model, mixer=options)
-  params = attention.init(jax.random.key(0), model)
+  params = leaf.drawn(attention.leaves(model), jax.random.key(0))
   ids = np.ones((4, T), np.int32)
   ids[0, :50], ids[0, 50:60], ids[1, :9], ids[1, 99:], ids[2, 64:] = (
     3,

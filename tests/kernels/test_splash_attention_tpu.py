@@ -20,13 +20,13 @@ devices = topologies.get_topology_desc(
 mesh = sharding.mesh(**sizes, devices=devices)
 model = lm.LanguageModel(
   arch, width=128, layers=2, heads=2, head_dim=64, vocab_size=320,
-  sequence_length=1024, cms=cms.CMSConfig(("ffn",), (256,), (0,)),
+  sequence_length=1024, cms=cms.Options(("ffn",), (256,), (0,)),
   mixer=lm.options(arch, dict(window=256) if arch == "samba" else None),
   dtype="bfloat16")
 params = jax.eval_shape(model.init, jax.random.key(0))
 params = jax.tree.map(
   lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-  params, sharding.param_shardings(params, mesh))
+  params, sharding.param_shardings(params, model.axes(), mesh))
 tokens = jax.ShapeDtypeStruct(
   (4, 1024), "int32", sharding=NamedSharding(mesh, sharding.spec("batch")))
 

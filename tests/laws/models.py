@@ -5,7 +5,14 @@ import dataclasses
 from nl_jax.memory import self_modifying
 from nl_jax.models import cms, layers, lm
 from nl_jax.models.incontext import model as incontext
-from nl_jax.models.mixers import deltanet, retnet, rwkv7, samba, ttt
+from nl_jax.models.mixers import (
+  deltanet,
+  gated_deltanet2,
+  retnet,
+  rwkv7,
+  samba,
+  ttt,
+)
 from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.models.mixers.titans import (
   dla,
@@ -24,21 +31,21 @@ from nl_jax.models.mixers.titans import (
   mal as titans_mal,
 )
 
-_LEVELS = cms.CMSConfig(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
+_LEVELS = cms.Options(("high", "mid", "low"), (48, 48, 48), (1, 4, 16))
 _DELTA = dict(
   memory="linear", objective="dot", dgd_coef="raw", residual=False,
   residual_clip=0.0,
 )  # fmt: skip
 
 
-_PLAIN = cms.CMSConfig(("ffn",), (128,), (0,))
+_PLAIN = cms.Options(("ffn",), (128,), (0,))
 
 
 def _model(name, levels=_LEVELS, **memory):
   config = None
   if name == "hope":
     chunks = dict(chunk_memory=8, chunk_gen=8)
-    config = self_modifying.Config(**chunks | memory)
+    config = self_modifying.Options(**chunks | memory)
   return _shaped(name, config, levels)
 
 
@@ -51,7 +58,7 @@ def _shaped(name, options, levels=_PLAIN, head_dim=16, **more):
 
 MODELS = {
   "transformer": lambda: _model(
-    "transformer", cms.CMSConfig(("ffn",), (176,), (0,))
+    "transformer", cms.Options(("ffn",), (176,), (0,))
   ),
   "hope_attention": lambda: _model("hope_attention"),
   "hope_attention_independent": lambda: _model(
@@ -89,6 +96,10 @@ MODELS = {
   "gated_deltanet": lambda: _shaped(
     "gated_deltanet",
     deltanet.Options(chunk=8, value_dim=32, output_gate=True),
+  ),
+  "gated_deltanet2": lambda: _shaped(
+    "gated_deltanet2",
+    gated_deltanet2.Options(value_dim=32, decay_rank=8, gate_rank=8, chunk=8),
   ),
   "retnet": lambda: _shaped("retnet", retnet.Options(chunk=8)),
   "rwkv7": lambda: _shaped(

@@ -77,10 +77,11 @@ def of_mesh(model, params, sequence, fsdp=1):
   mesh = sharding.mesh(fsdp=fsdp, sequence=sequence, devices=devices)
   rows = batch(model.alignment)
   by_batch = sharding.batch_sharding(mesh)
+  places = sharding.param_shardings(params, model.axes(), mesh)
   with jax.set_mesh(mesh):
     run = jax.jit(
       jax.value_and_grad(lambda p, rows: step.loss_sum(p, model, rows)[0]),
-      in_shardings=(sharding.param_shardings(params, mesh), by_batch),
+      in_shardings=(places, by_batch),
     )
     return jax.tree.map(np.asarray, run(params, rows))
 

@@ -279,8 +279,8 @@ def test_pairs_are_the_inner_gradient(arch, objective):
       jnp.ones((1, H, T, 1)), None, 0 * ones, 0 * ones, ones, None, walk.Tile()
     )
     still = jax.tree.map(jnp.zeros_like, w)
-    block = memory.rule.Block(w, still, {}, {}, at)
-    u, delta, terms = memory.rule.pairs(forward, block, k, v, rule)
+    block = memory.block.Block(w, still, {}, {}, at)
+    u, delta, terms = memory.block.pairs(forward, block, k, v, rule)
     kinds = objectives.OBJECTIVES[objective]
 
     def total(w, t):

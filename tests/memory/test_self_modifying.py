@@ -20,22 +20,22 @@ DELTA = dict(
 )  # fmt: skip
 FREE = dict(residual_clip=0.0)  # The oracle has no clip.
 CONFIGS = {
-  "mlp": sm.Config(chunk_memory=4, chunk_gen=4, **FREE),
-  "linear": sm.Config(chunk_memory=4, chunk_gen=4, **DELTA),
-  "two_chunks": sm.Config(chunk_memory=5, chunk_gen=3, **FREE),
-  "all_self": sm.Config(
+  "mlp": sm.Options(chunk_memory=4, chunk_gen=4, **FREE),
+  "linear": sm.Options(chunk_memory=4, chunk_gen=4, **DELTA),
+  "two_chunks": sm.Options(chunk_memory=5, chunk_gen=3, **FREE),
+  "all_self": sm.Options(
     chunk_memory=4, chunk_gen=6, value_source="self", value_norm="l2",
-    generators=sm.Generators(value_norm="l2", rate=1.0), **FREE,
+    generators=sm.GeneratorOptions(value_norm="l2", rate=1.0), **FREE,
   ),
-  "momentum": sm.Config(
+  "momentum": sm.Options(
     chunk_memory=4, chunk_gen=4, momentum="ema", read="before", hidden=6,
     **FREE,
   ),
-  "adaptive_q": sm.Config(
+  "adaptive_q": sm.Options(
     chunk_memory=4, chunk_gen=4, adaptive_q=True, adaptive=("v", "eta"),
     read="chunk_start", residual_clip=1.0,
   ),
-  "glu": sm.Config(memory="glu", chunk_memory=4, chunk_gen=4, **FREE),
+  "glu": sm.Options(memory="glu", chunk_memory=4, chunk_gen=4, **FREE),
 }  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def make(config, seed=0, T=T):
 
 def run(config, params, z, **options):
   state = sm.start(params, B, config)
-  return sm.update(params, state, *z, config=config, **options)
+  return sm.update(params, state, *z, options=config, **options)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -82,7 +82,7 @@ def test_outer_gradient_equals_the_joint_loops():
 
     def ours(p, z):
       y, _, _ = sm.update(
-        p, sm.start(p, 1, config), *z, config=config, at_edge=True
+        p, sm.start(p, 1, config), *z, options=config, at_edge=True
       )
       return jnp.sin(y).sum()
 
@@ -114,7 +114,7 @@ def test_any_split_equals_one_call(name):
   with jax.enable_x64(True):
     params, z = make(config)
     step = jax.jit(
-      lambda state, z: sm.update(params, state, *z, config=config)[:2]
+      lambda state, z: sm.update(params, state, *z, options=config)[:2]
     )
     start = sm.start(params, B, config)
     whole, end = step(start, z)
@@ -129,7 +129,7 @@ def test_any_split_equals_one_call(name):
 def test_frozen_identity_generators_are_titans():
   """w_out = 0 and no writes: an ordinary memory with gates read from z^k."""
   config = dataclasses.replace(
-    CONFIGS["mlp"], generators=sm.Generators(rate=0.0)
+    CONFIGS["mlp"], generators=sm.GeneratorOptions(rate=0.0)
   )
   with jax.enable_x64(True):
     params, (zq, zk, zv) = make(config)
@@ -159,7 +159,7 @@ def test_rate_moves_the_generators_writes_only():
   rates = []
   for rate in (0.0, 0.1, 1.0):
     config = dataclasses.replace(
-      CONFIGS["mlp"], generators=sm.Generators(rate=rate)
+      CONFIGS["mlp"], generators=sm.GeneratorOptions(rate=rate)
     )
     params, z = make(config)
     _, state, _ = run(config, params, z, at_edge=True)
@@ -207,7 +207,7 @@ def test_static_gates_take_the_place_of_memories():
 @pytest.mark.parametrize("stream", ["random", "constant", "repeated"])
 def test_state_stays_bounded(arch, stream):
   """16k tokens at the start's default gates: norms below 10x the start's."""
-  config = sm.Config(**(DELTA if arch == "linear" else {}))
+  config = sm.Options(**(DELTA if arch == "linear" else {}))
   heads, key_dim, tokens = 2, 16, 16384
   params = sm.init(jax.random.key(0), config, heads, key_dim)
   z = jax.random.normal(jax.random.key(1), (3, 1, tokens, heads, key_dim))
@@ -217,7 +217,7 @@ def test_state_stays_bounded(arch, stream):
     z = jnp.repeat(z[:, :, : tokens // 16], 16, axis=2)
   start = sm.start(params, 1, config)
   _, state, _ = jax.jit(
-    lambda z: sm.update(params, start, *z, config=config, at_edge=True)
+    lambda z: sm.update(params, start, *z, options=config, at_edge=True)
   )(tuple(z))
   generators = sm.lay(params, config)
   for before, after in (
@@ -244,4 +244,4 @@ def test_state_stays_bounded(arch, stream):
 ])  # fmt: skip
 def test_configs_that_cannot_work_are_refused(change, message):
   with pytest.raises(ValueError, match=message):
-    sm.Config(**change)
+    sm.Options(**change)

@@ -11,6 +11,7 @@ from experiments.cli import named
 from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import deltanet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
@@ -19,14 +20,14 @@ from tests.laws.models import MODELS
 def small(arch="comba", **options):
   return lm.LanguageModel(
     arch, width=12, layers=1, heads=2, head_dim=6, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=deltanet.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 
 
 def generic(model, seed=0, scale=0.3):
   """Float64 parameters of one layer, none of them at a special value."""
-  params = deltanet.init(jax.random.key(seed), model)
+  params = leaf.drawn(deltanet.leaves(model), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   move = lambda x: np.asarray(x, float) + scale * rng.standard_normal(x.shape)
   return jax.tree.map(lambda x: jnp.asarray(move(x)), params)
@@ -99,7 +100,9 @@ def test_with_a_whole_erase_and_no_correction_it_is_gated_deltanet():
 
 
 def test_the_start_is_that_of_its_authors():
-  params = deltanet.init(jax.random.key(0), small(correction=0.02))
+  params = leaf.drawn(
+    deltanet.leaves(small(correction=0.02)), jax.random.key(0)
+  )
   np.testing.assert_array_equal(params["erase"], 1.0)
   np.testing.assert_array_equal(params["correction"], np.float32(0.02))
 
@@ -149,9 +152,11 @@ def test_two_numbers_a_head_more_than_gated_deltanet(size):
 
 
 def test_every_parameter_has_a_place_on_the_mesh():
-  params = jax.eval_shape(MODELS["comba"]().init, jax.random.key(0))
-  mesh = sharding.mesh(fsdp=-1, tensor=2)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  model, mesh = MODELS["comba"](), sharding.mesh(fsdp=-1, tensor=2)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   for name in ("erase", "correction"):
     assert places[name].spec[1:] == ("tensor",)
 

@@ -11,6 +11,7 @@ from experiments.cli import named
 from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import deltanet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
@@ -21,14 +22,14 @@ NAMES = ("deltanet", "gated_deltanet")
 def small(arch, width=12, heads=2, head_dim=6, **options):
   return lm.LanguageModel(
     arch, width=width, layers=1, heads=heads, head_dim=head_dim,
-    vocab_size=16, sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    vocab_size=16, sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=deltanet.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 
 
 def generic(model, seed=0, scale=0.3):
   """Float64 parameters of one layer, none of them at a special value."""
-  params = deltanet.init(jax.random.key(seed), model)
+  params = leaf.drawn(deltanet.leaves(model), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   move = lambda x: np.asarray(x, float) + scale * rng.standard_normal(x.shape)
   return jax.tree.map(lambda x: jnp.asarray(move(x)), params)
@@ -219,7 +220,7 @@ def test_sizes_are_the_formulas_and_the_table(name):
     net = build.model(config)
     assert abs(net.parameter_count() / 1e6 - total) < 0.06
     D, H, K = net.width, net.heads, net.head_dim
-    mixer = deltanet.parameter_count(net)
+    mixer = leaf.count(deltanet.leaves(net))
     if name == "deltanet":
       assert mixer == 4 * D * D + D * H + 12 * D + K
     else:
@@ -233,7 +234,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(name):
   mesh = sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["w_beta"].spec[1:] == ("fsdp", "tensor")
   fast = sharding.sequence_shardings(state, mesh).layers.memory.w["w"]
   assert fast.spec[2] == "tensor"

@@ -8,6 +8,7 @@ import pytest
 
 from experiments.cli import named
 from nl_jax import build
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.titans import dla
 from nl_jax.models.mixers.titans import lmm as titans
 from tests.laws.models import MODELS
@@ -21,7 +22,9 @@ def test_a_layer_is_its_token_loop(chunk):
   options = dla.Options(chunk=chunk, hidden=6, residual_clip=0.0, eta_max=0.5)
   model = test_titans.small("dla", options)
   with jax.enable_x64(True):
-    params = test_titans.generic(dla.init(jax.random.key(0), model))
+    params = test_titans.generic(
+      leaf.drawn(dla.leaves(model), jax.random.key(0))
+    )
     x = draw(1, 10, model.width)
     y = test_titans.mix(dla, model, params, x)
     close(y[0], test_titans.token_loop(model, params, x[0]), 1e-10)
@@ -53,7 +56,7 @@ def test_with_a_matrix_it_is_gated_linear_attention():
 def test_the_default_memory_stays_bounded(kind):
   """docs/mathematics.md 8.1, at 4096 tokens."""
   model = test_titans.small("dla", dla.Options(chunk=8, hidden=8))
-  params = dla.init(jax.random.key(0), model)
+  params = leaf.drawn(dla.leaves(model), jax.random.key(0))
   x = draw(1, 4096, 8).astype(np.float32)
   if kind == "constant":
     x = np.broadcast_to(x[:, :1], x.shape)
@@ -77,7 +80,7 @@ def test_sizes_are_the_formula(size, total):
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   expected = 5 * D * D + 12 * D + 2 * H * (D + 1) + 2 * H * K * M + K
-  assert dla.parameter_count(net) == expected
+  assert leaf.count(dla.leaves(net)) == expected
 
 
 def test_the_card_says_what_it_is():

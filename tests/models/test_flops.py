@@ -17,7 +17,7 @@ from experiments.cli import named
 from nl_jax import build, memory
 from nl_jax.aot import hlo
 from nl_jax.memory import linear, mlp
-from nl_jax.models import flops, lm
+from nl_jax.models import flops
 from nl_jax.models.incontext import model as incontext
 from nl_jax.models.mixers import mamba
 
@@ -145,6 +145,9 @@ def of_mixer(net, tokens):
       lora = 4 * net.width * options.value_rank / net.layers
       running = 2 * options.chunk * K  # Sums of log decays.
       return lora + H * (inverse(options.chunk) + options.chunk * K + running)
+    case "gated_deltanet2":
+      more = 2 * K + options.value_dim  # Sums of log decays, and the solve.
+      return H * (inverse(options.chunk) + options.chunk * more)
     case "deltanet" | "gated_deltanet" | "comba":
       shape = (K, options.value_dim or K)
       return H * beyond({"w": shape}, options.rule)
@@ -201,7 +204,7 @@ def in_context(net, tokens):
     more *= 4 * base.heads * base.head_dim * (1 + 2 * closed)
   else:
     C = options.chunk_memory
-    walked = flops.forward(base, tokens).memories / base.units
+    walked = base.flops(tokens).memories / base.units
     calls = (-(-(chunk + C - 1) // C)) * C / chunk
     more = calls * (walked + own) - walked
     once = calls * (walked + own) - base.heads * calls * simpler(base)
@@ -225,7 +228,7 @@ def simpler(base):
 def check_forward(net, tokens):
   """(FLOPs of a token, found to be the formula's; the sum of all logits)."""
   loss = lambda p, x: jnp.sum(net.apply(p, x)[0])
-  counted, wanted = traced(loss, net, tokens), flops.forward(net, tokens).total
+  counted, wanted = traced(loss, net, tokens), net.flops(tokens).total
   if isinstance(net, incontext.InContextModel):
     wanted += in_context(net, tokens)
   else:
@@ -254,7 +257,7 @@ def test_other_ways_to_learn_in_context(name, change):
   config = build.resolve(config)
   net, tokens = build.model(config), config.data.sequence_length
   counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
-  wanted = flops.forward(net, tokens).total + in_context(net, tokens)
+  wanted = net.flops(tokens).total + in_context(net, tokens)
   assert counted == pytest.approx(wanted, rel=1e-12)
 
 
@@ -264,7 +267,7 @@ def test_the_compiled_program_of_attention_makes_just_that():
   row = jax.ShapeDtypeStruct((1, tokens), np.int32)
   run = jax.jit(lambda p, x: net.apply(p, x)[0])
   text = run.lower(params, row).compile().as_text()
-  wanted = tokens * flops.forward(net, tokens).total
+  wanted = tokens * net.flops(tokens).total
   assert hlo.count(text, {}).flops == wanted
 
 
@@ -274,17 +277,13 @@ def test_training_is_at_most_three_times_the_forward_pass(name):
   net, tokens = model_of(name + ":smoke")
   forward, loss = check_forward(net, tokens)
   assert 2.8 < traced(jax.grad(loss), net, tokens) / forward <= 3
-  assert flops.training(net, tokens) == 3 * flops.forward(net, tokens).total
-
-
-def test_every_mixer_has_a_formula():
-  assert set(flops.MIXERS) == set(lm.MIXERS)
+  assert flops.training(net, tokens) == 3 * net.flops(tokens).total
 
 
 @pytest.mark.parametrize("name", named.config_names())
 def test_every_config_has_a_formula(name):
   net, tokens = model_of(name)
-  parts = flops.forward(net, tokens)
+  parts = net.flops(tokens)
   assert min(parts) >= 0 and parts.output > 0 and parts.feed_forward > 0
   # Two for each parameter that is read, and more where tokens meet.
   assert parts.total > 1.9 * net.parameter_count()
@@ -365,7 +364,7 @@ def test_levels_that_learn_from_losses_of_their_layers(loss):
   config = build.resolve(config)
   net, tokens = build.model(config), config.data.sequence_length
   counted = traced(lambda p, x: net.apply(p, x)[0], net, tokens)
-  wanted = flops.forward(net, tokens).total
+  wanted = net.flops(tokens).total
   wanted += net.base.units * of_mixer(net.base, tokens)
   # The forward pass at the key is also the read, and made twice.
   fast = sum(net.base.cms.widths[:2]) * net.fast_layers

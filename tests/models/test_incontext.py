@@ -12,7 +12,7 @@ from nl_jax.models import cms, layers, lm
 from nl_jax.models.incontext import model as incontext
 from nl_jax.models.mixers.attention import mixer as attention
 
-LEVELS = cms.CMSConfig(("high", "mid", "low"), (12, 8, 8), (0, 0, 0))
+LEVELS = cms.Options(("high", "mid", "low"), (12, 8, 8), (0, 0, 0))
 SEQUENCE = 40
 
 
@@ -376,7 +376,7 @@ def test_restarts_in_context_are_not_those_of_the_optimizer():
 def test_a_local_loss_is_gradient_descent_on_it(loss):
   """One layer, one level, chunks of 4: weights move at chunk edges only."""
   base = dataclasses.replace(
-    model().base, layers=1, cms=cms.CMSConfig(("high",), (12,), (0,))
+    model().base, layers=1, cms=cms.Options(("high",), (12,), (0,))
   )
   net = model(
     base, chunks=(4,), rates=(0.5,), clip=1e9, fast_layers=1,

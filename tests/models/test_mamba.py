@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import mamba
 from tests.golden import _oracle
 
@@ -14,7 +15,7 @@ D, N = 8, 4
 
 def generic(seed=0, scale=0.3, width=D):
   """Float64 parameters of one layer, none of them at a special value."""
-  params = mamba.init(jax.random.key(seed), width, 2, N)
+  params = leaf.drawn(mamba.leaves(width, 2, N), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   move = lambda x: np.asarray(x, float) + scale * rng.standard_normal(x.shape)
   return jax.tree.map(lambda x: jnp.asarray(move(x)), params)
@@ -129,7 +130,7 @@ def test_a_constant_input_has_a_closed_form():
   """h = (1 - a^t) / (1 - a) dt x B; a channel's start: a = exp(-n dt)."""
   T = 500
   with jax.enable_x64(True):
-    start = mamba.init(jax.random.key(0), D, 2, N)
+    start = leaf.drawn(mamba.leaves(D, 2, N), jax.random.key(0))
     params = jax.tree.map(lambda p: jnp.asarray(p, float), start)
     np.testing.assert_allclose(
       np.exp(params["A_log"][0]), np.arange(1, N + 1), rtol=1e-6
@@ -151,7 +152,7 @@ def test_a_constant_input_has_a_closed_form():
 def test_memories_stay_below_their_bound():
   """|h| <= max |x| max |B| max dt / (1 - a), a = exp(-n dt) (law 14)."""
   T = 16_384
-  params = mamba.init(jax.random.key(0), D, 2, N)
+  params = leaf.drawn(mamba.leaves(D, 2, N), jax.random.key(0))
   rng = np.random.default_rng(0)
   rows = [rng.standard_normal((T, D)), np.ones((T, D))]
   rows.append(np.repeat(rows[0][: T // 16], 16, axis=0))
@@ -174,7 +175,7 @@ def test_memories_stay_below_their_bound():
 
 
 def test_states_are_float32_under_bfloat16():
-  params = mamba.init(jax.random.key(0), D, 2, N)
+  params = leaf.drawn(mamba.leaves(D, 2, N), jax.random.key(0))
   x = draw(2, 12, D).astype(jnp.float32)
   y, state = mix(params, x)
   short, other = mix(params, x.astype(jnp.bfloat16))
@@ -187,7 +188,9 @@ def test_states_are_float32_under_bfloat16():
 def test_states_are_there_for_one_chunk_at_a_time():
   """Temporaries of the gradient, against [B,T,I,N] of all tokens at once."""
   T, width, N = 256, 32, 64
-  params = jax.eval_shape(lambda: mamba.init(jax.random.key(0), width, 2, N))
+  params = jax.eval_shape(
+    lambda: leaf.drawn(mamba.leaves(width, 2, N), jax.random.key(0))
+  )
   x = jax.ShapeDtypeStruct((1, T, width), jnp.float32)
 
   def temporary(chunk):
@@ -228,8 +231,8 @@ def test_the_frozen_numbers_are_what_the_oracle_says():
 
 @pytest.mark.parametrize("width", [8, 20, 64])
 def test_the_size_is_the_formula(width):
-  params = mamba.init(jax.random.key(0), width, 2, N)
+  params = leaf.drawn(mamba.leaves(width, 2, N), jax.random.key(0))
   count = sum(x.size for x in jax.tree.leaves(params))
-  assert count == mamba.parameter_count(width, N)
+  assert count == leaf.count(mamba.leaves(width, 2, N))
   R = -(-width // 16)
   assert count == 6 * width**2 + 2 * width * (2 * R + 3 * N + 7)

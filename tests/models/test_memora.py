@@ -9,6 +9,7 @@ import pytest
 
 from experiments.cli import named
 from nl_jax import build, memory, sharding
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.titans import memora
 from tests.laws.models import MODELS
 from tests.memory import oracle
@@ -65,7 +66,9 @@ def test_a_layer_is_its_token_loop(chunk, lag):
   )
   model = test_titans.small("memora", options)
   with jax.enable_x64(True):
-    params = test_titans.generic(memora.init(jax.random.key(0), model))
+    params = test_titans.generic(
+      leaf.drawn(memora.leaves(model), jax.random.key(0))
+    )
     x = draw(1, 10, model.width)
     y = test_titans.mix(memora, model, params, x)
     close(y[0], token_loop(model, params, x[0]), 1e-9)
@@ -75,7 +78,7 @@ def test_a_layer_is_its_token_loop(chunk, lag):
 def test_columns_sum_to_one_and_weights_move(kind):
   """docs/mathematics.md 8.1, at 512 tokens: bounded by what it is."""
   model = test_titans.small("memora", memora.Options(chunk=8, hidden=8))
-  params = memora.init(jax.random.key(0), model)
+  params = leaf.drawn(memora.leaves(model), jax.random.key(0))
   x = draw(1, 512, 8).astype(np.float32)
   x = np.broadcast_to(x[:, :1], x.shape) if kind == "constant" else x
   y, state, _ = jax.jit(
@@ -97,13 +100,15 @@ def test_sizes_are_the_formula(size, total):
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
   expected = 5 * D * D + 14 * D + 4 * D * net.mixer.rank + 2 * H * K * M + K
-  assert memora.parameter_count(net) == expected
+  assert leaf.count(memora.leaves(net)) == expected
 
 
 def test_every_parameter_has_a_place_on_the_mesh():
-  params = jax.eval_shape(MODELS["memora"]().init, jax.random.key(0))
-  mesh = sharding.mesh(fsdp=-1, tensor=2)
-  gate = sharding.param_shardings(params, mesh)["blocks"]["mixer"]["gate"]
+  model, mesh = MODELS["memora"](), sharding.mesh(fsdp=-1, tensor=2)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  gate = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]["gate"]
   assert gate["w_eta_down"].spec[1:] == ("fsdp", None)
   assert gate["w_alpha_up"].spec[1:] == (None, "tensor")
 
@@ -125,7 +130,9 @@ def test_a_text_with_lags_is_its_parts():
   options = memora.Options(chunk=4, hidden=6, rank=3, lag=True, eta_max=1.0)
   model = test_titans.small("memora", options)
   with jax.enable_x64(True):
-    params = test_titans.generic(memora.init(jax.random.key(0), model))
+    params = test_titans.generic(
+      leaf.drawn(memora.leaves(model), jax.random.key(0))
+    )
     x = draw(1, 10, model.width)
     run = jax.jit(lambda p, x, s: memora.apply(p, x, s, None, model=model)[:2])
     begin = memora.init_state(params, 1, 0, model=model)

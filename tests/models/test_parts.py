@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nl_jax.models import cms, layers, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.models.mixers.attention import softmax
 from tests.laws.models import MODELS
@@ -62,7 +63,7 @@ def test_convolution_stops_at_documents_and_streams():
 def test_attention_is_softmax_over_the_past():
   model = MODELS["transformer"]()
   with jax.enable_x64(True):
-    params = attention.init(jax.random.key(0), model)
+    params = leaf.drawn(attention.leaves(model), jax.random.key(0))
     params = jax.tree.map(lambda p: 5 * p.astype(float), params)
     x = draw(1, 6, model.width)
     y, _, _ = attention.apply(params, x, None, None, model=model)
@@ -90,11 +91,11 @@ def test_float32_attention_is_the_librarys():
   np.testing.assert_allclose(short, wide, atol=1e-6)
 
 
-LEVELS = cms.CMSConfig(("fast", "slow"), (12, 20), (1, 4))
+LEVELS = cms.Options(("fast", "slow"), (12, 20), (1, 4))
 
 
 def test_sequential_levels_are_a_chain_of_swiglu_blocks():
-  params = cms.init(jax.random.key(0), LEVELS, 8, 2)
+  params = leaf.drawn(cms.leaves(LEVELS, 8, 2), jax.random.key(0))
   x = expected = draw(2, 3, 8).astype(jnp.float32)
   for name in ("fast", "slow"):
     p = params[name]
@@ -110,11 +111,11 @@ def test_sequential_levels_are_a_chain_of_swiglu_blocks():
 
 def test_independent_levels_are_a_weighted_sum():
   config = dataclasses.replace(LEVELS, variant="independent")
-  params = cms.init(jax.random.key(0), config, 8, 2)
+  params = leaf.drawn(cms.leaves(config, 8, 2), jax.random.key(0))
   np.testing.assert_allclose(params["mix"], 2**-0.5)
   x = draw(2, 3, 8).astype(jnp.float32)
   alone = [
-    cms.apply({n: params[n]}, x, cms.CMSConfig((n,), (f,), (0,))) - x
+    cms.apply({n: params[n]}, x, cms.Options((n,), (f,), (0,))) - x
     for n, f in (("fast", 12), ("slow", 20))
   ]
   expected = x + 2**-0.5 * (alone[0] + alone[1])

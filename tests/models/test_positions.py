@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nl_jax.models import layers, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.attention import mixer as attention
 from tests.laws.models import MODELS
 
@@ -70,7 +71,7 @@ def test_a_layer_reads_on_beyond_two_billion_tokens(name):
     model = dataclasses.replace(
       model, mixer=dataclasses.replace(model.mixer, persistent=0)
     )
-  params = model.module.init(jax.random.key(0), model)
+  params = leaf.drawn(model.module.leaves(model), jax.random.key(0))
   x = jnp.asarray(
     np.random.default_rng(1).standard_normal((1, 24, 64)), jnp.float32
   )

@@ -11,6 +11,7 @@ from experiments.cli import named
 from nl_jax import build, memory, sharding
 from nl_jax.memory import linear
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import retnet
 from tests.golden import _oracle
 from tests.laws.models import MODELS
@@ -19,14 +20,14 @@ from tests.laws.models import MODELS
 def small(chunk=4):
   return lm.LanguageModel(
     "retnet", width=12, layers=1, heads=3, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=retnet.Options(chunk=chunk),
   )  # fmt: skip
 
 
 def generic(model, seed=0, scale=0.3):
   """Float64 parameters of one layer, none of them at a special value."""
-  params = retnet.init(jax.random.key(seed), model)
+  params = leaf.drawn(retnet.leaves(model), jax.random.key(seed))
   rng = np.random.default_rng(seed)
   move = lambda x: np.asarray(x, float) + scale * rng.standard_normal(x.shape)
   return jax.tree.map(lambda x: jnp.asarray(move(x)), params)
@@ -215,7 +216,7 @@ def test_sizes_are_the_formula_and_the_table(size, total):
   net = build.model(config)
   assert abs(net.parameter_count() / 1e6 - total) < 0.06
   assert net.head_dim == 256
-  assert retnet.parameter_count(net) == 8 * net.width**2 + 512
+  assert leaf.count(retnet.leaves(net)) == 8 * net.width**2 + 512
 
 
 def test_every_parameter_and_state_has_a_place_on_the_mesh():
@@ -223,7 +224,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh():
   mesh = sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["w_g"].spec[1:] == ("fsdp", "tensor")
   fast = sharding.sequence_shardings(state, mesh).layers.memory.w["w"]
   assert fast.spec[2] == "tensor"

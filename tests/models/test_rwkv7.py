@@ -22,7 +22,7 @@ RANKS = dict(decay_rank=3, rate_rank=3, value_rank=2, gate_rank=4)
 def small(**change):
   return lm.LanguageModel(**dict(
     arch="rwkv7", width=12, layers=3, heads=2, head_dim=6, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=rwkv7.Options(chunk=4, **RANKS),
   ) | change)  # fmt: skip
 
@@ -214,7 +214,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh():
   model = MODELS["rwkv7"]()
   mesh = sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["w_r"].spec[1:] == ("fsdp", "tensor")
   assert places["value_up"].spec[1:] == (None, "tensor")
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
@@ -224,8 +226,8 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh():
 
 @pytest.mark.parametrize("change,message", [
   (dict(layers=1), "model.layers must be at least 2"),
-  (dict(cms=cms.CMSConfig(("a", "b"), (8, 8), (0, 0))), "has one feed-forward"),
-  (dict(cms=cms.CMSConfig(widths=(8,), norm=False)), "has one feed-forward"),
+  (dict(cms=cms.Options(("a", "b"), (8, 8), (0, 0))), "has one feed-forward"),
+  (dict(cms=cms.Options(widths=(8,), norm=False)), "has one feed-forward"),
   (dict(head_dim=4), "must be model.width"),
 ])  # fmt: skip
 def test_models_that_cannot_be_are_refused(change, message):

@@ -20,7 +20,7 @@ from tests.laws.models import MODELS
 def small(depth=4, **options):
   return lm.LanguageModel(
     "samba", width=8, layers=depth, heads=2, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(12,)),
+    sequence_length=16, cms=cms.Options(widths=(12,)),
     mixer=samba.Options(**{"window": 4, "chunk": 4} | options),
   )  # fmt: skip
 
@@ -140,7 +140,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh():
   mesh = sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["mamba"]["w_x"].spec[1:] == ("fsdp", "tensor")
   assert places["mamba"]["A_log"].spec[1:] == ("tensor", None)
   assert places["attention"]["w_o"].spec[1:] == ("tensor", "fsdp")
@@ -158,7 +160,9 @@ def test_eight_devices_are_one():
   run = lambda p, tokens: model.apply(p, tokens)[0]
   alone = jax.jit(run)(params, tokens)
   mesh = sharding.mesh(fsdp=4, tensor=2)
-  params = jax.device_put(params, sharding.param_shardings(params, mesh))
+  params = jax.device_put(
+    params, sharding.param_shardings(params, model.axes(), mesh)
+  )
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
     many = jax.jit(run)(params, rows)
@@ -166,8 +170,9 @@ def test_eight_devices_are_one():
 
 
 def test_decay_is_for_matrices():
-  params = jax.eval_shape(MODELS["samba"]().init, jax.random.key(0))
-  mixer = optimizer.decay_mask(params)["blocks"]["mixer"]
+  model = MODELS["samba"]()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  mixer = optimizer.decay_mask(model.leaves())(params)["blocks"]["mixer"]
   decays = {name for name, decay in mixer["mamba"].items() if decay}
   assert decays == {"w_x", "w_z", "w_dbc", "w_dt", "w_o"}
   assert not mixer["attention_norm"]["scale"]
@@ -177,7 +182,7 @@ def test_decay_is_for_matrices():
 @pytest.mark.parametrize("change,message", [
   (dict(layers=3), "model.layers must be even for model.arch='samba'"),
   (dict(heads=3), "heads \\* model.head_dim"),
-  (dict(cms=cms.CMSConfig(("a", "b"), (8, 8), (1, 2))), "one feed-forward"),
+  (dict(cms=cms.Options(("a", "b"), (8, 8), (1, 2))), "one feed-forward"),
   (dict(mixer=None), "model.mixer belongs to model.arch="),
 ])  # fmt: skip
 def test_shapes_that_cannot_be_are_refused(change, message):

@@ -11,6 +11,7 @@ from experiments.cli import named
 from nl_jax import build, memory, sharding
 from nl_jax.memory import mlp, self_modifying
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import deltanet, hope
 from nl_jax.models.mixers.titans import lmm as titans
 from tests.golden import _oracle
@@ -21,7 +22,7 @@ from tests.memory import oracle
 def small(arch="titans_lmm", options=None, heads=2, head_dim=4):
   return lm.LanguageModel(
     arch, width=8, layers=1, heads=heads, head_dim=head_dim, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=options or titans.Options(chunk=4, hidden=6),
   )  # fmt: skip
 
@@ -87,7 +88,7 @@ def token_loop(model, params, x_TxD):
 def test_a_layer_is_its_token_loop(options):
   model = small(options=options)
   with jax.enable_x64(True):
-    params = generic(titans.init(jax.random.key(0), model))
+    params = generic(leaf.drawn(titans.leaves(model), jax.random.key(0)))
     x = draw(1, 10, model.width)
     y = mix(titans, model, params, x)
     close(y[0], token_loop(model, params, x[0]), 1e-10)
@@ -100,12 +101,12 @@ def test_hope_without_generators_is_titans():
     erase_of="whole", residual_clip=1.0, hidden=6,
   )  # fmt: skip
   options = titans.Options(chunk=4, eta_max=1.0, **shared)
-  config = self_modifying.Config(
+  config = self_modifying.Options(
     chunk_memory=4, chunk_gen=4, adaptive=(), gate_source="static", **shared
   )
   model, other = small(options=options), small("hope", config)
   with jax.enable_x64(True):
-    params = generic(hope.init(jax.random.key(0), other))
+    params = generic(leaf.drawn(hope.leaves(other), jax.random.key(0)))
     x = draw(2, 11, 8)
     expected = mix(hope, other, params, x)
     params["gate"] = params.pop("static_gate")
@@ -122,7 +123,7 @@ def test_a_linear_memory_with_decayed_erase_is_gated_deltanet():
   model = small(options=options)
   other = small("gated_deltanet", deltanet.Options(chunk=4, output_gate=True))
   with jax.enable_x64(True):
-    params = generic(deltanet.init(jax.random.key(0), other))
+    params = generic(leaf.drawn(deltanet.leaves(other), jax.random.key(0)))
     x = draw(2, 11, 8)
     # log a = -A softplus(z) at A = 1 is log sigmoid(-z).
     params["A_log"] = jnp.zeros((2,))
@@ -203,7 +204,7 @@ def test_a_row_that_ended_keeps_its_gradient_point():
   """From a fresh start too: the anchor is that of the last chunk edge."""
   model = small()
   with jax.enable_x64(True):
-    params = generic(titans.init(jax.random.key(0), model))
+    params = generic(leaf.drawn(titans.leaves(model), jax.random.key(0)))
     x, ids = draw(1, 16, 8), (jnp.arange(16) < 6).astype(jnp.int32)[None]
     start = titans.init_state(params, 1, 0, model=model)
     run = jax.jit(
@@ -219,7 +220,7 @@ def test_a_row_that_ended_keeps_its_gradient_point():
 def test_the_default_memory_stays_bounded(kind):
   """docs/mathematics.md 8.1, at 4096 tokens: no norm above 10 x its start."""
   model = small(options=titans.Options(chunk=8, hidden=8))
-  params = titans.init(jax.random.key(0), model)
+  params = leaf.drawn(titans.leaves(model), jax.random.key(0))
   x = draw(1, 4096, 8).astype(jnp.float32)
   if kind == "constant":
     x = jnp.broadcast_to(x[:, :1], x.shape)
@@ -243,7 +244,7 @@ def test_sizes_are_the_formula_and_the_table():
     D, H, K, M = net.width, net.heads, net.head_dim, net.mixer.hidden
     assert M == K == 128 and net.mixer.chunk == 64
     expected = 5 * D * D + 12 * D + 3 * H * (D + 1) + 2 * H * K * M + K
-    assert titans.parameter_count(net) == expected
+    assert leaf.count(titans.leaves(net)) == expected
 
 
 @pytest.mark.parametrize("change,message", [
@@ -272,7 +273,9 @@ def test_a_window_has_a_place_on_the_mesh():
   model, mesh = MODELS["titans_omega"](), sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  gate = sharding.param_shardings(params, mesh)["blocks"]["mixer"]["gate"]
+  gate = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]["gate"]
   assert gate["w_gamma"].spec[1:] == ("fsdp", "tensor")
   places = sharding.sequence_shardings(state, mesh).layers.memory.carried
   for name in ("past_k", "past_v", "past_gamma"):

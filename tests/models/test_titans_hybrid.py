@@ -14,6 +14,7 @@ import pytest
 from experiments.cli import named
 from nl_jax import build, card, sharding
 from nl_jax.models import cms, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.models.mixers.titans import (
   hybrid as titans_hybrid,
@@ -48,14 +49,16 @@ def small(arch, depth=1, **change):
   options = dict(chunk=C, hidden=6, residual_clip=0.0, persistent=3)
   return lm.LanguageModel(
     arch, width=8, layers=depth, heads=2, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=MODULES[arch].Options(**options | reach | change),
   )  # fmt: skip
 
 
 def generic(model):
   """Float64 parameters of one layer, none of them at a special value."""
-  return test_titans.generic(model.module.init(jax.random.key(0), model))
+  return test_titans.generic(
+    leaf.drawn(model.module.leaves(model), jax.random.key(0))
+  )
 
 
 @functools.cache
@@ -221,7 +224,7 @@ def check_rows(made, expected):
   ("titans_mal", {}), ("titans_mac", {"mag_gate": "silu"}),
 ])  # fmt: skip
 def test_a_layer_is_its_token_loop(arch, change):
-  """Two segments, four chunks and a bit, with one document for all of it."""
+  """Two sections, four chunks and a bit, with one document for all of it."""
   model = small(arch, **change)
   with jax.enable_x64(True):
     params, x = generic(model), draw(1, 19, model.width)
@@ -231,7 +234,7 @@ def test_a_layer_is_its_token_loop(arch, change):
 
 @pytest.mark.parametrize("arch", MODULES)
 def test_documents_anywhere_are_a_token_loop(arch):
-  """From a state, documents begin inside chunks, segments and windows."""
+  """From a state, documents begin inside chunks, sections and windows."""
   model = small(arch)
   ids = np.array([4] * 5 + [7] * 8 + [0] + [5] * 4, np.int32)
   with jax.enable_x64(True):
@@ -300,7 +303,7 @@ def test_persistent_tokens_are_seen_from_everywhere(arch):
   assert (y != z).any(axis=-1).all()
 
 
-def test_beyond_a_segment_only_the_memory_reaches():
+def test_beyond_a_section_only_the_memory_reaches():
   """It neither learns nor forgets by content: attention and four taps."""
   model = small("titans_mac")
   with jax.enable_x64(True):
@@ -321,7 +324,7 @@ def test_beyond_a_segment_only_the_memory_reaches():
   assert changed[:S].all() and not changed[S + 3 :].any()
 
 
-def test_nothing_leaks_from_later_tokens_of_a_segment():
+def test_nothing_leaks_from_later_tokens_of_a_section():
   """MAC's traps: recall and second read, by every output's gradient."""
   model = small("titans_mac")
   with jax.enable_x64(True):
@@ -345,7 +348,7 @@ def test_the_state_has_one_size_and_the_card_says_it(arch):
 
   assert not model.grows
   rows, labels = model.levels()
-  reach = "in segments of 16" if arch == "titans_mac" else "to 12"
+  reach = "in sections of 16" if arch == "titans_mac" else "to 12"
   names = ["Titans memory", f"attention {reach}"]
   assert [row.name for row in rows[:2]] == names
   assert size(1) == size(4096) == sum(row.state_bytes for row in rows)
@@ -379,7 +382,9 @@ def test_every_parameter_and_state_has_a_place_on_the_mesh(arch):
   model, mesh = MODELS[arch](), sharding.mesh(fsdp=-1, tensor=2)
   params = jax.eval_shape(model.init, jax.random.key(0))
   state = jax.eval_shape(lambda p: model.init_state(p, 4, 8), params)
-  places = sharding.param_shardings(params, mesh)["blocks"]["mixer"]
+  places = sharding.param_shardings(params, model.axes(), mesh)["blocks"][
+    "mixer"
+  ]
   assert places["attention"]["w_q"].spec[1:] == ("fsdp", "tensor")
   assert places["lmm"]["memory"]["w_in"].spec[1:] == ("tensor", "fsdp", None)
   made = sharding.sequence_shardings(state, mesh).layers
@@ -400,7 +405,9 @@ def test_eight_devices_are_one(arch):
   run = lambda p, tokens: model.apply(p, tokens)[0]
   alone = jax.jit(run)(params, tokens)
   mesh = sharding.mesh(fsdp=4, tensor=2)
-  params = jax.device_put(params, sharding.param_shardings(params, mesh))
+  params = jax.device_put(
+    params, sharding.param_shardings(params, model.axes(), mesh)
+  )
   rows = jax.device_put(tokens, sharding.batch_sharding(mesh))
   with jax.set_mesh(mesh):
     many = jax.jit(run)(params, rows)
@@ -408,8 +415,9 @@ def test_eight_devices_are_one(arch):
 
 
 def test_decay_is_for_matrices():
-  params = jax.eval_shape(MODELS["titans_mac"]().init, jax.random.key(0))
-  mixer = optimizer.decay_mask(params)["blocks"]["mixer"]
+  model = MODELS["titans_mac"]()
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  mixer = optimizer.decay_mask(model.leaves())(params)["blocks"]["mixer"]
   assert mixer["persistent"] and mixer["lmm"]["memory"]["w_in"]
   assert all(mixer["attention"].values())
   assert not mixer["lmm_norm"]["scale"] and not mixer["lmm"]["conv_q"]

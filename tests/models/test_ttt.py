@@ -10,6 +10,7 @@ import pytest
 from experiments.cli import named
 from nl_jax import build, memory
 from nl_jax.models import cms, layers, lm
+from nl_jax.models import leaves as leaf
 from nl_jax.models.mixers import ttt
 from tests.golden import _oracle
 
@@ -19,7 +20,7 @@ NAMES = ("ttt_linear", "ttt_mlp")
 def small(arch, **options):
   return lm.LanguageModel(
     arch, width=8, layers=1, heads=2, head_dim=4, vocab_size=16,
-    sequence_length=16, cms=cms.CMSConfig(widths=(8,)),
+    sequence_length=16, cms=cms.Options(widths=(8,)),
     mixer=ttt.Options(**{"chunk": 4} | options),
   )  # fmt: skip
 
@@ -101,7 +102,7 @@ def token_loop(model, params, x_TxD):
 def test_a_layer_is_its_token_loop(name, options):
   model = small(name, **options)
   with jax.enable_x64(True):
-    params = generic(ttt.init(jax.random.key(0), model))
+    params = generic(leaf.drawn(ttt.leaves(model), jax.random.key(0)))
     x = draw(1, 10, 8)
     run = lambda p, x: ttt.apply(p, x, None, None, model=model)[0]
     y = jax.jit(run)(params, x)
@@ -187,7 +188,7 @@ def test_sizes_are_the_formula_and_the_table(name):
     assert abs((net.parameter_count() - extra) / 1e6 - total) < 0.06
     inner = K * K + K if name == "ttt_linear" else 8 * K * K + 5 * K
     expected = 4 * D * D + 20 * D + 16 + H * (D + 1) + H * inner
-    assert ttt.parameter_count(net) == expected
+    assert leaf.count(ttt.leaves(net)) == expected
 
 
 def test_the_first_convolution_is_a_switch():

@@ -63,7 +63,9 @@ ALL = {
     read="pre",
     vector_rule="trace",
   ),
-  "deep_fallback": optim.deep_momentum(LR, fallback_learning_rate=LR),
+  "deep_fallback": optim.deep_momentum(
+    LR, fallback=optim.adam_memory(LR, b2=0.95)
+  ),
   "adam_memory": optim.adam_memory(LR),
   "adam_ridge": optim.adam_memory(LR, ridge=1e-3, target="square"),
   "adagrad_memory": optim.adagrad_memory(LR, momentum=True),

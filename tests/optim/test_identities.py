@@ -285,7 +285,11 @@ _MATRICES = {"w": (6, 4), "v": (3, 5)}
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_15_without_slow_memory_it_is_muon(alpha, nesterov):
   ours = optim.scale_by_m3(
-    0.95, alpha=alpha, second_moment=None, nesterov=nesterov, ns_eps=1e-8
+    0.95,
+    alpha=alpha,
+    second_moment=None,
+    nesterov=nesterov,
+    ns=optim.NewtonSchulz(eps=1e-8),
   )
   muon = _muon(nesterov=nesterov)
   _close(_run(ours, shapes=_MATRICES)[0], _run(muon, shapes=_MATRICES)[0], 2e-6)
@@ -421,7 +425,8 @@ def test_22_matrix_adagrad_is_numpys_eigh(side):
 _F = [
   (
     lambda: optim.scale_by_m3(
-      0.9, 0.999, 0.9, 0.5, 1e-8, 3, 4, accumulate="sum", coeffs="cubic",
+      0.9, 0.999, 0.9, 0.5, 1e-8, 3, 4, accumulate="sum",
+      ns=optim.NewtonSchulz("cubic"),
       second_moment="grad", chunk_reduce="sum", bias_correction=False,
     ),
     0.01,
@@ -476,7 +481,7 @@ def test_fixture(row):
   if row == len(_F):  # The alias of the first row.
     losses = _F[0][2]
     tx = optim.m3_paper(
-      0.01, alpha=0.5, slow_every=4, coeffs="cubic", ns_steps=3
+      0.01, alpha=0.5, slow_every=4, ns=optim.NewtonSchulz("cubic"), ns_steps=3
     )
   state = tx.init(W)
   update = jax.jit(tx.update)

@@ -15,7 +15,9 @@ _SPECS = {"stack": P(None, "x", None), "wide": P(None, "x"), "bias": P("x")}
 _PLAN = optim.NSSharding(("x",), _SPECS)
 _ALL = {
   "m3": optim.m3(1e-2, slow_every=2),
-  "m3_staggered": optim.m3(1e-2, slow_every=2, ns_sharding=_PLAN, stagger=True),
+  "m3_staggered": optim.m3(
+    1e-2, slow_every=2, ns=optim.NewtonSchulz(sharding=_PLAN), stagger=True
+  ),
   "delta_matrix": optim.delta_momentum(1e-2),
   "delta_implicit": optim.delta_momentum(1e-2, decay="implicit"),
   "delta_tensor": optim.delta_momentum(1e-2, granularity="tensor"),
@@ -26,7 +28,10 @@ _ALL = {
   "diag": optim.scale_by_preconditioned_momentum(optim.diag_preconditioner()),
   "tanh": optim.scale_by_feature_momentum(),
   "deep_mlp": optim.deep_momentum(
-    1e-2, vector_rule="mlp", output="orthogonalize", ns_sharding=_PLAN
+    1e-2,
+    vector_rule="mlp",
+    output="orthogonalize",
+    ns=optim.NewtonSchulz(sharding=_PLAN),
   ),
   "adam_memory": optim.adam_memory(1e-2),
   "adagrad_matrix": optim.adagrad_memory(1e-2, granularity="matrix"),
@@ -105,7 +110,9 @@ def _count(text, kind):
 def test_a_whole_m3_step_is_four_all_to_alls():
   plan = optim.NSSharding(("x",), P(None, "x", None))
   text = _hlo(
-    optim.scale_by_m3(second_moment=None, slow_every=4, ns_sharding=plan)
+    optim.scale_by_m3(
+      second_moment=None, slow_every=4, ns=optim.NewtonSchulz(sharding=plan)
+    )
   )
   assert _count(text, "all-to-all") == 4
   assert _count(text, "all-gather") == 0

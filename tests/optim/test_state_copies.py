@@ -14,9 +14,11 @@ _N = 2 * 64 * 32 + 16 * 64
   ("tx", "copies"),
   [
     (optim.scale_by_m3(), 5),
-    (optim.scale_by_m3(o2_dtype=jnp.bfloat16), 4.5),
+    (optim.scale_by_m3(dtypes=optim.StateDtypes(o2=jnp.bfloat16)), 4.5),
     (
-      optim.scale_by_m3(o2_dtype=jnp.bfloat16, slow_dtype=jnp.bfloat16),
+      optim.scale_by_m3(
+        dtypes=optim.StateDtypes(o2=jnp.bfloat16, slow=jnp.bfloat16)
+      ),
       3.5,
     ),
     (optim.scale_by_m3(second_moment=None), 4),

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nl_jax.models import leaves as leaf
 from nl_jax.train import loop, optimizer
+from nl_jax.train import options as options_lib
 from nl_jax.train import origin as origin_lib
-from nl_jax.train import settings as settings_lib
 
 VOCAB, WIDTH, BATCH, LENGTH = 16, 8, 8, 4
 TOKENS = BATCH * LENGTH
@@ -57,6 +58,24 @@ class Model:
       "blocks": {"cms": blocks},
       "final_norm": {"scale": jnp.ones((WIDTH,))},
     }
+
+  def leaves(self) -> leaf.Leaves:
+    """As the table of a `LanguageModel`, but for the starts."""
+    zeros = jax.nn.initializers.zeros
+    kernel = lambda shape, axes: leaf.Leaf(shape, axes, zeros, True, True)
+    made = {
+      "embed": leaf.Leaf((VOCAB, WIDTH), ("vocab", "embed"), zeros, True),
+      "final_norm/scale": leaf.scale(WIDTH, "act_embed"),
+    }
+    for level in self.cms.levels:
+      for name in ("w_gate", "w_up", "w_down"):
+        axes = ("mlp", "embed") if name == "w_down" else ("embed", "mlp")
+        shape = (1, WIDTH, WIDTH)
+        made[f"blocks/cms/{level}/{name}"] = kernel(shape, ("layer", *axes))
+    return made
+
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    return leaf.axes(self.leaves())
 
   def apply(
     self,
@@ -151,15 +170,15 @@ def run(
   allow_config_change: bool = False,
   batch_size: int = BATCH,
   flops_per_token: float = 0.0,
-  **settings: Any,
+  **options: Any,
 ) -> loop.Result:
   """Trains the stub; 10 steps, a line every other step."""
   model = Model() if model is None else model
-  settings = {"steps": 10, "log_every": 2, "checkpoint_every": 4} | settings
-  settings = settings_lib.Settings(**settings)
+  options = {"steps": 10, "log_every": 2, "checkpoint_every": 4} | options
+  options = options_lib.Options(**options)
   made = optimizer.make(
     model,
-    steps=settings.steps,
+    steps=options.steps,
     tokens_per_step=batch_size * LENGTH,
     learning_rate=1e-2,
     warmup_steps=2,
@@ -173,7 +192,7 @@ def run(
     sequence_length=LENGTH,
     workdir=str(workdir),
     config={"model": {"width": WIDTH}} if config is None else config,
-    settings=settings,
+    options=options,
     fingerprint=fingerprint,
     mesh=mesh,
     evaluate=evaluate,

@@ -20,10 +20,10 @@ from nl_jax.train import (
   loop,
   optimizer,
   origin,
-  settings,
   start,
   step,
 )
+from nl_jax.train import options as options_lib
 from nl_jax.train import state as state_lib
 from tests.laws.models import MODELS
 
@@ -251,7 +251,7 @@ def trained(workdir, stop_at=0):
     sequence_length=T,
     workdir=str(workdir),
     config={},
-    settings=settings.Settings(
+    options=options_lib.Options(
       steps=6, checkpoint_every=4, streams=4, carry_gradient=2
     ),
     mesh=sharding.mesh(devices=jax.devices()[:1]),

@@ -247,7 +247,7 @@ def test_beyond_the_last_step_is_refused(tmp_path, one_device):
     ("keep", 0, "checkpoint.keep"),
   ],
 )
-def test_bad_settings(tmp_path, one_device, key, value, text):
+def test_bad_options(tmp_path, one_device, key, value, text):
   with pytest.raises(ValueError, match=text):
     stub.run(tmp_path, mesh=one_device, **{key: value})
   assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 from nl_jax import card, sharding
+from nl_jax.levels import STEP
 from nl_jax.memory import self_modifying
 from nl_jax.models import cms, lm
 from nl_jax.train import optimizer, rules, schedules
@@ -70,7 +71,12 @@ def test_periods_of_one_batch_are_the_base_optimizer():
   model = stub.Model((TOKENS, TOKENS))
   made = make(model, warmup_steps=2, weight_decay=0.1)
   base = optax.adamw(
-    made.schedule, 0.9, 0.95, 1e-8, weight_decay=0.1, mask=optimizer.decay_mask
+    made.schedule,
+    0.9,
+    0.95,
+    1e-8,
+    weight_decay=0.1,
+    mask=optimizer.decay_mask(model.leaves()),
   )
   params = model.init(jax.random.key(0))
   for a, b in zip(run(made.tx, params), run(base, params)):
@@ -87,7 +93,7 @@ def test_one_longer_period_is_multi_steps():
     lambda count: made.schedule(4 * count),
     *(0.9, 0.95, 1e-8),
     weight_decay=0.1,
-    mask=optimizer.decay_mask,
+    mask=optimizer.decay_mask(model.leaves()),
   )
   base = optax.MultiSteps(base, 4).gradient_transformation()
   for a, b in zip(run(made.tx, params), run(base, params)):
@@ -120,50 +126,6 @@ def test_clip_stands_before_the_levels():
   )
 
 
-def test_decay_is_decided_by_path():
-  shapes = {
-    "embed": (16, 8),
-    "final_norm": {"scale": (8,)},
-    "blocks": {
-      "mixer_norm": {"scale": (2, 8)},
-      "mixer": {
-        "w_q": (2, 8, 8),
-        "conv_q": (2, 4, 8),
-        "norm": {"scale": (2, 4)},
-        "dt_bias": (2, 2),
-        "mu_r": (2, 8),
-        "token_rate": (2, 4),
-        "memory": {
-          "k": {"w_in": (2, 2, 4, 4)},
-          "memory": {"w": (2, 2, 4, 4)},
-          "gate": {"w_eta": (2, 2, 4), "b_eta": (2, 2), "b_alpha": (2, 2, 4)},
-        },
-      },
-      "cms": {
-        "high": {"norm": {"scale": (2, 8)}, "w_up": (2, 8, 8)},
-        "mix": (2, 3),
-      },
-    },
-  }
-  params = jax.tree.map(
-    jnp.zeros, shapes, is_leaf=lambda x: isinstance(x, tuple)
-  )
-  mask = jax.tree_util.tree_leaves_with_path(optimizer.decay_mask(params))
-  decayed = {
-    jax.tree_util.keystr(path, simple=True, separator="/")
-    for path, value in mask
-    if value
-  }
-  assert decayed == {
-    "embed",
-    "blocks/mixer/w_q",
-    "blocks/mixer/memory/k/w_in",
-    "blocks/mixer/memory/memory/w",
-    "blocks/mixer/memory/gate/w_eta",
-    "blocks/cms/high/w_up",
-  }
-
-
 @pytest.mark.parametrize(
   ("name", "vector"),
   [("rwkv7", "mu_r"), ("ttt_linear", "token_rate"),
@@ -173,8 +135,8 @@ def test_a_stack_of_vectors_is_no_matrix(name, vector):
   # As many layers as a matrix has rows: its name alone does not give it away.
   net = dataclasses.replace(models.MODELS[name](), layers=2 * 16)
   params = jax.eval_shape(net.init, jax.random.key(0))
-  decays = optimizer.decay_mask(params)
-  specs = optimizer.matrices(params)
+  decays = optimizer.decay_mask(net.leaves())(params)
+  specs = optimizer.matrices(net.leaves())(params)
   assert vector in params["blocks"]["mixer"]
   for path, x in jax.tree_util.tree_leaves_with_path(params["blocks"]):
     if x.ndim < 3:
@@ -387,8 +349,8 @@ MODEL = lm.LanguageModel(
   head_dim=16,
   vocab_size=64,
   sequence_length=16,
-  cms=cms.CMSConfig(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
-  mixer=self_modifying.Config(),
+  cms=cms.Options(("high", "low"), (32, 32), (TOKENS, 2 * TOKENS)),
+  mixer=self_modifying.Options(),
 )
 
 
@@ -443,8 +405,8 @@ def test_slots_of_every_rule_are_sharded(name):
 
 def test_rows_of_the_card():
   rows = make(stub.Model((0, 4 * TOKENS))).rows
-  assert [row.chunk for row in rows] == [card.STEP, card.STEP, 4 * TOKENS]
+  assert [row.chunk for row in rows] == [STEP, STEP, 4 * TOKENS]
   assert {row.kind for row in rows} == {"optimizer state"}
   assert "adamw" in card.format_rows(rows, TOKENS)
   rows = make(stub.Model(), name="m3", options={"slow_every": 10}).rows
-  assert [row.chunk for row in rows] == [card.STEP, 10 * TOKENS]
+  assert [row.chunk for row in rows] == [STEP, 10 * TOKENS]

@@ -8,7 +8,7 @@ from experiments.cli import named
 from nl_jax import build, sharding
 from nl_jax.aot import chips
 from nl_jax.train import files, progress, timer
-from nl_jax.train import settings as settings_lib
+from nl_jax.train import options as options_lib
 from tests.train import stub
 
 
@@ -24,7 +24,7 @@ def traces(workdir):
 @pytest.mark.parametrize("text", ["10", "13:10", "0:3", "a:b", "1:2:3"])
 def test_a_wrong_value_is_one_sentence(text):
   with pytest.raises(ValueError, match="train.profile_steps .* as 10:13"):
-    settings_lib.Settings(steps=20, profile_steps=text)
+    options_lib.Options(steps=20, profile_steps=text)
 
 
 def test_steps_are_traced_once_and_change_no_number(
@@ -62,7 +62,7 @@ def test_steps_that_are_made_are_not_traced_again(tmp_path, one_device):
   stub.run(tmp_path, mesh=one_device, steps=10, profile_steps="6:8")
   assert not (tmp_path / "profile").exists()
   with pytest.raises(ValueError, match="begins after train.steps=10"):
-    settings_lib.Settings(steps=10, profile_steps="11:12")
+    options_lib.Options(steps=10, profile_steps="11:12")
 
 
 @pytest.mark.parametrize("name", ["profile", "profile/plugins"])

@@ -29,19 +29,25 @@ def build(name, **values):
 def test_a_group_has_the_options_of_the_factory_with_its_defaults(name):
   known = rules.options(name)
   recipe = {
-    "learning_rate", "weight_decay", "mask", "dims", "ns_sharding", "fallback",
-    "fallback_weight_decay", "vector_rule",
+    "learning_rate", "weight_decay", "mask", "dims", "fallback", "vector_rule",
+    "ns", "dtypes",
   }  # fmt: skip
   parameters = inspect.signature(rules.RULES[name].factory).parameters
   assert set(parameters) - set(known) <= recipe
   for key, field in known.items():
     assert field.remark, key
     assert field.bounds.takes(field.default), key
-    if key in parameters and key not in ("memory", "fallback_learning_rate"):
+    if key in parameters and key != "memory":
       default = parameters[key].default
       assert field.default in (default, "none" if default is None else 0, 0)
 
 
+GROUPED = {
+  "coeffs": ("ns", "coeffs"), "ns_eps": ("ns", "eps"),
+  "ns_dtype": ("ns", "dtype"), "mu_dtype": ("dtypes", "m1"),
+  "nu_dtype": ("dtypes", "nu"), "slow_dtype": ("dtypes", "slow"),
+  "o2_dtype": ("dtypes", "o2"),
+}  # fmt: skip
 CHANGES = {
   "adamw": dict(b1=0.5, b2=0.5, eps=0.1, nesterov=True),
   "adam_memory": dict(
@@ -65,7 +71,8 @@ CHANGES = {
     consistent_rms=0.0, second_moment="grad", bias_correction=False,
     nesterov=True, coeffs="cubic", ns_eps=1.0, slow_read="same",
     fallback_learning_rate=0.5, fallback_b1=0.1, fallback_b2=0.1,
-    fallback_eps=0.1, mu_dtype="bfloat16", o2_dtype="bfloat16",
+    fallback_eps=0.1, mu_dtype="bfloat16", nu_dtype="bfloat16",
+    slow_dtype="bfloat16", o2_dtype="bfloat16",
   ),
   "muon": dict(
     b1=0.5, ns_steps=2, consistent_rms=0.5, nesterov=True, coeffs="cubic",
@@ -99,10 +106,12 @@ def test_every_option_arrives(name, monkeypatch):
 
   monkeypatch.setitem(rules.RULES, name, rule._replace(factory=factory))
   fallbacks = []
-  monkeypatch.setattr(
-    rules, "adamw",
-    lambda rate, **given: fallbacks.append((float(rate(0)), given)),
-  )  # fmt: skip
+
+  @functools.wraps(rules.adamw)
+  def adamw(rate, **given):
+    fallbacks.append((float(rate(0)), given))
+
+  monkeypatch.setattr(rules, "adamw", adamw)
   built = {"memory", "preconditioner", "hidden", "depth", "activation",
            "residual", "seed"}  # fmt: skip
   build(name)
@@ -121,6 +130,10 @@ def test_every_option_arrives(name, monkeypatch):
       assert seen[changed] != before[changed]
     elif key == "consistent_rms":
       assert seen[key] == (value or None)
+    elif key in GROUPED and key not in seen:
+      group, part = GROUPED[key]
+      assert getattr(seen[group], part) == value, key
+      assert getattr(before[group], part) != value, key
     else:
       assert seen[key] == value and before[key] != value, key
 

@@ -13,21 +13,20 @@ through each layer at once.
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from nl_jax import memory, types
 from nl_jax.models import cms, layers, lm
-
-if TYPE_CHECKING:
-  from nl_jax.models.incontext import model as incontext
+from nl_jax.models import leaves as leaf
+from nl_jax.models.incontext import contract
 
 LOSSES = {"local_dot": "dot", "local_l2": "l2"}
 
 
-def check(model: "incontext.InContextModel") -> None:
+def check(model: contract.Learner) -> None:
   """Raises ValueError for options that belong to the task loss."""
   options = model.options
   for field, wanted in (("rule", ("sgd", "dgd")), ("reset", ("document",))):
@@ -43,20 +42,17 @@ def check(model: "incontext.InContextModel") -> None:
     )
 
 
-def init(
-  key: types.Array, model: "incontext.InContextModel"
-) -> dict[str, types.Array]:
+def leaves(model: contract.Learner) -> dict[str, leaf.Leaf]:
   """{level: W_t of its layers (fast layers,D,D)}."""
-  width = model.base.width
-  shape = (model.fast_layers, width, width)
-  keys = jax.random.split(key, len(model.fast_levels))
+  D = model.base.width
+  shape, axes = (model.fast_layers, D, D), ("layer", "embed", "act_embed")
   return {
-    name: layers.normal(k, shape, width**-0.5)
-    for name, k in zip(model.fast_levels, keys)
+    name: leaf.kernel(shape, axes, i, D**-0.5)
+    for i, name in enumerate(model.fast_levels)
   }
 
 
-def rule(model: "incontext.InContextModel", chunk: int) -> memory.Rule:
+def rule(model: contract.Learner, chunk: int) -> memory.Rule:
   """How a level with chunks of C tokens learns, as a memory."""
   options = model.options
   return memory.Rule(
@@ -74,7 +70,7 @@ def rule(model: "incontext.InContextModel", chunk: int) -> memory.Rule:
 
 
 def init_state(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   batch_size: int,
   length: int | None,
@@ -102,7 +98,7 @@ def _start(
 
 
 def apply(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   x_BxTxD: types.Array,
   state: lm.LMState | None,
@@ -155,7 +151,7 @@ def apply(
 
 
 def _feed_forward(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   block: types.Params,
   x: types.Array,
   fast: Any,
@@ -185,12 +181,12 @@ def _feed_forward(
   return x + total if config.residual else total
 
 
-def _swiglu(apply: memory.rule.Apply, z: types.Array) -> types.Array:
-  return apply("w_down", jax.nn.silu(apply("w_gate", z)) * apply("w_up", z))
+def _swiglu(layer: memory.rule.Layer, z: types.Array) -> types.Array:
+  return layer("w_down", jax.nn.silu(layer("w_gate", z)) * layer("w_up", z))
 
 
 def _learn(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   number: int,
   start: Mapping[str, types.Array],
   target_DxD: types.Array,

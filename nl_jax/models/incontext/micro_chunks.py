@@ -8,7 +8,7 @@ it again from the buffer. Both give the same numbers.
 
 import functools
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,7 @@ import jax.numpy as jnp
 from nl_jax import levels as runner
 from nl_jax import types
 from nl_jax.models import cms, layers, lm
-from nl_jax.models.incontext import open_chunk
-
-if TYPE_CHECKING:
-  from nl_jax.models.incontext import model as incontext
+from nl_jax.models.incontext import contract, open_chunk
 
 
 class InContextState(NamedTuple):
@@ -59,7 +56,7 @@ class Unit(NamedTuple):
 
 
 def begin_levels(
-  model: "incontext.InContextModel", params: types.Params, mixers: Any
+  model: contract.Learner, params: types.Params, mixers: Any
 ) -> runner.State:
   """The levels of one sequence before its first token.
 
@@ -82,7 +79,7 @@ def begin_levels(
 
 
 def _fast(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   theta: Mapping[str, types.Params],
   state: Any,
@@ -129,7 +126,7 @@ def _fast(
 
 
 def _loss(
-  model: "incontext.InContextModel", params: types.Params, with_logits: bool
+  model: contract.Learner, params: types.Params, with_logits: bool
 ) -> runner.LossFn:
   """The inner loss of a micro-chunk; its carry is (begin, now)."""
 
@@ -156,7 +153,7 @@ def _loss(
 
 
 def whole(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   x_BxTxD: types.Array,
   tokens_BxT: types.Array,
@@ -225,7 +222,7 @@ def whole(
 
 
 def _read(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   start: Any,
   units: Unit,
@@ -258,7 +255,7 @@ def _read(
 
 
 def _targets(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   tokens: types.Array,
   ids: types.Array,
   learn: types.Array,
@@ -275,7 +272,7 @@ def _targets(
 
 
 def go_on(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   x_BxTxD: types.Array,
   tokens_BxT: types.Array,
@@ -358,7 +355,7 @@ def go_on(
 
 
 def _forward(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   at: runner.State,
   now: Any,
@@ -374,7 +371,7 @@ def _forward(
 
 
 def _close(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   params: types.Params,
   at: runner.State,
   begin: Any,

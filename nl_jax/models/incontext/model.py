@@ -22,11 +22,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax import levels as runner
 from nl_jax.fields import OneOf, Whole
+from nl_jax.levels import LevelRow
 from nl_jax.models import cms, layers, lm
-from nl_jax.models.incontext import local_loss, micro_chunks, open_chunk
+from nl_jax.models import flops as counting
+from nl_jax.models import leaves as leaf
+from nl_jax.models.incontext import flops as own_flops
+from nl_jax.models.incontext import (
+  local_loss,
+  micro_chunks,
+  open_chunk,
+)
 
 TARGETS = ("inside", "next")
 RULES = ("sgd", "momentum", "dgd")
@@ -160,14 +168,15 @@ class InContextModel:
     derivative.
     """
     options = self.base.mixer
-    if getattr(options, "walk", "xla") == "xla":
+    walks = options is not None and "walk" in vars(options)
+    if not walks or options.walk == "xla":
       return self.base
     return dataclasses.replace(
       self.base, mixer=dataclasses.replace(options, walk="xla")
     )
 
   @property
-  def cms(self) -> cms.CMSConfig:
+  def cms(self) -> cms.Options:
     """The levels as the optimizer sees them: restarts are in context."""
     config = self.base.cms
     variant = "sequential" if config.variant == "nested" else config.variant
@@ -204,17 +213,25 @@ class InContextModel:
       )
     return longest
 
-  def init(self, key: types.Array) -> types.Params:
-    """The parameters of `base`, and in_context {log_rate (fast levels,)}.
+  def leaves(self) -> leaf.Leaves:
+    """The table of `base`, and in_context {log_rate (fast levels,)}.
 
-    With a local loss also in_context/w_target: see `local_loss.init`.
+    With a local loss also in_context/w_target: see `local_loss.leaves`.
     """
-    rates = jnp.asarray(self.options.rates, jnp.float32)
-    own = {"log_rate": jnp.log(rates)}
+    rates = self.options.rates
+    start = lambda *_: jnp.log(jnp.asarray(rates, jnp.float32))
+    own = {"log_rate": leaf.Leaf((len(rates),), ("level",), start)}
     if self.local:
-      # A key that the base does not draw from.
-      own["w_target"] = local_loss.init(jax.random.fold_in(key, 0), self)
-    return {**self.base.init(key), "in_context": own}
+      own |= leaf.under("w_target", local_loss.leaves(self), 0)
+    return {**self.base.leaves(), **leaf.under("in_context", own)}
+
+  def axes(self) -> dict[str, tuple[str, ...]]:
+    """The logical axes of the parameters by path."""
+    return leaf.axes(self.leaves())
+
+  def init(self, key: types.Array) -> types.Params:
+    """The parameters of `base`, and in_context; see `leaves`."""
+    return leaf.drawn(self.leaves(), key)
 
   def init_state(
     self, params: types.Params, batch_size: int, length: int | None = None
@@ -327,13 +344,17 @@ class InContextModel:
     return x_BxTxD, held, metrics
 
   def parameter_count(self) -> int:
-    """That of `base`, a rate and, with a local loss, D² a layer and level."""
-    own = 1 + self.local * self.fast_layers * self.base.width**2
-    return self.base.parameter_count() + own * len(self.fast_levels)
+    """Parameters of the whole model."""
+    return leaf.count(self.leaves())
+
+  def flops(self, tokens: int) -> counting.Flops:
+    """FLOPs of a token in the forward pass, in a sequence of `tokens`."""
+    own = own_flops.local(self) if self.local else own_flops.task(self, tokens)
+    return self.base.flops(tokens)._replace(in_context=own)
 
   def levels(
     self,
-  ) -> tuple[list[card.Row], Callable[[types.Params], types.Params]]:
+  ) -> tuple[list[LevelRow], Callable[[types.Params], types.Params]]:
     """Rows of the card and labels, as of `base`; fast levels have rows."""
     rows, label = self.base.levels()
     fast = self._rows()
@@ -356,7 +377,7 @@ class InContextModel:
     others = [row for row in left if row not in mixers and row.parameters]
     return mixers + fast + others, label
 
-  def _rows(self) -> list[card.Row]:
+  def _rows(self) -> list[LevelRow]:
     """A row for each fast level, named as that of its slow layers."""
     params = jax.eval_shape(self.init, jax.random.key(0))
     state = jax.eval_shape(lambda p: self.init_state(p, 1), params)
@@ -368,7 +389,7 @@ class InContextModel:
     widths = dict(zip(config.levels, config.widths))
     full = options.outer == "full"
     return [
-      card.Row(
+      LevelRow(
         name=f"{name} FFN",
         kind="feed-forward",
         chunk=chunk,

@@ -3,15 +3,13 @@
 It is kept until the token after it arrives, which closes it.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from nl_jax import types
-
-if TYPE_CHECKING:
-  from nl_jax.models.incontext import model as incontext
+from nl_jax.models.incontext import contract
 
 
 class Buffer(NamedTuple):
@@ -33,7 +31,7 @@ class Buffer(NamedTuple):
 
 
 def of_call(
-  model: "incontext.InContextModel",
+  model: contract.Learner,
   x_BxTxD: types.Array,
   tokens: types.Array,
   ids: types.Array,

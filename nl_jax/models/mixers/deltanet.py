@@ -19,19 +19,21 @@ documents may begin anywhere.
 """
 
 import dataclasses
+import itertools
 import math
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import linear, rule
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 
 _DT_RANGE = (1e-3, 0.1)  # Start of softplus(dt_bias), as in Mamba.
 _A_MAX = 16.0  # A = exp(A_log) starts uniform in (0, 16).
@@ -96,28 +98,28 @@ class DeltaState(NamedTuple):
   memory: memory.MemoryState
 
 
-def _gated(model: "lm.LanguageModel") -> bool:
+def _gated(model: contract.Dims) -> bool:
   return model.arch != "deltanet"
 
 
-def _corrected(model: "lm.LanguageModel") -> bool:
+def _corrected(model: contract.Dims) -> bool:
   return model.arch == "comba"
 
 
-def _value_dim(model: "lm.LanguageModel") -> int:
+def _value_dim(model: contract.Dims) -> int:
   return model.mixer.value_dim or model.head_dim
 
 
-def _widths(model: "lm.LanguageModel") -> dict[str, int]:
+def _widths(model: contract.Dims) -> dict[str, int]:
   """Channels of each projection: HK, HK, HV."""
   keys = model.heads * model.head_dim
   return {"q": keys, "k": keys, "v": model.heads * _value_dim(model)}
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """DeltaNet's heads fill the width; those of the others may be any number."""
   if not _gated(model):
-    layers.check_heads(model)
+    contract.check_heads(model)
   if model.mixer.correction and not _corrected(model):
     raise ValueError(
       f"model.arch={model.arch!r} corrects no query, got model.mixer."
@@ -126,45 +128,51 @@ def check(model: "lm.LanguageModel") -> None:
     )
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer.
 
-  Returns:
-    w_q, w_k (D,HK), w_v (D,HV), w_beta (D,H), w_o (HV,D), conv_q, conv_k
-    (4,HK), conv_v (4,HV), norm {scale (V,)}; with `output_gate` w_g (D,HV);
-    gated: w_a (D,H), A_log, dt_bias (H,); Comba: erase, correction (H,), d
-    and D of the equations.
+  w_q, w_k (D,HK), w_v (D,HV), w_beta (D,H), w_o (HV,D), conv_q, conv_k (4,HK),
+  conv_v (4,HV), norm {scale (V,)}; with `output_gate` w_g (D,HV); gated: w_a
+  (D,H), A_log, dt_bias (H,); Comba: erase, correction (H,), d and D of the
+  equations.
   """
-  widths, heads = _widths(model), (model.width, model.heads)
-  keys = iter(jax.random.split(key, 12))
-  params = {}
+  D, H, widths = model.width, model.heads, _widths(model)
+  key, made = itertools.count(), {}
   for name, inner in widths.items():
-    params[f"w_{name}"] = layers.normal(next(keys), (model.width, inner))
-    params[f"conv_{name}"] = layers.conv_init(next(keys), inner)
-  params["w_beta"] = layers.normal(next(keys), heads)
+    made[f"w_{name}"] = leaf.kernel((D, inner), leaf.IN, next(key))
+    made[f"conv_{name}"] = leaf.conv(inner, next(key))
+  made["w_beta"] = leaf.kernel((D, H), leaf.IN, next(key))
   if model.mixer.output_gate:
-    params["w_g"] = layers.normal(next(keys), (model.width, widths["v"]))
+    made["w_g"] = leaf.kernel((D, widths["v"]), leaf.IN, next(key))
   if _gated(model):
-    params["w_a"] = layers.normal(next(keys), heads)
-    params |= _decay_init(next(keys), model.heads)
+    made["w_a"] = leaf.kernel((D, H), leaf.IN, next(key))
+    made |= decays(H, next(key))
   if _corrected(model):
-    params["erase"] = jnp.ones((model.heads,))
-    params["correction"] = jnp.full((model.heads,), model.mixer.correction)
+    made["erase"] = leaf.constant((H,), ("heads",), 1.0)
+    correction = model.mixer.correction
+    made["correction"] = leaf.constant((H,), ("heads",), correction)
   std = layers.residual_std(model.layers)
-  params["w_o"] = layers.normal(next(keys), (widths["v"], model.width), std)
-  params["norm"] = {"scale": jnp.ones((_value_dim(model),))}
-  return params
+  made["w_o"] = leaf.kernel((widths["v"], D), leaf.OUT, next(key), std)
+  return made | {"norm/scale": leaf.scale(_value_dim(model))}
 
 
-def _decay_init(key: types.Array, heads: int) -> types.Params:
-  """A_log and dt_bias of Mamba-2, float32 [H]."""
-  a_key, dt_key = jax.random.split(key)
-  # The lower end keeps the logarithm finite.
-  A = jax.random.uniform(a_key, (heads,), jnp.float32, 1e-4, _A_MAX)
-  low, high = (math.log(x) for x in _DT_RANGE)
-  dt = jnp.exp(jax.random.uniform(dt_key, (heads,), jnp.float32, low, high))
-  # The inverse of softplus: dt + log(1 - exp(-dt)).
-  return {"A_log": jnp.log(A), "dt_bias": dt + jnp.log(-jnp.expm1(-dt))}
+def decays(heads: int, key: int) -> dict[str, leaf.Leaf]:
+  """A_log and dt_bias (H,) of Mamba-2."""
+
+  def A_log(key: types.Array, shape: tuple[int, ...]) -> types.Array:
+    # The lower end keeps the logarithm finite.
+    return jnp.log(jax.random.uniform(key, shape, jnp.float32, 1e-4, _A_MAX))
+
+  def dt_bias(key: types.Array, shape: tuple[int, ...]) -> types.Array:
+    low, high = (math.log(x) for x in _DT_RANGE)
+    dt = jnp.exp(jax.random.uniform(key, shape, jnp.float32, low, high))
+    # The inverse of softplus: dt + log(1 - exp(-dt)).
+    return dt + jnp.log(-jnp.expm1(-dt))
+
+  one = lambda init, place: leaf.Leaf(
+    (heads,), ("heads",), init, key=(key, place)
+  )
+  return {"A_log": one(A_log, 0), "dt_bias": one(dt_bias, 1)}
 
 
 def apply(
@@ -173,12 +181,12 @@ def apply(
   state: DeltaState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, DeltaState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
@@ -255,14 +263,14 @@ def closed_loop(
   return q, jnp.sqrt(s) * k, v.astype(k.dtype) / jnp.sqrt(s)
 
 
-def _start(model: "lm.LanguageModel", dtype: jnp.dtype) -> types.Params:
+def _start(model: contract.Dims, dtype: jnp.dtype) -> types.Params:
   """Memories start empty: no learned start."""
   shape = (model.heads, model.head_dim, _value_dim(model))
   return {"w": jnp.zeros(shape, dtype)}
 
 
 def _gates(
-  params: types.Params, x_BxTxD: types.Array, model: "lm.LanguageModel"
+  params: types.Params, x_BxTxD: types.Array, model: contract.Dims
 ) -> memory.Gates:
   """beta and log a, [B,T,H], float32 at least."""
   wide = layers.at_least_float32(x_BxTxD.dtype)
@@ -282,7 +290,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> DeltaState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   del length
@@ -297,27 +305,10 @@ def init_state(
   )
 
 
-def alignment(model: "lm.LanguageModel") -> int:
-  """1: documents may begin at any token."""
-  del model
-  return 1
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """DeltaNet 4 D² + D H + 12 D + K, gated about 6 D² at V = 2 K, one layer.
-
-  Comba: 2 H more than gated.
-  """
-  D, H, widths = model.width, model.heads, _widths(model)
-  count = (D + layers.CONV_WIDTH) * sum(widths.values()) + D * H
-  count += D * widths["v"] * (1 + model.mixer.output_gate) + _value_dim(model)
-  return count + (D * H + 2 * H) * _gated(model) + 2 * H * _corrected(model)
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name=_NAMES[model.arch],
       kind="memory",
       chunk=1,
@@ -325,6 +316,22 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
       objective="dot",
       rule="DGD (delta rule)" + (", retention" if _gated(model) else ""),
       transfer="parametric",
-      state_bytes=layers.size_of_state(model),
+      state_bytes=contract.state_bytes(leaves(model), init_state, model),
     )
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer."""
+  del tokens
+  H, K, V = model.heads, model.head_dim, _value_dim(model)
+  columns = H * (2 * K + V * (2 + model.mixer.output_gate) + 1 + _gated(model))
+  return counting.Flops(
+    projections=2.0 * model.width * columns,
+    memories=H * counting.chunked({"w": (K, V)}, model.mixer.rule),
+  )
+
+
+LAYERS, WHOLE = 1, None
+residual = contract.around(apply)
+starts, alignment, grows = contract.empty, contract.anywhere, contract.bounded

@@ -11,26 +11,26 @@ per head and only a slow projection mixes heads; `gen_input="slice"` is the
 literal alternative.
 """
 
+import itertools
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import types
+from nl_jax.levels import LevelRow
 from nl_jax.memory import self_modifying
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 
-if TYPE_CHECKING:
-  from nl_jax.models import lm
-
-
-Options = self_modifying.Config
+Options = self_modifying.Options
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads that do not fill the width."""
-  layers.check_heads(model)
+  contract.check_heads(model)
 
 
 class HopeState(NamedTuple):
@@ -45,42 +45,40 @@ class HopeState(NamedTuple):
   memory: self_modifying.State
 
 
-def _projected(model: "lm.LanguageModel") -> tuple[str, ...]:
+def _projected(model: contract.Dims) -> tuple[str, ...]:
   """The inputs that have a projection and a convolution of their own."""
   return ("q",) if model.mixer.gen_input == "slice" else ("q", "k", "v")
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer.
 
-  Returns:
-    w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK),
-    norm {scale (K,)}, memory (see `self_modifying.init`) and, with
-    `gate_source="static"`, static_gate {w_eta, w_alpha (D,H), b_eta, b_alpha
-    (H,)}.
+  w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK), norm
+  {scale (K,)}, memory (see `self_modifying.init`) and, with
+  `gate_source="static"`, static_gate {w_eta, w_alpha (D,H), b_eta, b_alpha
+  (H,)}.
   """
-  config, inner = model.mixer, model.heads * model.head_dim
-  keys = iter(jax.random.split(key, 12))
-  kernel = lambda: layers.normal(next(keys), (model.width, inner))
-  params = {f"w_{name}": kernel() for name in _projected(model)}
+  config, D, H, K = model.mixer, model.width, model.heads, model.head_dim
+  inner, key = H * K, itertools.count()
+  kernel = lambda: leaf.kernel((D, inner), leaf.IN, next(key))
+  made = {f"w_{name}": kernel() for name in _projected(model)}
   for name in _projected(model):
-    params[f"conv_{name}"] = layers.conv_init(next(keys), inner)
-  params["w_g"] = kernel()
+    made[f"conv_{name}"] = leaf.conv(inner, next(key))
+  made["w_g"] = kernel()
   std = layers.residual_std(model.layers)
-  params["w_o"] = layers.normal(next(keys), (inner, model.width), std)
-  params["norm"] = {"scale": jnp.ones((model.head_dim,))}
-  params["memory"] = self_modifying.init(
-    next(keys), config, model.heads, model.head_dim
-  )
+  made["w_o"] = leaf.kernel((inner, D), leaf.OUT, next(key), std)
+  made["norm/scale"] = leaf.scale(K)
+  start = lambda key: self_modifying.init(key, config, H, K)
+  made |= leaf.under("memory", leaf.memory(start, (next(key),)))
   if config.gate_source == "static":
-    shape = (model.width, model.heads)
-    params["static_gate"] = {
-      "w_eta": layers.normal(next(keys), shape),
-      "w_alpha": layers.normal(next(keys), shape),
-      "b_eta": jnp.full((model.heads,), config.eta_bias, jnp.float32),
-      "b_alpha": jnp.full((model.heads,), config.alpha_bias, jnp.float32),
-    }
-  return params
+    for name in ("eta", "alpha"):
+      gate = leaf.kernel((D, H), leaf.IN, next(key))
+      made[f"static_gate/w_{name}"] = gate
+    biases = {"eta": config.eta_bias, "alpha": config.alpha_bias}
+    for name, value in biases.items():
+      bias = leaf.constant((H,), ("heads",), value)
+      made[f"static_gate/b_{name}"] = bias
+  return made
 
 
 def apply(
@@ -89,12 +87,12 @@ def apply(
   state: HopeState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, HopeState, dict[str, self_modifying.rules.Metrics]]:
   """Mixes the tokens of one layer.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: fast weights to resume from; None at the start of a sequence. From
       there packed documents must begin at multiples of `alignment`; later
@@ -126,7 +124,7 @@ def apply(
     z["q"],
     z.get("k", sliced),
     z.get("v", sliced),
-    config=config,
+    options=config,
     static_gates=_static_gates(params, x_BxTxD),
     segment_ids=segment_ids,
     at_edge=fresh or model.at_edge,
@@ -165,7 +163,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> HopeState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   del length
@@ -179,9 +177,9 @@ def init_state(
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
-  """As `titans.starts`."""
+  """The learned starts of M_memory and of the generators."""
   made = {"memory/memory": params["memory"]["memory"]}
   if model.mixer.generator_roles:
     laid = self_modifying.lay(params["memory"], model.mixer)
@@ -189,59 +187,36 @@ def starts(
   return made
 
 
-def alignment(model: "lm.LanguageModel") -> int:
+def alignment(model: contract.Dims) -> int:
   """Both chunk lengths divide it: documents begin at chunk edges."""
   return math.lcm(model.mixer.chunk_memory, model.mixer.chunk_gen)
 
 
-def _memory_size(model: "lm.LanguageModel") -> int:
-  """Parameters of one memory of one head."""
-  config, K = model.mixer, model.head_dim
-  if config.memory == "linear":
-    return K * K
-  return (3 if config.memory == "glu" else 2) * K * (config.hidden or K)
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """5 D² + 12 D + R H 2KM + 2 H (K+1) + K (+ H with momentum), one layer."""
-  config, H, K = model.mixer, model.heads, model.head_dim
-  inner, D = H * K, model.width
-  projected = len(_projected(model))
-  count = (projected + 2) * D * inner + projected * layers.CONV_WIDTH * inner
-  roles = len(config.generator_roles) + 1
-  count += roles * H * _memory_size(model) + K
-  if config.gate_source == "static":
-    count += 2 * H * (D + 1)
-  else:
-    biases = K if config.gate_shape == "channel" else 1
-    count += 2 * H * (K + biases)
-  return count + H * (config.momentum != "off")
-
-
-def _rule(model: "lm.LanguageModel") -> str:
+def _rule(model: contract.Dims) -> str:
   config = model.mixer
   name = "GD" if config.dgd_scope == "none" else f"DGD ({config.dgd_coef})"
   extra = f" + {config.momentum} momentum" if config.momentum != "off" else ""
   return name + extra + (", retention" if config.alpha_bias else "")
 
 
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The generators (the "projections" of Fig. 3) and M_memory."""
   config = model.mixer
-  params = jax.eval_shape(lambda key: init(key, model), jax.random.key(0))
+  table = leaves(model)
+  params = leaf.shapes(table)
   state = jax.eval_shape(lambda p: init_state(p, 1, 0, model=model), params)
   size = lambda tree: (
     model.layers
     * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
   )
-  memory = model.heads * _memory_size(model) * model.layers
+  memory = leaf.count(table, "memory/memory") * model.layers
   shared = dict(
     kind="memory",
     bptt=1 if config.stop_grad_writes else None,
     rule=_rule(model),
     transfer="init",
   )
-  made = card.Row(
+  made = LevelRow(
     name="self-modifying Titans",
     chunk=config.chunk_memory,
     objective=config.objective,
@@ -252,7 +227,7 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
   if not config.generator_roles:
     return [made]
   return [
-    card.Row(
+    LevelRow(
       name="projections " + ", ".join(config.generator_roles),
       chunk=config.chunk_gen,
       objective=f"{config.objective}, "
@@ -263,3 +238,35 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
     ),
     made,
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer: the generators, then M_memory."""
+  del tokens
+  config: self_modifying.Options = model.mixer
+  D, H, K = model.width, model.heads, model.head_dim
+  shapes = counting.layers_of(config.memory, K, config.hidden)
+  how = dict(
+    normed=config.memory == "mlp_ln", loop=config.gate_shape == "channel"
+  )
+  own = lambda part: (part.value_source == "self") * counting.product(shapes)
+  made = counting.chunked(shapes, config.generator_rule, **how)
+  made += own(config.generators)
+  one = counting.chunked(shapes, config.memory_rule, **how) + own(config)
+  roles = len(config.generator_roles)
+  one += roles * made
+  if roles and config.dgd_scope != "none" and not how["loop"]:
+    # Keys against keys: once for all that have the same chunks.
+    with_memory = config.chunk_gen == config.chunk_memory
+    one -= (roles - 1 + with_memory) * 2.0 * K * config.chunk_gen
+  projected = 1 if config.gen_input == "slice" else 3
+  projections = 2.0 * D * H * K * (projected + 2)
+  if config.gate_source == "static":
+    projections += 4.0 * D * H
+  elif config.gate_shape == "head":
+    one += 4.0 * K
+  return counting.Flops(projections=projections, memories=H * one)
+
+
+LAYERS, WHOLE = 1, None
+residual, grows = contract.around(apply), contract.bounded

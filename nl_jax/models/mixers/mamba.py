@@ -21,6 +21,7 @@ from nl_jax import types
 from nl_jax.kernels import selective_scan as ops
 from nl_jax.kernels.rank_one import segments
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
 
 EXPAND = 2  # I = 2 D.
 _DT_RANGE = (1e-3, 0.1)  # Start of softplus(b_dt).
@@ -44,43 +45,52 @@ def rank(width: int) -> int:
   return -(-width // 16)
 
 
-def init(
-  key: types.Array, width: int, depth: int, state_dim: int
-) -> types.Params:
-  """Parameters of one layer.
+def leaves(width: int, depth: int, state_dim: int) -> dict[str, leaf.Leaf]:
+  """The parameters of one layer.
+
+  w_x, w_z (D,I), conv_x (4,I), b_x (I,), w_dbc (I,R+2N), w_dt (R,I), b_dt (I,),
+  A_log (I,N), D_skip (I,), w_o (I,D). W_in of the paper is w_x and w_z side by
+  side.
 
   Args:
-    key: random key.
     width: D.
     depth: layers L of the model, for the start of w_o.
     state_dim: N.
-
-  Returns:
-    w_x, w_z (D,I), conv_x (4,I), b_x (I,), w_dbc (I,R+2N), w_dt (R,I), b_dt
-    (I,), A_log (I,N), D_skip (I,), w_o (I,D). W_in of the paper is w_x and
-    w_z side by side.
   """
-  keys = iter(jax.random.split(key, 7))
-  inner, R = EXPAND * width, rank(width)
-  params = {f"w_{n}": layers.normal(next(keys), (width, inner)) for n in "xz"}
-  params["conv_x"] = layers.conv_init(next(keys), inner)
-  params["b_x"] = jnp.zeros((inner,))
-  params["w_dbc"] = layers.normal(next(keys), (inner, R + 2 * state_dim))
-  bound = R**-0.5
-  params["w_dt"] = jax.random.uniform(
-    next(keys), (R, inner), jnp.float32, -bound, bound
-  )
+  D, N, inner, R = width, state_dim, EXPAND * width, rank(width)
+  w_dbc = leaf.kernel((inner, R + 2 * N), ("heads", "head_dim"), 3)
+  w_dt = leaf.Leaf((R, inner), ("head_dim", "heads"), _steps, True, True, (4,))
+  std = layers.residual_std(depth)
+  return {
+    "w_x": leaf.kernel((D, inner), leaf.IN, 0),
+    "w_z": leaf.kernel((D, inner), leaf.IN, 1),
+    "conv_x": leaf.conv(inner, 2),
+    "b_x": leaf.constant((inner,), ("heads",)),
+    "w_dbc": w_dbc,
+    "w_dt": w_dt,
+    "b_dt": leaf.Leaf((inner,), ("heads",), _step_bias, key=(5,)),
+    "A_log": leaf.Leaf((inner, N), ("heads", "mem_in"), _decays),
+    "D_skip": leaf.constant((inner,), ("heads",), 1.0),
+    "w_o": leaf.kernel((inner, D), leaf.OUT, 6, std),
+  }
+
+
+def _steps(key: types.Array, shape: tuple[int, ...]) -> types.Array:
+  bound = shape[0] ** -0.5
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def _step_bias(key: types.Array, shape: tuple[int, ...]) -> types.Array:
   low, high = (math.log(x) for x in _DT_RANGE)
-  dt = jax.random.uniform(next(keys), (inner,), jnp.float32, low, high)
+  dt = jax.random.uniform(key, shape, jnp.float32, low, high)
   dt = jnp.maximum(jnp.exp(dt), _DT_FLOOR)
   # The inverse of softplus: dt + log(1 - exp(-dt)).
-  params["b_dt"] = dt + jnp.log(-jnp.expm1(-dt))
-  A_N = jnp.arange(1, state_dim + 1, dtype=jnp.float32)
-  params["A_log"] = jnp.broadcast_to(jnp.log(A_N)[None], (inner, state_dim))
-  params["D_skip"] = jnp.ones((inner,))
-  std = layers.residual_std(depth)
-  params["w_o"] = layers.normal(next(keys), (inner, width), std)
-  return params
+  return dt + jnp.log(-jnp.expm1(-dt))
+
+
+def _decays(_: types.Array, shape: tuple[int, ...]) -> types.Array:
+  A_N = jnp.arange(1, shape[1] + 1, dtype=jnp.float32)
+  return jnp.broadcast_to(jnp.log(A_N)[None], shape)
 
 
 def apply(
@@ -95,7 +105,7 @@ def apply(
   """Mixes the tokens of one layer.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
@@ -154,7 +164,7 @@ def init_state(
   """The state of one layer at the start of a sequence.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     batch_size: B.
     dtype: of activations.
   """
@@ -162,15 +172,3 @@ def init_state(
   wide = jnp.result_type(A_log, jnp.float32)
   window = layers.conv_state(batch_size, A_log.shape[0], dtype)
   return MambaState({"x": window}, jnp.zeros((batch_size, *A_log.shape), wide))
-
-
-def parameter_count(width: int, state_dim: int) -> int:
-  """6 D² + I (2R + 3N + 7) of one layer: about 6.4 D².
-
-  Args:
-    width: D.
-    state_dim: N.
-  """
-  inner, R = EXPAND * width, rank(width)
-  count = inner * (3 * width + 2 * R + 3 * state_dim)
-  return count + inner * (layers.CONV_WIDTH + 3)

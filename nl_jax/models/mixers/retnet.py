@@ -15,19 +15,20 @@ positions restart with them.
 # (flash-linear-attention).
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
 from nl_jax.memory import linear
 from nl_jax.memory import rule as rules
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 
 _VALUES = 2  # V = 2 K.
 
@@ -76,9 +77,9 @@ class RetNetState(NamedTuple):
   position_B: types.Array
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads that do not fit the width, or are odd."""
-  layers.check_heads(model, even=True)
+  contract.check_heads(model, even=True)
 
 
 def log_retention(heads: int) -> types.Array:
@@ -91,21 +92,18 @@ def log_retention(heads: int) -> types.Array:
   return jnp.log1p(-(2.0 ** (-5.0 - jnp.arange(heads, dtype=dtype))))
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer.
-
-  Returns:
-    w_q, w_k (D,D), w_v, w_g (D,2D), w_o (2D,D), norm {scale (2K,)}.
-  """
-  D = model.width
-  keys = iter(jax.random.split(key, 5))
-  params = {f"w_{n}": layers.normal(next(keys), (D, D)) for n in "qk"}
-  for name in "vg":
-    params[f"w_{name}"] = layers.normal(next(keys), (D, _VALUES * D))
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """w_q, w_k (D,D), w_v, w_g (D,2D), w_o (2D,D), norm {scale (2K,)}."""
+  D, wide = model.width, _VALUES * model.width
   std = layers.residual_std(model.layers)
-  params["w_o"] = layers.normal(next(keys), (_VALUES * D, D), std)
-  params["norm"] = {"scale": jnp.ones((_VALUES * model.head_dim,))}
-  return params
+  return {
+    "w_q": leaf.kernel((D, D), leaf.IN, 0),
+    "w_k": leaf.kernel((D, D), leaf.IN, 1),
+    "w_v": leaf.kernel((D, wide), leaf.IN, 2),
+    "w_g": leaf.kernel((D, wide), leaf.IN, 3),
+    "w_o": leaf.kernel((wide, D), leaf.OUT, 4, std),
+    "norm/scale": leaf.scale(_VALUES * model.head_dim),
+  }
 
 
 def apply(
@@ -114,12 +112,12 @@ def apply(
   state: RetNetState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, RetNetState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
@@ -173,7 +171,7 @@ def _positions(
   return layers.positions(index, segment_ids > 0, state.position_B)
 
 
-def _start(model: "lm.LanguageModel", dtype: jnp.dtype) -> types.Params:
+def _start(model: contract.Dims, dtype: jnp.dtype) -> types.Params:
   """Memories start empty: no learned start."""
   K = model.head_dim
   return {"w": jnp.zeros((model.heads, K, _VALUES * K), dtype)}
@@ -184,7 +182,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> RetNetState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   del length
@@ -195,21 +193,10 @@ def init_state(
   )
 
 
-def alignment(model: "lm.LanguageModel") -> int:
-  """1: documents may begin at any token."""
-  del model
-  return 1
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """8 D² + 2 K of one layer."""
-  return 8 * model.width**2 + _VALUES * model.head_dim
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name="RetNet",
       kind="memory",
       chunk=1,
@@ -217,6 +204,21 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
       objective="dot",
       rule="GD, fixed retention",
       transfer="parametric",
-      state_bytes=layers.size_of_state(model),
+      state_bytes=contract.state_bytes(leaves(model), init_state, model),
     )
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer."""
+  del tokens
+  K = model.head_dim
+  one = counting.chunked({"w": (K, _VALUES * K)}, model.mixer.rule)
+  return counting.Flops(
+    projections=16.0 * model.width**2, memories=model.heads * one
+  )
+
+
+LAYERS, WHOLE = 1, None
+residual = contract.around(apply)
+starts, alignment, grows = contract.empty, contract.anywhere, contract.bounded

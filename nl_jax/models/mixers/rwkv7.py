@@ -22,23 +22,24 @@ back, a layer here is more than a mixer, and the language model takes it whole.
 # (docs/mathematics.md 6, 7.2).
 
 import dataclasses
+import functools
 import math
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax.fields import Whole
 from nl_jax.kernels import general_delta_rule as ops
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import cms, layers
+from nl_jax.models import flops as counting
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 
-if TYPE_CHECKING:
-  from nl_jax.models import lm
-
-WHOLE = True  # A layer with its feed-forward part, not a mixer alone.
 _SHIFTED = ("r", "w", "k", "v", "a", "g")
 _PROJECTED = ("r", "k", "v")
 _RANKS = ("decay", "rate", "value", "gate")  # LoRA of w, a, v and g.
@@ -109,15 +110,15 @@ def leave(stream: Stream) -> types.Array:
   return stream.x_BxTxD
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads, layers or levels that cannot be."""
-  layers.check_heads(model)
+  contract.check_heads(model)
   if model.layers < 2:
     raise ValueError(
       "model.layers must be at least 2 for model.arch='rwkv7', whose first "
       f"layer gives its values to the others, got {model.layers}"
     )
-  plain = cms.CMSConfig(model.cms.levels[:1], model.cms.widths[:1], (0,))
+  plain = cms.Options(model.cms.levels[:1], model.cms.widths[:1], (0,))
   if model.cms != plain:
     raise ValueError(
       "model.arch='rwkv7' has one feed-forward part, of its own form: "
@@ -126,98 +127,100 @@ def check(model: "lm.LanguageModel") -> None:
     )
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer, but for its mixer_norm.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer, begun as the authors' code has it (RWKV-LM).
 
-  Returns:
-    mu_r ... mu_g (D,), w_r, w_k, w_v, w_o (D,D), <name>_down (D,R),
-    <name>_up (R,D) of decay, rate, value and gate, <name>_bias (D,) of the
-    first three, key_scale, key_rate, bonus (D,): k_k, k_a and r_k, norm
-    {scale, bias (D,)}, and cms {level: {norm {scale (D,)}, mu (D,), w_up
-    (D,F), w_down (F,D)}}. What depends on the layer is set by `finish`.
+  mu_r ... mu_g (D,), w_r, w_k, w_v, w_o (D,D), <name>_down (D,R), <name>_up
+  (R,D) of decay, rate, value and gate, <name>_bias (D,) of the first three,
+  key_scale, key_rate, bonus (D,): k_k, k_a and r_k, norm {scale, bias (D,)},
+  and cms {level: {norm {scale (D,)}, mu (D,), w_up (D,F), w_down (F,D)}}. The
+  first layer has no value_*: its own values are those that the others see.
   """
-  D, options = model.width, model.mixer
-  keys = iter(jax.random.split(key, 8))
-  uniform = lambda shape, scale: jax.random.uniform(
-    next(keys), shape, jnp.float32, -scale * D**-0.5, scale * D**-0.5
+  D, L, F = model.width, model.layers, model.cms.widths[0]
+  spread, waves = jnp.arange(D) / (D - 1) - 0.5, _waves(model)
+  at = jnp.arange(D, dtype=jnp.float32) / D
+  fixed = lambda make, axis="heads", **more: leaf.Leaf(
+    (D,), (axis,), lambda start, _: make(start), **more
   )
-  params = {f"mu_{n}": jnp.zeros((D,)) for n in _SHIFTED}
-  for name, scale in zip(_PROJECTED, (0.5, 0.05, 0.5)):
-    params[f"w_{name}"] = uniform((D, D), scale)
-  params["w_o"] = jnp.zeros((D, D))
-  orthogonal = jax.nn.initializers.orthogonal(0.1)
-  for name in _RANKS:
-    rank = getattr(options, f"{name}_rank")
-    params[f"{name}_down"] = jnp.zeros((D, rank))
-    params[f"{name}_up"] = orthogonal(next(keys), (rank, D))
-  spread, waves = _places(model)
-  params |= {
-    "decay_bias": jnp.zeros((D,)),
-    "rate_bias": -0.19 + 0.3 * waves + 0.4 * spread,
-    "value_bias": 0.73 - 0.4 * spread,
-    "key_scale": 0.71 - 0.1 * spread,
-    "key_rate": jnp.full((D,), 1.02),
-    "bonus": jnp.full((D,), -0.04),
-    "norm": {"scale": jnp.ones((D,)), "bias": jnp.zeros((D,))},
-  }
-  F = model.cms.widths[0]
-  level = {
-    "norm": {"scale": jnp.ones((D,))},
-    "mu": jnp.zeros((D,)),
-    "w_up": uniform((D, F), 0.5),
-    "w_down": jnp.zeros((F, D)),
-  }
-  return params | {"cms": {model.cms.levels[0]: level}}
-
-
-def _places(model: "lm.LanguageModel") -> tuple[types.Array, types.Array]:
-  """[D] channels from -1/2 to 1/2; signed squares along each head, -1 to 1."""
-  D, K = model.width, model.head_dim
-  spread = jnp.arange(D) / (D - 1) - 0.5
-  half = max((K - 1) / 2, 0.5)
-  along = (jnp.arange(D) % K - (K - 1) / 2) / half
-  return spread, along * jnp.abs(along)
-
-
-def finish(blocks: types.Params, model: "lm.LanguageModel") -> types.Params:
-  """The start of all layers, as the authors' code has it (RWKV-LM).
-
-  Args:
-    blocks: leaves [L,...].
-    model: shapes.
-
-  Returns:
-    The same with what depends on the layer, and without value_* of the first
-    layer, leaves [L-1,...]: its own values are those that the others see.
-  """
-  D, L = model.width, model.layers
-  layer = jnp.arange(L, dtype=jnp.float32)[:, None]
-  up, down = layer / (L - 1), 1 - layer / L
-  at = jnp.arange(D, dtype=jnp.float32)[None] / D
-  mixer = dict(blocks["mixer"])
+  # What depends on the layer, from 0.
+  layer = lambda make, axis="heads": fixed(make, axis, by_layer=True)
+  down = lambda i: 1 - i / L
+  made = {}
   for name, power in zip(_SHIFTED, (0.2, 0.9, 0.7, 0.7, 0.9, 0.2)):
-    mixer[f"mu_{name}"] = 1 - at ** (power * down)
-  _, waves = _places(model)
-  rising = (jnp.arange(D) / (D - 1))[None] ** (1 + up**0.3)
-  mixer["decay_bias"] = 6 * rising - 5.5 + 2.5 * waves[None]
-  scale = jnp.broadcast_to(((layer + 1) / L) ** 0.7, (L, D))
-  mixer["norm"] = mixer["norm"] | {"scale": scale}
-  ((level, ffn),) = mixer["cms"].items()
-  mixer["cms"] = {level: ffn | {"mu": 1 - at ** (down**4)}}
-  values = {n: mixer[n][1:] for n in mixer if n.startswith("value_")}
-  return {**blocks, "mixer": mixer | values}
+    mu = functools.partial(lambda power, i: 1 - at ** (power * down(i)), power)
+    made[f"mu_{name}"] = layer(mu, "act_embed")
+  for key, (name, size) in enumerate(zip(_PROJECTED, (0.5, 0.05, 0.5))):
+    made[f"w_{name}"] = _matrix((D, D), leaf.IN, _uniform(size), key)
+  made["w_o"] = _matrix((D, D), leaf.OUT, jax.nn.initializers.zeros)
+  orthogonal = jax.nn.initializers.orthogonal(0.1)
+  options = model.mixer
+  ranks = options.decay_rank, options.rate_rank, options.value_rank
+  for key, (name, R) in enumerate(zip(_RANKS, (*ranks, options.gate_rank)), 3):
+    skip = int(name == "value")
+    made[f"{name}_down"] = _matrix(
+      (D, R), ("embed", "mem_out"), jax.nn.initializers.zeros, skip=skip
+    )
+    made[f"{name}_up"] = _matrix(
+      (R, D), ("mem_in", "heads"), orthogonal, key, skip=skip
+    )
+  rising = lambda i: (jnp.arange(D) / (D - 1)) ** (1 + (i / (L - 1)) ** 0.3)
+  decay = lambda i: 6 * rising(i) - 5.5 + 2.5 * waves
+  share = lambda i: jnp.broadcast_to(((i + 1) / L) ** 0.7, (D,))
+  made |= {
+    "decay_bias": layer(decay),
+    "rate_bias": fixed(lambda _: -0.19 + 0.3 * waves + 0.4 * spread),
+    "value_bias": fixed(lambda _: 0.73 - 0.4 * spread, skip=1),
+    "key_scale": fixed(lambda _: 0.71 - 0.1 * spread),
+    "key_rate": leaf.constant((D,), ("heads",), 1.02),
+    "bonus": leaf.constant((D,), ("heads",), -0.04),
+    "norm/scale": layer(share, "head_dim"),
+    "norm/bias": leaf.constant((D,), ("act_embed",)),
+  }
+  level = {
+    "norm/scale": leaf.scale(D, "act_embed"),
+    "mu": layer(lambda i: 1 - at ** (down(i) ** 4), "act_embed"),
+    "w_up": _matrix((D, F), ("embed", "mlp"), _uniform(0.5), 7),
+    "w_down": _matrix((F, D), ("mlp", "embed"), jax.nn.initializers.zeros),
+  }
+  return made | leaf.under(f"cms/{model.cms.levels[0]}", level)
 
 
-def laid(blocks: types.Params) -> types.Params:
-  """The blocks with leaves [L,...] all, and `first`, True for one layer."""
-  mixer = dict(blocks["mixer"])
-  for name in mixer:
+def _matrix(
+  shape: tuple[int, int],
+  axes: tuple[str, str],
+  init: leaf.Init,
+  key: int = 0,
+  skip: int = 0,
+) -> leaf.Leaf:
+  return leaf.Leaf(shape, axes, init, True, True, (key,), skip=skip)
+
+
+def _uniform(size: float) -> leaf.Init:
+  """Uniform in ± size / sqrt(D), of kernels (D,·)."""
+
+  def init(key: types.Array, shape: tuple[int, ...]) -> types.Array:
+    bound = size * shape[0] ** -0.5
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+  return init
+
+
+def _waves(model: contract.Dims) -> types.Array:
+  """[D] signed squares along each head, from -1 to 1."""
+  K = model.head_dim
+  half = max((K - 1) / 2, 0.5)
+  along = (jnp.arange(model.width) % K - (K - 1) / 2) / half
+  return along * jnp.abs(along)
+
+
+def laid(mixers: types.Params) -> types.Params:
+  """The mixers with leaves [L,...] all, and `first`, True for one layer."""
+  mixers = dict(mixers)
+  for name, x in mixers.items():
     if name.startswith("value_"):
-      mixer[name] = jnp.pad(
-        mixer[name], [(1, 0)] + [(0, 0)] * (mixer[name].ndim - 1)
-      )
-  mixer["first"] = jnp.arange(len(mixer["w_o"])) == 0
-  return {**blocks, "mixer": mixer}
+      mixers[name] = jnp.pad(x, [(1, 0)] + [(0, 0)] * (x.ndim - 1))
+  mixers["first"] = jnp.arange(len(mixers["w_o"])) == 0
+  return mixers
 
 
 def residual(
@@ -226,7 +229,7 @@ def residual(
   state: RWKV7State | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[Stream, RWKV7State, dict]:
   """One layer, its feed-forward part included.
 
@@ -311,7 +314,7 @@ def _remember(
   state: RWKV7State | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, types.Array]:
   """What a layer adds to the stream, and the memory after the call."""
   z, dtype = projected, projected["r"].dtype
@@ -368,7 +371,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> RWKV7State:
   """The state of one layer at the start of a sequence; no use of `length`."""
   del length
@@ -379,35 +382,10 @@ def init_state(
   return RWKV7State({"mix": window, "ffn": window}, jnp.zeros(shape, wide))
 
 
-def alignment(model: "lm.LanguageModel") -> int:
-  """1: documents may begin at any token."""
-  del model
-  return 1
-
-
-def _rank_total(options: Options) -> int:
-  return sum(getattr(options, f"{name}_rank") for name in _RANKS)
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """4 D² + 2 D R + 14 D of a mixer, 2 D F + 2 D of a feed-forward part.
-
-  R is the sum of the four ranks; see `absent`.
-  """
-  D, F = model.width, model.cms.widths[0]
-  mixer = 4 * D * D + 2 * D * _rank_total(model.mixer) + 14 * D
-  return mixer + 2 * D * F + 2 * D
-
-
-def absent(model: "lm.LanguageModel") -> int:
-  """2 D R_v + D: the first layer has no LoRA of values."""
-  return model.width * (2 * model.mixer.value_rank + 1)
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The matrix memory; it has no parameters of its own."""
   return [
-    card.Row(
+    LevelRow(
       name="RWKV-7",
       kind="memory",
       chunk=1,
@@ -415,6 +393,27 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
       objective="dot",
       rule="DGD (delta rule), retention",
       transfer="parametric",
-      state_bytes=layers.size_of_state(model),
+      state_bytes=contract.state_bytes(leaves(model), init_state, model),
     )
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in a whole layer.
+
+  What is erased stands at another key than what is written: keys against keys
+  four times, one solve, and two writes for each read.
+  """
+  del tokens
+  options, D, K = model.mixer, model.width, model.head_dim
+  ranks = options.decay_rank + options.rate_rank + options.gate_rank
+  ranks += options.value_rank * (1 - 1 / model.layers)  # Not in the first.
+  return counting.Flops(
+    projections=8.0 * D * D + 4.0 * D * ranks,
+    memories=model.heads * (8.0 * K * K + 15.0 * K * options.chunk),
+    feed_forward=4.0 * D * model.cms.widths[0],
+  )
+
+
+LAYERS, WHOLE = 1, contract.Whole(enter, leave, laid)
+starts, alignment, grows = contract.empty, contract.anywhere, contract.bounded

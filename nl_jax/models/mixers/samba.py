@@ -10,23 +10,19 @@ holds the last W tokens as they are.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
-import jax
-import jax.numpy as jnp
-
-from nl_jax import card, fields, types
+from nl_jax import fields, types
 from nl_jax.fields import Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
 from nl_jax.models import cms, layers
+from nl_jax.models import flops as counting
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers import mamba
 from nl_jax.models.mixers.attention import mixer as attention
 from nl_jax.models.mixers.attention import softmax
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
-
-LAYERS = 2  # Of a unit of the stack.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +62,10 @@ class SambaState(NamedTuple):
   attention: attention.AttentionState
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads that do not fit, odd layers, several levels."""
-  layers.check_heads(model, even=True)
-  if model.layers % LAYERS:
+  contract.check_heads(model, even=True)
+  if model.layers % 2:
     raise ValueError(
       "model.layers must be even for model.arch='samba', whose layers are "
       f"Mamba and attention in turn, got {model.layers}"
@@ -81,7 +77,7 @@ def check(model: "lm.LanguageModel") -> None:
     )
 
 
-def _attention(model: "lm.LanguageModel") -> "lm.LanguageModel":
+def _attention(model: contract.Dims) -> contract.Dims:
   """The model of the same shape all of whose layers are the odd ones."""
   window = attention.Options(
     window=model.mixer.window, implementation=model.mixer.implementation
@@ -89,20 +85,19 @@ def _attention(model: "lm.LanguageModel") -> "lm.LanguageModel":
   return dataclasses.replace(model, arch="transformer", mixer=window)
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of a pair of layers.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of a pair of layers.
 
-  Returns:
-    mamba, cms (the even layer's feed-forward part), attention_norm {scale
-    (D,)}, attention.
+  mamba, cms (the even layer's feed-forward part), attention_norm {scale (D,)},
+  attention.
   """
-  mamba_key, cms_key, attention_key = jax.random.split(key, 3)
   D, depth = model.width, model.layers
+  even = mamba.leaves(D, depth, model.mixer.state_dim)
   return {
-    "mamba": mamba.init(mamba_key, D, depth, model.mixer.state_dim),
-    "cms": cms.init(cms_key, model.cms, D, depth),
-    "attention_norm": {"scale": jnp.ones((D,))},
-    "attention": attention.init(attention_key, _attention(model)),
+    **leaf.under("mamba", even, 0),
+    **leaf.under("cms", cms.leaves(model.cms, D, depth), 1),
+    "attention_norm/scale": leaf.scale(D, "act_embed"),
+    **leaf.under("attention", attention.leaves(_attention(model)), 2),
   }
 
 
@@ -112,7 +107,7 @@ def residual(
   state: SambaState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, SambaState, dict]:
   """A pair of layers but for the last feed-forward part.
 
@@ -146,7 +141,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> SambaState:
   """The state of a pair at the start of a sequence; no use of `length`."""
   dtype = layers.activation_dtype(model.dtype, params)
@@ -158,26 +153,13 @@ def init_state(
   )
 
 
-def alignment(model: "lm.LanguageModel") -> int:
-  """1: documents may begin at any token."""
-  del model
-  return 1
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """About 6.4 D² + 4 D² + 3 D F of a pair, without its last SwiGLU."""
-  count = mamba.parameter_count(model.width, model.mixer.state_dim)
-  count += cms.parameter_count(model.cms, model.width) + model.width
-  return count + attention.parameter_count(_attention(model))
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """Mamba's memory and the window; no parameters of their own."""
-  pairs = dataclasses.replace(_attention(model), layers=model.layers // LAYERS)
-  window = attention.rows(pairs)[0]
-  size = layers.size_of_state(model) // LAYERS
+  pairs = dataclasses.replace(_attention(model), layers=model.layers // 2)
+  window = attention.levels(pairs)[0]
+  size = contract.state_bytes(leaves(model), init_state, model) // 2
   return [
-    card.Row(
+    LevelRow(
       name="Mamba",
       kind="memory",
       chunk=1,
@@ -189,3 +171,21 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
     ),
     dataclasses.replace(window, name=f"attention to {model.mixer.window}"),
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in a pair, without its last feed-forward part."""
+  D, N = model.width, model.mixer.state_dim
+  inner, R = mamba.EXPAND * D, mamba.rank(D)
+  keys = min(model.mixer.window, tokens)
+  return counting.Flops(
+    projections=2.0 * inner * (3 * D + 2 * R + 2 * N) + 8.0 * D * D,
+    attention=counting.scores(model.heads, model.head_dim, keys),
+    # A memory of N numbers a channel: u v is written, and read.
+    memories=4.0 * inner * N,
+    feed_forward=counting.feed_forward(model.cms, D),
+  )
+
+
+LAYERS, WHOLE = 2, None
+starts, alignment, grows = contract.empty, contract.anywhere, contract.bounded

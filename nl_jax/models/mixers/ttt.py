@@ -14,19 +14,21 @@ layer norm inside the objective is a slow weight (docs/mathematics.md 6).
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule as rules
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,20 +85,20 @@ class TTTState(NamedTuple):
   memory: memory.MemoryState
 
 
-def _deep(model: "lm.LanguageModel") -> bool:
+def _deep(model: contract.Dims) -> bool:
   return model.arch == "ttt_mlp"
 
 
-def _shapes(model: "lm.LanguageModel") -> dict[str, tuple[int, int]]:
+def _shapes(model: contract.Dims) -> dict[str, tuple[int, int]]:
   """(in, out) of the memory's layers, without biases, by suffix."""
   K = model.head_dim
   M = model.mixer.hidden or 4 * K
   return {"_in": (K, M), "_out": (M, K)} if _deep(model) else {"": (K, K)}
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads that do not fit, or hidden units of none."""
-  layers.check_heads(model, even=True)
+  contract.check_heads(model, even=True)
   if model.mixer.hidden and not _deep(model):
     raise ValueError(
       "model.arch='ttt_linear' has no hidden units, got model.mixer.hidden="
@@ -104,40 +106,40 @@ def check(model: "lm.LanguageModel") -> None:
     )
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer.
 
-  Returns:
-    w_qk, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k (4,HK), b_q, b_k (HK,),
-    w_lr (D,H), b_lr (H,), token_rate (C,), memory {w (H,K,K), b_w (H,K)} or
-    {w_in, b_in, w_out, b_out}, memory_norm {scale, bias (H,K)}, norm {scale,
-    bias (HK,)}; with `pre_conv` pre_norm {scale (D,)}, conv_pre (4,D) and
-    b_pre (D,).
+  w_qk, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k (4,HK), b_q, b_k (HK,), w_lr
+  (D,H), b_lr (H,), token_rate (C,), memory {w (H,K,K), b_w (H,K)} or {w_in,
+  b_in, w_out, b_out}, memory_norm {scale, bias (H,K)}, norm {scale, bias
+  (HK,)}; with `pre_conv` pre_norm {scale (D,)}, conv_pre (4,D) and b_pre (D,).
   """
-  options, D = model.mixer, model.width
-  keys = iter(jax.random.split(key, 12))
-  params = {f"w_{n}": layers.normal(next(keys), (D, D)) for n in ("qk", "v")}
-  params["w_g"] = layers.normal(next(keys), (D, D))
+  D, H, K, pre = model.width, model.heads, model.head_dim, model.mixer.pre_conv
+  key = itertools.count()
+  made = {
+    f"w_{n}": leaf.kernel((D, D), leaf.IN, next(key)) for n in ("qk", "v", "g")
+  }
   std = layers.residual_std(model.layers)
-  params["w_o"] = layers.normal(next(keys), (D, D), std)
-  for name in ("q", "k", "pre") if options.pre_conv else ("q", "k"):
-    params[f"conv_{name}"] = layers.conv_init(next(keys), D)
-    params[f"b_{name}"] = jnp.zeros((D,))
-  params["w_lr"] = layers.normal(next(keys), (D, model.heads))
-  params["b_lr"] = jnp.zeros((model.heads,))
-  params["token_rate"] = jnp.zeros((options.chunk,))
-  if options.pre_conv:
-    params["pre_norm"] = {"scale": jnp.ones((D,))}
-  params["memory"] = {}
-  for suffix, shape in _shapes(model).items():
-    start = layers.normal(next(keys), (model.heads, *shape))
-    params["memory"][f"w{suffix}"] = start
-    bias = jnp.zeros((model.heads, shape[1]))
-    params["memory"][_bias(f"w{suffix}")] = bias
-  affine = lambda *shape: {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
-  params["memory_norm"] = affine(model.heads, model.head_dim)
-  params["norm"] = affine(D)
-  return params
+  made["w_o"] = leaf.kernel((D, D), leaf.OUT, next(key), std)
+  for name in ("q", "k", "pre") if pre else ("q", "k"):
+    axis = "act_embed" if name == "pre" else "heads"
+    made[f"conv_{name}"] = leaf.conv(D, next(key), axis)
+    made[f"b_{name}"] = leaf.constant((D,), (axis,))
+  made["w_lr"] = leaf.kernel((D, H), leaf.IN, next(key))
+  made["b_lr"] = leaf.constant((H,), ("heads",))
+  made["token_rate"] = leaf.constant((model.mixer.chunk,), ("chunk",))
+  if pre:
+    made["pre_norm/scale"] = leaf.scale(D, "act_embed")
+  for suffix, (a, b) in _shapes(model).items():
+    axes = ("heads", "start_in", "mem_out")
+    made[f"memory/w{suffix}"] = leaf.kernel((H, a, b), axes, next(key))
+    bias = leaf.constant((H, b), ("heads", "mem_out"))
+    made[f"memory/{_bias(f'w{suffix}')}"] = bias
+  for name, start in ("scale", 1.0), ("bias", 0.0):
+    axes = ("heads", "head_dim")
+    made[f"memory_norm/{name}"] = leaf.constant((H, K), axes, start)
+  made["norm/scale"] = leaf.scale(D)
+  return made | {"norm/bias": leaf.constant((D,), ("act_embed",))}
 
 
 def _bias(layer: str) -> str:
@@ -163,13 +165,13 @@ def forward(deep: bool) -> Callable[..., types.Array]:
   """LN(f(z)), z [...,C,K]; slow: scale and bias [...,1,K]."""
 
   def run(
-    apply: memory.rule.Apply, z: types.Array, slow: types.Params
+    layer: memory.rule.Layer, z: types.Array, slow: types.Params
   ) -> types.Array:
     if deep:
-      y = jax.nn.gelu(apply("w_in", _with_one(z)))
-      y = apply("w_out", _with_one(y))
+      y = jax.nn.gelu(layer("w_in", _with_one(z)))
+      y = layer("w_out", _with_one(y))
     else:
-      y = apply("w", _with_one(z))
+      y = layer("w", _with_one(z))
     return layers.layer_norm(y, slow["scale"], slow["bias"])
 
   return run
@@ -181,7 +183,7 @@ def residual(
   state: TTTState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, TTTState, dict[str, memory.Metrics]]:
   """The first half of a block: x + conv4(RMSNorm(x)), then the mixer.
 
@@ -218,12 +220,12 @@ def apply(
   state: TTTState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, TTTState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; of `convs` it moves "qk" alone.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: fast weights to resume from; None at the start of a sequence. From
       there packed documents must begin at multiples of `alignment`; later
@@ -281,7 +283,7 @@ def apply(
 
 
 def _gates(
-  params: types.Params, x_BxTxD: types.Array, model: "lm.LanguageModel"
+  params: types.Params, x_BxTxD: types.Array, model: contract.Dims
 ) -> memory.Gates:
   """eta without its token factor, [B,T,H], float32 at least; no retention."""
   wide = layers.at_least_float32(x_BxTxD.dtype)
@@ -303,7 +305,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> TTTState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   del length
@@ -317,39 +319,23 @@ def init_state(
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
-  """As `titans.starts`."""
+  """The learned start of the memory, biases included."""
   del model
   return {"memory": _start(params)}
 
 
-def alignment(model: "lm.LanguageModel") -> int:
+def alignment(model: contract.Dims) -> int:
   """The mini-batch: documents begin at its edges."""
   return model.mixer.chunk
 
 
-def _memory_size(model: "lm.LanguageModel") -> int:
-  """Parameters of the memories of one layer's heads, biases included."""
-  return model.heads * sum((a + 1) * b for a, b in _shapes(model).values())
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """4 D² + 14 D + C + H (D+1) + memories (+ 6 D with pre_conv), one layer.
-
-  Memories: H (K² + K), or H (8 K² + 5 K) at M = 4 K.
-  """
-  D, options = model.width, model.mixer
-  count = 4 * D * D + 2 * (layers.CONV_WIDTH + 1) * D + 4 * D
-  count += options.chunk + model.heads * (D + 1) + _memory_size(model)
-  return count + (layers.CONV_WIDTH + 2) * D * options.pre_conv
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   options = model.mixer
   return [
-    card.Row(
+    LevelRow(
       name="TTT-MLP" if _deep(model) else "TTT-Linear",
       kind="memory",
       chunk=options.chunk,
@@ -357,7 +343,20 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
       objective="l2 after layer norm",
       rule="GD by mini-batches",
       transfer="init",
-      state_bytes=layers.size_of_state(model),
-      parameters=model.layers * _memory_size(model),
+      state_bytes=contract.state_bytes(leaves(model), init_state, model),
+      parameters=model.layers * leaf.count(leaves(model), "memory"),
     )
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer; biases are one more input of each layer."""
+  del tokens
+  D, H = model.width, model.heads
+  shapes = {f"w{n}": (a + 1, b) for n, (a, b) in _shapes(model).items()}
+  one = counting.chunked(shapes, model.mixer.rule, normed=True)
+  return counting.Flops(projections=8.0 * D * D + 2.0 * D * H, memories=H * one)
+
+
+LAYERS, WHOLE = 1, None
+grows = contract.bounded

@@ -12,20 +12,21 @@ With a window the cache has W-1 slots, whatever the length of the text.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+import itertools
+from typing import Annotated, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, sharding, types
+from nl_jax import fields, sharding, types
 from nl_jax.fields import Number, Whole
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import NONPARAMETRIC, LevelRow
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.attention import sliding_window, softmax
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 # Documents are counted modulo this: a cache never holds as many.
 _DOCUMENTS = 2**30
@@ -63,13 +64,13 @@ class Options:
     fields.check("model.mixer", Options, vars(self))
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads that do not fit each other or the width."""
   kv_heads = options(model).kv_heads
   if kv_heads == 0:
-    layers.check_heads(model, even=True)
+    contract.check_heads(model, even=True)
     return
-  layers.check_even(model)
+  contract.check_even(model)
   if type(kv_heads) is not int or kv_heads < 0 or model.heads % kv_heads:
     raise ValueError(
       "model.mixer.kv_heads must be an integer that divides model.heads="
@@ -77,12 +78,12 @@ def check(model: "lm.LanguageModel") -> None:
     )
 
 
-def options(model: "lm.LanguageModel") -> Options:
+def options(model: contract.Dims) -> Options:
   """The switches of a model; without the group `model.mixer`, all off."""
   return Options() if model.mixer is None else model.mixer
 
 
-def _kv_heads(model: "lm.LanguageModel") -> int:
+def _kv_heads(model: contract.Dims) -> int:
   return options(model).kv_heads or model.heads
 
 
@@ -126,59 +127,6 @@ class _Places(NamedTuple):
   document_BxT: types.Array
   position_BxT: types.Array
   slot_BxT: types.Array
-
-
-class Attention(nn.Module):
-  """Projections around `_attend`.
-
-  Attributes:
-    heads: H.
-    head_dim: K, even.
-    kv_heads: G.
-    out_std: start of the output kernel.
-    options: the other switches.
-    epsilon: of the norms of queries and keys.
-  """
-
-  heads: int
-  head_dim: int
-  kv_heads: int
-  out_std: float
-  options: Options
-  epsilon: float
-
-  @nn.compact
-  def __call__(
-    self,
-    x_BxTxD: types.Array,
-    state: AttentionState | None = None,
-    segment_ids: types.Array | None = None,
-  ) -> tuple[types.Array, AttentionState]:
-    """x_BxTxD to y_BxTxD and the cache after it; see `apply`."""
-    q = self._project("q", x_BxTxD, self.heads)
-    k = self._project("k", x_BxTxD, self.kv_heads)
-    v = self._project("v", x_BxTxD, self.kv_heads)
-    if self.options.qk_norm:
-      q = layers.RMSNorm(self.epsilon, name="q_norm")(q)
-      k = layers.RMSNorm(self.epsilon, name="k_norm")(k)
-    y_BxTxHxK, state = _attend(q, k, v, state, segment_ids, self.options)
-    y_BxTxHK = y_BxTxHxK.reshape(*x_BxTxD.shape[:2], -1)
-    shape = (y_BxTxHK.shape[-1], x_BxTxD.shape[-1])
-    w_o = self.param("w_o", nn.initializers.normal(self.out_std), shape)
-    return layers.dense(y_BxTxHK, w_o), state
-
-  def _project(
-    self, name: str, x_BxTxD: types.Array, heads: int
-  ) -> types.Array:
-    """[B,T,heads,K] of the kernel w_<name>, and the bias b_<name>."""
-    inner = heads * self.head_dim
-    normal = nn.initializers.normal(layers.INIT_STD)
-    w = self.param(f"w_{name}", normal, (x_BxTxD.shape[-1], inner))
-    y = layers.dense(x_BxTxD, w)
-    if self.options.bias:
-      b = self.param(f"b_{name}", nn.initializers.zeros, (inner,))
-      y = y + b.astype(y.dtype)[None, None]
-    return y.reshape(*y.shape[:2], heads, self.head_dim)
 
 
 def _attend(
@@ -366,26 +314,30 @@ def empty(
   )
 
 
-def _module(model: "lm.LanguageModel") -> Attention:
-  return Attention(
-    model.heads,
-    model.head_dim,
-    _kv_heads(model),
-    layers.residual_std(model.layers),
-    options(model),
-    model.norm_epsilon,
-  )
-
-
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Kernels of one layer: w_q (D,HK), w_k, w_v (D,GK) and w_o (HK,D).
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """w_q (D,HK), w_k, w_v (D,GK) and w_o (HK,D) of one layer.
 
   With `Options.bias` also b_q, b_k, b_v; with `qk_norm` q_norm and k_norm.
   """
-  x = jnp.zeros((1, 1, model.width))
-  # One token, which no kernel takes: parameters are those of any.
-  plain = dataclasses.replace(options(model), implementation="xla")
-  return _module(model).clone(options=plain).init(key, x)["params"]
+  D, K, switches = model.width, model.head_dim, options(model)
+  widths = {"q": model.heads * K, "k": _kv_heads(model) * K}
+  number, made = itertools.count(1), {}
+
+  def matrix(
+    shape: tuple[int, int], axes: tuple[str, str], std: float
+  ) -> leaf.Leaf:
+    init = jax.nn.initializers.normal(std)
+    return leaf.Leaf(shape, axes, init, True, True, (leaf.linen(next(number)),))
+
+  for name, inner in (widths | {"v": widths["k"]}).items():
+    made[f"w_{name}"] = matrix((D, inner), leaf.IN, layers.INIT_STD)
+    if switches.bias:
+      next(number)
+      made[f"b_{name}"] = leaf.constant((inner,), ("heads",))
+    if switches.qk_norm and name != "v":
+      made[f"{name}_norm/scale"] = leaf.scale(K)
+  std = layers.residual_std(model.layers)
+  return made | {"w_o": matrix((widths["q"], D), leaf.OUT, std)}
 
 
 def apply(
@@ -394,12 +346,12 @@ def apply(
   state: AttentionState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, AttentionState, dict]:
   """Mixes the tokens of one layer.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: the cache to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues with the document of
@@ -410,10 +362,23 @@ def apply(
     y_BxTxD (0 at padding before the output kernel), the cache after the call
     (where state is None: with T slots), and no metrics.
   """
-  y, state = _module(model).apply(
-    {"params": params}, x_BxTxD, state, segment_ids
+  switches = options(model)
+
+  def project(name: str) -> types.Array:
+    y = layers.dense(x_BxTxD, params[f"w_{name}"])
+    if switches.bias:
+      y = y + params[f"b_{name}"].astype(y.dtype)[None, None]
+    y = y.reshape(*y.shape[:2], -1, model.head_dim)
+    if switches.qk_norm and name != "v":
+      scale = params[f"{name}_norm"]["scale"]
+      y = layers.rms_norm(y, scale, model.norm_epsilon)
+    return y
+
+  y_BxTxHxK, state = _attend(
+    *(project(name) for name in "qkv"), state, segment_ids, switches
   )
-  return y, state, {}
+  y_BxTxHK = y_BxTxHxK.reshape(*x_BxTxD.shape[:2], -1)
+  return layers.dense(y_BxTxHK, params["w_o"]), state, {}
 
 
 def init_state(
@@ -421,7 +386,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> AttentionState:
   """An empty cache of one layer with `length` slots a row, or a window's."""
   dtype = layers.activation_dtype(model.dtype, params)
@@ -429,41 +394,47 @@ def init_state(
 
 
 def _empty_of(
-  model: "lm.LanguageModel", batch_size: int, length: int, dtype: jnp.dtype
+  model: contract.Dims, batch_size: int, length: int, dtype: jnp.dtype
 ) -> AttentionState:
   window = options(model).window
   slots = window - 1 if window else length
   return empty(batch_size, slots, _kv_heads(model), model.head_dim, dtype)
 
 
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """2 D K (H + G) of one layer, biases (H + 2 G) K, norms 2 K."""
-  kv_heads, switches = _kv_heads(model), options(model)
-  both = model.heads + kv_heads
-  biases = (both + kv_heads) * switches.bias + 2 * switches.qk_norm
-  return model.head_dim * (2 * model.width * both + biases)
-
-
-def alignment(model: "lm.LanguageModel") -> int:
-  """1: documents may begin at any token."""
-  del model
-  return 1
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The cache; its projections are among the slow weights."""
   state = jax.eval_shape(
     lambda: _empty_of(model, 1, model.sequence_length, model.dtype)
   )
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
   return [
-    card.Row(
+    LevelRow(
       name="attention",
       kind="attention",
-      chunk=card.NONPARAMETRIC,
+      chunk=NONPARAMETRIC,
       objective="softmax regression",
       rule="append",
       transfer="nonparametric",
       state_bytes=size * model.layers,
     )
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer."""
+  keys = min(options(model).window or tokens, tokens)
+  both = model.heads + _kv_heads(model)
+  return counting.Flops(
+    projections=4.0 * model.width * model.head_dim * both,
+    attention=counting.scores(model.heads, model.head_dim, keys),
+  )
+
+
+def grows(model: contract.Dims) -> bool:
+  """Whether the cache is unbounded: without a window."""
+  return not options(model).window
+
+
+LAYERS, WHOLE = 1, None
+residual = contract.around(apply)
+starts, alignment = contract.empty, contract.anywhere

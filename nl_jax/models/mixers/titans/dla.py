@@ -8,15 +8,14 @@ linear attention. The feature map on keys and queries is the unit norm.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from nl_jax import card, fields
+from nl_jax import fields
 from nl_jax.fields import Only
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.titans import lmm as titans
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +33,18 @@ class Options(titans.Options):
 
 
 check = titans.check
-init = titans.init
+leaves = titans.leaves
 apply = titans.apply
 init_state = titans.init_state
 starts = titans.starts
 alignment = titans.alignment
-parameter_count = titans.parameter_count
+flops = titans.flops
+residual, grows = titans.residual, titans.grows
+LAYERS, WHOLE = 1, None
 
 
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   return [
-    dataclasses.replace(row, name="DLA memory") for row in titans.rows(model)
+    dataclasses.replace(row, name="DLA memory") for row in titans.levels(model)
   ]

@@ -11,20 +11,21 @@ The three variants are `titans_mag` (gate), `titans_mal` (layer) and
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import Annotated, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, types
+from nl_jax import types
 from nl_jax.fields import OneOf, Whole
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import NONPARAMETRIC, LevelRow
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.attention import sliding_window, softmax
 from nl_jax.models.mixers.titans import lmm as titans
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 GATES = {
   "sigmoid": jax.nn.sigmoid,
@@ -49,9 +50,9 @@ class Options(titans.Options):
   persistent: Annotated[int, Whole(0)] = 4
 
 
-def check(model: "lm.LanguageModel") -> None:
+def check(model: contract.Dims) -> None:
   """Raises ValueError for heads that do not fit the width, or RoPE."""
-  layers.check_heads(model, even=True)
+  contract.check_heads(model, even=True)
 
 
 class WindowState(NamedTuple):
@@ -85,41 +86,41 @@ class HybridState(NamedTuple):
   lmm: titans.TitansState
 
 
-def init(
-  key: types.Array, model: "lm.LanguageModel", norms: tuple[str, ...]
-) -> types.Params:
-  """Parameters of one layer.
+def leaves(
+  model: contract.Dims, norms: tuple[str, ...]
+) -> dict[str, leaf.Leaf]:
+  """The parameters of one layer.
+
+  attention {w_q, w_k, w_v (D,HK), w_o (HK,D)}, lmm (of `titans.leaves`),
+  <branch>_norm {scale (D,)} for each of norms, persistent (N,D) unless N is 0.
 
   Args:
-    key: of the draws.
     model: shapes and switches.
     norms: branches whose output is normalised.
-
-  Returns:
-    attention {w_q, w_k, w_v (D,HK), w_o (HK,D)}, lmm (of `titans.init`),
-    <branch>_norm {scale (D,)} for each of norms, persistent (N,D) unless N is
-    0.
   """
-  lmm_key, persistent_key, *keys = jax.random.split(key, 6)
   D, std = model.width, layers.residual_std(model.layers)
   attention = {
-    f"w_{name}": layers.normal(one, (D, D)) for name, one in zip("qkv", keys)
+    "w_q": leaf.kernel((D, D), leaf.IN, 2),
+    "w_k": leaf.kernel((D, D), leaf.IN, 3),
+    "w_v": leaf.kernel((D, D), leaf.IN, 4),
+    "w_o": leaf.kernel((D, D), leaf.OUT, 5, std),
   }
-  attention["w_o"] = layers.normal(keys[3], (D, D), std)
-  params = {"attention": attention, "lmm": titans.init(lmm_key, model)}
+  made = leaf.under("attention", attention)
+  made |= leaf.under("lmm", titans.leaves(model), 0)
   for name in norms:
-    params[f"{name}_norm"] = {"scale": jnp.ones((D,))}
+    made[f"{name}_norm/scale"] = leaf.scale(D, "act_embed")
   if model.mixer.persistent:
     shape = (model.mixer.persistent, D)
-    params["persistent"] = layers.normal(persistent_key, shape)
-  return params
+    tokens = leaf.kernel(shape, ("chunk", "act_embed"), 1)
+    made["persistent"] = dataclasses.replace(tokens, matrix=False)
+  return made
 
 
 def project(
   kernels: types.Params,
   names: str,
   x_BxTxD: types.Array,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, ...]:
   """[B,T,H,K] for each letter of names, out of q, k and v."""
   shape = (*x_BxTxD.shape[:2], model.heads, model.head_dim)
@@ -132,12 +133,12 @@ def persistent(
   params: types.Params,
   first: int,
   dtype: jnp.dtype,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, types.Array] | None:
   """Keys and values [1,N,H,K] of the persistent tokens; None where N is 0.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     first: position that the last one stands before.
     dtype: of activations.
     model: shapes and switches.
@@ -159,12 +160,12 @@ def attend(
   v: types.Array,
   mask_BxTxS: types.Array,
   first: int,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> types.Array:
   """Softmax attention over the persistent tokens and some others.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     q_BxTxHxK: rotated queries.
     k, v: [B,S,H,K], the others, keys rotated.
     mask_BxTxS: bool, which of these a query sees.
@@ -196,14 +197,14 @@ def window(
   state: WindowState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, WindowState]:
   """Attention of each token to itself, W-1 before it, and P.
 
   P stands at positions -N to -1 of every document, whose own begin at 0.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: input.
     state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
@@ -252,7 +253,7 @@ def window(
 
 
 def empty_window(
-  batch_size: int, model: "lm.LanguageModel", dtype: jnp.dtype
+  batch_size: int, model: contract.Dims, dtype: jnp.dtype
 ) -> WindowState:
   """The window at the start of a sequence."""
   slots = (batch_size, model.mixer.window - 1)
@@ -266,7 +267,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> HybridState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   dtype = layers.activation_dtype(model.dtype, params)
@@ -277,49 +278,35 @@ def init_state(
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
-  """As `titans.starts`."""
+  """The learned starts of the memory."""
   own = titans.starts(params["lmm"], model)
   return {f"lmm/{place}": start for place, start in own.items()}
 
 
 def normed(
-  params: types.Params, branch: str, x: types.Array, model: "lm.LanguageModel"
+  params: types.Params, branch: str, x: types.Array, model: contract.Dims
 ) -> types.Array:
   """RMSNorm of a branch's output, with its own scale."""
   scale = params[f"{branch}_norm"]["scale"]
   return layers.rms_norm(x, scale, model.norm_epsilon)
 
 
-def alignment(model: "lm.LanguageModel") -> int:
-  """The memory's chunk: documents begin at its edges."""
-  return titans.alignment(model)
-
-
-def parameter_count(model: "lm.LanguageModel", norms: int) -> int:
-  """4 D² + (N + norms) D, and the memory's, of one layer."""
-  D = model.width
-  own = 4 * D * D + (model.mixer.persistent + norms) * D
-  return own + titans.parameter_count(model)
-
-
-def rows(model: "lm.LanguageModel", name: str, slots: int) -> list[card.Row]:
+def branches(long_term: LevelRow, name: str, slots: int) -> list[LevelRow]:
   """The memory and the attention beside it.
 
   Args:
-    model: shapes and switches.
+    long_term: the memory's row.
     name: of the attention's row.
     slots: bytes of its state, over all layers.
   """
-  long_term = titans.rows(model)[0]
-  size = long_term.state_bytes - slots
   return [
-    dataclasses.replace(long_term, state_bytes=size),
-    card.Row(
+    long_term,
+    LevelRow(
       name=name,
       kind="attention",
-      chunk=card.NONPARAMETRIC,
+      chunk=NONPARAMETRIC,
       objective="softmax regression",
       rule="append",
       transfer="nonparametric",
@@ -328,9 +315,20 @@ def rows(model: "lm.LanguageModel", name: str, slots: int) -> list[card.Row]:
   ]
 
 
-def window_rows(model: "lm.LanguageModel") -> list[card.Row]:
-  """`rows` of a layer with a window."""
+def window_levels(model: contract.Dims) -> list[LevelRow]:
+  """`branches` of a layer with a window."""
   state = jax.eval_shape(lambda: empty_window(1, model, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in state)
   name = f"attention to {model.mixer.window}"
-  return rows(model, name, size * model.layers)
+  return branches(titans.levels(model)[0], name, size * model.layers)
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in a layer with a window and persistent tokens."""
+  options, D = model.mixer, model.width
+  keys = min(options.window, tokens) + options.persistent
+  own = counting.Flops(
+    projections=8.0 * D * D + 4.0 * D * D * options.persistent / tokens,
+    attention=counting.scores(model.heads, model.head_dim, keys),
+  )
+  return counting.add(own, titans.flops(model, tokens))

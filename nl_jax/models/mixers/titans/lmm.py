@@ -14,18 +14,18 @@ nor chunks.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import OneOf, Whole
+from nl_jax.levels import LevelRow
 from nl_jax.memory import linear, mlp, rule
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 
 PROJECTED = ("q", "k", "v")
 LMM = "use model.arch='titans_lmm'"  # Of memories that have less.
@@ -114,52 +114,57 @@ class TitansState(NamedTuple):
   memory: memory.MemoryState | memory.spans.State
 
 
-check = layers.check_heads
+check = contract.check_heads
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer.
 
-  Returns:
-    w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK),
-    norm {scale (K,)}, gate {w_eta, w_alpha, w_beta (D,H), b_eta, b_alpha,
-    b_beta (H,)}, memory (H,·,·), the learned start; with a window gate has
-    w_gamma (D,H) too.
+  Those of `layer`, gate {w_eta, w_alpha, w_beta (D,H), b_eta, b_alpha, b_beta
+  (H,)} and memory (H,·,·), the learned start; with a window gate has w_gamma
+  (D,H) too, and with a span there are memory/local and memory/wide.
   """
-  inner = model.heads * model.head_dim
-  keys = iter(jax.random.split(key, 12))
-  params = {}
-  for name in PROJECTED:
-    params[f"w_{name}"] = layers.normal(next(keys), (model.width, inner))
-    params[f"conv_{name}"] = layers.conv_init(next(keys), inner)
-  params["w_g"] = layers.normal(next(keys), (model.width, inner))
-  std = layers.residual_std(model.layers)
-  params["w_o"] = layers.normal(next(keys), (inner, model.width), std)
-  params["norm"] = {"scale": jnp.ones((model.head_dim,))}
-  params["gate"] = gate_init(next(keys), model)
-  own = next(keys)
-  params["memory"] = memory_init(own, model)
-  if model.mixer.span:
-    wide = memory_init(jax.random.fold_in(own, 0), model)
-    params["memory"] = {"local": params["memory"], "wide": wide}
-  return params
-
-
-def gate_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Heads of the gates, straight from the layer's input."""
-  options, gate = model.mixer, {}
-  for name, one in zip(options.gates, jax.random.split(key, 3)):
-    gate[f"w_{name}"] = layers.normal(one, (model.width, model.heads))
-    bias = getattr(options, f"{name}_bias")
-    gate[f"b_{name}"] = jnp.full((model.heads,), bias, jnp.float32)
+  options, D, H = model.mixer, model.width, model.heads
+  biases = {
+    "eta": options.eta_bias,
+    "alpha": options.alpha_bias,
+    "beta": options.beta_bias,
+  }
+  made = layer(model)
+  for i, name in enumerate(options.gates):
+    gate = leaf.under("gate", {name: leaf.kernel((D, H), leaf.IN, i)}, 8)
+    made[f"gate/w_{name}"] = gate[f"gate/{name}"]
+    bias = leaf.constant((H,), ("heads",), biases[name])
+    made[f"gate/b_{name}"] = bias
   if options.omega > 1:
-    # A key of its own: without a window nothing is drawn from it.
-    own = jax.random.fold_in(key, 0)
-    gate["w_gamma"] = layers.normal(own, (model.width, model.heads))
-  return gate
+    gamma = {"w_gamma": leaf.kernel((D, H), leaf.IN, 0)}
+    made |= leaf.under("gate", gamma, 8)
+  start = lambda key: memory_init(key, model)
+  if not options.span:
+    return made | leaf.under("memory", leaf.memory(start, (9,)))
+  made |= leaf.under("memory/local", leaf.memory(start, (9,)))
+  return made | leaf.under("memory/wide", leaf.memory(start, (9, 0)))
 
 
-def memory_init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
+def layer(model: contract.Dims) -> dict[str, leaf.Leaf]:
+  """What is around the memory and its gates.
+
+  w_q, w_k, w_v, w_g (D,HK), w_o (HK,D), conv_q, conv_k, conv_v (4,HK), norm
+  {scale (K,)}.
+  """
+  D, inner, made = model.width, model.heads * model.head_dim, {}
+  for i, name in enumerate(PROJECTED):
+    made[f"w_{name}"] = leaf.kernel((D, inner), leaf.IN, 2 * i)
+    made[f"conv_{name}"] = leaf.conv(inner, 2 * i + 1)
+  std = layers.residual_std(model.layers)
+  return made | {
+    "w_g": leaf.kernel((D, inner), leaf.IN, 6),
+    "w_o": leaf.kernel((inner, D), leaf.OUT, 7, std),
+    "norm/scale": leaf.scale(model.head_dim),
+  }
+
+
+def memory_init(key: types.Array, model: contract.Dims) -> types.Params:
   """The learned start of the memory; its keys and queries have unit norm."""
   options, heads, head_dim = model.mixer, model.heads, model.head_dim
   if options.memory == "linear":
@@ -174,12 +179,12 @@ def apply(
   state: TitansState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, TitansState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer.
 
   Args:
-    params: of `init`.
+    params: of one layer.
     x_BxTxD: normalised input.
     state: fast weights to resume from; None at the start of a sequence. From
       there packed documents must begin at multiples of `alignment`; later
@@ -212,7 +217,7 @@ def advance(
   fast: memory.MemoryState | memory.spans.State,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   at_edge: bool = False,
   rates: memory.Gates | None = None,
   update: Callable[..., Any] | None = None,
@@ -286,7 +291,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> TitansState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   del length
@@ -304,7 +309,7 @@ def init_state(
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
   """What each memory of one layer learns from, by its place in the state."""
   if model.mixer.span:
@@ -312,28 +317,9 @@ def starts(
   return {"memory": params["memory"]}
 
 
-def alignment(model: "lm.LanguageModel") -> int:
+def alignment(model: contract.Dims) -> int:
   """The chunk, or the span: documents begin at its edges."""
   return model.mixer.span or model.mixer.chunk
-
-
-def memory_size(model: "lm.LanguageModel") -> int:
-  """Parameters of the memories of one layer's heads."""
-  options, K = model.mixer, model.head_dim
-  heads = model.heads * options.memories
-  if options.memory == "linear":
-    return heads * K * K
-  count = 3 if options.memory == "glu" else 2
-  return heads * count * K * (options.hidden or K)
-
-
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """5 D² + 12 D + 3 H (D+1) + 2 H K M + K of one layer; a window: + D H."""
-  D, options = model.width, model.mixer
-  count = 5 * D * D + len(PROJECTED) * layers.CONV_WIDTH * D + model.head_dim
-  count += len(options.gates) * model.heads * (D + 1)
-  count += D * model.heads * (options.omega > 1)
-  return count + memory_size(model)
 
 
 def rule_name(options: Options) -> str:
@@ -351,11 +337,11 @@ def rule_name(options: Options) -> str:
   return name + ", retention"
 
 
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   options = model.mixer
   return [
-    card.Row(
+    LevelRow(
       name="Titans memory",
       kind="memory",
       chunk=options.chunk,
@@ -363,7 +349,35 @@ def rows(model: "lm.LanguageModel") -> list[card.Row]:
       objective=options.objective,
       rule=rule_name(options),
       transfer="init",
-      state_bytes=layers.size_of_state(model),
-      parameters=model.layers * memory_size(model),
+      state_bytes=contract.state_bytes(leaves(model), init_state, model),
+      parameters=model.layers * leaf.count(leaves(model), "memory"),
     )
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer."""
+  del tokens
+  options, D, H = model.mixer, model.width, model.heads
+  gates = len(options.gates) + (options.omega > 1)
+  return counting.Flops(
+    projections=10.0 * D * D + 2.0 * D * H * gates,
+    memories=H * of_memory(model),
+  )
+
+
+def of_memory(model: contract.Dims) -> float:
+  """FLOPs of a token and head in its memories."""
+  options, K = model.mixer, model.head_dim
+  shapes = counting.layers_of(options.memory, K, options.hidden)
+  normed = options.memory == "mlp_ln"
+  total = counting.chunked(shapes, options, normed=normed, loop=options.loops)
+  if options.span:
+    wide = memory.spans.wide_rule(options, options.span)
+    total += counting.chunked(shapes, wide, normed=normed)
+    total += counting.chunked({"w": (K, K)}, memory.spans.keys_rule(options))
+  return total
+
+
+LAYERS, WHOLE = 1, None
+residual, grows = contract.around(apply), contract.bounded

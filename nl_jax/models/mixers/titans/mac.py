@@ -1,6 +1,6 @@
-"""Titans, memory as context (MAC): attention over segments that recalls.
+"""Titans, memory as context (MAC): attention over sections that recalls.
 
-For each segment x of S tokens, with M the memory as the segment finds it and P
+For each section x of S tokens, with M the memory as the section finds it and P
 the persistent tokens (Titans sec. 4.1, eq. 21-25; docs/mathematics.md 6):
 
     h = RMSNorm_K(M(l2(SiLU(conv4(x W_Q)))))                     recall
@@ -9,30 +9,30 @@ the persistent tokens (Titans sec. 4.1, eq. 21-25; docs/mathematics.md 6):
     out = y * sigmoid(n2(m))
 
 h_i depends on x_i and is masked causally, as x is; and the second read of a
-token sees the memory after that token, not after the segment. Public versions
+token sees the memory after that token, not after the section. Public versions
 recall and write in another order (docs/mathematics.md 8.3).
 
-The segment is a chunk of `memory.chunked`: the anchor of that walk is the
-memory that h reads, and what attention has seen of an open segment is carried
+The section is a chunk of `memory.chunked`: the anchor of that walk is the
+memory that h reads, and what attention has seen of an open section is carried
 beside it.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, memory, types
+from nl_jax import memory, types
 from nl_jax.fields import Only, Whole
 from nl_jax.kernels import walk as kernels
 from nl_jax.kernels.rank_one import segments
+from nl_jax.levels import LevelRow
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.titans import hybrid as titans_hybrid
 from nl_jax.models.mixers.titans import lmm as titans
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 _NORMS = ("attention", "lmm")
 
@@ -42,13 +42,13 @@ class Options(titans_hybrid.Options):
   """The switches of the memory, its persistent tokens, and these.
 
   Attributes:
-    segment: S, tokens that attend to each other; a multiple of the memory's
-      chunk. Documents of a packed row begin at its multiples.
+    segment: S, tokens of a section, which attend to each other; a multiple of
+      the memory's chunk. Documents of a packed row begin at its multiples.
     mag_gate: what the memory's normalised output goes through: "sigmoid",
       "silu" or "linear" (as it is); ours, unstated.
   """
 
-  # The memory goes from segment to segment.
+  # The memory goes from section to section.
   span: Annotated[int, Only(0, titans.LMM)] = 0
   segment: Annotated[int, Whole(2)] = 1024
   mag_gate: titans_hybrid.Gate = "sigmoid"
@@ -63,7 +63,7 @@ class Options(titans_hybrid.Options):
 
 
 class Cache(NamedTuple):
-  """What attention has seen of the open segments; slot i holds place i.
+  """What attention has seen of the open sections; slot i holds place i.
 
   Attributes:
     keys_BxSxHxK, values_BxSxHxK: of the tokens, keys rotated.
@@ -79,12 +79,12 @@ class Cache(NamedTuple):
   slot_document_BxS: types.Array
 
 
-class SegmentState(NamedTuple):
-  """What else goes from one segment to the next, all 0 before a document.
+class SectionState(NamedTuple):
+  """What else goes from one section to the next, all 0 before a document.
 
   Attributes:
     anchor, s, carried: of the memory, see `memory.MemoryState`; what that has
-      as w is the w of the walk over segments.
+      as w is the w of the walk over sections.
     convs: windows of the short convolutions of the memory.
     cache: see `Cache`.
     document_B: int32, the document of the last token; between calls 1, or 0
@@ -104,8 +104,8 @@ class MACState(NamedTuple):
 
   Attributes:
     recall: the window of the recall's queries.
-    segment: the walk over segments. anchor: the memory at the start of the
-      open one; w: now; carried: a `SegmentState`.
+    segment: the walk over sections. anchor: the memory at the start of the
+      open one; w: now; carried: a `SectionState`.
   """
 
   recall: layers.ConvState
@@ -115,9 +115,9 @@ class MACState(NamedTuple):
 check = titans_hybrid.check
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer, see `titans_hybrid.init`."""
-  return titans_hybrid.init(key, model, _NORMS)
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer, see `titans_hybrid.leaves`."""
+  return titans_hybrid.leaves(model, _NORMS)
 
 
 def apply(
@@ -126,7 +126,7 @@ def apply(
   state: MACState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, MACState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   batch, tokens, _ = x_BxTxD.shape
@@ -149,7 +149,7 @@ def apply(
   order = jnp.arange(tokens, dtype=jnp.int32)[None, :, None]
   document = jnp.ones_like(order)
   if segment_ids is not None and not fresh:
-    # As the call counts them; from a fresh start a segment has one.
+    # As the call counts them; from a fresh start a section has one.
     index = segments.running_index(segment_ids, walk.segment)
     document = index[:, :, None] + 1
   wide = lambda x: jnp.broadcast_to(x, (batch, tokens, model.heads))
@@ -161,10 +161,10 @@ def apply(
   def body(start, now, xs, at):
     if options.stop_grad_writes:
       now = jax.lax.stop_gradient(now)
-    block = memory.rule.Block(start, now.w, *now.s, at)
+    block = memory.block.Block(start, now.w, *now.s, at)
     own = [x.astype(x_BxTxD.dtype) for x in xs[1:4]]
     count = [x[:, 0, :, 0].astype(jnp.int32) for x in xs[4:]]
-    y, w, carried, learned = _segment(
+    y, w, carried, learned = _section(
       params, model, fresh, block, xs[0], *own, *count
     )
     sums = jnp.stack(learned, axis=-1)[:, :, None]
@@ -185,11 +185,11 @@ def apply(
     name="mac_segments",
   )
   walk = walk._replace(carried=_renumbered(walk.carried))
-  metrics = {"memory": memory.rule.metrics(sums)}
+  metrics = {"memory": memory.block.metrics(sums)}
   return y, MACState(recall["q"], walk), metrics
 
 
-def _renumbered(s: SegmentState) -> SegmentState:
+def _renumbered(s: SectionState) -> SectionState:
   """Documents counted as the next call counts them: the carried one is 1."""
   one = lambda ids: jnp.minimum(ids, 1)
   convs = {
@@ -204,11 +204,11 @@ def _renumbered(s: SegmentState) -> SegmentState:
   )
 
 
-def _segment(
+def _section(
   params: types.Params,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   fresh: bool,
-  block: memory.rule.Block,
+  block: memory.block.Block,
   recall: types.Array,
   q: types.Array,
   k: types.Array,
@@ -216,8 +216,8 @@ def _segment(
   order: types.Array,
   ids: types.Array,
   place: types.Array,
-) -> tuple[types.Array, Any, SegmentState, memory.Metrics]:
-  """One segment, or one token of it; inputs [B,H,c,K], c = S or 1.
+) -> tuple[types.Array, Any, SectionState, memory.Metrics]:
+  """One section, or one token of it; inputs [B,H,c,K], c = S or 1.
 
   Args:
     params, model: as `apply`.
@@ -227,14 +227,14 @@ def _segment(
     q, k, v: of the tokens, rotated.
     order: int32 [B,c], the number of each token in the call.
     ids: int32 [B,c], documents, 0 is padding.
-    place: int32 [B,c], the place of each in its segment.
+    place: int32 [B,c], the place of each in its section.
 
   Returns:
     out [B,1,c,D], the memory, what else is carried, and its metrics.
   """
   s, real = block.carried, ids != 0
   size = ids.shape[1]
-  # Tokens of the open segment in earlier calls: at the block's head those are
+  # Tokens of the open section in earlier calls: at the block's head those are
   # masked, unless it is a single token.
   seen_B = place[:, 0]
   if size > 1:
@@ -270,7 +270,7 @@ def _segment(
 
 def _extend(
   params: types.Params,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   seen_B: types.Array,
   ids: types.Array,
   cache: Cache,
@@ -281,7 +281,7 @@ def _extend(
   """The cache with a block's tokens, and which slots each of these sees.
 
   Args:
-    params, model, seen_B: as `_segment`.
+    params, model, seen_B: as `_section`.
     ids: int32 [B,c], documents.
     cache: before the block.
     k, v: [B,c,H,K], keys rotated.
@@ -293,7 +293,7 @@ def _extend(
   S = model.mixer.segment
   batch, size = ids.shape
   slot = jnp.arange(S, dtype=jnp.int32)[None]
-  # A segment's tokens lie at their places, a single one where `seen_B` says.
+  # A section's tokens lie at their places, a single one where `seen_B` says.
   at = seen_B[:, None] if size == 1 else jnp.broadcast_to(slot, (batch, S))
   real = ids != 0
   hit = (slot == at) & real
@@ -304,7 +304,7 @@ def _extend(
   kept = [
     jnp.where(hit[:, :, None, None], x, old) for x, old in zip(new, cache)
   ]
-  # What a full segment left behind is not seen by the next one.
+  # What a full section left behind is not seen by the next one.
   begins = (seen_B == 0) & real.any(axis=1)
   held = jnp.where(begins[:, None], 0, cache.slot_document_BxS)
   slots = jnp.where(hit, ids, held)
@@ -315,17 +315,17 @@ def _extend(
 
 def _learn(
   params: types.Params,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
   fresh: bool,
   seen_B: types.Array,
-  block: memory.rule.Block,
+  block: memory.block.Block,
   ids: types.Array,
   y_BxcxD: types.Array,
-) -> tuple[types.Array, Any, SegmentState, memory.Metrics]:
+) -> tuple[types.Array, Any, SectionState, memory.Metrics]:
   """Writes a block's attention outputs into the memory, and reads it.
 
   Args:
-    params, model, fresh, seen_B, block: as `_segment`.
+    params, model, fresh, seen_B, block: as `_section`.
     ids: int32 [B,c], documents.
     y_BxcxD: what to learn.
 
@@ -358,7 +358,7 @@ def _learn(
     params["lmm"], y, s.convs, fast, ids, model=model, at_edge=fresh
   )
   fast = after.memory
-  s = SegmentState(
+  s = SectionState(
     fast.anchor, fast.s, fast.carried, after.convs, s.cache, fast.segment
   )
   m_BxcxD = turn(m_BxcxD, seen_B) if turns else m_BxcxD
@@ -370,13 +370,13 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> MACState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   lmm = titans.init_state(params["lmm"], batch_size, length, model=model)
   fast, clock = lmm.memory, lmm.memory.phase
   dtype = layers.activation_dtype(model.dtype, params)
-  s = SegmentState(
+  s = SectionState(
     jax.tree.map(jnp.zeros_like, fast.w),
     fast.s,
     fast.carried,
@@ -384,39 +384,56 @@ def init_state(
     _empty_cache(model, batch_size, dtype),
     clock,
   )
-  segment = memory.MemoryState(fast.w, fast.w, {}, s, clock, clock)
-  return MACState(lmm.convs["q"], segment)
+  section = memory.MemoryState(fast.w, fast.w, {}, s, clock, clock)
+  return MACState(lmm.convs["q"], section)
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
-  """As `titans.starts`: of the walk over segments, and of the memory's own."""
+  """The learned starts: of the walk over sections, and of the memory's own."""
   start = titans.starts(params["lmm"], model)["memory"]
   return {"segment": start, "segment/carried": start}
 
 
 def _empty_cache(
-  model: "lm.LanguageModel", batch_size: int, dtype: jnp.dtype
+  model: contract.Dims, batch_size: int, dtype: jnp.dtype
 ) -> Cache:
   slots = (batch_size, model.mixer.segment)
   empty = jnp.zeros((*slots, model.heads, model.head_dim), dtype)
   return Cache(empty, empty, empty, empty, jnp.zeros(slots, jnp.int32))
 
 
-def alignment(model: "lm.LanguageModel") -> int:
-  """The segment: documents begin at its edges."""
+def alignment(model: contract.Dims) -> int:
+  """The section: documents begin at its edges."""
   return model.mixer.segment
 
 
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """9 D² + (14 + N) D + 3 H (D+1) + 2 H K M + K of one layer."""
-  return titans_hybrid.parameter_count(model, len(_NORMS))
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
-  """The memory, and attention in a segment."""
+def levels(model: contract.Dims) -> list[LevelRow]:
+  """The memory, and attention in a section."""
   cache = jax.eval_shape(lambda: _empty_cache(model, 1, model.dtype))
   size = sum(leaf.size * leaf.dtype.itemsize for leaf in cache)
-  name = f"attention in segments of {model.mixer.segment}"
-  return titans_hybrid.rows(model, name, size * model.layers)
+  name = f"attention in sections of {model.mixer.segment}"
+  slots = size * model.layers
+  total = contract.state_bytes(leaves(model), init_state, model)
+  row = titans.levels(model)[0]
+  row = dataclasses.replace(row, state_bytes=total - slots)
+  return titans_hybrid.branches(row, name, slots)
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer, whose attention sees what each recalls."""
+  options, D, K = model.mixer, model.width, model.head_dim
+  keys = 2 * min(options.segment, tokens) + options.persistent
+  shapes = counting.layers_of(options.memory, K, options.hidden)
+  own = counting.Flops(
+    # W_q of the recall, keys and values of tokens and of what they recall.
+    projections=14.0 * D * D + 4.0 * D * D * options.persistent / tokens,
+    attention=counting.scores(model.heads, K, keys),
+    memories=model.heads * counting.product(shapes),
+  )
+  return counting.add(own, titans.flops(model, tokens))
+
+
+LAYERS, WHOLE = 1, None
+residual, grows = contract.around(apply), contract.bounded

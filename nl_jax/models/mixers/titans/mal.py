@@ -7,15 +7,13 @@ through it; n is an RMSNorm with a learned scale.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from nl_jax import memory, types
 from nl_jax.fields import Whole
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.titans import hybrid as titans_hybrid
 from nl_jax.models.mixers.titans import lmm as titans
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 # Deviation: the norm is ours, because what the memory's output kernel writes
 # has the small scale of a residual branch, and attention reads unit scale.
@@ -36,13 +34,14 @@ class Options(titans_hybrid.Options):
 check = titans_hybrid.check
 init_state = titans_hybrid.init_state
 starts = titans_hybrid.starts
-alignment = titans_hybrid.alignment
-rows = titans_hybrid.window_rows
+alignment = titans.alignment
+levels = titans_hybrid.window_levels
+flops = titans_hybrid.flops
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer, see `titans_hybrid.init`."""
-  return titans_hybrid.init(key, model, _NORMS)
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer, see `titans_hybrid.leaves`."""
+  return titans_hybrid.leaves(model, _NORMS)
 
 
 def apply(
@@ -51,7 +50,7 @@ def apply(
   state: titans_hybrid.HybridState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, titans_hybrid.HybridState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   near, far = (None, None) if state is None else state
@@ -65,6 +64,5 @@ def apply(
   return y_BxTxD, titans_hybrid.HybridState(near, far), metrics
 
 
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """9 D² + (13 + N) D + 3 H (D+1) + 2 H K M + K of one layer."""
-  return titans_hybrid.parameter_count(model, len(_NORMS))
+LAYERS, WHOLE = 1, None
+residual, grows = contract.around(apply), contract.bounded

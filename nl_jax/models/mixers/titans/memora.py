@@ -10,19 +10,20 @@ memory and gates of a channel.
 
 import dataclasses
 import functools
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from nl_jax import card, fields, memory, types
+from nl_jax import fields, memory, types
 from nl_jax.fields import OneOf, Only
+from nl_jax.levels import LevelRow
 from nl_jax.memory import rule
+from nl_jax.models import flops as counting
 from nl_jax.models import layers
+from nl_jax.models import leaves as leaf
+from nl_jax.models import mixer as contract
 from nl_jax.models.mixers.titans import lmm as titans
-
-if TYPE_CHECKING:
-  from nl_jax.models import lm
 
 _GATES = ("eta", "alpha")
 
@@ -65,28 +66,31 @@ check = titans.check
 alignment = titans.alignment
 
 
-def init(key: types.Array, model: "lm.LanguageModel") -> types.Params:
-  """Parameters of one layer.
+def leaves(model: contract.Dims) -> contract.Leaves:
+  """The parameters of one layer.
 
-  Returns:
-    As `titans.init`, but for gate {w_eta_down, w_alpha_down (D,rank),
-    w_eta_up, w_alpha_up (rank,HK), b_eta, b_alpha (HK,)} and memory, of which
-    the softmax over the inputs is the learned start.
+  As `titans.leaves`, but for gate {w_eta_down, w_alpha_down (D,rank), w_eta_up,
+  w_alpha_up (rank,HK), b_eta, b_alpha (HK,)} and memory, of which the softmax
+  over the inputs is the learned start.
   """
-  options, inner = model.mixer, model.heads * model.head_dim
-  params = titans.init(key, model)
+  options, D, inner = model.mixer, model.width, model.heads * model.head_dim
+  biases, gate = {"eta": options.eta_bias, "alpha": options.alpha_bias}, {}
+  for i, name in enumerate(_GATES):
+    down, up = ("embed", "mem_out"), ("mem_in", "heads")
+    shape = (D, options.rank)
+    gate[f"w_{name}_down"] = leaf.kernel(shape, down, 2 * i)
+    shape = (options.rank, inner)
+    gate[f"w_{name}_up"] = leaf.kernel(shape, up, 2 * i + 1)
+    gate[f"b_{name}"] = leaf.constant((inner,), ("heads",), biases[name])
   # Logarithms of generic size: with small ones all units would be alike.
-  size = lambda w: w / jnp.std(w)
-  params["memory"] = jax.tree.map(size, params["memory"])
-  keys = iter(jax.random.split(jax.random.fold_in(key, 0), 4))
-  gate = {}
-  for name in _GATES:
-    down, up = (model.width, options.rank), (options.rank, inner)
-    gate[f"w_{name}_down"] = layers.normal(next(keys), down)
-    gate[f"w_{name}_up"] = layers.normal(next(keys), up)
-    bias = getattr(options, f"{name}_bias")
-    gate[f"b_{name}"] = jnp.full((inner,), bias, jnp.float32)
-  return params | {"gate": gate}
+  start = lambda key: jax.tree.map(
+    lambda w: w / jnp.std(w), titans.memory_init(key, model)
+  )
+  return {
+    **titans.layer(model),
+    **leaf.under("gate", gate, 0),
+    **leaf.under("memory", leaf.memory(start, (9,))),
+  }
 
 
 def apply(
@@ -95,7 +99,7 @@ def apply(
   state: titans.TitansState | None,
   segment_ids: types.Array | None,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> tuple[types.Array, titans.TitansState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   fresh = state is None
@@ -125,7 +129,7 @@ def _start(params: types.Params) -> types.Params:
 
 
 def gates(
-  gate: types.Params, x_BxTxD: types.Array, model: "lm.LanguageModel"
+  gate: types.Params, x_BxTxD: types.Array, model: contract.Dims
 ) -> memory.Gates:
   """eta and log alpha, [B,T,H,K], float32 at least."""
   wide = layers.at_least_float32(x_BxTxD.dtype)
@@ -144,7 +148,7 @@ def init_state(
   batch_size: int,
   length: int,
   *,
-  model: "lm.LanguageModel",
+  model: contract.Dims,
 ) -> titans.TitansState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   return titans.init_state(
@@ -153,23 +157,30 @@ def init_state(
 
 
 def starts(
-  params: types.Params, model: "lm.LanguageModel"
+  params: types.Params, model: contract.Dims
 ) -> dict[str, types.Params]:
-  """As `titans.starts`; logarithms."""
+  """The learned start of the memory; logarithms."""
   del model
   return {"memory": _start(params)}
 
 
-def parameter_count(model: "lm.LanguageModel") -> int:
-  """5 D² + 12 D + 2 (2 D rank + D) + 2 H K M + K of one layer."""
-  D = model.width
-  shared = titans.parameter_count(model) - 2 * model.heads * (D + 1)
-  return shared + 2 * (2 * D * model.mixer.rank + D)
-
-
-def rows(model: "lm.LanguageModel") -> list[card.Row]:
+def levels(model: contract.Dims) -> list[LevelRow]:
   """The memory; its start is learned."""
   return [
     dataclasses.replace(row, name="Memora memory", rule="GD on the simplex")
-    for row in titans.rows(model)
+    for row in titans.levels(model)
   ]
+
+
+def flops(model: contract.Dims, tokens: int) -> counting.Flops:
+  """FLOPs of a token in one layer, with gates of a channel through `rank`."""
+  del tokens
+  D = model.width
+  return counting.Flops(
+    projections=10.0 * D * D + 8.0 * D * model.mixer.rank,
+    memories=model.heads * titans.of_memory(model),
+  )
+
+
+LAYERS, WHOLE = 1, None
+residual, grows = contract.around(apply), contract.bounded

@@ -7,7 +7,7 @@ from typing import Annotated, NamedTuple
 from nl_jax import fields
 from nl_jax.fields import OneOf, Whole
 
-# Where a config has the fields of `Settings` that are not in its group train.
+# Where a config has the fields of `Options` that are not in its group train.
 CHECKPOINT = {
   "every": "checkpoint_every",
   "keep": "keep",
@@ -41,7 +41,7 @@ def parse_steps(text: str) -> Steps | None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Options:
   """What the loop does, and when; counts are outer steps.
 
   Attributes:
@@ -85,7 +85,7 @@ class Settings:
     for name, value in vars(self).items():
       place = {x: f"checkpoint.{k}" for k, x in CHECKPOINT.items()}
       path = place.get(name, f"train.{name}")
-      fields.check_value(path, fields.of(Settings)[name], value)
+      fields.check_value(path, fields.of(Options)[name], value)
     traced = parse_steps(self.profile_steps)
     if traced and traced.first > self.steps:
       raise ValueError(
@@ -103,7 +103,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluation:
+class EvalOptions:
   """What is measured while training; the group `eval`.
 
   Attributes:
@@ -115,4 +115,4 @@ class Evaluation:
   tasks: tuple[str, ...] = ()
 
   def __post_init__(self):
-    fields.check("eval", Evaluation, vars(self))
+    fields.check("eval", EvalOptions, vars(self))

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nl_jax import stream
 from nl_jax.models import lm
+from nl_jax.stream import reader as streams
+from nl_jax.stream import states
 
 # Rows are read in pieces of these lengths, so that few shapes compile.
 _PIECES = (256, 16)
@@ -39,7 +40,7 @@ def _score(
   return nats, after, state
 
 
-def join(readers: Sequence[stream.Stream]) -> stream.Stream:
+def join(readers: Sequence[streams.Stream]) -> streams.Stream:
   """One stream with the rows of several, one after the other.
 
   Args:
@@ -67,22 +68,22 @@ def join(readers: Sequence[stream.Stream]) -> stream.Stream:
     (r.state.position_B.shape[0], model.vocab_size), jnp.nan
   )
   logits = [nothing(r) if r.logits is None else r.logits for r in readers]
-  return stream.Stream(
+  return streams.Stream(
     model, readers[0].params, state, None, jnp.concatenate(logits)
   )
 
 
-def part(reader: stream.Stream, row: int) -> stream.Stream:
+def part(reader: streams.Stream, row: int) -> streams.Stream:
   """One row of a stream as a stream of its own."""
-  state = stream.take(reader.state, np.array([row]))
+  state = states.take(reader.state, np.array([row]))
   logits = reader.logits[row : row + 1]
   if bool(jnp.isnan(logits).any()):
     logits = None
-  return stream.Stream(reader.model, reader.params, state, None, logits)
+  return streams.Stream(reader.model, reader.params, state, None, logits)
 
 
 def score(
-  reader: stream.Stream, texts: Sequence[np.ndarray]
+  reader: streams.Stream, texts: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
   """Reads a text into each row, and returns the nats of its tokens.
 

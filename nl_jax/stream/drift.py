@@ -17,12 +17,12 @@ from nl_jax.models import lm
 _PLACE = r"layers/((slow|begin|now|fast)/)?(\w+/)*"
 # The weights whose change is measured.
 WEIGHTS = re.compile(
-  rf"{_PLACE}(w/\w+|S_BxHxKxK|h_BxIxN)|levels/\w+/params/\w+"
+  rf"{_PLACE}(w/\w+|S_BxHxKx[KV]|h_BxIxN)|levels/\w+/params/\w+"
 )
-# All that a write changes; the place in a segment of titans_mac is its cache's.
+# All that a write changes; the place in a section of titans_mac is its cache's.
 WRITTEN = re.compile(
   rf"(?!layers/segment/phase){_PLACE}((anchor|w|s|carried)/\w+|phase|place|"
-  r"S_BxHxKxK|h_BxIxN)|levels/.+"
+  r"S_BxHxKx[KV]|h_BxIxN)|levels/.+"
 )
 
 

@@ -55,11 +55,8 @@ def memory(leaves: Leaves, model: Any, params: types.Params) -> Leaves:
 
 def _starts(model: Any, params: types.Params) -> dict[str, types.Params]:
   """The learned starts by the place of a memory, leaves [layers,H,a,b]."""
-  made = {}
-  own = getattr(model.module, "starts", None)
-  if own:
-    mixers = params["blocks"]["mixer"]
-    made = jax.vmap(lambda p: own(p, model))(mixers)
+  own = lambda mixer: dict(model.module.starts(mixer, model.dims))
+  made = jax.vmap(own)(model.laid(params["blocks"])["mixer"])
   if getattr(model, "local", False):
     for level, kernels in model.theta(params).items():
       one_head = {name: w[:, None] for name, w in kernels.items()}
