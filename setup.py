@@ -13,7 +13,7 @@ _VERSION = re.search(
 )
 
 _BASE = [
-  "jax>=0.10.2,<0.12",  # 0.10.2: jax.shard_map, lax.pcast; 0.12 not seen.
+  "jax>=0.10.2,<0.13",  # 0.10.2: jax.shard_map, lax.pcast; 0.13 not seen.
   "optax>=0.2.8,<0.3",  # 0.2.8: contrib's MuonDimensionNumbers.
   "numpy>=2.0",
 ]
@@ -88,8 +88,9 @@ setup(
   extras_require={
     "train": _TRAIN,
     "eval": [*_TRAIN, *_EVAL],
-    "tpu": ["jax[tpu]>=0.10.2,<0.12"],
-    "cuda": ["jax[cuda12]>=0.10.2,<0.12"],
+    "tpu": ["jax[tpu]>=0.10.2,<0.13"],
+    "cuda": ["jax[cuda12]>=0.10.2,<0.13"],
+    "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [*_TRAIN, *_HF],
     "beam": [*_TRAIN, *_BEAM],
     "docs": _DOCS,

@@ -19,16 +19,24 @@ from tests.fixtures import make, others
 from tests.laws.models import MODELS
 
 FOLDER = pathlib.Path(make.__file__).parent
-NUMBERS = json.loads((FOLDER / "numbers.json").read_text("utf-8"))
+# What Python 3.11 and jax 0.10 wrote, and what 3.13 and jax 0.12 wrote.
+FOLDERS = "", "jax_0_12"
+RUNS = [*make.RUNS, "jax_0_12/hope_linear"]
+
+pytestmark = pytest.mark.versions
+
+
+def numbers_of(folder):
+  return json.loads((FOLDER / folder / "numbers.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   """The folder of all runs, unpacked; not to be changed."""
   folder = tmp_path_factory.mktemp("runs")
-  for name in make.RUNS:
+  for name in RUNS:
     with tarfile.open(FOLDER / f"{name}.tar.xz") as packed:
-      packed.extractall(folder, filter="data")
+      packed.extractall((folder / name).parent, filter="data")
   return folder
 
 
@@ -56,8 +64,8 @@ def config_of(workdir):
   return build.from_plain(checkpoint.read_config(str(workdir)))
 
 
-def go_on(workdir):
-  config = config_of(workdir)
+def go_on(workdir, config=None):
+  config = config or config_of(workdir)
   net = build.model(config)
   dataset = build.dataset(config, net)
   return loop.train(
@@ -74,16 +82,32 @@ def go_on(workdir):
   )
 
 
-def test_a_run_goes_on(run):
-  assert "format" not in files.read_json(run / "config.json")  # Read as 1.
+def losses(workdir):
+  lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
+  every = map(json.loads, lines)
+  return [x["train/loss"] for x in every if "train/loss" in x]
+
+
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_a_run_goes_on(folder, runs, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(runs / folder / "hope_linear", run)
+  # The older one says no format, which is read as 1.
+  assert ("format" in files.read_json(run / "config.json")) == (folder != "")
   done = go_on(run)
   assert done.step == make.STEPS == make.KEPT + 1
-  np.testing.assert_allclose(
-    done.metrics["train/loss"], NUMBERS["hope_linear"]["loss"], atol=1e-4
-  )
+  loss = numbers_of(folder)["hope_linear"]["loss"]
+  np.testing.assert_allclose(done.metrics["train/loss"], loss, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", make.RUNS)
+def test_losses_are_those_of_another_python(runs, tmp_path):
+  other = runs / "jax_0_12" / "hope_linear"
+  go_on(tmp_path, config_of(other))
+  same = losses(tmp_path)[: make.KEPT]
+  np.testing.assert_allclose(same, losses(other), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", RUNS)
 def test_a_memory_is_read(runs, name):
   net = build.model(config_of(runs / name))
   params, step = checkpoint.load_params(str(runs / name), net)
@@ -92,9 +116,9 @@ def test_a_memory_is_read(runs, name):
   # One piece, over the ends of chunks and of a segment.
   ids = tokenizers.Bytes().encode(make.NEXT)[:16]
   # What a leaf of the state says counts for 9e-4 at least.
-  np.testing.assert_allclose(
-    reader.score(ids[None])[0], NUMBERS[name]["nats"][:16], atol=1e-4
-  )
+  folder, _, run = name.rpartition("/")
+  nats = numbers_of(folder)[run]["nats"][:16]
+  np.testing.assert_allclose(reader.score(ids[None])[0], nats, atol=1e-4)
   (drawn,) = reader.sample(1, vocab_size=259, temperature=0)
   assert drawn == np.argmax(reader.logits[0, :259])
 
@@ -129,10 +153,12 @@ def test_a_changed_memory_of_before_is_refused(tmp_path):
     stream.load_memory(path, net, others.weights(net), other_weights=True)
 
 
-def test_prepared_rows_are_read():
-  folder = FOLDER / "prepared"
+@pytest.mark.parametrize("folder", FOLDERS)
+def test_prepared_rows_are_read(folder):
+  written = numbers_of(folder)["prepared"]
+  folder = FOLDER / folder / "prepared"
   manifest = prepared.read_manifest(str(folder))
-  for split, rows in NUMBERS["prepared"].items():
+  for split, rows in written.items():
     table = prepared.Table(folder, split, manifest)
     taken = table.take(np.arange(len(table)))
     for key, values in rows.items():
@@ -142,8 +168,7 @@ def test_prepared_rows_are_read():
     sequence_length=32, batch_size=2, seed=0, alignment=8, vocab_size=264,
   )  # fmt: skip
   assert (
-    next(loaded.train)["inputs"].tolist()[0]
-    in (NUMBERS["prepared"]["train"]["inputs"])
+    next(loaded.train)["inputs"].tolist()[0] in (written["train"]["inputs"])
   )
 
 

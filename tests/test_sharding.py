@@ -113,6 +113,7 @@ def test_the_table_has_every_parameter(name):
     assert set(leaf.axes) <= set(sharding.LOGICAL), path
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
   "name", ["hope", "hope_linear", "transformer", "incontext"]
 )
@@ -236,6 +237,7 @@ def prepared(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
   return made, like, state_lib.create(m, made.tx, like, seed=0)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["hope", "transformer"])
 def test_optimizer_slots_lie_as_their_parameters(name):
   mesh = sharding.mesh(fsdp=4, tensor=2)
@@ -274,6 +276,7 @@ def two_steps(m: lm.LanguageModel, mesh: jax.sharding.Mesh):
   return jax.device_get(state["params"]), seen
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
   ("name", "sizes"),
   [

@@ -18,9 +18,11 @@ region=${ZONE%-*}
 : "${IMAGE:=$region-docker.pkg.dev/$PROJECT/nl-jax/beam:latest}"
 
 image() {
-  local beam
+  local beam python
   beam=$(python -c "import apache_beam; print(apache_beam.__version__)")
+  python=$(python -c "import sys; print('%d.%d' % sys.version_info[:2])")
   docker build -t "$IMAGE" --build-arg=BEAM="$beam" \
+    --build-arg=PYTHON="$python" \
     -f experiments/launch/beam.Dockerfile .
   docker push "$IMAGE"
 }

@@ -8,6 +8,7 @@
 : "${NAME:=nl-jax}"                   # Of the slice, or of the cluster's job.
 : "${TYPE:=v5litepod-8}"              # One VM; v5litepod-256 is 64 VMs.
 : "${VERSION:=v2-alpha-tpuv5-lite}"   # Image: v2-alpha-tpuv5 (v5p), -tpuv6e.
+: "${PYTHON:=3.11}"                  # Of the workers: 3.11, 3.12 or 3.13.
 : "${SLICES:=1}"                      # More: config.mesh.replica is as many.
 : "${SPOT:=1}"                        # 1: cheaper, and taken away at any time.
 : "${CONFIG:=hope_1b3}"               # Of experiments.lm.

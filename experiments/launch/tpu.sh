@@ -77,7 +77,7 @@ install() {
   git archive --format=tar.gz HEAD | gcloud storage cp - "$code" &&
     on_all "systemctl is-active -q nl_jax || { mkdir -p nl_jax && cd nl_jax &&
       gcloud storage cat $code | tar xz &&
-      bash experiments/launch/worker.sh install; }"
+      PYTHON=$PYTHON bash experiments/launch/worker.sh install; }"
 }
 
 train() {

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # What tpu.sh does on every worker of a slice; nobody types it.
-# install  Python 3.11, this checkout, gcsfuse
+# install  PYTHON (one that the image offers), this checkout, gcsfuse
 # start    mounts the bucket and starts the run, as units of systemd: a shutdown
 #          is a SIGTERM, which the run answers by saving, before the bucket goes
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 mount=$HOME/bucket
-: "${BUCKET:=}" "${CONFIG:=}" "${ARGS:=}" "${RUN:=}" "${DATA:=}"  # Of tpu.sh.
+# Of tpu.sh.
+: "${BUCKET:=}" "${CONFIG:=}" "${ARGS:=}" "${RUN:=}" "${DATA:=}" "${PYTHON:=}"
 quiet=(-qq -o DPkg::Lock::Timeout=600)  # Fresh machines install of their own.
 
 install() {
@@ -16,8 +17,9 @@ install() {
   echo "deb [signed-by=$key] $source gcsfuse-$(lsb_release -cs) main" |
     sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
   sudo apt-get "${quiet[@]}" update
-  sudo apt-get "${quiet[@]}" install -y gcsfuse python3.11 python3.11-venv
-  python3.11 -m venv .venv
+  sudo apt-get "${quiet[@]}" install -y gcsfuse \
+    "python$PYTHON" "python$PYTHON-venv"
+  "python$PYTHON" -m venv .venv
   .venv/bin/pip install -q -c requirements.txt -e '.[train,tpu]'
 }
 

@@ -16,7 +16,8 @@ where=(--cluster="$CLUSTER" --project="$PROJECT" --zone="$ZONE")
 slices=(--tpu-type="$TYPE" --num-slices="$SLICES")
 
 image() {
-  docker build -t "$IMAGE" -f experiments/launch/tpu.Dockerfile .
+  docker build -t "$IMAGE" --build-arg=PYTHON="$PYTHON" \
+    -f experiments/launch/tpu.Dockerfile .
   docker push "$IMAGE"
 }
 

@@ -7,6 +7,8 @@ import pytest
 
 from nl_jax.data import packing, tokenizers
 
+pytestmark = pytest.mark.versions
+
 
 def _documents(rng: np.random.Generator, count: int, longest: int) -> list:
   """Documents of distinct tokens, so that every pair is recognisable."""

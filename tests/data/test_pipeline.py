@@ -9,6 +9,8 @@ from grain import checkpoint as grain_checkpoint
 
 from nl_jax.data import packing, pipeline, sources, tokenizers
 
+pytestmark = pytest.mark.versions
+
 
 def _rows(count: int, length: int = 4) -> packing.Rows:
   """Row i holds the numbers [i * length + 1, (i + 1) * length]."""

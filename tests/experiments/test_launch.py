@@ -95,6 +95,15 @@ def test_the_extras_that_are_installed_exist():
       assert {*extras.split(",")} <= {*known}, path
 
 
+def test_workers_have_the_python_that_is_asked_for(cloud):
+  _, lines = cloud("tpu.sh", "install", PYTHON="3.13")
+  assert any("PYTHON=3.13 bash" in x for line in lines for x in line)
+  _, lines = cloud("xpk.sh", "image", PYTHON="3.13")
+  assert "--build-arg=PYTHON=3.13" in lines[0]
+  build = (LAUNCH / "tpu.Dockerfile").read_text()
+  assert "ARG PYTHON\nFROM python:${PYTHON}-slim\n" in build
+
+
 def test_a_slice_is_asked_for_and_waited_for(cloud):
   states = ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
   _, lines = cloud("tpu.sh", "create", states)

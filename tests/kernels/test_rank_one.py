@@ -107,6 +107,7 @@ CASES = [
 ]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("rule,retention,read", CASES)
 def test_chunk_form_equals_token_loop(rule, retention, read):
   target, erase_of = RETENTION[retention]

@@ -68,9 +68,17 @@ def case(name):
   return Case(name)
 
 
+# Models whose laws are run with every Python.
+VERSIONS = {"transformer", "hope_linear", "gated_deltanet"}
+
+
 # One worker runs all laws of a model, which share its compiled functions.
 def params_of(names):
-  return [pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in names]
+  marks = lambda name: [
+    pytest.mark.xdist_group(name),
+    *([pytest.mark.versions] if name in VERSIONS else []),
+  ]
+  return [pytest.param(name, marks=marks(name)) for name in names]
 
 
 @pytest.fixture(params=params_of(MODELS))

@@ -103,6 +103,7 @@ CASES += [
 ]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("arch,name", CASES)
 def test_chunked_equals_the_definition(arch, name):
   rule = RULES[name]
@@ -261,6 +262,7 @@ def test_outer_gradient_equals_the_token_loops(omega):
       close(got, expected, 1e-10)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("objective", objectives.OBJECTIVES)
 def test_pairs_are_the_inner_gradient(arch, objective):

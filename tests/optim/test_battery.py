@@ -43,6 +43,7 @@ def _run(name, dtype, keys=("stack", "wide", "tall", "bias", "gain")):
   return p
 
 
+@pytest.mark.versions
 @every
 def test_compiles_once_and_inside_partition_is_the_same(name):
   tx = ALL[name]

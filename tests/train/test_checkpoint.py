@@ -13,6 +13,8 @@ from nl_jax.train import checkpoint, optimizer, stored
 from nl_jax.train import state as state_lib
 from tests.train import stub
 
+pytestmark = pytest.mark.versions
+
 MODEL = stub.Model()
 OPTIMIZER = optimizer.make(
   MODEL, steps=10, tokens_per_step=stub.TOKENS, learning_rate=1e-2
