@@ -75,8 +75,8 @@ def join(readers: Sequence[stream.Stream]) -> stream.Stream:
 def part(reader: stream.Stream, row: int) -> stream.Stream:
   """One row of a stream as a stream of its own."""
   state = stream.take(reader.state, np.array([row]))
-  logits = reader.logits[row : row + 1]
-  if bool(jnp.isnan(logits).any()):
+  logits = None if reader.logits is None else reader.logits[row : row + 1]
+  if logits is not None and bool(jnp.isnan(logits).any()):
     logits = None
   return stream.Stream(reader.model, reader.params, state, None, logits)
 

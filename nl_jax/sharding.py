@@ -303,7 +303,7 @@ def with_reach(
   if shards == 1:
     lay = lambda x: jnp.pad(x, [(0, 0), (reach, 0), *[(0, 0)] * (x.ndim - 2)])
     return f(*map(lay, near), *own, *whole)
-  axis = LOGICAL["length"]
+  (axis,) = _over("length")
 
   def run(near: list, own: list, whole: list) -> Tree:
     return f(*(_reaching(x, reach, axis, shards) for x in near), *own, *whole)
@@ -443,7 +443,7 @@ def _whole(axis: str | None) -> str | None:
 
 
 def _named(
-  mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str]
+  mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
 ) -> NamedSharding:
   """The sharding of logical axes, checked against the shape."""
   axes = list(axes)

@@ -143,11 +143,10 @@ class Stream:
     with self._where():
       for piece in self._pieces(tokens):
         held = self._held()
-        self.logits, self.state = _read(
-          self.model, self.params, piece, self.state
-        )
+        logits, self.state = _read(self.model, self.params, piece, self.state)
+        self.logits = logits
         self._hold(held)
-    return self.logits
+    return logits
 
   def _where(self) -> contextlib.AbstractContextManager:
     """The mesh, for the layout of activations."""
@@ -246,7 +245,7 @@ class Stream:
 
   def _hold(self, held: lm.LMState | None) -> None:
     """Takes back what rows wrote that are, or now went, beyond the bound."""
-    if held is None:
+    if held is None or self._bound is None or self.stopped_B is None:
       return
     limit, since = self._bound
     far_B = self.drift(since)
@@ -573,9 +572,11 @@ def load_memory(
       f"{path} was learned with other weights of this model (another "
       "checkpoint or run); give that one, or allow other weights"
     )
-  leaves, _ = tensors.read(path)
-  _check_finite(path, leaves)
-  leaves = {k: x for k, x in leaves.items() if not k.startswith(_POINT)}
+  found, _ = tensors.read(path)
+  _check_finite(path, found)
+  leaves: dict[str, Any] = {
+    k: x for k, x in found.items() if not k.startswith(_POINT)
+  }
   like = jax.eval_shape(
     lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
   )
@@ -624,7 +625,7 @@ def _load_points(
 
 def _check_leaves(
   path: str | os.PathLike,
-  leaves: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array | np.ndarray],
   wanted: Mapping[str, str],
 ) -> None:
   """Raises ValueError for arrays of other names, dtypes or shapes."""
@@ -733,23 +734,23 @@ def reset(
   """
   batch = state.position_B.shape[0]
   fresh = model.init_state(params, batch, _slots(model, state))
-  rows_B = jnp.asarray(rows_B, bool)
-  if rows_B.shape != (batch,):
-    raise ValueError(f"rows_B must be bool [{batch}], got {rows_B.shape}")
+  chosen_B = jnp.asarray(rows_B, bool)
+  if chosen_B.shape != (batch,):
+    raise ValueError(f"rows_B must be bool [{batch}], got {chosen_B.shape}")
 
   def choose(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     axis = lm.batch_axis(path)
     shape = [1] * old.ndim
     shape[axis] = batch
-    return jnp.where(rows_B.reshape(shape), new, old)
+    return jnp.where(chosen_B.reshape(shape), new, old)
 
   return jax.tree_util.tree_map_with_path(choose, fresh, state)
 
 
 def take(state: lm.LMState, rows: np.ndarray) -> lm.LMState:
   """Rows of a state, in the order given; a row may be taken several times."""
-  rows = jnp.asarray(rows, jnp.int32)
-  pick = lambda path, x: jnp.take(x, rows, axis=lm.batch_axis(path))
+  index = jnp.asarray(rows, jnp.int32)
+  pick = lambda path, x: jnp.take(x, index, axis=lm.batch_axis(path))
   return jax.tree_util.tree_map_with_path(pick, state)
 
 

@@ -59,7 +59,9 @@ class Policy:
   steady: bool = False
 
 
-F32 = Policy("f32", *["full"] * 6, rounded=False)
+F32 = Policy(
+  "f32", "full", "full", "full", "full", "full", "full", rounded=False
+)
 LEAN = Policy("lean", "x1", "x2", "x1", "newton1", "x3", "x1", rounded=True)
 # Rates beyond 1: the inverse is worse conditioned, and weights along a key that
 # comes again and again are large, so that reads are small differences.

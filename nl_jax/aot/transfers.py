@@ -33,7 +33,7 @@ class Collective(NamedTuple):
   axes: str
   place: str
   hidden: bool
-  count: int
+  count: int  # type: ignore[assignment]  # Of tuples a method.
   payload: float
   wire: float
 

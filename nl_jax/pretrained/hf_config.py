@@ -102,7 +102,7 @@ def _number(
   config: Mapping[str, Any], key: str, default: float | None = None
 ) -> float:
   """A number of the config; without it the default, if there is one."""
-  value = config.get(key)
+  value: Any = config.get(key)
   value = default if value is None else value
   if type(value) not in (int, float) or not math.isfinite(value):
     raise ValueError(

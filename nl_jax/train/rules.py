@@ -144,7 +144,7 @@ def options(name: str) -> dict[str, Field]:
   found = fields.of(rule.factory)
   parameters = inspect.signature(rule.factory).parameters
   left_out = (*_RECIPE, *_FALLBACK, *rule.hidden)
-  made = {}
+  made: dict[str, Any] = {}
   for key in parameters:
     if key == "memory":
       made |= _memory()
@@ -285,6 +285,7 @@ def _field(field: Field, factory: Callable[..., Any]) -> Field:
   key, default = field.name, field.default
   hint = _hints(factory)[key]
   names = _literals(hint)
+  bounds: Any
   if key.endswith("_dtype"):
     bounds = _DTYPES
   elif key in _NAMES:
@@ -357,7 +358,7 @@ def _arguments(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if key == "memory":
       given[key] = _memory_of(values)
     elif key == "preconditioner":
-      make = _PRECONDITIONERS.get(value)
+      make: Any = _PRECONDITIONERS.get(value)
       given[key] = make() if make else None
     elif key.endswith("_dtype"):
       given[key] = None if value == NONE else jnp.dtype(value)
