@@ -1,20 +1,20 @@
 """Compares optimizers, honestly and resumably (docs/results_optimizers.md).
 
-    python -m experiments.optimizers --suite={lm,topics,toys} [--full]
+    python -m experiments.optimizers --suite={lm,start,topics,toys} [--full]
                                      [--folder=runs/optimizers] [--table=FILE]
 
 One JSON file a trial lies in the folder: a trial that is there is not run
 again, so a killed command goes on where it stopped. First every arm at every
 rate with one seed, and up to two rates further while the best is at an edge;
 then three seeds at its best rate. `--full` is the whole grid: all arms, two
-more rates, every b1, three seeds. `--table` writes the page from what is in the
-folder.
+more rates, every b1, three seeds. The suite `start` is the public optimizers at
+their defaults and the rates to start with, three seeds each, on the byte model
+of `lm`. `--table` writes the page from what is in the folder.
 """
 
 import itertools
 import json
 import pathlib
-import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -22,9 +22,12 @@ from typing import Any
 from absl import flags
 
 from experiments.cli import command as command_lib
+from experiments.optimizers import page
 from nl_jax import files
 
-_SUITE = flags.DEFINE_enum("suite", "lm", ["lm", "topics", "toys"], "Which.")
+_SUITE = flags.DEFINE_enum(
+  "suite", "lm", ["lm", "start", "topics", "toys"], "Which."
+)
 _FULL = flags.DEFINE_bool("full", False, "The full grid: many hours.")
 _SMOKE = flags.DEFINE_bool("smoke", False, "A few steps, to see it run.")
 _FOLDER = flags.DEFINE_string("folder", "runs/optimizers", "Results, as JSON.")
@@ -67,12 +70,6 @@ def _run_trial(
   return result
 
 
-def _value(result: dict) -> float:
-  """What is compared: validation, or the online loss; NaN is worst."""
-  value = result.get("validation", result.get("online"))
-  return value if value == value else float("inf")
-
-
 def _compare(
   folder: pathlib.Path, text: str, names: Iterable[str],
   run: Callable[..., dict], full: bool, seeds: tuple[int, ...],
@@ -93,15 +90,32 @@ def _compare(
       )
     ]
     results = [_run_trial(folder, trial, run) for trial in grid]
-    best = min(results, key=_value)
+    best = min(results, key=page.value)
     for _ in range(extensions):
       rate = _beyond(best["rate"], [result["rate"] for result in results])
       if rate is None:
         break
       results.append(_run_trial(folder, {**_key(best), "rate": rate}, run))
-      best = min(results, key=_value)
+      best = min(results, key=page.value)
     for seed in seeds:
       _run_trial(folder, {**_key(best), "seed": seed}, run)
+
+
+def _run_starts(
+  folder: pathlib.Path,
+  text: str,
+  run: Callable[..., dict],
+  seeds: tuple[int, ...],
+  count: int | None,
+) -> None:
+  """The first `count` of STARTS, seed by seed: a table is there early."""
+  from experiments.optimizers import arms
+
+  rows = [(x, b1) for x, arm in arms.STARTS.items() for b1 in arm.b1s]
+  for seed, (name, b1) in itertools.product(seeds, rows[:count]):
+    rate = arms.STARTS[name].rate
+    trial = dict(arm=name, rate=rate, b1=b1, seed=seed, text=text)
+    _run_trial(folder, trial, run)
 
 
 def _key(trial: dict) -> dict:
@@ -116,132 +130,6 @@ def _beyond(best: float, rates: Iterable[float]) -> float | None:
     return None
   factor = 10**0.5 if best == high else 10**-0.5
   return float(f"{best * factor:.1g}")
-
-
-def _load(folder: pathlib.Path) -> list[dict]:
-  paths = sorted(folder.glob("*.json"))
-  return [json.loads(p.read_text(encoding="utf-8")) for p in paths]
-
-
-def _best_cells(results: list[dict]) -> list[tuple[dict, list[dict]]]:
-  """(an arm's best setting, its runs over seeds), best mean first."""
-  cells = {}
-  for r in results:
-    cells.setdefault((r["arm"], r["rate"], r["b1"]), []).append(r)
-  best = {}
-  mean = lambda runs: statistics.fmean(map(_value, runs))
-  for (arm, *_), runs in cells.items():
-    # The cell with most seeds: others were run with the first one alone.
-    key = (-len(runs), mean(runs))
-    if arm not in best or key < best[arm][0]:
-      best[arm] = (key, runs)
-  rows = [runs for _, runs in best.values()]
-  return sorted(((runs[0], runs) for runs in rows), key=lambda x: mean(x[1]))
-
-
-def _cell(runs: list[dict], metric: str) -> str:
-  values = [r[metric] for r in runs]
-  spread = statistics.stdev(values) if len(values) > 1 else float("nan")
-  return f"{statistics.fmean(values):.4f} ± {spread:.4f}"
-
-
-def _table(results: list[dict], metrics: tuple[str, ...]) -> str:
-  head = ["arm", "rate", "b1", "seeds", *metrics, "median over the grid"]
-  lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-  for setting, runs in _best_cells(results):
-    every = [_value(r) for r in results if r["arm"] == setting["arm"]]
-    cells = [
-      setting["arm"], f"{setting['rate']:g}", f"{setting['b1']:g}",
-      str(len(runs)), *(_cell(runs, m) for m in metrics),
-      f"{statistics.median(every):.4f}",
-    ]  # fmt: skip
-    lines.append("| " + " | ".join(cells) + " |")
-  return "\n".join(lines)
-
-
-def _toy_tables(results: list[dict]) -> str:
-  """One table for each set of columns, in the order of the problems."""
-  tables = {}
-  for result in results:
-    for row in result["rows"]:
-      tables.setdefault(tuple(row), []).append(row)
-  show = lambda v: f"{v:.4g}" if isinstance(v, float) else str(v)
-  parts = []
-  for head, rows in tables.items():
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(show(r[k]) for k in head) + " |" for r in rows]
-    parts.append("\n".join(lines))
-  return "\n\n".join(parts)
-
-
-def _plot(results: list[dict], path: pathlib.Path) -> bool:
-  """Training loss of each arm's best setting; False without matplotlib."""
-  try:
-    import matplotlib
-  except ModuleNotFoundError:
-    return False
-  matplotlib.use("Agg")
-  from matplotlib import pyplot
-
-  figure, axes = pyplot.subplots(figsize=(7, 4))
-  for setting, runs in _best_cells(results):
-    curve = [statistics.fmean(x) for x in zip(*(r["curve"] for r in runs))]
-    steps = [i * setting["every"] for i in range(len(curve))]
-    axes.plot(steps, curve, label=f"{setting['arm']} ({setting['rate']:g})")
-  axes.set(xlabel="step", ylabel="training loss, nat per byte", yscale="log")
-  axes.legend(fontsize=7)
-  figure.tight_layout()
-  figure.savefig(path, dpi=120)
-  return True
-
-
-_INTRO = """# Optimizers compared
-
-Best rate of each arm's own grid, mean ± standard deviation over seeds (weights
-and data order together). Lower is better. A difference below the spread over
-seeds is none, and one of arms with unequal grids is no evidence. What these
-figures do not show is not claimed: see docs/optimizers.md.
-"""
-
-
-def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
-  """The page of all results that lie in the folder."""
-  parts = [_INTRO]
-  command = "python -m experiments.optimizers --suite="
-  lm, stream = _load(folder / "lm"), _load(folder / "topics")
-  if lm:
-    parts.append(
-      f"## Byte language model, validation loss in nat per byte\n\n"
-      f"`{command}lm`; {_text_of(lm)}.\n\n"
-      + _table(lm, ("validation", "seconds"))
-    )
-    if _plot(lm, plot):
-      parts.append(f"![training loss]({plot.name})")
-  if stream:
-    parts.append(
-      f"## Topic stream\n\n`{command}topics`; {_text_of(stream)}.\n"
-      "Compare retention at equal online loss only: the rate moves it most.\n\n"
-      + _table(stream, ("online", "retention", "forgetting", "recovery"))
-    )
-  toys = [_load_toy(folder / "toys", n) for n in _toy_names(folder / "toys")]
-  if toys:
-    parts.append(f"## Toy problems\n\n`{command}toys`\n\n" + _toy_tables(toys))
-  return "\n\n".join(parts) + "\n"
-
-
-def _text_of(results: list[dict]) -> str:
-  """What the trials read; all of a folder read the same."""
-  return results[0].get("text", "of a text that the trials do not name")
-
-
-def _toy_names(folder: pathlib.Path) -> list[str]:
-  from experiments.optimizers import toys as toys_lib
-
-  return [n for n in toys_lib.PROBLEMS if (folder / f"{n}.json").exists()]
-
-
-def _load_toy(folder: pathlib.Path, name: str) -> dict:
-  return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _run_toys(folder: pathlib.Path, smoke: bool) -> None:
@@ -264,13 +152,15 @@ def main() -> int:
   folder = pathlib.Path(_FOLDER.value) / ("smoke" if smoke else "")
   if smoke and full:
     raise ValueError("give --smoke or --full, not both")
+  if full and _SUITE.value in ("start", "toys"):
+    raise ValueError(f"--suite={_SUITE.value} has no --full: it is one size")
   if _SUITE.value == "toys":
     _run_toys(folder / "toys", smoke)
   else:
     from experiments.optimizers import arms
     from experiments.optimizers import language_model as lm
 
-    if _SUITE.value == "lm":
+    if _SUITE.value != "topics":
       names = tuple(arms.ARMS) if full else arms.SHORT
       text = lm.corpus()[1]
       sizes = (4, 16) if smoke else (300, 256)
@@ -284,11 +174,15 @@ def main() -> int:
     names = names[:2] if smoke else names
     further = 0 if smoke else _EXTENSIONS
     print(text, flush=True)
-    _compare(folder / _SUITE.value, text, names, run, full, seeds, further)
+    into = folder / _SUITE.value
+    if _SUITE.value == "start":
+      _run_starts(into, text, run, seeds, 1 if smoke else None)
+    else:
+      _compare(into, text, names, run, full, seeds, further)
   if _TABLE.value:
     path = pathlib.Path(_TABLE.value)
     plot = path.with_suffix(".png")
-    path.write_text(page(folder, plot), encoding="utf-8")
+    path.write_text(page.page(folder, plot), encoding="utf-8")
     print(f"wrote {path}")
   return command_lib.DONE
 

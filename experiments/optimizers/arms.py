@@ -1,7 +1,9 @@
 """The arms of the optimizer comparison (spec 6.1-6.3).
 
 Every arm is a rule for the matrices of the blocks; all other leaves take AdamW
-with learning rate 3e-3, b2 .95 and no decay, whatever the arm.
+with learning rate 3e-3, b2 .95 and no decay, whatever the arm. Those of STARTS
+are public optimizers as they stand, for all leaves, at the rates that
+docs/optimizers.md says to start with.
 """
 
 import dataclasses
@@ -84,6 +86,36 @@ ARMS = {
   ),
 }
 SHORT = tuple(ARMS)[:6]
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """A public optimizer, all of it at its defaults.
+
+  Attributes:
+    make: (learning rate, b1) -> the optimizer of all leaves.
+    rate: the learning rate to start with.
+    b1s: those that are tried, its own first.
+  """
+
+  make: Callable[[optax.Schedule, Any], optax.GradientTransformation]
+  rate: float
+  b1s: tuple[float, ...] = (0.9,)
+
+
+STARTS = {
+  "optim.m3": Start(optim.m3, 1e-2, (0.8, 0.9, 0.95)),
+  "optim.muon": Start(optim.muon, 1e-2, (0.8,)),
+  "optim.delta_momentum": Start(optim.delta_momentum, 0.1),
+  "optim.deep_momentum": Start(
+    lambda rate, b1: optim.deep_momentum(rate, target_decay=b1), 0.3
+  ),
+  "optim.adam_memory": Start(optim.adam_memory, 3e-3),
+  "optim.adagrad_memory": Start(
+    lambda rate, b1: optim.adagrad_memory(rate), 0.1, (0.0,)
+  ),
+  "optax.sgd": Start(lambda rate, b1: optax.sgd(rate), 0.3, (0.0,)),
+}
 TOPICS = ("adamw", "muon", "muon with a second moment", "m3")
 
 
@@ -93,11 +125,14 @@ def make(
   """The optimizer of an arm: rate and b1 may be traced.
 
   Args:
-    name: a key of ARMS.
-    rate: peak learning rate of the blocks' matrices.
+    name: a key of ARMS or STARTS.
+    rate: peak learning rate, of ARMS that of the blocks' matrices.
     b1: decay of the momentum.
     shape: schedule of the rates, at most 1.
   """
+  clip = optax.clip_by_global_norm(1.0)
+  if name in STARTS:
+    return optax.chain(clip, STARTS[name].make(lambda t: rate * shape(t), b1))
   arm = ARMS[name]
   matrices = optax.chain(
     arm.rule(b1),
@@ -118,6 +153,6 @@ def make(
     )
 
   return optax.chain(
-    optax.clip_by_global_norm(1.0),
+    clip,
     optax.partition({"matrix": matrices, "rest": rest}, labels),
   )

@@ -2,6 +2,7 @@
 
     python -m experiments.study --name=tiny_table
     python -m experiments.study --name=topics --jobs=2
+    python -m experiments.study --name=streams
 
 Each run is `experiments.lm` in a folder of its own, at seeds 0, 1, 2; what is
 finished stays, and the same command goes on. Prints a table in Markdown and
@@ -23,7 +24,7 @@ from absl import flags
 from experiments.cli import command as command_lib
 
 _NAME = flags.DEFINE_enum(
-  "name", None, ["tiny_table", "topics"], "Which study."
+  "name", None, ["tiny_table", "topics", "streams"], "Which study."
 )
 _FOLDER = flags.DEFINE_string("folder", "runs/studies", "Where runs lie.")
 _JOBS = flags.DEFINE_integer(
@@ -102,17 +103,17 @@ def _train(runs: list[Run], jobs: int) -> list[Run]:
 def main() -> int:
   """Runs the command; returns its exit status."""
   if not _NAME.value:
-    raise ValueError("--name is required: tiny_table or topics")
+    raise ValueError("--name is required: tiny_table, topics or streams")
   from experiments.study import studies
 
-  study = studies.STUDIES[_NAME.value](_SMOKE.value)
+  size = "smoke" if _SMOKE.value else ""
+  folder = pathlib.Path(_FOLDER.value) / _NAME.value / size
+  study = studies.STUDIES[_NAME.value](_SMOKE.value, folder)
   unknown = [name for name in _ROWS.value if name not in study.rows]
   if unknown:
     raise ValueError(
       f"unknown row {unknown[0]!r}; known: {', '.join(study.rows)}"
     )
-  size = "smoke" if _SMOKE.value else ""
-  folder = pathlib.Path(_FOLDER.value) / _NAME.value / size
   rows = _ROWS.value or list(study.rows)
   seeds = range(min(_SEEDS.value, 2) if _SMOKE.value else _SEEDS.value)
   # Seed by seed, so that a table of all rows is there early.
@@ -125,6 +126,7 @@ def main() -> int:
     f"{len(runs)} runs, {sum(run.done for run in runs)} of them done, in "
     f"{folder}"
   )
+  study.prepare()
   failed = _train(runs, min(jobs, len(os.sched_getaffinity(0))))
   print(studies.tell(folder))
   return command_lib.PARTLY_FAILED if failed else command_lib.DONE

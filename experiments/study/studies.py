@@ -19,14 +19,17 @@ class Study:
   Attributes:
     rows: by name.
     tell: (finished runs, folder for a picture) -> a table in Markdown.
+    prepare: makes what the runs read, where it is not there.
   """
 
   rows: dict[str, Row]
   tell: Callable[[Sequence[Any], pathlib.Path], str]
+  prepare: Callable[[], None] = lambda: None
 
 
-def tiny_table(smoke: bool) -> Study:
+def tiny_table(smoke: bool, folder: pathlib.Path) -> Study:
   """All rows of Table 1 at the tiny size, on the embedded corpus."""
+  del folder  # Nothing is made for it.
   names = [x for x in named.config_names() if x.endswith("_tiny")]
   if smoke:
     names = ["transformer_tiny", "deltanet_tiny"]
@@ -51,8 +54,9 @@ _TOPIC_ARMS = {
 }
 
 
-def topics(smoke: bool) -> Study:
+def topics(smoke: bool, folder: pathlib.Path) -> Study:
   """HOPE-Attention that reads package A, then B, then A again."""
+  del folder  # Nothing is made for it.
   from experiments.study import topics as topics_lib
 
   config = "hope_attention_incontext_tiny" + (":smoke" if smoke else "")
@@ -70,7 +74,44 @@ def topics(smoke: bool) -> Study:
   return Study(rows, tell)
 
 
-STUDIES = {"tiny_table": tiny_table, "topics": topics}
+# With what differs; levels in context that are carried end with a document.
+_STREAM_MODELS = {
+  "hope_linear": (),
+  "titans_lmm": (),
+  "hope_attention_incontext": ("model.cms.reset=document",),
+}
+
+
+def streams(smoke: bool, folder: pathlib.Path) -> Study:
+  """Loss beyond the trained row, trained on packed rows and on streams."""
+  from experiments.study import streams as streams_lib
+
+  # The same text for all, a little more than the steps read, so that packed
+  # rows and streams are the same tokens, each read at most once.
+  length, batch, steps = (64, 8, 3) if smoke else (128, 16, 150)
+  text = folder / "text.jsonl"
+  size = (
+    "data.source=jsonl", f"data.path={text}", f"data.sequence_length={length}",
+    f"data.batch_size={batch}", f"train.steps={steps}", "train.eval_every=0",
+    f"eval.batches={1 if smoke else 8}",
+  )  # fmt: skip
+  models = {"deltanet": ()} if smoke else _STREAM_MODELS
+  rows = {
+    f"{model}_{arm}": (
+      f"{model}_tiny" + (":smoke" if smoke else ""),
+      (*size, f"data.rows={arm}", *more),
+    )
+    for model, more in models.items()
+    for arm in streams_lib.ARMS
+  }
+  return Study(
+    rows,
+    lambda runs, where: streams_lib.tell(runs, where, length),
+    lambda: streams_lib.write_text(text, length * batch * steps * 6 // 5),
+  )
+
+
+STUDIES = {"tiny_table": tiny_table, "topics": topics, "streams": streams}
 
 
 class Finished(NamedTuple):
@@ -115,9 +156,9 @@ def tell(folder: pathlib.Path) -> str:
   name = (folder.parent if smoke else folder).name
   if name not in STUDIES:
     raise ValueError(
-      f"{folder} is not the folder of a study: {' or '.join(STUDIES)} expected"
+      f"{folder} is not the folder of a study: {', '.join(STUDIES)} expected"
     )
-  study, runs = STUDIES[name](smoke), finished(folder)
+  study, runs = STUDIES[name](smoke, folder), finished(folder)
   runs = [run for row in study.rows for run in runs if run.row == row]
   table = study.tell(runs, folder)
   (folder / "table.md").write_text(table + "\n", encoding="utf-8")

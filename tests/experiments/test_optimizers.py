@@ -9,8 +9,8 @@ import sys
 import jax
 import pytest
 
+from experiments.optimizers import arms, page, toys
 from experiments.optimizers import language_model as lm
-from experiments.optimizers import toys
 
 _ROOT = pathlib.Path(__file__).parents[2]
 
@@ -56,10 +56,35 @@ def test_the_decoder_has_the_stated_size():
   assert sum(x.size for x in jax.tree.leaves(shapes)) == 459_392
 
 
+@pytest.mark.parametrize("name", arms.STARTS)
+def test_a_public_optimizer_takes_all_leaves(name):
+  params = jax.eval_shape(lm.init, jax.random.key(0))
+  start = arms.STARTS[name]
+
+  def step(params, grads):
+    tx = arms.make(name, start.rate, start.b1s[0], lambda count: 1.0)
+    return tx.update(grads, tx.init(params), params)[0]
+
+  updates = jax.eval_shape(step, params, params)
+  assert jax.tree.structure(updates) == jax.tree.structure(params)
+
+
+def test_the_page_has_the_public_optimizers(tmp_path):
+  for seed, value in enumerate((1.5, 1.7)):
+    trial = dict(arm="optim.m3", rate=0.01, b1=0.8, seed=seed, text="a text")
+    path = tmp_path / "start" / f"s{seed}.json"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(trial | {"validation": value}))
+  made = page.page(tmp_path, tmp_path / "page.png")
+  assert "| `optim.m3(0.01)` | 0.8 | 2 | 1.6000 ± 0.1414 |" in made
+  assert "a text" in made
+
+
 def test_an_unwanted_pair_of_flags():
-  done = _command("--smoke", "--full")
-  assert done.returncode == 1
-  assert "not both" in done.stderr and "Traceback" not in done.stderr
+  for args in (("--smoke", "--full"), ("--suite=start", "--full")):
+    done = _command(*args)
+    assert done.returncode == 1
+    assert "--full" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_toys_show_the_known_verdicts():
