@@ -398,7 +398,7 @@ def mesh_of(
   return sharding.mesh(fsdp=1, devices=devices[:1])
 
 
-def for_decoding(model: lm.LanguageModel, params: Any) -> Any:
+def for_decoding(model: Any, params: Any) -> Any:
   """Parameters with matrices in the type of the activations, as all use them.
 
   What is read for each token is half as long then, and no number changes.

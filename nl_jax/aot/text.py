@@ -86,7 +86,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     elif match := _LINE.match(line):
       last = _instruction(*match.groups())
       current.body[last.name] = last
-    elif last is not None:  # The attributes of a kernel may go over several lines.
+    elif last is not None:  # A kernel's attributes may go over several lines.
       last = last._replace(text=last.text + line)
       current.body[last.name] = last
   if not entry:

@@ -19,7 +19,7 @@ through a learned vector, so that the chunk form stays exact (`gate_shape`).
 
 import dataclasses
 import functools
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -261,7 +261,7 @@ def init(
       k, heads, key_dim, config.hidden or key_dim,
       arch=config.memory, in_std=in_std,
     )  # fmt: skip
-  gate = {}
+  gate: dict[str, Any] = {}
   if config.gate_source == "memory":
     channel = config.gate_shape == "channel"
     shape = (heads, key_dim) if channel else (heads,)
@@ -421,7 +421,7 @@ def _body(
   names = ("generators", "memory")[: len(parts)]
   after = dict(zip(names, written.blocks))
   out = {"q": q, "k": k, "v": v, "gates": gates}
-  if "memory" in now.w:
+  if written.read is not None and "memory" in now.w:
     out = {"y": written.read(1, q)}
   w = {name: block.w for name, block in after.items()}
   s = {name: block.s for name, block in after.items()}
@@ -472,7 +472,7 @@ def update(
       "gates of one value a channel run only with "
       "Run(implementation='reference')"
     )
-  grid = dict(
+  grid: Any = dict(
     segment_ids=segment_ids, at_edge=at_edge, aligned=aligned, run=run
   )
   wide = jax.tree.leaves(state.memory.w)[0].dtype
@@ -485,7 +485,7 @@ def update(
   slow = cast(slow)
   if config.generator_roles and joint:
     return _one_walk(slow, state, (z, static_gates), config, grid)
-  if config.generator_roles:
+  if state.generators is not None:
     made, generators, first = _first_pass(
       slow, state.generators, (z, static_gates), config, by_token, grid
     )
@@ -526,10 +526,13 @@ def _one_walk(
   slow: dict, state: State, xs: tuple, config: Config, grid: dict
 ) -> tuple[jax.Array, State, Metrics]:
   """Both passes as one chunk function."""
-  both = lambda field: {
-    "generators": getattr(state.generators, field),
-    "memory": getattr(state.memory, field),
-  }
+
+  def both(field: str) -> Any:
+    return {
+      "generators": getattr(state.generators, field),
+      "memory": getattr(state.memory, field),
+    }
+
   together = state.memory._replace(
     anchor=both("anchor"), w=both("w"), s=both("s")
   )
@@ -538,16 +541,15 @@ def _one_walk(
     chunk=config.chunk_memory, group=config.remat_group,
     name=f"smt_{config.memory}", **grid,
   )  # fmt: skip
-  split = {
-    name: after._replace(
-      anchor=after.anchor[name], w=after.w[name], s=after.s[name]
-    )
-    for name in ("generators", "memory")
-  }
+
+  def own(name: str) -> Any:
+    of: Any = lambda tree: tree[name]
+    return after._replace(anchor=of(after.anchor), w=of(after.w), s=of(after.s))
+
   count = len(rules.Metrics._fields)
   metrics = rules.metrics(sums[..., :count]), rules.metrics(sums[..., count:])
   y = out["y"].reshape(xs[0]["q"].shape)
-  return y, State(**split), Metrics(*metrics)
+  return y, State(own("generators"), own("memory")), Metrics(*metrics)
 
 
 @jax.named_scope("generators")
@@ -561,7 +563,7 @@ def _first_pass(
 ) -> tuple:
   """Runs the generators over a call: ((q, k, v, gates), state, metrics)."""
   alone = {name: x for name, x in slow.items() if name != "memory"}
-  within = lambda tree: {"generators": tree}
+  within: Any = lambda tree: {"generators": tree}
   own = state._replace(
     anchor=within(state.anchor), w=within(state.w), s=within(state.s)
   )
@@ -572,9 +574,7 @@ def _first_pass(
   )  # fmt: skip
   heads = xs[0]["q"].shape[:3]
   out = jax.tree.map(lambda x: x.reshape(*heads, -1), out)
-  after = after._replace(
-    anchor=after.anchor["generators"], w=after.w["generators"],
-    s=after.s["generators"],
-  )  # fmt: skip
+  of: Any = lambda tree: tree["generators"]
+  after = after._replace(anchor=of(after.anchor), w=of(after.w), s=of(after.s))
   made = out["q"], out["k"], out["v"], out["gates"]
   return made, after, rules.metrics(sums)

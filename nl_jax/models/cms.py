@@ -12,7 +12,7 @@ residual SwiGLU, x ← x + MLP(RMSNorm(x)).
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -115,7 +115,7 @@ class Level(nn.Module):
     w_gate = self.param("w_gate", init(layers.INIT_STD), shape)
     w_up = self.param("w_up", init(layers.INIT_STD), shape)
     w_down = self.param("w_down", init(self.down_std), shape[::-1])
-    kernels = (w_gate, w_up, w_down)
+    kernels: Any = (w_gate, w_up, w_down)
     if self.gathers:
       kernels = [w.astype(x.dtype) for w in kernels]
       axes = (("embed", "mlp"),) * 2 + (("mlp", "embed"),)
@@ -196,7 +196,9 @@ def _gathers(config: CMSConfig, x_BxTxD: types.Array) -> bool:
   """
   here = sharding.shard_shape(x_BxTxD.shape, "batch", "tokens", "act_embed")
   beside = sharding.shard_shape(x_BxTxD.shape, "batch", "length", "act_embed")
-  if config.variant == "independent" or here == beside or here is None:
+  if here is None or beside is None or here == beside:
+    return False
+  if config.variant == "independent":
     return False
   tokens, sums = math.prod(beside[:2]), 3 * len(config.levels) - 1
   return 2 * sums * tokens > 9 * sum(config.widths)
@@ -231,7 +233,8 @@ def apply(
     config: the levels.
     epsilon: of the norms.
   """
-  return CMS(config, 1, epsilon).apply({"params": params}, x_BxTxD)
+  y: Any = CMS(config, 1, epsilon).apply({"params": params}, x_BxTxD)
+  return y
 
 
 def apply_and_tell(
