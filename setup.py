@@ -48,6 +48,11 @@ _EVAL = ["seqio>=0.0.20,<0.1"]  # Brings TensorFlow.
 # Its protobuf (<7) and pyarrow (<26) are older than those of requirements.txt.
 _BEAM = ["apache-beam[gcp]>=2.70"]
 _HF = ["datasets>=3.0"]  # Folders of Hugging Face `save_to_disk`.
+_DOCS = [  # The site; a test builds it.
+  "mkdocs>=1.6,<2",
+  "mkdocs-material>=9.5,<10",
+  "mkdocstrings[python]>=0.27",
+]
 
 setup(
   name="nl_jax",
@@ -89,6 +94,7 @@ setup(
     "cuda13": ["jax[cuda13]>=0.10.2,<0.13"],
     "hf": [*_TRAIN, *_HF],
     "beam": [*_TRAIN, *_BEAM],
-    "dev": [*_TRAIN, *_DEV, *_HF],
+    "docs": _DOCS,
+    "dev": [*_TRAIN, *_DEV, *_DOCS, *_HF],
   },
 )

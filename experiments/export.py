@@ -19,7 +19,7 @@ from experiments.cli import command
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _OUT = flags.DEFINE_string("out", None, "The new folder.")
 _DTYPE = flags.DEFINE_enum(
-  "dtype", "float32", ["float32", "bfloat16"], "Of the weights."
+  "dtype", "float32", ["float32", "bfloat16"], "Type of the written weights."
 )
 _CONFIG = "config.json"
 # Files of a pretrained model that go with its tokenizer.
@@ -93,7 +93,7 @@ def _refuse_taken(out: pathlib.Path) -> None:
 def _form(
   config: Any, net: Any, params: Any
 ) -> tuple[str, dict[str, Any], dict[str, Any]]:
-  """Why the model is no Hugging Face one ("" if it is), config and tensors."""
+  """Why a model is not a Hugging Face one ("" if it is), config and tensors."""
   import jax
 
   from nl_jax import build, sharding

@@ -101,7 +101,7 @@ def _remark(text: str) -> str:
 
 
 def _said(archs: list[str]) -> Iterator[str]:
-  """What the small configs of some archs say, where it is no default."""
+  """What the small configs of some archs say, where it is not a default."""
   from experiments.cli import named
   from nl_jax.train import config as configs
 

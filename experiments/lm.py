@@ -1,6 +1,6 @@
 """Trains a language model: `python -m experiments.lm --config=hope_tiny`.
 
-The same command goes on where an earlier one stopped; several processes, as on
+The same command resumes where an earlier one stopped; several processes, as on
 the workers of a slice, are each started with it (experiments/distributed.py).
 The workdir holds everything: config.json, metrics.jsonl, events/ (TensorBoard),
 checkpoints/, sample.txt and, at the end, results.json, report.html and
@@ -43,14 +43,14 @@ _KEEP = flags.DEFINE_string(
   "What of it is kept: weights; optimizer, with all counters, for other data "
   "or a cooldown; all, with the place in the data.",
 )  # fmt: skip
-# Flags of before, and what --keep says in their place.
+# Flags of earlier versions, and the --keep that replaces each.
 _BEFORE = (
   (flags.DEFINE_string("resume_from", "", "Now --from, --keep=all."), "all"),
   (flags.DEFINE_string("init_from", "", "Now --from, --keep=weights."),
    "weights"),
 )  # fmt: skip
 _PREEMPTED = flags.DEFINE_integer(
-  "preempted_exit_code", 0, "Exit status after SIGTERM and the save."
+  "preempted_exit_code", 0, "Exit status after SIGTERM, once the run is saved."
 )
 _DATA = flags.DEFINE_string(
   "data_dir", os.environ.get("NL_DATA", ""),
@@ -135,10 +135,10 @@ def main() -> int:
     flops_per_token=flops.training(net, config.data.sequence_length),
   )
   if result.status == "interrupted":
-    command.say(f"stopped at step {result.step}; the same command goes on")
+    command.say(f"stopped at step {result.step}; the same command resumes")
     return command.INTERRUPTED
   if result.status == "preempted":
-    command.tell(f"saved at step {result.step}; the same command goes on")
+    command.tell(f"saved at step {result.step}; the same command resumes")
     return _PREEMPTED.value
   params = build.gathered(result.state["params"])
   if distributed.first():

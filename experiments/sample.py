@@ -3,7 +3,7 @@
     python -m experiments.sample --workdir=runs/hope_tiny --prompt="def "
 
 With --memory_out the model's memory of prompt and text is kept in a file, and
-with --memory_in it goes on from there, in another process or on another day.
+with --memory_in it resumes from there, in another process or on another day.
 
 --prompts=texts.jsonl --memories=folder writes on from many texts at once, each
 with the memory of its name where there is one (lines {"name": ..., "text":
@@ -19,7 +19,7 @@ from absl import flags, logging
 from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
-_PROMPT = flags.DEFINE_string("prompt", "", "Text to go on from; may be empty.")
+_PROMPT = flags.DEFINE_string("prompt", "", "Text to continue; may be empty.")
 _TOKENS = flags.DEFINE_integer("tokens", 200, "Tokens to write.", lower_bound=1)
 _TEMPERATURE = flags.DEFINE_float(
   "temperature", 0.9, "0: always the most likely token.", lower_bound=0.0
@@ -30,14 +30,16 @@ _TOP_P = flags.DEFINE_float(
 _FILE = flags.DEFINE_string(
   "prompt_file", "", "A UTF-8 file to read before the prompt."
 )
-_IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
+_IN = flags.DEFINE_string("memory_in", "", "A memory file to resume from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Replace --memory_out, if it is there."
 )
-_PROMPTS = flags.DEFINE_string("prompts", "", "Go on from texts of this JSONL.")
+_PROMPTS = flags.DEFINE_string(
+  "prompts", "", "Continue the texts of this JSONL."
+)
 _MEMORIES = flags.DEFINE_string("memories", "", "Folder of their memories.")
-_SEED = flags.DEFINE_integer("seed", 0, "Of the draws.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the sampling.", lower_bound=0)
 
 
 def main() -> int:

@@ -62,7 +62,7 @@ def of_run(
   except ValueError as error:
     reason = " ".join(str(error).split())
     raise ValueError(
-      f"{workdir}/{files.CONFIG} is no config that this version of nl_jax "
+      f"{workdir}/{files.CONFIG} is not a config that this version of nl_jax "
       f"reads: {reason}; use the version that made the run, or a copy of the "
       "file as it was"
     ) from error
@@ -83,7 +83,7 @@ def tokenizer(config: ConfigDict) -> tokenizers.Tokenizer:
 def resolve(config: ConfigDict) -> ConfigDict:
   """A config that is checked, with what depends on the machine filled in.
 
-  Configs from files of before get the fields that they do not list; groups of
+  Configs of earlier files get the fields that they do not list; groups of
   rules that are not chosen go, where they say nothing; what the machine decides
   is the dtype of activations.
 
@@ -206,7 +206,8 @@ def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
     ):
       if value != default:
         raise ValueError(
-          f"{path}={value!r} is of data.rows=stream, got data.rows={rows!r}"
+          f"{path}={value!r} applies to data.rows=stream, got "
+          f"data.rows={rows!r}"
         )
     return
   if net.grows:
@@ -219,8 +220,8 @@ def _check_rows(config: ConfigDict, net: lm.LanguageModel) -> None:
   if levels and (levels.reset == "document") != (reset == "document"):
     fits = {"document": "document", "never": "sequence"}[reset]
     raise ValueError(
-      f"with data.rows=stream and data.reset={reset} levels in context begin "
-      f"anew with model.cms.reset={fits}, got {levels.reset!r}"
+      f"with data.rows=stream and data.reset={reset} levels in context need "
+      f"model.cms.reset={fits}, got {levels.reset!r}"
     )
 
 

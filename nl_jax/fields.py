@@ -188,7 +188,7 @@ def check(
   Args:
     group: of the config, as "model.mixer"; messages name the whole path.
     made: the dataclass or function whose parameters the values are.
-    values: by name; what has no bounds, or is no parameter, is passed over.
+    values: by name; what has no bounds, or is not a parameter, is passed over.
   """
   known = of(made)
   for name, value in values.items():

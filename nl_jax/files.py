@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator, Mapping
 from typing import Any, BinaryIO
 
-ADVICE = "free space, mend the permissions, or give another place"
+ADVICE = "free space, fix the permissions, or give another place"
 _BLOCK = 2**20  # Bytes.
 _SEAL = "sha256"
 
@@ -84,7 +84,7 @@ def replacing(path: pathlib.Path) -> Iterator[BinaryIO]:
       os.fsync(file.fileno())
     hidden.replace(path)
   except BaseException:
-    with contextlib.suppress(OSError):  # What went wrong first is told.
+    with contextlib.suppress(OSError):  # The first error is reported.
       hidden.unlink(missing_ok=True)
     raise
 
@@ -159,7 +159,7 @@ def refuse_taken(flag: str, *paths: str | os.PathLike) -> None:
   for path in map(pathlib.Path, paths):
     if path.is_file():
       raise ValueError(
-        f"{path} is there already: give {flag} another file, or --overwrite "
+        f"{path} already exists: give {flag} another file, or --overwrite "
         "to replace it"
       )
 
@@ -185,7 +185,7 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(values: Mapping[str, Any], what: str) -> dict[str, Any]:
-  """JSON values without their hash; those of before have none.
+  """JSON values without their hash; those of earlier versions have none.
 
   Args:
     values: of `sealed`.
@@ -211,7 +211,7 @@ def read_json(path: pathlib.Path) -> Any:
   try:
     return json.loads(path.read_bytes())
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path} is no JSON ({error})") from error
+    raise ValueError(f"{path} is not JSON ({error})") from error
 
 
 @contextlib.contextmanager
@@ -235,7 +235,7 @@ def lock(path: pathlib.Path) -> Iterator[None]:
     raise
   with os.fdopen(descriptor, "rb") as file:
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-      raise _no_file(path, "no plain file")
+      raise _no_file(path, "not a plain file")
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

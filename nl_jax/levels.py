@@ -41,7 +41,7 @@ class Level:
     reduce: "mean" over the gathered weight, or "sum" (eq. 71).
     on_slower_update: (start, params, gradient) -> (start, params), called when
       the next slower level has updated (nested CMS, eq. 72); `gradient` is the
-      reduced one of the level's own last period. Its rule begins anew.
+      reduced one of the level's own last period. Its rule is reset.
     full: that gradient is by `start` instead, through all updates since the
       last restart (MAML): the units since then are kept and run again.
   """

@@ -28,7 +28,7 @@ def _score(
   state: lm.LMState,
   before: jax.Array,
 ) -> tuple[jax.Array, jax.Array, lm.LMState]:
-  """As `stream`'s, of rows that end before the padding behind them."""
+  """As `stream`'s, of rows that end before the padding after them."""
   ids = real.astype(jnp.int32)
   logits, state, _ = model.apply(params, tokens, state, segment_ids=ids)
   ahead = jnp.concatenate([before[:, None], logits], axis=1)
@@ -40,7 +40,7 @@ def _score(
 
 
 def join(readers: Sequence[stream.Stream]) -> stream.Stream:
-  """One stream with the rows of several, one behind the other.
+  """One stream with the rows of several, one after the other.
 
   Args:
     readers: of one model and its weights; those that have read nothing may be

@@ -181,7 +181,7 @@ def mesh(
 
   Raises:
     ValueError: the sizes do not multiply to the number of devices, or replica
-      is no multiple of the number of slices.
+      is not a multiple of the number of slices.
   """
   devices = jax.devices() if devices is None else list(devices)
   sizes = dict(zip(AXES, (replica, fsdp, sequence, tensor)))
@@ -318,7 +318,7 @@ def with_reach(
 
 
 def _reaching(x: jax.Array, reach: int, axis: str, shards: int) -> jax.Array:
-  """A shard's tokens [B, t, ...] behind the `reach` tokens before them."""
+  """A shard's tokens [B, t, ...] after the `reach` tokens before them."""
   size, pieces = x.shape[1], [x]
   for by in range(1, min(-(-reach // size), shards - 1) + 1):
     last = x[:, max(by * size - reach, 0) :]

@@ -428,7 +428,7 @@ def go_on(
   *,
   other_weights: bool = False,
 ) -> tuple[Stream, dict[str, Any]]:
-  """A stream that goes on from a memory file, and the file's manifest.
+  """A stream that resumes from a memory file, and the file's manifest.
 
   Args and errors: as of `load_memory`.
   """
@@ -520,7 +520,7 @@ def check_place(
     state: its state, of the size that it will have.
 
   Raises:
-    ValueError: a folder, or something that is no memory of this model.
+    ValueError: a folder, or something that is not a memory of this model.
     StorageError: the system refuses, or has too little space.
   """
   size = sum(x.nbytes for x in jax.tree.leaves(state))
@@ -646,7 +646,7 @@ def _check_finite(
   for name, x in leaves.items():
     if jnp.issubdtype(x.dtype, jnp.inexact) and not np.isfinite(x).all():
       raise ValueError(
-        f"{path}: {name} is not finite, so this is no memory to go on from; "
+        f"{path}: {name} is not finite, so this memory cannot be resumed; "
         "read the text again with a checkpoint whose loss is finite"
       )
 
@@ -668,7 +668,7 @@ def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
       texts = tensors.open_texts(path, file.metadata())
   except safetensors.SafetensorError as error:
     raise ValueError(
-      f"{path} is no memory file, or a torn one ({error})"
+      f"{path} is not a memory file, or a torn one ({error})"
     ) from error
   if _KEY not in texts:
     raise ValueError(f"{path} is a safetensors file but no memory")

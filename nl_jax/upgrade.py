@@ -1,8 +1,8 @@
-"""Memory files of before, made into those of this version.
+"""Memory files of earlier versions, made into those of this one.
 
 In format 1 a memory kept its weights, not how far they are from its learned
 start; `s` held what is now `carried` beside the momentum; generators of
-self-modifying Titans were stacked by role; and memories whose chunk is no part
+self-modifying Titans were stacked by role; and memories whose chunk is not part
 of the function kept their place in it.
 """
 
@@ -44,7 +44,7 @@ def memory(leaves: Leaves, model: Any, params: types.Params) -> Leaves:
       x = _side_by_side(x, layer, model)
     if place in starts and slot in ("anchor", "w"):
       x = _deviation(x, starts[place][layer], part)
-    # Memories that start empty are those whose chunk is no part of them.
+    # Memories that start empty are those whose chunk is not part of them.
     if place not in starts and slot == "phase":
       x = jnp.zeros_like(x)
     if place not in starts and slot == "anchor":

@@ -32,6 +32,21 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 gc.set_threshold(50_000, 20, 100)
 
 
+# Rooms and files of the tier `-m quick`: under five minutes on two cores.
+QUICK = (
+  "data", "memory", "optim", "tasks", "test_card.py", "test_fields.py",
+  "test_files.py", "test_groups.py", "test_imports.py", "test_levels.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+  """Marks the tests of `QUICK`."""
+  here = pathlib.Path(__file__).parent
+  for item in items:
+    if item.path.relative_to(here).parts[0] in QUICK:
+      item.add_marker(pytest.mark.quick)
+
+
 def pytest_runtest_teardown(
   item: pytest.Item, nextitem: pytest.Item | None
 ) -> None:

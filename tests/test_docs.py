@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import shlex
+import subprocess
+import sys
 import tokenize
 
 import pytest
@@ -56,7 +58,7 @@ def _small(command: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_command_of_a_page_runs(page, tmp_path):
+def test_every_command_of_a_page_runs(page, tmp_path, monkeypatch):
   found = commands(page)
   if page.name in ("README.md", "guide.md"):
     assert found
@@ -67,11 +69,18 @@ def test_every_command_of_a_page_runs(page, tmp_path):
   lines = [json.dumps({"text": text[i:]}) for i in range(0, 400, 8)]
   (tmp_path / "corpus" / "a.jsonl").write_text("\n".join(lines))
   (tmp_path / "book.txt").write_text(text)
-  if any(x.endswith("hope_linear_tiny") for c in found for x in c):
+  code = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+  reads = page.name == "README.md" and code
+  if reads or any(x.endswith("hope_linear_tiny") for c in found for x in c):
     # In the place of runs/hope_tiny, where a page wants its memory.
     found.insert(0, _small(["lm", "--config=hope_linear_tiny"]))
   for command, done in zip(found, forked.run(found, tmp_path)):
     assert done.returncode == 0, (command, done.stderr[-2000:])
+  if reads:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text(text)
+    exec(code[0].replace("runs/hope_tiny", "runs/hope_linear_tiny"), {})
+    assert (tmp_path / "readme.memory").stat().st_size > 1000
 
 
 def test_the_page_of_all_fields_is_what_the_command_prints():
@@ -90,7 +99,7 @@ def test_files_and_links_of_a_page_are_there(page):
     name, _, anchor = link.partition("#")
     target = page.parent / name if name else page
     assert target.exists(), link
-    if anchor:
+    if anchor and target.suffix == ".md":
       assert anchor in anchors(target), link
   for file in re.findall(r"`((?:nl_jax|kernels|tests|experiments)/[^`*<]+)`",
                          text):  # fmt: skip
@@ -184,3 +193,29 @@ def test_sections_that_a_page_names_are_there(page):
 ])  # fmt: skip
 def test_a_citation_that_leads_nowhere_is_found(text, found):
   assert missing(text) == found
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+  pytest.importorskip("mkdocs", reason="needs mkdocs, of the extra docs")
+  command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict"]
+  done = subprocess.run(
+    [*command, f"--site-dir={tmp_path / 'site'}"], cwd=ROOT, text=True,
+    capture_output=True, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+  )  # fmt: skip
+  assert done.returncode == 0, done.stdout + done.stderr
+  page = (tmp_path / "site" / "api" / "memory" / "index.html").read_text()
+  assert "nl_jax.memory.rule.Rule" in page
+
+
+@pytest.mark.parametrize("room, page", [
+  ("optim", "optim"), ("data", "data"), ("kernels/rank_one", "kernels"),
+  ("kernels/walk", "kernels"), ("kernels/orthogonalize", "kernels"),
+  ("kernels/delta_dense", "kernels"),
+])  # fmt: skip
+def test_every_public_name_is_on_a_page_of_the_site(room, page):
+  code = (ROOT / "nl_jax" / room / "__init__.py").read_text("utf-8")
+  names = re.findall(r"(\w+) as \1\b", code)
+  text = (ROOT / "docs" / "api" / f"{page}.md").read_text("utf-8")
+  there = set(re.findall(r"^::: (\S+)$", text, re.M))
+  path = f"nl_jax.{room.replace('/', '.')}"
+  assert names and {f"{path}.{name}" for name in names} <= there

@@ -41,7 +41,7 @@ def test_a_lock_is_no_link_and_no_pipe(tmp_path):
   os.mkfifo(tmp_path / "pipe")
   for name, what in (
     ("link", "a symbolic link"), ("far", "a symbolic link"),
-    ("pipe", "no plain file"),
+    ("pipe", "not a plain file"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=f"{name} is {what}.*remove it"):
       with files.lock(tmp_path / name):

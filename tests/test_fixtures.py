@@ -1,4 +1,4 @@
-"""What earlier versions wrote still loads and goes on: `tests.fixtures`."""
+"""What earlier versions wrote still loads and continues: `tests.fixtures`."""
 
 import json
 import pathlib
@@ -41,7 +41,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def run(runs, tmp_path):
-  """A copy of one run, to go on with or to change."""
+  """A copy of one run, to continue with or to change."""
   return pathlib.Path(shutil.copytree(runs / "hope_linear", tmp_path / "run"))
 
 

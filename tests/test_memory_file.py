@@ -133,7 +133,7 @@ def test_torn_files_are_one_sentence(model, half, tmp_path, damage):
     "cut": content[:-9], "half": content[: len(content) // 2],
     "empty": b"", "text": b"a poem, not a memory of it",
   }[damage])  # fmt: skip
-  with pytest.raises(ValueError, match="no memory file, or a torn one"):
+  with pytest.raises(ValueError, match="not a memory file, or a torn one"):
     stream.load_memory(path, net, params)
 
 
@@ -213,7 +213,7 @@ def test_every_turned_bit_is_found(model, half, tmp_path):
     except ValueError as error:
       assert str(path) in str(error) and "\n" not in str(error)
     else:
-      # Spaces behind the header's last brace.
+      # Spaces after the header's last brace.
       assert place < 8 + header and content[place : place + 1] == b" "
       equal(state, fine)
 
@@ -252,7 +252,7 @@ def test_a_place_is_checked_before_the_work(model, half, tmp_path):
   (tmp_path / "poem").write_text("a poem")
   for path, text in (
     (tmp_path, "is a folder"), (tmp_path / "no" / "a", "there is no folder"),
-    (tmp_path / "poem", "no memory file"),
+    (tmp_path / "poem", "not a memory file"),
   ):  # fmt: skip
     with pytest.raises(ValueError, match=text):
       check(path)

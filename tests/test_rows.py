@@ -124,11 +124,11 @@ def test_64_texts_with_64_memories_are_64_runs(model, tmp_path):
 
 
 @pytest.mark.parametrize("line,sentence", [
-  ("{", "texts.jsonl:2 is no JSON"),
+  ("{", "texts.jsonl:2 is not JSON"),
   ('{"name": "../a", "text": "b"}', '"name" must be letters, digits and'),
   ('{"name": "c", "text": ""}', """"text" must be a text, got ''"""),
-  ('{"name": "a", "text": "b"}', "the name 'a' is there already"),
-  ("[" * 200_000, "texts.jsonl:2 is no JSON"),
+  ('{"name": "a", "text": "b"}', "the name 'a' already exists"),
+  ("[" * 200_000, "texts.jsonl:2 is not JSON"),
 ])  # fmt: skip
 def test_a_line_that_is_no_text(tmp_path, line, sentence):
   path = tmp_path / "texts.jsonl"

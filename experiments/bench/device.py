@@ -55,7 +55,7 @@ def run(
     output: of the rows; table and picture take its name with .md and .png.
 
   Raises:
-    ValueError: another device, or a file that is there already.
+    ValueError: another device, or a file that already exists.
   """
   import jax
 

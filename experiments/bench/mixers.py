@@ -34,7 +34,7 @@ def run(least_seconds: Callable, output: str) -> list[dict]:
     output: of the rows, whose name the picture takes with .png; "": none.
 
   Raises:
-    ValueError: the picture is there already.
+    ValueError: the picture already exists.
   """
   from nl_jax.models import lm
 
@@ -80,7 +80,7 @@ def _layer(net: Any) -> Any:
 
 
 def _mix(net: Any, params: Any, x: Any, state: Any) -> tuple[Any, Any]:
-  """The residual stream behind a mixer, and its state."""
+  """The residual stream after a mixer, and its state."""
   x = net.module.enter(x) if net.whole else x
   y, state, _ = net.mix(params, x, state, None)
   return net.module.leave(y) if net.whole else y, state

@@ -115,7 +115,7 @@ def tell(text: str) -> None:
 
 @contextlib.contextmanager
 def busy(what: str) -> Iterator[None]:
-  """Says at once what takes long, and every minute that it goes on.
+  """Says at once what takes long, and every minute while it lasts.
 
   Args:
     what: as "compiling the train step".

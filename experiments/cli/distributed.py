@@ -36,7 +36,7 @@ _PATIENCE = 3.0  # Seconds that last words take to be heard.
 # Process 0 writes sample and report while the others wait at the exit.
 _SHUTDOWN = 1800
 _AGAIN = (
-  "start the same command on all of them again: it goes on from the newest "
+  "start the same command on all of them again: it resumes from the newest "
   "checkpoint"
 )
 
@@ -223,7 +223,7 @@ class _Abort:
 
 
 class _Others:
-  """The other processes: their last words are heard, ours are told."""
+  """The other processes: receives their last messages, sends ours."""
 
   def __init__(self, client: Any, process: int, count: int):
     """Args: jax's client, this process, their number."""
@@ -397,14 +397,14 @@ def lost(error: RuntimeError) -> str | None:
     _others.hear()
     time.sleep(0.2)
   return (
-    f"process {_others.process} of {_others.count} could not go on with the "
+    f"process {_others.process} of {_others.count} could not continue with the "
     f"others ({_first_line(error)}): another one has died or was cut off; "
     f"{_AGAIN}"
   )
 
 
 def leave(why: str, status: int) -> None:
-  """Ends this process, where there are others; they are told why.
+  """Ends this process, where there are others, and sends them the reason.
 
   Going on to the interpreter's end would wait for them, and they for us.
   """

@@ -35,7 +35,7 @@ def generate(
     tokenizer: of `nl_jax.data.tokenizers`.
     prompt: read first. May be empty: then the text follows what was read
       before, and where that is nothing the tokenizer's begin id, or a line
-      break. (Without a begin id, how a document begins is no target of
+      break. (Without a begin id, how a document begins is not a target of
       training.)
     tokens: how many at most; the end of a document ends the text.
     temperature, top_p, seed: of `stream.Stream.sample`.

@@ -56,7 +56,7 @@ def load(path: str, memories: str) -> list[Prompt]:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a line that is no text with a name, or a name twice.
+    ValueError: a line that is not a text with a name, or a name twice.
   """
   source = pathlib.Path(path)
   if not source.is_file():
@@ -67,7 +67,7 @@ def load(path: str, memories: str) -> list[Prompt]:
       name, text = _fields(line, f"{path}:{number}")
       if name in found:
         raise ValueError(
-          f"{path}:{number}: the name {name!r} is there already; each text "
+          f"{path}:{number}: the name {name!r} already exists; each text "
           "needs its own"
         )
       place = pathlib.Path(memories) / f"{name}.memory"
@@ -82,7 +82,7 @@ def _fields(line: bytes, place: str) -> tuple[str, str]:
   try:
     said = json.loads(line)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{place} is no JSON: {error}") from error
+    raise ValueError(f"{place} is not JSON: {error}") from error
   said = said if isinstance(said, dict) else {}
   name, text = said.get("name"), said.get("text")
   if not isinstance(name, str) or not _NAME.fullmatch(name):

@@ -37,7 +37,7 @@ _FILE_ERRORS = (
   SyntaxError,
   TypeError,
 )
-_TEXTS = ("prompt",)  # Flags that may begin with "~" and are no path.
+_TEXTS = ("prompt",)  # Flags that may begin with "~" and are not paths.
 _CHOICE = re.compile(r"--?config(=(?P<value>.*))?$")
 
 
@@ -159,7 +159,7 @@ def _exit(error: Exception) -> NoReturn:
 def _expand_homes(flag_values: flags.FlagValues) -> None:
   """Takes "~" for a home folder where a flag is a path.
 
-  A shell does so at the beginning of a word, and not behind --workdir=.
+  A shell does so at the beginning of a word, and not after --workdir=.
 
   Raises:
     ValueError: there is no such user.

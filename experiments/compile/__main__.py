@@ -128,7 +128,7 @@ def _check_flags() -> None:
     )
   if _OUTPUT.value and os.path.exists(_OUTPUT.value):
     raise ValueError(
-      f"--output={_OUTPUT.value} is there already; give another file"
+      f"--output={_OUTPUT.value} already exists; give another file"
     )
 
 

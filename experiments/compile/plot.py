@@ -17,7 +17,7 @@ def read(paths: Sequence[str]) -> Points:
     paths: reports as `experiments.compile --output` writes them.
 
   Raises:
-    ValueError: a file that is no report, or one for several slices.
+    ValueError: a file that is not a report, or one for several slices.
   """
   points: Points = {}
   for path in paths:
@@ -29,7 +29,7 @@ def read(paths: Sequence[str]) -> Points:
       length = report["batch"][1]
     except (KeyError, TypeError, ValueError) as error:
       raise ValueError(
-        f"{path} is no report of a train step on one slice, as "
+        f"{path} is not a report of a train step on one slice, as "
         "`experiments.compile --output` writes it"
       ) from error
     points.setdefault(config, {})[length] = seconds

@@ -84,7 +84,7 @@ def size_of(size: str, arg: str, *, options: tuple[str, ...] = ()) -> str:
 
   Args:
     size: the config's own.
-    arg: what stands behind the colon: words with commas between.
+    arg: what stands after the colon: words with commas between.
     options: words that the builder reads besides `smoke`.
 
   Raises:
@@ -125,7 +125,7 @@ def language_model(
   group = of("model", **sizes | said)
   group.mixer = of("model.mixer", **mixer)
   if small and "remat_group" in group.mixer:
-    group.mixer.remat_group = 1  # All states are kept: memory is no matter.
+    group.mixer.remat_group = 1  # All states are kept: memory does not matter.
   group.cms = of("model.cms", **levels)
   optim = of(
     "optim",

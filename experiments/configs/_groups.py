@@ -19,7 +19,7 @@ def filled(known: Mapping[str, fields.Field], **says: Any) -> ConfigDict:
     says: values by name; of a group in it a mapping of what differs.
 
   Raises:
-    ValueError: a name that is no field of the group, or none for a field
+    ValueError: a name that is not a field of the group, or none for a field
       without a default.
   """
   group = ConfigDict()

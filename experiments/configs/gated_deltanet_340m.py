@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464) at the scale 340m of Table 1.
 
-Unstated in the paper: it is no row of Table 1; shapes are ours.
+Unstated in the paper: it is not a row of Table 1; shapes are ours.
 Parameters: 340.1M in total.
 Tokens: 15B tokens, 2^19 a step, sequences of 4096.
 Chunks and periods: the delta rule, at each token (computed 64 at once); no

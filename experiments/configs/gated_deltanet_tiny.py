@@ -1,6 +1,6 @@
 """Gated DeltaNet (arXiv 2412.06464), demonstration size; no row of the paper.
 
-Unstated in the paper: it is no row of Table 1; shapes are ours.
+Unstated in the paper: it is not a row of Table 1; shapes are ours.
 Parameters: 0.438M in total.
 Tokens: 614,400 tokens (300 steps), 2,048 a step, sequences of 256 bytes.
 Chunks and periods: the delta rule, at each token (computed 16 at once); no

@@ -1,4 +1,4 @@
-"""Does harm to runs, and looks whether they end as those that nothing hurt.
+"""Injects faults into runs, and compares each with an undisturbed run.
 
     python -m experiments.faults --kills=20
     python -m experiments.faults --kills=5 --only=full_disk,torn_checkpoint
@@ -11,8 +11,8 @@ alone, or say in one sentence what is wrong; then what the sentence asks for is
 done, and the next start must end so.
 
 Prints a table in Markdown and writes faults.json. The same command, with more
---kills perhaps, goes on where it was stopped. Status 3: a run went wrong; its
-folder stays.
+--kills perhaps, resumes where it was stopped. Status 3: a run went wrong; its
+folder is kept.
 """
 
 import concurrent.futures
@@ -27,11 +27,14 @@ from absl import flags, logging
 from experiments.cli import command, named
 
 _KILLS = flags.DEFINE_integer(
-  "kills", None, "How many faults, taken from the kinds in turn.", lower_bound=1
+  "kills",
+  None,
+  "Number of faults, taken from the kinds in turn.",
+  lower_bound=1,
 )
 _WORKDIR = flags.DEFINE_string("workdir", "runs/faults", "Folder of all runs.")
 _SEED = flags.DEFINE_integer(
-  "seed", 0, "Of the moments and of what is damaged.", lower_bound=0
+  "seed", 0, "Seed of the times and of the damage.", lower_bound=0
 )
 _ONLY = flags.DEFINE_list(
   "only", [], "Kinds, with commas between; --only=list names all."
@@ -177,7 +180,7 @@ def _wholes(place: Any, open_: list[Any]) -> dict[Any, Any]:
   for trial in open_:
     if trial.whole not in found:
       config, skipped = trial.whole
-      command.say(f"{config}: a run that nothing is done to")
+      command.say(f"{config}: an undisturbed run")
       found[trial.whole] = trials.whole(place, config, skipped=skipped)
   return found
 

@@ -18,7 +18,7 @@ _ALIGNMENT = 16  # Of the matrix memories, and good for attention.
 
 
 def prepare(folder: pathlib.Path) -> pathlib.Path:
-  """Prepares a small corpus of many shards; mends what is damaged of it.
+  """Prepares a small corpus of many shards; repairs what is damaged of it.
 
   Args:
     folder: of the text and of the folder of the shards.

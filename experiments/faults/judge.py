@@ -1,4 +1,4 @@
-"""Whether a run that was hurt ended as one that was not, bit for bit."""
+"""Whether a run with a fault ended bit-identical to an undisturbed one."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from nl_jax.train import checkpoint, files, metrics
 
 _CLOCK = ("wall_time", "train_seconds")
 _ONE = threading.Lock()  # Orbax is not made for many threads.
-_SHOWN = 3  # Differences that are told.
+_SHOWN = 3  # Differences that are shown.
 
 
 class Record(NamedTuple):

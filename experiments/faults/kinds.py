@@ -29,7 +29,7 @@ def sigkill(scene: Scene) -> None:
 
 
 def sigkill_twice(scene: Scene) -> None:
-  """SIGKILL, and again while the run goes on."""
+  """SIGKILL, and again while the run continues."""
   sigkill(scene)
   sigkill(scene)
 

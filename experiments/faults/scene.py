@@ -289,6 +289,6 @@ def read_lines(workdir: pathlib.Path) -> list[dict]:
 
 
 def begun_at(said: str) -> int:
-  """The step that a start says it goes on from; 0: from the beginning."""
+  """The step that a start says it resumes from; 0: from the beginning."""
   found = _FROM.findall(said)
   return int(found[-1]) if found else 0

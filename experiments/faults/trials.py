@@ -43,7 +43,7 @@ def of(result: Mapping[str, Any]) -> Trial:
 
 
 class Whole(NamedTuple):
-  """A run that nothing was done to.
+  """An undisturbed run.
 
   Attributes:
     record: what it left.
@@ -118,13 +118,11 @@ def whole(place: Place, config: str, *, skipped: bool) -> Whole:
     ended = _finish(scene, skipped)
     if ended.status:
       last = ended.said.strip().rpartition("\n")[2]
-      raise ValueError(
-        f"a run of {config} that nothing was done to failed: {last}"
-      )
+      raise ValueError(f"an undisturbed run of {config} failed: {last}")
     records.append(judge.read(scene.workdir))
   if found := judge.differences(*records):
     raise ValueError(
-      "two runs that nothing was done to are not the same, so nothing can be "
+      "two undisturbed runs differ, so nothing can be "
       f"judged: {judge.told(found)}"
     )
   pace = _pace(scene.workdir, ended.seconds, ended.begun)
@@ -161,7 +159,7 @@ def run(place: Place, trial: Trial, unhurt: Whole) -> dict[str, Any]:
 
   Returns:
     A JSON object: trial, outcome, why it is wrong, and figures. The folder of a
-    trial that went wrong stays; its path is in "folder".
+    trial that went wrong is kept; its path is in "folder".
   """
   folder = place.folder / "trials" / f"{trial.number:04d}"
   for attempt in range(_ATTEMPTS):
@@ -203,7 +201,7 @@ def _judged(
     figures = lost(scene, ended)
     if figures["resumed_from"] < scene.marks[-1].promised:
       raise scene_lib.WrongError(
-        f"went on from step {figures['resumed_from']}; the checkpoint of step "
+        f"resumed from step {figures['resumed_from']}; the checkpoint of step "
         f"{scene.marks[-1].promised} was whole"
       )
     if found := judge.differences(unhurt.record, judge.read(scene.workdir)):
@@ -240,7 +238,7 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
   """
   mark, begun_at = scene.marks[-1], scene_lib.begun_at(ended.said)
   further = min(mark.step + 1, scene_lib.STEPS)
-  # Of the last start: a run that is told to end makes a step before it does.
+  # Of the last start: a run that is stopped makes one more step.
   later = [
     max(0.0, line["wall_time"] - mark.time)
     for line in scene_lib.read_lines(scene.workdir)
@@ -256,7 +254,7 @@ def lost(scene: scene_lib.Scene, ended: scene_lib.Ended) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
   """Markdown: a line a kind, and one for all."""
   rows = [
-    "| fault | times | went on by itself, bit-equal | one sentence, then "
+    "| fault | times | resumed by itself, bit-equal | one sentence, then "
     "bit-equal | wrong | steps made again: median, most | seconds lost: "
     "median, most |",
     "|---|---|---|---|---|---|---|",

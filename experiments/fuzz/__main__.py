@@ -17,7 +17,7 @@ from absl import flags
 
 from experiments.cli import command
 
-_SEED = flags.DEFINE_integer("seed", 0, "Of all that is drawn.", lower_bound=0)
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of all cases.", lower_bound=0)
 _CONFIGS = flags.DEFINE_integer(
   "configs", 300, "Random and adversarial configs.", lower_bound=0
 )

@@ -88,7 +88,7 @@ def _check_flags() -> None:
   for topology in _TOPOLOGY.value:
     chips.kind(topology)
   if _JSON.value and os.path.exists(_JSON.value):
-    raise ValueError(f"--json={_JSON.value} is there; give another file")
+    raise ValueError(f"--json={_JSON.value} exists; give another file")
   if _PEER.value and shutil.which(_PEER.value) is None:
     raise ValueError(f"--peer={_PEER.value}: there is no such program")
   for name in _CONFIG.value:

@@ -4,7 +4,7 @@
 # SOURCE (text, jsonl, parquet), CORPUS and PREPARED (folders of the bucket),
 # TOKENIZER (a file of this machine), WORKERS. Needs `pip install -e '.[beam]'`.
 # image    builds and pushes the image of the workers, once a checkout
-# prepare  makes the shards; the same command goes on where it was stopped
+# prepare  makes the shards; the same command resumes where it was stopped
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 # shellcheck source=experiments/launch/settings.sh

@@ -4,7 +4,7 @@
                                      [--folder=runs/optimizers] [--table=FILE]
 
 One JSON file a trial lies in the folder: a trial that is there is not run
-again, so a killed command goes on where it stopped. First every arm at every
+again, so a killed command resumes where it stopped. First every arm at every
 rate with one seed, and up to two rates further while the best is at an edge;
 then three seeds at its best rate. `--full` is the whole grid: all arms, two
 more rates, every b1, three seeds. The suite `start` is the public optimizers at

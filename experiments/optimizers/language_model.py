@@ -144,7 +144,7 @@ def windows(
 
 @functools.cache
 def runner(name: str, warmup: int, decays: bool, horizon: int):
-  """Compiled (start, go on, evaluate) of one arm; rates are arguments."""
+  """Compiled (start, continue, evaluate) of one arm; rates are arguments."""
 
   def shape(t):
     up = jnp.minimum((t + 1) / warmup, 1.0)

@@ -106,7 +106,7 @@ _INTRO = """# Optimizers compared
 
 Best rate of each arm's own grid, mean ± standard deviation over seeds (weights
 and data order together). Lower is better. A difference below the spread over
-seeds is none, and one of arms with unequal grids is no evidence. What these
+seeds is none, and one of arms with unequal grids is not evidence. What these
 figures do not show is not claimed: see docs/optimizers.md.
 """
 

@@ -6,8 +6,8 @@
         --config.data.path=prepared --config.data.tokenizer=words.model
 
 The config gives sequence length, alignment and, where it names one, tokenizer;
-flags of these names come first. The same command goes on where it was stopped,
-and mends damaged shards. The shards do not depend on the number of workers.
+flags of these names come first. The same command resumes where it was stopped,
+and repairs damaged shards. The shards do not depend on the number of workers.
 Before that, a tokenizer of one's own:
 
     python -m experiments.prepare --train_tokenizer=words.model \\
@@ -54,7 +54,7 @@ _BOS = flags.DEFINE_boolean(
 )
 _SPECIAL = flags.DEFINE_enum(
   "special_tokens", "parse", ["parse", "text"],
-  "What those of a tokenizer.json are in a text.",
+  "How special tokens of a tokenizer.json are treated in a text.",
 )  # fmt: skip
 _LENGTH = flags.DEFINE_integer(
   "sequence_length", 0, "Tokens of a row; 0: of --config."
@@ -63,10 +63,10 @@ _ALIGNMENT = flags.DEFINE_integer(
   "alignment", 0, "Documents start at multiples; 0: of --config, or 1."
 )
 _PERCENT = flags.DEFINE_float(
-  "validation_percent", 10.0, "Of the text, held out."
+  "validation_percent", 10.0, "Percent of the text to hold out."
 )
 _SHARD = flags.DEFINE_integer(
-  "shard_megabytes", 64, "Of input in a shard, about.", lower_bound=1
+  "shard_megabytes", 64, "Megabytes of input in a shard, about.", lower_bound=1
 )
 _WORKERS = flags.DEFINE_integer(
   "workers", 0, "Processes; 0: as many as cores.", lower_bound=0
@@ -213,7 +213,7 @@ def _kind() -> str:
   from nl_jax import data, files
   from nl_jax.data import partition
 
-  # Where nothing is, or in a store, it is told where it is looked for.
+  # Nothing there, or a store: reported where it is read.
   if "://" in _PATH.value or not files.expand(_PATH.value).exists():
     return "text"
 

@@ -65,7 +65,7 @@ def make(settings: partition.Settings, out: str, options: str) -> pool.Made:
       for shards, pieces in enumerate(partition.plan(settings), 1):
         file.write(json.dumps([shards - 1, pieces]) + "\n")
     folder.remove(_MISTAKE.format("*"))
-    # Where it is, it is true: shards may be made anew.
+    # A shard that exists is complete: shards may be made again.
     folder.remove(prepared.MANIFEST)
     folder.put(here, [_JOBS])
     work = _Make(settings, out, _files_of(settings.tokenizer))
@@ -160,7 +160,7 @@ def _run(
   except _GAVE_UP as error:
     raise OSError(
       f"the Beam job failed: {str(error).strip().splitlines()[-1]}; start the "
-      "same command again: it goes on"
+      "same command again: it resumes"
     ) from error
   query = metric.MetricsFilter().with_namespace(_Make)
   found = result.metrics().query(query)["counters"]

@@ -116,8 +116,8 @@ def run(jobs: list, total: int, workers: int) -> list[int]:
     raise ValueError(str(error)) from error  # Said here, not in the worker.
   except concurrent.futures.process.BrokenProcessPool as error:
     raise ChildProcessError(
-      "a worker was killed, perhaps for want of memory; start the same command "
-      "again, with fewer --workers: it goes on"
+      "a worker was killed, perhaps for lack of memory; start the same command "
+      "again, with fewer --workers: it resumes"
     ) from error
   finally:
     stopped.value = 1

@@ -45,7 +45,7 @@ def main() -> int:
       "reads; draw a model of memories, such as hope"
     )
   tokenizer = build.tokenizer(config)
-  # Enough bytes for the tokens, cut behind a character.
+  # Enough bytes for the tokens, cut after a character.
   with text.open("rb") as file:
     content = file.read(32 * _TOKENS.value)
   content = content.decode("utf-8", "ignore").encode("utf-8")

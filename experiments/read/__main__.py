@@ -4,14 +4,14 @@
         --memory_out=book.memory
 
 Memory and time a token stay the same however long the text is. Ctrl-C keeps
-what was read; --memory_in=book.memory goes on there. A picture beside
+what was read; --memory_in=book.memory resumes there. A picture beside
 --memory_out, book.memory.png, shows the surprise over the text, beside that of
 a memory that begins again every --forget_every tokens, and within the chunks
 of each memory: how much less a token surprises after a write than before it.
 
 --prompts=texts.jsonl --memories=folder reads many texts at once, each into the
 memory of its own name (lines {"name": ..., "text": ...}); where that is there,
-it goes on.
+it resumes.
 
 --point=before_book marks what is remembered before the text is read;
 --roll_back=before_book goes back to it, from a memory that has it.
@@ -28,7 +28,7 @@ from experiments.cli import command
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a trained run.")
 _TEXT = flags.DEFINE_string("text", "", "The UTF-8 file to read.")
-_IN = flags.DEFINE_string("memory_in", "", "A memory file to go on from.")
+_IN = flags.DEFINE_string("memory_in", "", "A memory file to resume from.")
 _OUT = flags.DEFINE_string("memory_out", "", "Keep the memory in this file.")
 _OVERWRITE = flags.DEFINE_boolean(
   "overwrite", False, "Replace --memory_out and its picture, if they are there."
@@ -43,7 +43,7 @@ _BACK = flags.DEFINE_string(
 )
 _BOUND = flags.DEFINE_float(
   "drift_bound", None,
-  "Norm of the change of the memory beyond which it writes no more.",
+  "Norm of the change of the memory beyond which it stops writing.",
 )  # fmt: skip
 _SINCE = flags.DEFINE_string(
   "since", "", "The point that drift is measured from; default: the beginning."
@@ -132,7 +132,7 @@ def main() -> int:
     reading.draw(done, picture)
     print(f"picture: {picture}")
   if asked.reason:
-    command.say("stopped; --memory_in goes on there")
+    command.say("stopped; --memory_in resumes there")
     return command.INTERRUPTED
   return command.DONE
 

@@ -16,7 +16,7 @@ from nl_jax.data import documents
 
 _BLOCK = 2**16  # Bytes of text that are read at once.
 _BINS = 128  # Points of the curve, at most twice as many while it grows.
-_PLACES = 8  # Parts of a chunk whose surprise is told apart.
+_PLACES = 8  # Parts of a chunk whose surprise is distinguished.
 
 
 class Curve:
@@ -154,7 +154,7 @@ def check_text(text: pathlib.Path) -> None:
 
 
 def place(text: pathlib.Path, before: dict[str, Any] | None) -> int:
-  """The byte to go on from: 0, unless the text begins as what was read."""
+  """The byte to resume from: 0, unless the text begins as what was read."""
   if not before:
     return 0
   digest, left = hashlib.sha256(), before["bytes"]
@@ -177,14 +177,14 @@ def read(
 ) -> Result:
   """Reads a text from a byte on, until its end or until it is asked to stop.
 
-  The text is cut behind line ends (where a block has one), and its pieces are
+  The text is cut after line ends (where a block has one), and its pieces are
   tokenised one by one.
 
   Args:
     reader: the stream.
     tokenizer: of its model.
     text: the file.
-    start: byte to go on from.
+    start: byte to resume from.
     net: the model: for its levels.
     asked: of `stop.listen`.
     without: reads the same, to compare; its time is not counted.
@@ -274,7 +274,7 @@ def draw(done: Result, path: pathlib.Path) -> None:
 
   every = f"memory begins again every {done.forget_every:,} tokens"
   over = [
-    charts.Curve("memory goes on" if done.forget_every else "",
+    charts.Curve("memory continues" if done.forget_every else "",
                  *done.curve.points(), 0),
     charts.Curve(every, *done.without.points(), 1, style=1),
   ]  # fmt: skip

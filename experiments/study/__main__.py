@@ -5,7 +5,7 @@
     python -m experiments.study --name=streams
 
 Each run is `experiments.lm` in a folder of its own, at seeds 0, 1, 2; what is
-finished stays, and the same command goes on. Prints a table in Markdown and
+finished is kept, and the same command resumes. Prints a table in Markdown and
 writes it with a picture beside the runs. --smoke takes seconds, and shows that
 everything works; its figures mean nothing.
 """
@@ -26,7 +26,7 @@ from experiments.cli import command as command_lib
 _NAME = flags.DEFINE_enum(
   "name", None, ["tiny_table", "topics", "streams"], "Which study."
 )
-_FOLDER = flags.DEFINE_string("folder", "runs/studies", "Where runs lie.")
+_FOLDER = flags.DEFINE_string("folder", "runs/studies", "Folder of the runs.")
 _JOBS = flags.DEFINE_integer(
   "jobs", 0, "Runs at a time; 0: one for each two cores.", lower_bound=0
 )
@@ -54,7 +54,7 @@ class Run:
   folder: pathlib.Path
 
   def command(self) -> list[str]:
-    """The command that trains it, or goes on."""
+    """The command that trains it, or continues."""
     return [
       sys.executable, "-m", "experiments.lm", f"--config={self.config}",
       *(f"--config.{x}" for x in self.overrides),

@@ -14,7 +14,7 @@ Row = tuple[str, tuple[str, ...]]  # A config's name and its changed fields.
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-  """What is trained, and what is told.
+  """What is trained, and what is reported.
 
   Attributes:
     rows: by name.

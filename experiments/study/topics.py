@@ -1,7 +1,7 @@
 """What a model that has read package A, and then B, still knows of A.
 
 Texts are held-out files of the embedded corpus. Three readings end with the
-same second text of A: alone; behind the first text of A; behind the first text
+same second text of A: alone; after the first text of A; after the first text
 of A and one of B. All levels start from the trained weights, and learn as they
 read.
 """

@@ -84,7 +84,7 @@ def main() -> int:
       f"no folder --data_dir={_DATA.value}: give the folder with the files of "
       "the tasks, <task>.jsonl"
     )
-  command.tell("loading JAX, TensorFlow and the tasks, some ten seconds ...")
+  command.tell("loading JAX, TensorFlow and the tasks, about ten seconds ...")
   distributed.initialize()
   from experiments.table1 import result, score
   from nl_jax.eval import evaluate

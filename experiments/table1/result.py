@@ -226,7 +226,9 @@ def read(path: str | os.PathLike) -> dict[str, Any]:
   except ValueError:
     result = None
   if not isinstance(result, dict) or result.get("kind") != _KIND:
-    raise ValueError(f"{path} is no result of `python -m experiments.table1`")
+    raise ValueError(
+      f"{path} is not a result of `python -m experiments.table1`"
+    )
   if result.get("schema") != SCHEMA:
     raise ValueError(
       f"{path} has schema {result.get('schema')!r}, this version reads {SCHEMA}"

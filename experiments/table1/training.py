@@ -28,7 +28,7 @@ def make(
   """A function params -> {"eval/<task>/<metric>": value}.
 
   A task that fails, now or later, is logged and gives
-  {"eval/<task>/failed": 1}; training goes on.
+  {"eval/<task>/failed": 1}; training continues.
 
   Args:
     tasks: documents of each task, 0 for all.
@@ -107,4 +107,4 @@ def _scored(
 
 
 def _tell(name: str, said: str) -> None:
-  logging.warning("task %s failed: %s; training goes on", name, said)
+  logging.warning("task %s failed: %s; training continues", name, said)

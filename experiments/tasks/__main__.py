@@ -62,7 +62,9 @@ _NEW_TOKENS = flags.DEFINE_integer(
 _HAYSTACK = flags.DEFINE_string(
   "haystack", "", "Needles: UTF-8 file of the text; default: Python's library."
 )
-_SEED = flags.DEFINE_integer("seed", 42, "Needles: of all.", lower_bound=0)
+_SEED = flags.DEFINE_integer(
+  "seed", 42, "Needles: seed of all questions.", lower_bound=0
+)
 
 _ALL_LANGUAGES = "languages"
 _OF_NEEDLES = (

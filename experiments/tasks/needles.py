@@ -1,7 +1,7 @@
 """Asks a trained model for needles, as RULER does, and keeps what it said.
 
-Questions are read in batches: each row is padded behind its last token, which
-changes nothing, and a stream goes on from there, greedily.
+Questions are read in batches: each row is padded after its last token, which
+changes nothing, and a stream resumes from there, greedily.
 """
 
 import dataclasses

@@ -110,7 +110,7 @@ def general_delta_rule(
   y, after, _, _ = walks.walk(
     body, None, jax.tree.map(pack, xs), places,
     state=walks.State(state, ()), group=remat_group, chunk_free=True,
-    # A single token is no work for a kernel.
+    # A single token is not work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
     spec=spec, name="general_delta_rule", columns=_columns(),
   )  # fmt: skip

@@ -118,7 +118,7 @@ def flat_dims(dims: Tree, tree: Tree) -> list[stack.Dims | None]:
   """One spec a leaf of `tree`, from a prefix tree of specs.
 
   Raises:
-    ValueError: `dims` is no prefix of `tree`, or does not fit a leaf.
+    ValueError: `dims` is not a prefix of `tree`, or does not fit a leaf.
   """
   is_spec = lambda x: x is None or isinstance(x, stack.Dims)
   flat: list[stack.Dims | None] = []

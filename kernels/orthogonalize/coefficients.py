@@ -13,7 +13,7 @@ import numpy as np
 Table = Sequence[Sequence[float]]
 Steps = int | jax.Array  # A traced count, as `inject_hyperparams` makes one.
 
-# The gradient step of eq. 44 is no polynomial table; it has a loop of its own.
+# The gradient step of eq. 44 is not a polynomial table; it has its own loop.
 EQ44 = "eq44"
 
 NS_COEFFS = {

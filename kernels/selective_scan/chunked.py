@@ -109,7 +109,7 @@ def selective_scan(
   y, after, _, _ = walks.walk(
     body, lay(A), jax.tree.map(lambda x: jnp.pad(x, [*rest, (0, 0)]), xs),
     places, state=walks.State(lay(state), ()), group=1, chunk_free=True,
-    # A single token is no work for a kernel.
+    # A single token is not work for a kernel.
     implementation="xla" if tokens == 1 else implementation,
     spec=spec, name="selective_scan",
   )  # fmt: skip

@@ -26,7 +26,7 @@ class Columns(NamedTuple):
   Attributes:
     body: the chunk function of the columns; its outputs are not used.
     widen: (slow, xs, heads, count) -> (slow, xs) with `count` more columns
-      behind those of each head, which learn nothing, without a learned start.
+      after those of each head, which learn nothing, without a learned start.
   """
 
   body: contract.Body
@@ -34,7 +34,7 @@ class Columns(NamedTuple):
 
 
 def wider(x: jax.Array, heads: int, count: int) -> jax.Array:
-  """[B, T, H d] with `count` zeros behind each head's d, [B, T, H (d + n)].
+  """[B, T, H d] with `count` zeros after each head's d, [B, T, H (d + n)].
 
   Args:
     x: an input of a walk, heads packed.
@@ -48,7 +48,7 @@ def wider(x: jax.Array, heads: int, count: int) -> jax.Array:
 
 
 def _after(piece: jax.Array, state: contract.State) -> contract.State:
-  """The fast weights behind a piece, see `summary`."""
+  """The fast weights after a piece, see `summary`."""
   leaves = jax.tree.leaves(state)
   V = leaves[0].shape[-1]
   before = jnp.concatenate(leaves, axis=-2)

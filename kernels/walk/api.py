@@ -113,7 +113,7 @@ def walk(
       smaller divisor of N is taken.
     heads: of a kernel's step. None: `tiles.json`, or as VMEM allows.
     policy: of products, or its name. None: where an input is bfloat16 and the
-      platform is no CPU "lean", or "lean2" with a rate above 1; else "f32".
+      platform is not a CPU "lean", or "lean2" with a rate above 1; else "f32".
     rate: the largest rate at which a token erases: beyond 1 the systems are
       worse conditioned.
     implementation: one of `IMPLEMENTATIONS`. None: the kernel on a TPU where
@@ -121,7 +121,7 @@ def walk(
     spec: mesh axes of [B, T, H*d]; a kernel runs on each device's own rows
       and heads.
     name: of the kernels.
-    chunk_free: the chunk is no part of the function, and documents may begin
+    chunk_free: the chunk is not part of the function, and documents may begin
       inside one in a kernel as well.
     columns: of a walk that is affine in its state, see `affine`: where the
       tokens of a row are split over devices, these then do not wait for each
@@ -273,7 +273,7 @@ def supports(
       "chunk edges; 'xla' takes it"
     )
   if C == 1:
-    return "a single token is no work for a kernel; 'xla' takes it"
+    return "a single token is not work for a kernel; 'xla' takes it"
   if C & (C - 1) or not 8 <= C <= 128:
     return f"kernels take chunks of 8, 16, 32, 64 or 128 tokens, got {C}"
   if places.ids is not None and not chunk_free:

@@ -152,7 +152,7 @@ mlir.register_lowering(
 def _by_head(x: jax.Array, y: jax.Array, form: str, how: str) -> jax.Array:
   """`_product` of [G, a, b], a head at a time.
 
-  Mosaic lays what is cast out anew, at five times the price of the cast,
+  Mosaic lays out again what is cast, at five times the price of the cast,
   unless all that takes it is products themselves, and no slices of a batch.
   """
   if how == "full":

@@ -252,7 +252,7 @@ def _pipeline(
   """What one device does; leaves have an axis of M steps before rows.
 
   Returns:
-    ys, and with an axis of 1 before: state and edges behind this device's piece
+    ys, and with an axis of 1 before: state and edges after this device's piece
     of each row, and the sums over it.
   """
   # What a chunk function reads besides its arguments has a gradient too.

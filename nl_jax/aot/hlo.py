@@ -27,7 +27,7 @@ _FREE = {
   "call", "conditional", "after-all", "partition-id", "replica-id", "iota",
   "opt-barrier", "async-start", "async-update",
 }  # fmt: skip
-# Begins a copy that goes on beside what follows.
+# Begins a copy that continues beside what follows.
 _BESIDE = {"copy-start", "slice-start", "dynamic-slice-start"}
 _KERNEL = "tpu_custom_call"
 
@@ -155,7 +155,7 @@ def _scope(ins: Instruction) -> str:
   return found[1] if found else ""
 
 
-# What lays arrays out anew and computes nothing.
+# What changes the layout of arrays and computes nothing.
 _LAYS = {
   "copy", "transpose", "bitcast", "reshape", "slice", "dynamic-slice",
   "dynamic-update-slice", "concatenate", "pad", "parameter", "constant",

@@ -95,7 +95,7 @@ def asked_mesh(text: str) -> dict[str, int]:
     text: as "fsdp=128,tensor=2".
 
   Raises:
-    ValueError: text that is no mesh.
+    ValueError: text that is not a mesh.
   """
   given = {}
   for pair in text.split(",") if text else ():

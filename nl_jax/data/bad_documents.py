@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 POLICIES = ("refuse", "skip")
-_PLACES = 3  # Of bad documents that are told.
+_PLACES = 3  # Of bad documents that are reported.
 
 
 class BadDocumentError(ValueError):
@@ -71,6 +71,6 @@ def string(value: Any, key: str, where: Callable[[], str]) -> str:
   except UnicodeEncodeError as error:
     raise BadDocumentError(
       f"{where()}: {key!r} has half a character, "
-      f"{value[error.start]!r}; mend the line or leave it out"
+      f"{value[error.start]!r}; fix the line or leave it out"
     ) from None
   return value

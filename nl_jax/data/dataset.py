@@ -145,21 +145,24 @@ def load(
     path: file or folder of the source; of "mixture" its parts with their
       weights: "jsonl:web.jsonl=0.7,text:books=0.3".
     text_key: field or column with the text, where there are many.
-    bad_documents: of documents that cannot be used: "refuse" the first with its
-      place, or "skip" all, and say how many and where the first three are.
+    bad_documents: what to do with documents that cannot be used: "refuse" the
+      first, naming its place, or "skip" all and report how many there are and
+      where the first three are.
     separator: between the documents of a file of "text", as "<|endoftext|>",
       with the line breaks around it; "": a file is one.
     tokenizer: "bytes", or the path of a SentencePiece model or tokenizer.json.
     bos: whether documents begin with the tokenizer's token for that, which
       `sample` and `read` begin with, too.
-    special_tokens: of a tokenizer.json, in a text: "parse", or take as "text".
+    special_tokens: how special tokens of a tokenizer.json are treated where a
+      text contains them: "parse", or take as "text".
     sequence_length: tokens of a row, a multiple of the model's alignment.
     batch_size: rows of a step, over all processes.
     rows: "packed", in a new order each epoch, or "stream", in the order in
       which they follow each other, with memories carried on (`streams.make`).
-    reset: of streams, where memories begin anew: "document" or "never".
+    reset: when the memories of streams are reset: at each "document", or
+      "never".
     consecutive: rows of each stream in a batch.
-    seed: of the order of the rows, and of the documents of "synthetic".
+    seed: seed of the order of the rows, and of the documents of "synthetic".
     alignment: documents start at its multiples: `model.alignment`.
     vocab_size: of the model, checked against the tokenizer's when given.
     process_index: this process.
@@ -205,7 +208,7 @@ def load(
   made_before = source in ("prepared", *sources.WITHOUT_PATH)
   if bad_documents != bad_lib.POLICIES[0] and made_before:
     raise ValueError(
-      f"data.bad_documents={bad_documents} is of files with text; got "
+      f"data.bad_documents={bad_documents} applies to files of text; got "
       f"data.source={source!r}"
     )
   if separator and "text" not in [name for name, *_ in named]:
@@ -261,7 +264,7 @@ class _How(NamedTuple):
   """How a part becomes rows: arguments of `load`, and the tokenizer.
 
   `apart` is false where the training documents follow each other without
-  padding: no memory begins anew between them.
+  padding: no memory is reset between them.
   """
 
   tokenizer: tokenizers.Tokenizer
@@ -375,7 +378,7 @@ def _prepared(path: str, weight: float, how: _How) -> _Part:
 def _joined(
   parts: list[_Part],
 ) -> tuple[dict[str, packing.Rows | packing.Table], dict[str, Counts]]:
-  """The rows of all parts, one behind the other, and their sizes."""
+  """The rows of all parts, one after the other, and their sizes."""
   rows = {
     split: packing.join([part.rows[split] for part in parts])
     for split in sources.SPLITS

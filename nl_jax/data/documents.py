@@ -152,11 +152,11 @@ def require_file(path: pathlib.Path) -> None:
   """Raises ValueError for a link to nothing, a pipe, a device and the like."""
   if not path.exists():
     raise ValueError(
-      f"{path} is a symbolic link that leads nowhere; mend it or remove it"
+      f"{path} is a symbolic link that leads nowhere; fix it or remove it"
     )
   if not path.is_file():
     raise ValueError(
-      f"{path} is no plain file (a pipe, say), and files are read more than "
+      f"{path} is not a plain file (a pipe, say), and files are read more than "
       "once; write its content to a file"
     )
 
@@ -281,7 +281,7 @@ def _parted(
 
 
 def behind(path: pathlib.Path, goal: int, separator: str) -> int | None:
-  """The first byte behind a separator that ends there or later; None: none.
+  """The first byte after a separator that ends there or later; None: none.
 
   Args:
     path: of a text file that is not packed.
@@ -354,7 +354,7 @@ def _parsed(text: str, where: Callable[[], str]) -> Any:
     ) from error
   except ValueError as error:  # Python reads no number of 5,000 digits.
     raise bad_documents.BadDocumentError(
-      f"{where()}: no JSON ({error})"
+      f"{where()}: not JSON ({error})"
     ) from error
 
 

@@ -38,7 +38,7 @@ def features(record: bytes) -> dict[str, Feature] | None:
   """The features of an Example by name; None for any other record.
 
   Text is none: each byte must have its place in the structure above, which
-  begins with a line break and goes on with lengths that fit to the last byte.
+  begins with a line break and continues with lengths that fit to the last byte.
   """
   found = {}
   try:
@@ -77,7 +77,7 @@ def _fields(content: bytes, known: set[int]) -> Iterator[tuple[int, bytes]]:
 
 
 def _varint(content: bytes, at: int) -> tuple[int, int]:
-  """A number of seven bits a byte, and the place behind it."""
+  """A number of seven bits a byte, and the place after it."""
   value = 0
   for shift in range(0, 64, 7):
     if at >= len(content):

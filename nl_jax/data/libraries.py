@@ -52,7 +52,7 @@ def array_record(path: str, text_key: str, bad: bad_documents.OnBad) -> Named:
       contents = [records[i] for i in range(len(records))]
     except (ValueError, RuntimeError, IndexError) as error:
       raise ValueError(
-        f"{file} is no ArrayRecord file, or a damaged one ({error})"
+        f"{file} is not an ArrayRecord file, or a damaged one ({error})"
       ) from error
     for i, content in enumerate(contents):
       try:
@@ -115,7 +115,8 @@ def hugging_face(
     )
   import datasets
 
-  with _folder_errors(path, "is no folder of save_to_disk, or a damaged one"):
+  what = "is not a folder of save_to_disk, or a damaged one"
+  with _folder_errors(path, what):
     loaded = datasets.load_from_disk(str(where))
   if not isinstance(loaded, datasets.DatasetDict):
     return [_column(loaded, path, text_key, bad)]

@@ -1,10 +1,10 @@
 """The packer: documents to rows of equal length, every token exactly once.
 
-A document d (tokens and an end id) gives the pairs inputs = d[:-1],
-targets = d[1:], so that no target crosses into another document. Pairs are
-padded to a multiple of `alignment`, laid end to end, and cut into rows. A long
-document goes on in the next row, as a new segment. Because `alignment` divides
-the row, segments start at multiples of it only: memories reset at chunk edges
+A document d (tokens and an end id) gives the pairs inputs = d[:-1], targets =
+d[1:], so that no target crosses into another document. Pairs are padded to a
+multiple of `alignment`, laid end to end, and cut into rows. A long document
+continues in the next row, as a new segment. Because `alignment` divides the
+row, segments start at multiples of it only: memories reset at chunk edges
 (docs/mathematics.md 2.7, `aligned`).
 """
 
@@ -153,12 +153,12 @@ def _lay(
 
 
 def concatenate(parts: Sequence[Rows]) -> Rows:
-  """Rows of several packs, one behind the other."""
+  """Rows of several packs, one after the other."""
   return {key: np.concatenate([p[key] for p in parts]) for key in parts[0]}
 
 
 def join(parts: Sequence["Rows | Table"]) -> "Rows | Table":
-  """One table of several, their rows one behind the other."""
+  """One table of several, their rows one after the other."""
   if len(parts) == 1:
     return parts[0]
   held = [part for part in parts if isinstance(part, dict)]
@@ -168,7 +168,7 @@ def join(parts: Sequence["Rows | Table"]) -> "Rows | Table":
 
 
 class _Joined:
-  """Tables one behind the other."""
+  """Tables one after the other."""
 
   def __init__(self, parts: Sequence["Rows | Table"]):
     self._parts = parts

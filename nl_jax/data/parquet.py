@@ -26,7 +26,7 @@ def _open_parquet(path: pathlib.Path, key: str) -> Any:
   from pyarrow import parquet
 
   is_here = isinstance(path, pathlib.Path)
-  with _parquet_errors(f"{path} is no parquet file"):
+  with _parquet_errors(f"{path} is not a parquet file"):
     file = parquet.ParquetFile(
       path if is_here else path.open("rb"), page_checksum_verification=True
     )

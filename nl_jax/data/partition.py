@@ -201,7 +201,7 @@ def _split_of(name: str, settings: Settings) -> str:
 def _cut(
   path: pathlib.Path, start: int, stop: int, limit: int, settings: Settings
 ) -> Iterator[tuple[int, int]]:
-  """Ranges of about `limit` bytes, cut behind line ends, or separators."""
+  """Ranges of about `limit` bytes, cut after line ends, or separators."""
   while start < stop:
     edge = stop
     if stop - start > limit and settings.separator:
@@ -216,13 +216,13 @@ def _cut(
 
 
 def _edge(path: pathlib.Path, goal: int, stop: int, longest: int) -> int:
-  """The first line edge at or behind a byte, `stop` where there is none.
+  """The first line edge at or after a byte, `stop` where there is none.
 
   Args:
     path: of the file.
     goal: the byte.
     stop: the end of what is cut.
-    longest: bytes of a line; one that goes on is cut between two characters.
+    longest: bytes of a line; one that continues is cut between two characters.
       -1: none is cut.
   """
   with path.open("rb") as file:
@@ -248,7 +248,7 @@ def _nearest_edge(
 
 
 def _character_edge(path: pathlib.Path, goal: int) -> int:
-  """The first byte at or behind another that begins a character."""
+  """The first byte at or after another that begins a character."""
   with path.open("rb") as file:
     file.seek(goal)
     inside = [byte & 0xC0 == 0x80 for byte in file.read(4)]

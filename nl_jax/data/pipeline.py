@@ -24,7 +24,7 @@ FAR = 2**48
 
 
 class Mix(NamedTuple):
-  """Parts of a table, one behind the other, and how often each is drawn.
+  """Parts of a table, one after the other, and how often each is drawn.
 
   Attributes:
     counts: rows of each part.
@@ -273,7 +273,7 @@ def _slice_of(
 def _gather(
   rows: packing.Rows | packing.Table, index_B: np.ndarray, size: int
 ) -> Batch:
-  """Copies rows, and lays empty ones behind them to make `size`."""
+  """Copies rows, and lays empty ones after them to make `size`."""
   padding = ((0, size - len(index_B)), (0, 0))
   taken = packing.take(rows, index_B)
   return {key: np.pad(x, padding) for key, x in taken.items()}

@@ -5,7 +5,7 @@ the same whatever the number of workers and however often the work was stopped.
 A worker streams the documents of a shard through the tokenizer and the packer
 to an ArrayRecord file, and then leaves a note in `notes/`; a shard with a note
 that holds is not done again. The manifest is written last, and goes before a
-shard is made anew: where it is, it is true.
+shard is made again: a shard that exists is complete.
 """
 
 import contextlib
@@ -92,7 +92,7 @@ def run_job(job: Job, advance: Callable[[int], None]) -> bool:
 
   Args:
     job: the shard.
-    advance: told the bytes of input that are done, every now and then.
+    advance: called with the bytes of input that are done, now and then.
 
   Returns:
     Whether it was made now.
@@ -256,7 +256,7 @@ def _writing(path: pathlib.Path) -> Iterator[None]:
     reason, advice = (full, "free space and ") if is_full else (error, "")
     raise OSError(
       f"{path} cannot be written: {reason}; {advice}start the same command "
-      "again: it goes on"
+      "again: it resumes"
     ) from error
 
 

@@ -106,7 +106,7 @@ class Table:
     if found != self._count:
       raise ValueError(
         f"the shards of {folder} have {found} rows, its manifest "
-        f"{self._count}; run experiments.prepare again: it mends them"
+        f"{self._count}; run experiments.prepare again: it repairs them"
       )
 
   def _check(self, path: pathlib.Path, size: int) -> None:
@@ -114,8 +114,8 @@ class Table:
     if found != size:
       what = "missing" if found is None else f"{found} bytes, expected {size}"
       raise ValueError(
-        f"the shard {path} is {what}; run experiments.prepare again: it mends "
-        "the folder"
+        f"the shard {path} is {what}; run experiments.prepare again: it "
+        "repairs the folder"
       )
 
   def __len__(self) -> int:
@@ -160,7 +160,7 @@ def _open(reader: Callable[[list[str]], Any], paths: list[str]) -> Any:
 def _damaged(path: pathlib.Path | str, error: Exception) -> ValueError:
   return ValueError(
     f"the shard {path} is damaged ({error}); run experiments.prepare again: it "
-    "mends the folder"
+    "repairs the folder"
   )
 
 
@@ -185,12 +185,12 @@ def read_manifest(path: str) -> dict[str, Any]:
     )
   manifest = files.read_json(file)
   if not isinstance(manifest, dict):
-    raise ValueError(f"{file} is no manifest; {PREPARE_AGAIN}")
+    raise ValueError(f"{file} is not a manifest; {PREPARE_AGAIN}")
   try:
     manifest = files.unsealed(manifest, str(file))
   except files.BrokenSealError as error:
     raise ValueError(
-      f"{error}; run experiments.prepare again: it mends the folder"
+      f"{error}; run experiments.prepare again: it repairs the folder"
     ) from error
   found = manifest.get("format")
   formats.check(file, "a manifest", found, FORMAT, PREPARE_AGAIN)

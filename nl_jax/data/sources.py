@@ -1,10 +1,10 @@
 """Sources of documents: where text comes from, and what is held out.
 
 A source is its documents, already split into train and validation, and the
-SHA-256 of their content; a run keeps the fingerprint, and refuses to go on with
-other text. These make one: `embedded` (the library of one Python, which travels
-with this package), `synthetic` (generated), and `files`, `array_record` and
-`hugging_face` (the user's own). All hold their text in memory; what is too
+SHA-256 of their content; a run keeps the fingerprint, and refuses to continue
+with other text. These make one: `embedded` (the library of one Python, which
+travels with this package), `synthetic` (generated), and `files`, `array_record`
+and `hugging_face` (the user's own). All hold their text in memory; what is too
 large for that is prepared once (`prepared`).
 """
 
@@ -155,7 +155,7 @@ def load(
 def no_separator(separator: str, name: str) -> ValueError:
   """The error for a source whose documents no separator parts."""
   return ValueError(
-    f"data.separator={separator!r} parts the documents of data.source=text; "
+    f"data.separator={separator!r} separates documents of data.source=text; "
     f"got data.source={name!r}"
   )
 

@@ -2,8 +2,8 @@
 
 A table of packed rows is cut into as many runs of neighbours as there are
 streams. Each batch holds the next rows of every stream; a stream that has read
-its last row goes on with its first. So a model can carry its memory from row to
-row, document after document. Every row is read once an epoch, as by
+its last row continues with its first. So a model can carry its memory from row
+to row, document after document. Every row is read once an epoch, as by
 `pipeline.batches`; only the order differs, and it has no seed.
 """
 
@@ -34,13 +34,13 @@ class Streams(grain.DatasetIterator):
     """Goes on after so many rows.
 
     Raises:
-      ValueError: they are no whole number of batches.
+      ValueError: they are not a whole number of batches.
     """
     done, rest = divmod(state["next_row"], self._size)
     if rest:
       raise ValueError(
-        f"{state['next_row']} rows are no whole number of batches of "
-        f"{self._size}; data.rows=stream goes on with the same batch size only"
+        f"{state['next_row']} rows are not a whole number of batches of "
+        f"{self._size}; data.rows=stream keeps its batch size"
       )
     self._batches.set_state({"next_index": done})
 
@@ -98,7 +98,7 @@ def make(
     place = (number * consecutive + np.arange(consecutive)) % length_S
     index_B, place_B = (start_S + place).ravel(), place.ravel()
     taken = packing.take(rows, index_B)
-    # A stream's first row goes on with none: its neighbour is another's.
+    # A stream's first row continues with none: its neighbour is another's.
     before = packing.take(rows, np.maximum(index_B - 1, 0))
     goes_on_B = (place_B > 0) & _goes_on(before, end_id)
     ids = taken["segment_ids"]

@@ -42,7 +42,7 @@ class TextStream(Protocol):
   """Decodes ids as they come; never splits a character."""
 
   def push(self, ids: Iterable[int]) -> str:
-    """Takes the next ids; returns the text that is certain by now."""
+    """Takes the next ids; returns the text that is certain so far."""
 
   def flush(self) -> str:
     """Returns what is left, at the end of the stream."""
@@ -295,8 +295,8 @@ def load(
     raise errors.unknown_name("data.special_tokens", special_tokens, SPECIAL)
   if special_tokens == "text" and not name_or_path.endswith(".json"):
     raise ValueError(
-      "data.special_tokens=text is of a tokenizer.json: there are no others "
-      f"that data.tokenizer={name_or_path!r} could take as text"
+      "data.special_tokens=text applies to a tokenizer.json, got "
+      f"data.tokenizer={name_or_path!r}"
     )
   if name_or_path == Bytes.name:
     if bos:
@@ -388,7 +388,7 @@ def _library_errors(what: str) -> Iterator[None]:
   """What the library of tokenizers raises, as a ValueError.
 
   That is an Exception of no type, mostly, and where its Rust panics something
-  that is no Exception at all and has no name to catch it by.
+  that is not an Exception at all and has no name to catch it by.
 
   Args:
     what: the beginning of the sentence.
@@ -413,8 +413,8 @@ def _check_json(path: str, content: bytes) -> None:
     known = False
   if not known:
     raise ValueError(
-      f"data.tokenizer={path!r} is no tokenizer.json of Hugging Face: it has "
-      "no model with a vocab"
+      f"data.tokenizer={path!r} is not a tokenizer.json of Hugging Face: it "
+      "has no model with a vocab"
     )
 
 
@@ -430,7 +430,7 @@ def _named_token(
     try:
       said = json.loads(beside.read_text(encoding="utf-8")).get(key)
     except (ValueError, AttributeError, RecursionError) as error:
-      raise ValueError(f"{beside} is no JSON object ({error})") from error
+      raise ValueError(f"{beside} is not a JSON object ({error})") from error
     said = said.get("content") if isinstance(said, dict) else said
     if isinstance(said, str) and said in vocabulary:
       return said
@@ -441,7 +441,7 @@ class _PieceStream:
   """Decodes each piece after an anchor, so that its leading space stays.
 
   Decoding drops the space in front of a text's first word. The first ids are
-  therefore held until they have text, and later ones are decoded behind a
+  therefore held until they have text, and later ones are decoded after a
   fixed piece whose own text is cut off: constant work per id. Byte pieces wait
   until they make a character, four at most.
   """

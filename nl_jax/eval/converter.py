@@ -8,7 +8,7 @@ import tensorflow as tf
 
 
 class ScoringFeatureConverter(seqio.FeatureConverter):
-  """Inputs and targets, one behind the other, without anything between.
+  """Inputs and targets, one after the other, without anything between.
 
   With n + 1 tokens in a row and k of them targets: input t[:-1], labels t[1:],
   weights n - k zeros and k ones, padded with 0 on the right.

@@ -1,7 +1,7 @@
 """Requests to rows of tokens: pairs, left truncation, rolling windows.
 
 A row is what a model reads and what it is asked for: `inputs` and `targets`,
-one behind the other. The first target follows the last input; the model reads
+one after the other. The first target follows the last input; the model reads
 all but the last token of both. Tokens are split as lm-evaluation-harness
 0.4.13 splits them.
 """
@@ -142,7 +142,7 @@ def pair(
 ) -> tuple[list[int], list[int]]:
   """Tokens of a context and of what follows it.
 
-  Both are encoded as one text and split behind the tokens of the context
+  Both are encoded as one text and split after the tokens of the context
   alone; the context's spaces at its end go to the continuation.
 
   Args:

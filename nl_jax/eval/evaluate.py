@@ -2,7 +2,7 @@
 
     prepare (file, requests, rows)  ->  score  ->  record (what a result keeps)
 
-A task that fails is recorded, and the others go on.
+A task that fails is recorded, and the others continue.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The data folder: one file a task, found, checked and told apart by hash.
+"""The data folder: one file a task, found, checked and identified by hash.
 
 A file has one JSON object a line, with the columns of its data set on Hugging
 Face. What a file is worth (`exact`, `approximate`, `sample`) is known by its
@@ -84,7 +84,7 @@ def load(task: requests.Task, folder: pathlib.Path, limit: int = 0) -> Loaded:
 
   Raises:
     FileNotFoundError: no such file.
-    ValueError: a file of another split, a line that is no JSON object, or a
+    ValueError: a file of another split, a line that is not a JSON object, or a
       column that is missing or of another type; file and line are named.
   """
   path = find(task, folder)
@@ -127,7 +127,7 @@ def _parse(path: pathlib.Path, line: int, text: str) -> Mapping[str, Any]:
   try:
     doc = json.loads(text)
   except (ValueError, RecursionError) as error:
-    raise ValueError(f"{path}:{line}: no JSON ({error})") from None
+    raise ValueError(f"{path}:{line}: not JSON ({error})") from None
   if not isinstance(doc, dict):
     raise ValueError(
       f"{path}:{line}: expected a JSON object, got {type(doc).__name__}"
@@ -163,7 +163,7 @@ def _check(
         f"{path}:{line}: no column {column!r}; {task.name} needs "
         f"{', '.join(task.columns)}, as {task.source} has them"
       )
-    # A label that is missing is told as that.
+    # A missing label is reported as missing.
     unlabelled = doc[column] is None and column in _LABEL_COLUMNS
     if not isinstance(doc[column], kinds) and not unlabelled:
       raise ValueError(

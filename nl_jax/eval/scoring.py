@@ -4,7 +4,7 @@
 
 Every row starts from the model's trained initial state, and carries nothing to
 another. What a row scores depends on no other row, and not on the padding
-behind it. The scorer is given tokens: it knows no document and no answer.
+after it. The scorer is given tokens: it knows no document and no answer.
 """
 
 import functools
@@ -46,7 +46,7 @@ class _Batch(NamedTuple):
     rows: numbers of the rows.
     inputs, labels: int32 [B,T].
     weights: float32 [B,T], 1 at targets.
-    segment_ids: int32 [B,T], 0 behind the end of a row.
+    segment_ids: int32 [B,T], 0 after the end of a row.
   """
 
   rows: list[int]
@@ -114,7 +114,7 @@ class Scorer:
     Args:
       params: of the model, on the mesh.
       pairs: (inputs, targets) of each row, in any order.
-      progress: is told how many rows are done.
+      progress: called with the number of rows done.
     """
     scores = Scores([0.0] * len(pairs), [False] * len(pairs))
     waiting: list[tuple[list[int], tuple[jax.Array, jax.Array]]] = []

@@ -1,6 +1,6 @@
 """Table 1: its columns, the published rows, and the row of a result.
 
-A cell that was not measured stays empty. What keeps a cell from being compared
+A cell that was not measured is empty. What keeps a cell from being compared
 with the published one is marked, and suppresses the average.
 """
 

@@ -33,7 +33,7 @@ class MemoryState(NamedTuple):
     w: the same, the deviations now; with a row factor (see `update`) without
       it, until the chunk is full.
     s: momentum, the same; an empty dict without.
-    carried: what else goes on with a sequence and is 0 at its start: the
+    carried: what else continues with a sequence and is 0 at its start: the
       tokens of `memory.window`, the rate of `memory.muon`; else empty.
     phase: int32 [B], tokens in the open chunk.
     segment: int32 [B], id of the last real token; 0 where there was none.
@@ -52,7 +52,7 @@ class Run(NamedTuple):
 
   Attributes:
     implementation: None, "xla", "pallas_tpu", "pallas_interpret"; also
-      "reference", the token loop. A call that goes on from inside a chunk, and
+      "reference", the token loop. A call that resumes from inside a chunk, and
       a single token, run by XLA whatever is named: no kernel takes them.
     spec: mesh axes of [B, T, H d], see `kernels.walk`.
     rate: the largest rate at which a token erases; chooses the policy.
@@ -244,7 +244,7 @@ def walk(
     aligned: the caller knows that documents begin at multiples of C of the
       grid: spares a second gradient point a chunk. A document that begins
       elsewhere would read the one before it until the next edge.
-    chunk_free: the chunk is no part of the function.
+    chunk_free: the chunk is not part of the function.
     run: what runs the walk, and where.
     name: of the kernels.
     columns: of a walk that is affine in its state, see `kernels.walk`.
@@ -255,7 +255,7 @@ def walk(
   B, T = jax.tree.leaves(xs)[0].shape[:2]
   run = run or Run()
   c = 1 if T == 1 else chunk
-  # Where the chunk is no part of the function, any token may begin one.
+  # Where the chunk is not part of the function, any token may begin one.
   at_edge = at_edge or chunk_free
   shifts = c > 1 and not (
     at_edge and (aligned or chunk_free or segment_ids is None)
@@ -420,7 +420,7 @@ def _columns(
     s, carried = now.s
     block = rules.Block(fixed["start"], now.w, s, carried, at)
     v, k = x["v"], x["k"]
-    if rule.objective == "l2":  # What it predicts without weights is no goal.
+    if rule.objective == "l2":  # Predicted without weights, this is no goal.
       none = lambda _, z: jnp.zeros((*z.shape[:-1], width), z.dtype)
       base = forward(none, k)
       rest = [(0, 0)] * (v.ndim - 1) + [(0, v.shape[-1] - width)]

@@ -80,7 +80,7 @@ class Part(NamedTuple):
   def _through(
     self, x: jax.Array, W: jax.Array, start: jax.Array | None, form: str
   ) -> jax.Array:
-    """x W, by document: `start` in the place of W behind the first."""
+    """x W, by document: `start` in the place of W after the first."""
     at = self.block.at
     y = at.tile.mm(x, W, form, "anchor")
     if start is None or at.ids is None:
@@ -232,7 +232,7 @@ class Written(NamedTuple):
     blocks: of each part, after the chunk.
     read: (part, q [..., C, K]) -> [..., C, K], of a part of one role, at
       every token; None where there are writes alone.
-    sums: those of `rule.Metrics`, means over roles, part behind part,
+    sums: those of `rule.Metrics`, means over roles, part after part,
       [..., 1, n].
   """
 

@@ -97,8 +97,8 @@ class Config:
       of the K channels (the literal dimension; token reference only).
     eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
       eta_bias).
-    eta_bias: of eta, see eta_max.
-    alpha_bias: of the retention alpha = sigmoid(. + alpha_bias).
+    eta_bias: bias of the inner learning rate, see eta_max.
+    alpha_bias: bias of the retention alpha = sigmoid(. + alpha_bias).
     gen_input: "per_role", z^k and z^v from projections of their own, or
       "slice", head slices of the layer's input.
     walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
@@ -388,7 +388,7 @@ def _body(
 
   Returns:
     The state, {"y"} or {"q", "k", "v", "gates"}, and the sums of the parts,
-    one behind the other.
+    one after the other.
   """
   if config.stop_grad_writes:
     now = jax.lax.stop_gradient(now)

@@ -1,8 +1,8 @@
-"""Local memories that begin anew, beside one global memory (TNT).
+"""Local memories that are reset, beside one global memory (TNT).
 
     y_t = V(q_t) + W_t(q'_t),    q'_t = sum of k (k . q_t) over the span's keys
 
-W learns in short chunks and begins anew every S tokens; V, which never does, in
+W learns in short chunks and is reset every S tokens; V, which never is, in
 one chunk of S tokens, whose start all of its tokens read. A local memory knows
 only the keys of its own span, and is asked only for what lies along them. Spans
 do not wait for each other: they are rows of the batch. TNT, arXiv 2511.07343,

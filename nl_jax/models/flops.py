@@ -126,7 +126,7 @@ def chunked(
     rule: how it learns.
     reads: False: it only learns.
     anchor: False: the forward pass at the key is counted elsewhere.
-    normed: a norm stands behind the last layer.
+    normed: a norm stands after the last layer.
     loop: the rule runs token by token, and knows no chunk.
   """
   total = 0.0

@@ -310,7 +310,7 @@ def conv_apply(
     w_4xE: taps, the oldest first; w[3] meets the token itself.
     x_BxTxE: inputs.
     state: the window of the call before; None at the start of a sequence.
-    segment_ids: int32 [B,T], 0 is padding; None goes on with the carried
+    segment_ids: int32 [B,T], 0 is padding; None continues with the carried
       document (with document 1 where there is none).
 
   Returns:

@@ -131,7 +131,7 @@ class LanguageModel:
   Attributes:
     arch: which mixer, a key of `MIXERS`.
     width: D (Table 1 has the sizes; the paper states no shape).
-    layers: L.
+    layers: number of layers, L.
     heads: H, of the mixer.
     head_dim: K, key and value width of a head.
     vocab_size: rows of the embedding, at least the tokenizer's ids.
@@ -139,15 +139,15 @@ class LanguageModel:
     cms: the feed-forward part; one level for the plain block.
     mixer: switches of the mixer, its module's `Options`; None for archs
       without, and for attention with none on.
-    dtype: of activations; weights, fast weights, gates, logits and the loss
-      are float32 at least.
+    dtype: dtype of activations; weights, fast weights, gates, logits and the
+      loss are float32 at least.
     remat: "layer" recomputes each layer in the backward pass, but for what
       its kernels made; "none" keeps what it needs beyond the chunks.
     at_edge: whether `apply` may take it that a state stands at the edge of
       all chunks and that documents begin at edges alone, as rows of training
       do; it spares the shift to each row's grid.
     tied: the output weights are those of the embedding.
-    norm_epsilon: of the norms of blocks, levels and output.
+    norm_epsilon: epsilon of the norms of blocks, levels and output.
   """
 
   arch: Annotated[str, OneOf(*MIXERS)]
@@ -281,7 +281,7 @@ class LanguageModel:
       state: of the call before; None is the start of a sequence, with room
         for T tokens.
       segment_ids: int32 [B,T], the document of each token, 0 is padding; None:
-        all go on with the document of the state.
+        all continue with the document of the state.
       learn: which losses enter in-context updates; without effect here, where
         no level learns from the task loss.
 

@@ -94,7 +94,7 @@ SHAPES = {
     "760m": Shape(12, 128, (3776,), chunk=64, window=2048),
     "1b3": Shape(16, 128, (4864,), chunk=64, window=2048),
   },
-  # The chunk is no part of the delta rule: it says what is computed at once.
+  # The chunk is not part of the delta rule: it says what is computed at once.
   "deltanet": {
     "smoke": Shape(4, 16, (170,), chunk=8),
     "tiny": Shape(4, 32, (344,), chunk=16),

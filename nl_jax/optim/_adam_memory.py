@@ -59,9 +59,9 @@ def scale_by_adam_memory(
     eps: lambda = eps sqrt(H), unless `ridge` is given.
     ridge: constant lambda.
     accumulate: "ema", or "sum" as printed.
-    bias_correction: of EMAs.
+    bias_correction: correct the bias of averages.
     target: "rms", P = sqrt(H), or "square", P = H.
-    mu_dtype: of M, None as the parameters.
+    mu_dtype: dtype of M; None: the parameters'.
 
   Returns:
     A transformation with state `ScaleByAdamMemoryState`.

@@ -50,7 +50,7 @@ class MLPMemory:
     depth: 2, or 1 for f(u) = u + w_out^T u.
     activation: "silu", "gelu", "relu" or "tanh".
     residual: whether u is added.
-    seed: of w_in, folded with the path of the leaf.
+    seed: seed of w_in, folded with the path of the leaf.
   """
 
   hidden: float | int = 0.25
@@ -194,8 +194,8 @@ def scale_by_deep_momentum(
 
   Args:
     alpha: retention of the memory.
-    inner_lr: mu; "normalized" is stable below 2.
-    target_decay: of the EMA that the memory learns, bias-corrected.
+    inner_lr: learning rate mu of the memory; "normalized" is stable below 2.
+    target_decay: decay of the EMA that the memory learns, bias-corrected.
     memory: `MLPMemory(...)`, or `LinearMemory()`: with readout "state"
       m <- alpha m + eta g, with "apply" m <- alpha m + eta u v^T / r.
     inner_step: "normalized" divides mu by the mean square of the hidden units,
@@ -206,12 +206,12 @@ def scale_by_deep_momentum(
     read: "post" or "pre" the memory's own update.
     output: None, "orthogonalize", or a function of one leaf's direction.
     decay_layers: "output" decays w_out alone, "all" also w_in.
-    vector_rule: for leaves that are no matrices: "identity" is the gradient,
+    vector_rule: for leaves that are not matrices: "identity" is the gradient,
       "trace" momentum with alpha and eta, "mlp" one sample of all entries.
     eta: rate of the write of linear memories and of "trace".
     ns_steps: Newton-Schulz iterations of output="orthogonalize".
-    coeffs: its coefficients, a name or a table (`orthogonalize`).
-    ns_dtype: of its iterations; None is at least float32.
+    coeffs: coefficients of Newton-Schulz, a name or a table (`orthogonalize`).
+    ns_dtype: dtype of the Newton-Schulz iterations; None is at least float32.
     ns_sharding: where it runs on a mesh.
     dims: the matrices; None is (-2, -1) for rank >= 2.
 
@@ -220,7 +220,7 @@ def scale_by_deep_momentum(
 
   Raises:
     ValueError: an unknown switch, or readout="state" of an MLP; at init,
-      linear "apply" on a leaf that is no matrix; TypeError: complex leaves.
+      linear "apply" on a leaf that is not a matrix; TypeError: complex leaves.
   """
   _checks.one_of("inner_step", inner_step, ("normalized", "gd"))
   _checks.one_of("loss", loss, ("l2", "dot"))
@@ -235,7 +235,8 @@ def scale_by_deep_momentum(
   is_mlp = isinstance(memory, MLPMemory)
   if is_mlp and readout == "state":
     raise ValueError(
-      "readout='state' needs LinearMemory: the state of an MLP is no direction"
+      "readout='state' needs LinearMemory: the state of an MLP is not a "
+      "direction"
     )
   keeps_state = not is_mlp and readout != "apply"
   rule = _Rule(
@@ -385,7 +386,7 @@ def deep_momentum(
     learning_rate: a number or a schedule.
     weight_decay: decoupled, times the learning rate.
     mask: what decays, as in `optax.adamw`.
-    fallback: a complete optimizer for leaves that are no matrices; None leaves
+    fallback: a complete optimizer for leaves that are not matrices; None leaves
       them to `vector_rule`.
     fallback_learning_rate: instead of `fallback`: AdamW (b2 .95) at this rate.
     dims: the matrices; None selects them by `matrix_dims_from_paths`.

@@ -70,8 +70,8 @@ def scale_by_delta_momentum(
     side: "input" erases with K K^T from the left (c x c), "output" with K^T K.
     key: "frobenius" divides by the norm of each matrix, "raw" does not.
     preconditioner: P, its state is kept; None is the identity.
-    eps: least norm to divide by.
-    mu_dtype: of the momentum, None as the parameters.
+    eps: smallest norm to divide by.
+    mu_dtype: dtype of the momentum; None: the parameters'.
     dims: the matrices; a leaf under None is one column.
 
   Returns:

@@ -18,7 +18,7 @@ DimsLike = _matrices.DimsLike
 def flat(dims: DimsLike, tree: Tree) -> list[Spec]:
   """One spec a leaf of `tree`; None as `dims` is (-2, -1) for rank >= 2.
 
-  An empty leaf is no matrix.
+  An empty leaf is not a matrix.
   """
   leaves = jax.tree.leaves(tree)
   if dims is None:

@@ -84,25 +84,25 @@ def scale_by_m3(
     b2: decay of the second moment.
     b3: decay of the slow momentum.
     alpha: weight of the slow memory; None leaves it out (Muon).
-    eps: in the denominators.
+    eps: added to denominators.
     ns_steps: Newton-Schulz iterations.
     slow_every: steps between two updates of the slow memory; may be traced.
     accumulate: "ema" or "sum" (printed: b1 g, b2 g^2, b3 g are added).
     second_moment: "ortho" of D, "grad" of the gradients (printed), or None.
     chunk_reduce: "mean" or "sum" of the gradients of a chunk.
     slow_read: "next" uses o2 from the step after (Algorithm 1), or "same".
-    bias_correction: of m1 and nu, with accumulate="ema".
+    bias_correction: correct the bias of m1 and nu, with accumulate="ema".
     nesterov: NS(b1 m1 / (1 - b1^(t+1)) + (1 - b1) g / (1 - b1^t)).
-    coeffs: of Newton-Schulz, a name or a table (`orthogonalize`).
+    coeffs: coefficients of Newton-Schulz, a name or a table (`orthogonalize`).
     ns_eps: added to the norms that it divides by.
-    ns_dtype: of its iterations; None is at least float32.
+    ns_dtype: dtype of the Newton-Schulz iterations; None is at least float32.
     ns_sharding: where it runs on a mesh.
-    cache_slow: keep o2; otherwise it is computed anew in every step.
+    cache_slow: keep o2; otherwise it is computed again in every step.
     stagger: groups of equal shapes refresh at different steps.
-    mu_dtype: of m1; None as the parameters.
-    nu_dtype: of nu; None is at least float32.
-    slow_dtype: of m2 and slow_sum; None is at least float32.
-    o2_dtype: of o2; None as m1.
+    mu_dtype: dtype of m1; None: the parameters'.
+    nu_dtype: dtype of nu; None is at least float32.
+    slow_dtype: dtype of m2 and slow_sum; None is at least float32.
+    o2_dtype: dtype of o2; None: that of m1.
     dims: the matrices; None is (-2, -1) for rank >= 2. Leaves under None take
       the same rule without NS.
 
@@ -302,7 +302,7 @@ def m3(
       sqrt(max(1, r / c)).
     fallback: a complete optimizer for the other leaves; None is AdamW with the
       `fallback_*` arguments and, by default, the same learning rate.
-    fallback_learning_rate: AdamW's, for what is no matrix; None is the same.
+    fallback_learning_rate: AdamW's, for what is not a matrix; None is the same.
     fallback_b1: its decay of the first moment.
     fallback_b2: its decay of the second moment.
     fallback_eps: added to the root of its second moment.

@@ -144,7 +144,7 @@ def _choose(
 def _no_matrix(
   name: str, shape: tuple[int, ...], exclude: Sequence[str], by_shape: bool
 ) -> str:
-  """Why a leaf is no matrix, or nothing."""
+  """Why a leaf is not a matrix, or nothing."""
   if len(shape) < 2:
     return f"rank {len(shape)}"
   if 0 in shape:

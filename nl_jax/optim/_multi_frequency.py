@@ -6,7 +6,7 @@ units and then take one step on everything gathered in it,
     theta_l <- theta_l - sum_{t in the last C_l} eta_t f(theta_l; x_t).
 
 The printed range has C_l + 1 terms; here it is exactly C_l. A unit is a step or
-a token. Periods shorter than a sequence are no matter of the optimizer.
+a token. Periods shorter than a sequence do not concern the optimizer.
 """
 
 import logging

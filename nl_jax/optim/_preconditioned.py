@@ -67,7 +67,7 @@ def scale_by_preconditioned_momentum(
     alpha: decay of the momentum.
     eta: rate of the write.
     nesterov: the direction is alpha m + eta P(g) with the new m.
-    mu_dtype: of the momentum, None as the parameters.
+    mu_dtype: dtype of the momentum; None: the parameters'.
 
   Returns:
     A transformation with state `ScaleByPreconditionedMomentumState`.
@@ -121,7 +121,7 @@ def scale_by_feature_momentum(
     preconditioner: P, on the features; None is the identity.
     normalize: "rms" divides each tensor by its RMS first and multiplies it
       back, so that the rule is scale-equivariant; None does not.
-    mu_dtype: of the momentum, None as the parameters.
+    mu_dtype: dtype of the momentum; None: the parameters'.
     dims: the matrices of "orthogonalize"; other leaves keep their gradient.
 
   Returns:

@@ -49,7 +49,7 @@ def reset_on_slower(
       reptile  start <- start + meta_rate (end - start)
       fomaml   start <- start + meta_rate u, the gradient step at the end point
 
-  and the parameters become `start`. Optimizer states of the level go on. The
+  and the parameters become `start`. Optimizer states of the level continue. The
   result must be applied as it is: scale and clip inside `inner`.
 
   Args:

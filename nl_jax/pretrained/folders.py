@@ -119,7 +119,8 @@ def _entries(path: pathlib.Path) -> list[Stored]:
         entries.append(Stored(path, name, shape, stored, seals))
   except safetensors.SafetensorError as error:
     raise ValueError(
-      f"{path} is no safetensors file, or a torn one ({error}); fetch it again"
+      f"{path} is not a safetensors file, or a torn one ({error}); fetch "
+      "it again"
     ) from error
   for stored in entries:
     if stored.dtype not in _READ.values():

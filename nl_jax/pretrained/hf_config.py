@@ -190,7 +190,8 @@ def misfit(net: lm.LanguageModel) -> str:
   if net.module is not attention:
     return f"model.arch={net.arch!r} is none of {', '.join(_CLASSES)}"
   if len(net.cms.levels) > 1 and net.cms.variant != "independent":
-    return f"{len(net.cms.levels)} {net.cms.variant} levels are no single MLP"
+    count, variant = len(net.cms.levels), net.cms.variant
+    return f"{count} {variant} levels are not a single MLP"
   if not (net.cms.norm and net.cms.residual):
     return "its MLPs lack the norm or the residual"
   switches = attention.options(net)

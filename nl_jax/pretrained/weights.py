@@ -23,7 +23,7 @@ from nl_jax.pretrained import hf_config as hf_config_lib
 MODES = ("inplace", "split")
 _LEVEL = hf_config_lib.LEVEL
 _BODY = "model.layers."
-# Our names of a layer's parameters, theirs behind _BODY and its number.
+# Our names of a layer's parameters, theirs after _BODY and its number.
 _LAYER = {
   "mixer_norm/scale": "input_layernorm.weight",
   "mixer/w_q": "self_attn.q_proj.weight",

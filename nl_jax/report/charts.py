@@ -133,7 +133,7 @@ def _loss(
 def running_mean(ys: list[float]) -> list[float] | None:
   """Means over about a 15th of the points, centred; gaps stay gaps.
 
-  Towards both ends fewer points are taken, as many before as behind. None where
+  Towards both ends fewer points are taken, as many before as after. None where
   there are too few to have a mean.
   """
   count = len(ys)

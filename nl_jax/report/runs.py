@@ -136,7 +136,7 @@ def read(workdir: str) -> Run:
 
 
 def _tokenizer(about: dict[str, Any]) -> tuple[str, str]:
-  """Name and hash; of a run of before, which kept none, its path."""
+  """Name and hash; the path for a run of an earlier version, without them."""
   name = about["config"].get("data", {}).get("tokenizer", "")
   own = about.get(kept.KEY)
   if not own:
@@ -182,7 +182,7 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def named_apart(runs: list[Run]) -> list[Run]:
-  """Runs of folders with one name are told apart by their paths."""
+  """Names of runs; folders with the same name get their paths."""
   names = [run.name for run in runs]
   return [
     run._replace(name=str(run.workdir)) if names.count(run.name) > 1 else run

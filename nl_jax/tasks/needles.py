@@ -238,7 +238,7 @@ class Needles:
   def _lines(
     self, told: Sequence[tuple[bool, str]], size: int, rng: np.random.Generator
   ) -> list[str]:
-    """Lines of noise, or of needles with other keys than those told of."""
+    """Lines of noise, or of needles with keys that no question asks for."""
     if self.task.haystack == NOISE:
       return [_LINE] * size
     kind, known = self.task.value, "".join(needle for _, needle in told)
@@ -255,7 +255,7 @@ class Needles:
 
 
 def continuation(answers: Sequence[str]) -> str:
-  """What goes on from the prompt, where it is right: " a, b, and c"."""
+  """What continues the prompt, where it is right: " a, b, and c"."""
   return " " + _listed(answers)
 
 

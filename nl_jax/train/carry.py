@@ -26,7 +26,7 @@ Batch = dict[str, jax.Array]
 # is added up, the memory after the row).
 Row = Callable[[Any, Batch, Any], tuple[jax.Array, Any, Any]]
 
-# Numbers of documents begin anew there: neighbours differ all the same.
+# Numbers of documents restart there: neighbours differ nevertheless.
 _DOCUMENTS = 2**30
 
 

@@ -1,7 +1,7 @@
 """Checkpoints: state, place in the data, and what a run must know of itself.
 
 Three items a step: `state` (arrays), `data` (the iterator's state, integers)
-and `meta` (JSON). Writing goes on in the background; a step that is not whole
+and `meta` (JSON). Writing continues in the background; a step that is not whole
 is not listed. A listed step that cannot be read, or is not what was saved, is
 moved aside, and the one before it taken.
 """
@@ -74,8 +74,8 @@ class Checkpoints:
 
     Args:
       workdir: of the run.
-      keep: newest checkpoints that stay.
-      keep_period: those of its multiples stay too; 0: none does.
+      keep: number of newest checkpoints to keep.
+      keep_period: keep all multiples of this step; 0 disables it.
     """
     _hush()
     self._workdir = workdir.resolve()
@@ -114,7 +114,7 @@ class Checkpoints:
       with self._writing():
         self._manager.close()
     except files.StorageError:
-      # What ended the run has been told.
+      # What ended the run has been reported.
       if kind is None:
         raise
 

@@ -2,7 +2,7 @@
 
 A group of a config is what one or two of them take, with their defaults; a
 preset states what differs. The checks of values, docs/config.md and what fills
-the configs of runs of before read the same table.
+the configs of earlier runs read the same table.
 """
 
 import difflib
@@ -33,7 +33,7 @@ _TRAIN = ("steps", "log_every", "eval_every", "accumulate", "carry_gradient",
 _MESH = ("replica", "fsdp", "sequence", "tensor")
 # What stands for the dtype of activations until the machine is known.
 AUTO = "auto"
-# Defaults that configs of before did not list, where they are others today.
+# Defaults of fields that earlier configs did not list, where they differ.
 _WAS = {
   arch: {"model.mixer.beta_bias": math.log(9.0)} for arch in ("dla", "memora")
 }
@@ -113,7 +113,7 @@ def upgraded(config: Any) -> Any:
 
   In format 1 the group `model.mixer` was `model.memory`, the kind of a memory
   its field `arch`, and b1, b2 and eps of AdamW stood in `optim`. What a config
-  does not list has the value that it had then. What is no config stays as it
+  does not list has the value that it had then. What is not a config stays as it
   is, for `check` to tell.
   """
   if not _has_groups(config) or config["model"].get("arch") not in _ARCHS:

@@ -44,8 +44,8 @@ _MISSING = "nothing"
 
 StorageError = whole.StorageError
 _ADVICE = (
-  "free space or mend the permissions, and start the same command again: it "
-  "goes on from the newest checkpoint"
+  "free space or fix the permissions, and start the same command again: it "
+  "resumes from the newest checkpoint"
 )
 writing = functools.partial(whole.writing, advice=_ADVICE)
 
@@ -108,7 +108,7 @@ def read_about(workdir: pathlib.Path) -> dict[str, Any]:
   """The config and fingerprint that a run left in its workdir.
 
   Raises:
-    ValueError: its config file is no run's, or of an unknown format.
+    ValueError: its config file is not a run's, or of an unknown format.
   """
   return read_config_file(workdir / CONFIG)
 
@@ -299,14 +299,14 @@ def _check_same(
     raise ValueError(
       f"{workdir} was trained on other data (fingerprint "
       f"{before['fingerprint'][:12]}, now {now['fingerprint'][:12]}); restore "
-      f"the data, or go on with these in another --workdir: --from={workdir} "
-      "--keep=optimizer"
+      f"the data, or continue with these in another --workdir: "
+      f"--from={workdir} --keep=optimizer"
     )
   changes = differences(before["config"], now["config"])
   if changes and not allow_config_change:
     raise ValueError(
       f"{workdir} holds a run with another config: {'; '.join(changes)}. Give "
-      "another --workdir, or --allow_config_change to go on with this one"
+      "another --workdir, or --allow_config_change to continue with this one"
     )
 
 

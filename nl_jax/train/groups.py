@@ -2,7 +2,7 @@
 
 `optim.groups` is a tuple of texts, `pattern:what`. A pattern is a regular
 expression that is searched in a parameter's path, as `blocks/cms/high/w_up`;
-behind `!` it stands for the parameters that it is not found in. What is said is
+after `!` it stands for the parameters that it is not found in. What is said is
 `frozen`, or `rate=<factor>`, `decay=<number>` or both with a comma between. Of
 several groups that a parameter is in, the first one counts.
 

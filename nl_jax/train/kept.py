@@ -35,7 +35,7 @@ def keep(
     config: resolved, nested dicts.
 
   Returns:
-    What `KEY` says of it; None where the tokenizer is no file.
+    What `KEY` says of it; None where the tokenizer is not a file.
   """
   name = config.get("data", {}).get("tokenizer", "")
   path = pathlib.Path(name).expanduser() if name else None

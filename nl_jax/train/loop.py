@@ -71,7 +71,7 @@ class OutOfMemoryError(MemoryError):
 
 
 class _Pending(NamedTuple):
-  """A dispatched step whose metrics nobody has looked at.
+  """A dispatched step whose metrics have not been read.
 
   Attributes:
     step: updates made when it is done.
@@ -125,7 +125,7 @@ def train(
     mesh: of `sharding.mesh`; all devices on "fsdp" by default.
     evaluate: (params, step) -> {"eval/<set>/<metric>": value}; all processes
       call it.
-    allow_config_change: go on with a config that differs from the workdir's.
+    allow_config_change: continue with a config that differs from the workdir's.
     origin: a checkpoint of another run to start from, and what of it is kept;
       nothing there is changed.
     flops_per_token: of a training step, for MFU; 0: not shown.
@@ -245,7 +245,7 @@ class _Run:
     _barrier("workdir claimed")
 
   def begin(self, like: state_lib.State) -> state_lib.State:
-    """The state to go on from, and the data at the same place."""
+    """The state to resume from, and the data at the same place."""
     if self.begun.place is not None:
       self.data.set_state(self.begun.place)
     if self.begun.state is not None:
@@ -363,7 +363,7 @@ class _Run:
       self.display.say(turn())
 
   def _status(self, step: int) -> str:
-    """Why to end here; "" to go on. The same answer on all processes."""
+    """Why to end here; "" to continue. The same answer on all processes."""
     if step == self.settings.steps:
       return _DONE
     if jax.process_count() > 1:
@@ -420,7 +420,7 @@ class _Run:
         values,
       )
     raise NonFiniteError(
-      f"{what}; report in {path}. Lower optim.learning_rate, or go on with "
+      f"{what}; report in {path}. Lower optim.learning_rate, or continue with "
       "train.nan_policy=skip"
     )
 

@@ -30,7 +30,7 @@ _NO_MATRIX = (r"(^|/)(conv_\w+|b_\w+|mix)$",)
 
 
 class Optimizer(NamedTuple):
-  """An optimizer and what is told of it.
+  """An optimizer, and what describes it.
 
   Attributes:
     tx: the whole chain: clip, levels, rule, decay, learning rate.
@@ -83,27 +83,27 @@ def make(
     steps: of the whole run: the end of the schedule.
     tokens_per_step: tokens of a batch, batch_size * sequence_length; every
       CMS period is a multiple.
-    learning_rate: peak.
+    learning_rate: peak learning rate.
     name: the rule; the group of its name has its options.
     warmup_steps: steps of linear warm-up.
     weight_decay: decoupled, multiplied by the learning rate; matrices only.
     clip_norm: global norm of the gradient; 0: no clip.
-    min_ratio: the last learning rate over the peak.
-    schedule: of the learning rate, after the warm-up.
-    cooldown_steps: at the end, of wsd and inverse_root.
+    min_ratio: the final learning rate divided by the peak.
+    schedule: schedule of the learning rate after the warm-up.
+    cooldown_steps: steps of decay at the end, for wsd and inverse_root.
     groups: texts of parameters that are frozen, or have a rate or decay of
       their own: pattern:frozen, or pattern:rate=0.1,decay=0
       (docs/optimizers.md).
-    reduce: of the gradients that a slow level gathers: "mean", or "sum"
-      (literal eq. 71).
+    reduce: how a slow level combines the gradients that it gathers: "mean", or
+      "sum" (literal eq. 71).
     nested_meta: with the CMS variant "nested", how a level's initial state
       learns: "none", "reptile" or "fomaml".
-    nested_rate: of that, 0 to 1.
+    nested_rate: learning rate of that initial state, 0 to 1.
     options: of the rule, what differs from the defaults of `rules.options`.
 
   Raises:
     ValueError: an unknown name or option, a value out of range, a period that
-      is no multiple of the batch's tokens.
+      is not a multiple of the batch's tokens.
   """
   fields.check("optim", make, locals())
   fields.check("train", settings.Settings, {"steps": steps})
@@ -184,7 +184,7 @@ def make(
 
 
 def clocks_of(opt_state: Any, step: int) -> dict[str, tuple[int, int]]:
-  """The clocks of all levels where a run goes on with another batch.
+  """The clocks of all levels where a run continues with another batch.
 
   Args:
     opt_state: of `Optimizer.tx`.
@@ -223,7 +223,7 @@ def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:
     tokens_per_step: tokens of a batch.
 
   Raises:
-    ValueError: a period is no multiple of the batch's tokens.
+    ValueError: a period is not a multiple of the batch's tokens.
   """
   every = {"slow": 1}
   if len(cms.levels) == 1:
@@ -245,7 +245,7 @@ def firing_steps(cms: Any, tokens_per_step: int) -> dict[str, int]:
 def decay_mask(params: Any) -> Any:
   """True where weight decay acts: matrices, initial memory states included.
 
-  By path, the stacked layer axis taken away: a stacked norm (L,D) is no matrix.
+  By path, without the stacked layer axis: a stacked norm (L,D) is not a matrix.
   """
 
   def decays(path: tuple, leaf: jax.Array) -> bool:

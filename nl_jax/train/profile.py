@@ -46,7 +46,7 @@ class Profile:
     except files.StorageError as failed:
       if error[0] is None:
         raise
-      logging.warning("%s", failed)  # What ended the run is to be told.
+      logging.warning("%s", failed)  # The error of the run follows.
 
   def begins(self, step: int) -> bool:
     """Whether the trace begins at state `step`."""

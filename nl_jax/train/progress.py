@@ -30,7 +30,7 @@ _TPUS = {
   "TPU v6e": 918e12,
   "TPU7x": 2307e12 / 2,
 }
-# Names go on with the size of the memory, say.
+# Names continue with the size of the memory, say.
 _GPUS = {
   "NVIDIA A10": 125e12,
   "NVIDIA A100": 312e12,

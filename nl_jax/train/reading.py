@@ -1,8 +1,8 @@
 """Each process reads a checkpoint by itself, and all agree on what came of it.
 
 Orbax would have them wait for each other after every reading: where a file is
-damaged that one process alone reads, it would go on to an older checkpoint and
-the others would not.
+damaged that one process alone reads, it would take an older checkpoint and the
+others would not.
 """
 
 import asyncio

@@ -3,7 +3,7 @@
 `optim.name` chooses a rule; the group of its name, as `optim.m3`, has what its
 factory takes, with the factory's defaults. In a config "none" stands for None
 where names are chosen, and 0 where a number is. What the recipe sets, or what
-no text can say, is no field: schedule, decay and its mask, which leaves are
+no text can say, is not a field: schedule, decay and its mask, which leaves are
 matrices, where Newton-Schulz is spread.
 """
 
@@ -67,7 +67,7 @@ def adamw(
 RULES = {
   "adamw": Rule(adamw),
   "adam_memory": Rule(optim.adam_memory, (optim.scale_by_adam_memory,)),
-  # Leaves that are no matrices are AdamW's, and never a vector rule's.
+  # Leaves that are not matrices are AdamW's, and never a vector rule's.
   "deep_momentum": Rule(
     optim.deep_momentum, (optim.scale_by_deep_momentum,), True,
     ("vector_rule",),
@@ -84,7 +84,7 @@ _RECIPE = (
   "learning_rate", "weight_decay", "mask", "dims", "ns_sharding", "fallback",
   "fallback_weight_decay",
 )  # fmt: skip
-# Of AdamW for what is no matrix, whether or not the factory takes them.
+# Of AdamW for what is not a matrix, whether or not the factory takes them.
 _FALLBACK = (
   "fallback_learning_rate", "fallback_b1", "fallback_b2", "fallback_eps",
 )  # fmt: skip
@@ -259,7 +259,7 @@ def filled(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def upgraded(group: Mapping[str, Any]) -> dict[str, Any]:
-  """The group `optim` of a run of before, in the fields of today.
+  """The group `optim` of an earlier run, in the fields of today.
 
   Its b1, b2 and eps were AdamW's alone: where that was the rule, or served
   what was no matrix.

@@ -53,7 +53,7 @@ def make(
   last = max(steps - 1 - warmup_steps, 1)
 
   def stable(count: jax.Array) -> jax.Array:
-    """Of the peak, behind the warm-up and before the cooldown."""
+    """Of the peak, after the warm-up and before the cooldown."""
     done = jnp.clip((count - warmup_steps) / last, 0, 1)
     if name == "cosine":
       return min_ratio + (1 - min_ratio) * 0.5 * (1 + jnp.cos(jnp.pi * done))

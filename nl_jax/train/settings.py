@@ -45,22 +45,26 @@ class Settings:
   """What the loop does, and when; counts are outer steps.
 
   Attributes:
-    steps: updates of the whole run.
-    log_every: a line of metrics every so many steps (and at 1 and the last).
-    eval_every: an evaluation every so many steps and at the end; 0: at the end.
-    accumulate: micro-batches of one step; divides the batch.
+    steps: optimizer steps of the whole run.
+    log_every: steps between two lines of metrics (also at the first and last).
+    eval_every: steps between two evaluations (also at the end); 0: only at the
+      end.
+    accumulate: micro-batches of one step; must divide the batch.
     streams: rows that carry their memories from step to step; 0: every row is
       read from an empty memory.
-    carry_gradient: rows of each stream in a step, which gradients reach
-      through, with data.rows=stream.
-    nan_policy: of a step that is not finite: "raise", or "skip" its update.
-    max_skipped: with "skip", more skipped steps than these raise.
-    checkpoint_every: a checkpoint every so many steps and at the end; 0: at
-      the end.
-    keep: newest checkpoints that stay.
-    keep_period: checkpoints at multiples of it stay too; 0: none does.
-    seed: of the initial weights.
-    profile_steps: first and last step of a trace, as "10:13"; "": none.
+    carry_gradient: with data.rows=stream, rows of each stream in a step,
+      through which gradients pass.
+    nan_policy: what to do with a step whose loss or gradient is not finite:
+      "raise" an error, or "skip" its update.
+    max_skipped: with "skip", the number of skipped steps beyond which an error
+      is raised.
+    checkpoint_every: steps between two checkpoints (also at the end); 0: only
+      at the end.
+    keep: number of newest checkpoints to keep.
+    keep_period: keep every checkpoint whose step is a multiple of this; 0
+      disables it.
+    seed: seed of the initial weights.
+    profile_steps: first and last step to trace, as "10:13"; "" for none.
   """
 
   steps: Annotated[int, Whole(1)]
@@ -85,7 +89,7 @@ class Settings:
     traced = parse_steps(self.profile_steps)
     if traced and traced.first > self.steps:
       raise ValueError(
-        f"train.profile_steps={self.profile_steps} begins behind train.steps="
+        f"train.profile_steps={self.profile_steps} begins after train.steps="
         f"{self.steps}; give earlier steps"
       )
 
@@ -103,7 +107,7 @@ class Evaluation:
   """What is measured while training; the group `eval`.
 
   Attributes:
-    batches: of validation; 0: all of it.
+    batches: batches of validation data; 0 for all of them.
     tasks: names of benchmark tasks scored while training.
   """
 

@@ -53,7 +53,7 @@ def newest(
 ) -> tuple[T | None, dict[int, Exception]]:
   """What reading the newest step gives, and the errors of those after it.
 
-  Beside a run under way steps come and go: those that went are no damage, and
+  Beside a run under way steps come and go: those that went are not damage, and
   those that came are newer.
   """
   errors: dict[int, Exception] = {}

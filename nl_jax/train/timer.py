@@ -36,7 +36,7 @@ class Timer:
 
   @contextlib.contextmanager
   def pause(self) -> Iterator[None]:
-    """Time in here is no training time."""
+    """Time in here is not training time."""
     begin = time.monotonic()
     try:
       yield

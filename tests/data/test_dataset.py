@@ -78,7 +78,7 @@ def test_a_begin_is_learned_from_and_the_first_token_is_a_target(tmp_path):
   assert "tokenizer.json (special tokens are parsed): train" in (
     plain.describe()
   )
-  with pytest.raises(ValueError, match="bad_documents=skip is of files with"):
+  with pytest.raises(ValueError, match="bad_documents=skip applies to files"):
     _load(bad_documents="skip")
 
 

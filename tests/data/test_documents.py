@@ -67,7 +67,7 @@ def test_a_json_file_may_be_one_array(tmp_path, name):
   with pytest.raises(ValueError, match="entry 3: 'text' is int"):
     texts_of(path, "jsonl")
   write_packed(path, b"[1, 2")
-  with pytest.raises(ValueError, match=f"{name}: no JSON"):
+  with pytest.raises(ValueError, match=f"{name}: not JSON"):
     texts_of(path, "jsonl")
 
 
@@ -131,7 +131,7 @@ def test_a_separator_parts_a_text(tmp_path, name, mark):
   )
   assert skipped.bad == 1
   assert len(skipped.train + skipped.validation) == len(kept) - 1
-  with pytest.raises(ValueError, match="data.separator='x' parts .*='jsonl'"):
+  with pytest.raises(ValueError, match="=.x. separates .*=.jsonl."):
     sources.load("jsonl", str(path), separator="x")
 
 
@@ -218,7 +218,7 @@ def test_links_are_followed(tmp_path):
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path, kind, alone):
   path = tmp_path / documents.SUFFIXES.get(kind, (".array_record",))[0]
   os.mkfifo(path)
-  with pytest.raises(ValueError, match="no plain file .a pipe"):
+  with pytest.raises(ValueError, match="not a plain file .a pipe"):
     sources.load(kind, str(path if alone else tmp_path))
 
 
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("line,words", [
-  (b'{"text": "a"\n', "line 3: no JSON"),
+  (b'{"text": "a"\n', "line 3: not JSON"),
   (b'["a"]\n', "line 3: no field 'text'"),
   (b'{"body": "a", "id": 1}\n', "it has: body, id.*data.text_key"),
   (b'{"text": 5}\n', "'text' is int, expected text"),
@@ -246,7 +246,7 @@ def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
   (b'{"text": "a\\ud83d"}\n', "line 3: 'text' has half a character"),
   (b'{"text": null}\n', "line 3: 'text' is null, expected text"),
   (b'{"text": "a", "id": ' + b"[" * 200_000, "line 3: JSON that is nested too"),
-  (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 3: no JSON .*4300 digi"),
+  (b'{"text": "a", "id": ' + b"9" * 5000 + b"}", "line 3: not JSON .*4300 dig"),
 ])  # fmt: skip
 def test_a_bad_line_is_named(tmp_path, line, words):
   path = tmp_path / "a.jsonl"
@@ -266,7 +266,7 @@ def test_a_bad_line_is_named(tmp_path, line, words):
 def test_a_damaged_packed_file_is_named(tmp_path, name, kind, damage):
   path = write_jsonl(tmp_path / name, TEXTS * 20)
   path.write_bytes(damage(path.read_bytes()))
-  for policy in bad_documents.POLICIES:  # It is no document that is bad.
+  for policy in bad_documents.POLICIES:  # It is not a document that is bad.
     with pytest.raises(ValueError, match=f"{name} is not a whole {kind}"):
       sources.load("text" if "txt" in name else "jsonl", str(path),
                    bad_documents=policy)  # fmt: skip
@@ -277,7 +277,7 @@ def test_bad_parquet_is_named(tmp_path):
   with pytest.raises(ValueError, match="no column 'text'.*id, body"):
     texts_of(path, "parquet")
   path.write_bytes(b"PAR1 no")
-  with pytest.raises(ValueError, match="is no parquet file"):
+  with pytest.raises(ValueError, match="is not a parquet file"):
     texts_of(path, "parquet")
   whole = bytearray(write_parquet(path, TEXTS * 99, group=500).read_bytes())
   text = whole.index(b"four four")  # In the dictionary of the column.
@@ -404,7 +404,7 @@ def test_array_records_of_documents(tmp_path):
   source = sources.load("array_record", str(tmp_path))
   assert sorted(source.train + source.validation) == sorted(texts)
   path.write_bytes(b"none")
-  with pytest.raises(ValueError, match="no ArrayRecord file"):
+  with pytest.raises(ValueError, match="not an ArrayRecord file"):
     sources.load("array_record", str(path))
   with pytest.raises(FileNotFoundError, match="nothing at"):
     sources.load("array_record", "")
@@ -436,7 +436,7 @@ def test_hugging_face_folders(tmp_path):
   datasets.DatasetDict(train=bare, test=table).save_to_disk(tmp_path / "bare")
   with pytest.raises(ValueError, match="a split without text"):
     sources.load("hugging_face", str(tmp_path / "bare"))
-  with pytest.raises(ValueError, match="no folder of save_to_disk"):
+  with pytest.raises(ValueError, match="not a folder of save_to_disk"):
     sources.load("hugging_face", str(tmp_path))
   for path in sorted(p for p in (tmp_path / "one").iterdir()):
     content = path.read_bytes()

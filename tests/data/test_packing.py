@@ -79,7 +79,7 @@ def test_segments_start_on_the_grid(seed, count, longest, length, alignment):
     assert ids == list(range(1, len(ids) + 1))
     for i in ids:
       assert np.flatnonzero(row == i)[0] % alignment == 0
-      # A document is one run: its padding is behind it, never inside.
+      # A document is one run: its padding is after it, never inside.
       assert np.ptp(np.flatnonzero(row == i)) + 1 == np.sum(row == i)
   # Only the last row may end in more padding than an alignment asks for.
   tails = np.argmax(segments[:-1, ::-1] > 0, axis=1)

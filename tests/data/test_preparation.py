@@ -305,7 +305,7 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
     load(out)
   for damage in (b"{", b"\xff", b"[" * 10**5):
     (out / "manifest.json").write_bytes(damage)
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not JSON"):
       load(out)
   for key, value, place in (
     ("sequence_length", -1, "sequence_length"), ("tokenizer", [], "tokenizer"),
@@ -319,7 +319,7 @@ def test_shards_that_are_gone_or_cut_are_named(corpus, tmp_path):
     ):
       load(out)
   (out / "manifest.json").write_text("null")
-  with pytest.raises(ValueError, match="is no manifest"):
+  with pytest.raises(ValueError, match="is not a manifest"):
     load(out)
 
 
@@ -471,7 +471,7 @@ def test_the_tokenizer_must_be_the_same(made, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
-  """What a worker holds: tokens of a flush, less than a row behind it."""
+  """What a worker holds: tokens of a flush, less than a row after it."""
   held = []
   push = packing.Packer.push
 

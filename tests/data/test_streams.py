@@ -1,4 +1,4 @@
-"""Streams: the rows of the packer, each behind the one that it goes on."""
+"""Streams: the rows of the packer, each after the one that it continues."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_the_place_is_kept():
   one, other = next(made), next(again)
   for name, x in one.items():
     np.testing.assert_array_equal(x, other[name])
-  with pytest.raises(ValueError, match="no whole number of batches of 4"):
+  with pytest.raises(ValueError, match="not a whole number of batches of 4"):
     again.set_state({"next_row": 13})
 
 

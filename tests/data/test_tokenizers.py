@@ -221,7 +221,7 @@ def test_the_end_is_what_the_config_beside_it_says(words):
   assert made.end_id == 0 and made.fingerprint != before
   for damage in (b"[", b"[" * 10**5, b"\xff", b"3"):
     beside.write_bytes(damage)
-    with pytest.raises(ValueError, match="tokenizer_config.json is no JSON"):
+    with pytest.raises(ValueError, match="config.json is not a JSON object"):
       tokenizers.load(words)
   beside.write_text('{"eos_token": ["</s>"]}')
   assert tokenizers.load(words).fingerprint == before
@@ -256,7 +256,7 @@ def test_special_tokens_in_a_text_are_parsed_or_text(tmp_path):
   assert parsed.fingerprint != text.fingerprint
   assert parsed.remark == "special tokens are parsed"
   assert text.remark == "special tokens are text"
-  with pytest.raises(ValueError, match="special_tokens=text is of a"):
+  with pytest.raises(ValueError, match="special_tokens=text applies to a"):
     tokenizers.load("bytes", special_tokens="text")
   with pytest.raises(ValueError, match="no data.special_tokens 'drop'"):
     tokenizers.load(path, special_tokens="drop")
@@ -358,7 +358,7 @@ def test_what_the_library_raises_names_the_file(tmp_path, change, words):
 def test_json_of_something_else_is_refused(tmp_path, content):
   path = tmp_path / "tokenizer.json"
   path.write_text(content)
-  with pytest.raises(ValueError, match="is no tokenizer.json"):
+  with pytest.raises(ValueError, match="is not a tokenizer.json"):
     tokenizers.load(str(path))
   with pytest.raises(FileNotFoundError, match="no tokenizer file"):
     tokenizers.load("no.json")

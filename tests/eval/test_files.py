@@ -123,7 +123,7 @@ def test_a_missing_column_or_file_is_named(task, tmp_path):
 
 
 @pytest.mark.parametrize("content,sentence", [
-  (b'{"text": "a b"}\n{"text": \n', "lambada_openai.jsonl:2: no JSON"),
+  (b'{"text": "a b"}\n{"text": \n', "lambada_openai.jsonl:2: not JSON"),
   (b'{"text": "a b"}\n[1]\n', ":2: expected a JSON object, got list"),
   (b'{"text": "a b"}\n{"text": "\xe9"}\n', ":2: not UTF-8"),
   (b"", "has no documents"),

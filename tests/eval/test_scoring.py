@@ -62,7 +62,7 @@ def assert_close(a, b, rtol=1e-5):
 
 
 def test_scores_are_those_of_one_row_alone():
-  """In a bucket of 64, so with dummies below and padding behind."""
+  """In a bucket of 64, so with dummies below and padding after."""
   model, params = made("transformer")
   rows = pairs(((5, 8), (1, 12), (12, 1)))
   found = scorer("transformer")(params, rows)

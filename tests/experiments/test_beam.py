@@ -59,7 +59,7 @@ def corpora(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-  """The folder behind the addresses fake://..."""
+  """The folder after the addresses fake://..."""
   from apache_beam.io import filesystem, localfilesystem
 
   root = tmp_path_factory.mktemp("store")
@@ -192,7 +192,7 @@ def test_a_mistake_in_the_corpus_is_one_sentence_and_goes_when_mended(
   bad = tmp_path / "in.jsonl"
   bad.write_text("\n".join([*lines[:40], "{no", *lines[40:]]) + "\n")
   out = tmp_path / "out"
-  with pytest.raises(ValueError, match="line 41: no JSON"):
+  with pytest.raises(ValueError, match="line 41: not JSON"):
     make(bad, out)
   assert not (out / "manifest.json").exists()
   # The same size: the corpus is the one that --out was claimed for.

@@ -28,7 +28,7 @@ def run(command, *args, cwd=ROOT):
 
 @pytest.fixture(scope="module", params=["hope_tiny", "transformer_tiny"])
 def workdir(request, tmp_path_factory):
-  """A trained run at the smoke size, stopped half-way and gone on with."""
+  """A trained run at the smoke size, stopped half-way and continued."""
   folder = tmp_path_factory.mktemp(request.param)
   args = [f"--config={request.param}:smoke", f"--workdir={folder}",
           "--config.checkpoint.every=4", "--config.train.steps=8",

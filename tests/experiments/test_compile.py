@@ -336,7 +336,7 @@ MISTAKES = (
   (["--topology=v5e:2x2", "--all"], "give one of --topology"),
   (["--topology=v9:2x2"], "unknown chip 'v9'"),
   (["--topology=v5e:2x2", "--programs=serve"], "--programs must be of train"),
-  (["--topology=v5e:2x2", "--output=."], "is there already"),
+  (["--topology=v5e:2x2", "--output=."], "already exists"),
   (["--plot=a.json"], "--plot draws into a new file"),
 )
 

@@ -142,5 +142,5 @@ def test_reports_are_drawn_over_the_length_of_rows(tmp_path):
   plot.draw(points, "steps", picture)
   assert picture.read_bytes().startswith(b"\x89PNG")
   (tmp_path / "other.json").write_text("{}")
-  with pytest.raises(ValueError, match="other.json is no report of a train"):
+  with pytest.raises(ValueError, match="other.json is not a report of a train"):
     plot.read([str(tmp_path / "other.json")])

@@ -76,7 +76,7 @@ def test_a_run_that_loses_a_checkpoint_is_wrong(done, monkeypatch):
 
   def lose(scene):
     kinds.sigkill(scene)
-    # Whole when the run was killed, and not there when it goes on.
+    # Whole when the run was killed, and not there when it resumes.
     steps = scene.workdir / "checkpoints"
     newest = checkpoint.latest_step(str(scene.workdir))
     if newest is None:
@@ -105,7 +105,7 @@ def train(folder: pathlib.Path, **changes) -> judge.Record:
 
 
 class Slipped(stub.Data):
-  """Data that go on one batch too late."""
+  """Data that continue one batch too late."""
 
   def set_state(self, state):
     super().set_state({"next_row": state["next_row"] + stub.BATCH})

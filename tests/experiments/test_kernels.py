@@ -346,7 +346,7 @@ MISTAKES = (
   (["--report", "--topology=v5e:2"], "has 2 sides"),
   (["--report", "--config=hop_1b3"], "no config named 'hop_1b3'"),
   (["--report", "--peer=no_python"], "there is no such program"),
-  (["--report", "--json=."], "is there; give another"),
+  (["--report", "--json=."], "exists; give another"),
 )
 
 

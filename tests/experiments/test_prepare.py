@@ -124,7 +124,7 @@ def test_workers_end_with_their_command_and_no_second_one_starts(
 def test_ctrl_c_stops_all_processes(corpus, tmp_path):
   many = tmp_path / "many"
   many.mkdir()
-  for i in range(120):  # Work for seconds behind the first note.
+  for i in range(120):  # Work for seconds after the first note.
     shutil.copy(corpus / "0.jsonl", many / f"{i}.jsonl")
   process = start(*args_of(many, tmp_path / "out"), "--workers=2")
   while not list((tmp_path / "out" / "notes").glob("0*.json")):

@@ -186,7 +186,7 @@ def test_a_split_that_training_moved_is_still_one_mlp():
   ({"norm": False}, "lack the norm or the residual"),
   ({"residual": False}, "lack the norm or the residual"),
   ({"levels": ("a", "b"), "widths": (4, 4), "periods": (0, 0)},
-   "2 sequential levels are no single MLP"),
+   "2 sequential levels are not a single MLP"),
 ])  # fmt: skip
 def test_levels_that_are_no_mlp(change, words):
   group = hf_config.group(hub.CONFIGS["llama"])
@@ -324,7 +324,7 @@ def same_twice(folder):
 
 
 @pytest.mark.parametrize("spoil,words", [
-  (hub.torn, "model.safetensors is no safetensors file, or a torn one"),
+  (hub.torn, "model.safetensors is not a safetensors file, or a torn one"),
   (no_file, "has no model.safetensors and no model.safetensors.index.json"),
   (eight_bits, "holds a as I8; weights must be float32, bfloat16, float16"),
   (lost_part, "lacks model-00001-of-00002.safetensors of its model.safetens"),

@@ -149,7 +149,7 @@ def test_goes_on_with_other_processes_and_another_mesh(
   """Two processes share the rows of a half of each batch.
 
   What the second of two had saved last is torn: some of four find that out,
-  and all go on from the checkpoint before.
+  and all resume from the checkpoint before.
   """
   shutil.copytree(two[0], folder / "resumed")
   saved = folder / "resumed" / "checkpoints" / "4" / "state"

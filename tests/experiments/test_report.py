@@ -165,7 +165,7 @@ def test_lines_that_lie_on_each_other_are_seen(tmp_path):
 
 
 def test_what_changed_and_where_it_came_from_is_told(tmp_path):
-  folder = make_run(tmp_path / "a$b^{")  # A name is no formula.
+  folder = make_run(tmp_path / "a$b^{")  # A name is not a formula.
   about = json.loads((folder / "config.json").read_text())
   about["changes"] = [{"step": 4, "changes": ["optim.b1: 0.9 -> 0.8"]}]
   about["chain"] = [

@@ -1,4 +1,4 @@
-"""Studies: trained as commands, gone on with, told as a table."""
+"""Studies: trained as commands, continued, printed as a table."""
 
 import json
 

@@ -123,7 +123,7 @@ def test_tasks_that_fail_leave_the_others(folder):
   assert "part/piqa.jsonl:1: label=-1 is unlabelled" in some.stderr
   assert "boolq failed: no file boolq.jsonl in part" in some.stdout
   assert "piqa failed: part/piqa.jsonl:1: label=-1" in some.stdout
-  # Mended, only what failed is scored.
+  # Fixed, only what failed is scored.
   assert mended.returncode == 0, mended.stderr
   assert "winogrande: was scored before" in mended.stderr
   tasks = json.loads((folder / "s.json").read_text())["tasks"]
@@ -145,7 +145,7 @@ def test_mistakes_are_one_sentence(folder):
     ],
     "--results is required": ["tables"],
     "no result file none.json": ["tables", "--results=none.json"],
-    "other.json is no result of": ["tables", "--results=other.json"],
+    "other.json is not a result of": ["tables", "--results=other.json"],
     "no results (table1_*.json) in data": ["tables", "--results=data"],
     "eval.tasks: no task 'pica'": [
       *TRAIN, "--workdir=new", "--config.eval.tasks=pica"

@@ -319,7 +319,7 @@ def test_the_commands(tmp_path):
   (picture,) = (tmp_path / "w" / "tasks").glob("*.png")
   assert picture.read_bytes().startswith(b"\x89PNG")
   result = json.loads(picture.with_suffix(".json").read_text())
-  # One file: the second command went on with it.
+  # One file: the second command continued it.
   assert [(c["length"], c["depth"]) for c in result["cells"]] == [
     (600, 0), (600, 100), (600, None),
   ]  # fmt: skip

@@ -57,7 +57,7 @@ class Case:
     return np.asarray(out[0])[: len(tokens)], out[1], out[2]
 
   def call(self, tokens, state, ids=None):
-    """(logits, state) of two rows that go on from a state."""
+    """(logits, state) of two rows that resume from a state."""
     ids = np.ones_like(tokens) if ids is None else ids
     logits, state, _ = self._call(self.params, tokens, state, ids)
     return np.asarray(logits), state
@@ -148,7 +148,7 @@ def test_any_split_equals_one_call(law, cuts):
 
 
 def test_rows_out_of_step(law):
-  """Rows end at different tokens, and go on as if each were alone."""
+  """Rows end at different tokens, and continue as if each were alone."""
   tokens = law.tokens(2)
   logits, _, _ = law.fresh(law.params, tokens)
   state = law.model.init_state(law.params, 2, T)
@@ -177,7 +177,7 @@ def packed_rows(law):
   return rows, ids, first, start
 
 
-# To the others a row is one document: what they learn goes on into the next.
+# To the others a row is one document: what they learn continues into the next.
 PACKED = [n for n in MODELS if n != "hope_attention_incontext"]
 
 

@@ -1,7 +1,7 @@
 """A text that is split over devices is the text of one device.
 
 Loss and gradient of every model in float64, with documents that cross from
-one device to the next and padding behind them.
+one device to the next and padding after them.
 """
 
 import dataclasses

@@ -173,7 +173,7 @@ def test_any_split_equals_one_call(name, cuts):
 
 @pytest.mark.parametrize("name", ["ema", "omega", "omega_long"])
 def test_rows_out_of_step_and_padding(name):
-  """Rows that stop at different tokens go on as if they were alone."""
+  """Rows that stop at different tokens continue as if they were alone."""
   rule = RULES[name]
   with jax.enable_x64(True):
     init, update = module("mlp")

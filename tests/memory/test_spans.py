@@ -1,4 +1,4 @@
-"""Local memories that begin anew, beside a global one."""
+"""Local memories that are reset, beside a global one."""
 
 import jax
 import jax.numpy as jnp

@@ -111,7 +111,7 @@ def beyond(shapes, rule, normed=False, row=False, loop=False):
     if row:
       more += 2 * a * b  # Reads of the anchor, to scale what is above it.
     if loop:
-      more -= 2 * a * b  # A write is no product of matrices.
+      more -= 2 * a * b  # A write is not a product of matrices.
   return more
 
 
@@ -189,7 +189,7 @@ def of_hope(options, K):
 def in_context(net, tokens):
   """The same of a model whose levels learn in context.
 
-  Mixers behind a fast level run in micro-chunks. These are calls of their own,
+  Mixers after a fast level run in micro-chunks. These are calls of their own,
   which lay their tokens on the memories' grid: a chunk more.
   """
   base, chunk, options = net.base, net.options.chunks[0], net.base.mixer
@@ -270,7 +270,7 @@ def test_the_compiled_program_of_attention_makes_just_that():
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_training_is_at_most_three_times_the_forward_pass(name):
-  """Less where a factor is no parameter, as the learned metric of `dot`."""
+  """Less where a factor is not a parameter, as the learned metric of `dot`."""
   net, tokens = model_of(name + ":smoke")
   forward, loss = check_forward(net, tokens)
   assert 2.8 < traced(jax.grad(loss), net, tokens) / forward <= 3

@@ -82,7 +82,7 @@ def test_the_chunk_is_no_part_of_the_function():
       jax.tree.map(lambda a, b: close(a, b, 1e-10), run(chunk), first)
 
 
-# Two documents, padding between and behind; the second row is one document
+# Two documents, padding between and after; the second row is one document
 # that begins late.
 PACKED = [
   [1] * 5 + [2] * 2 + [0] * 2 + [3] * 5 + [0],

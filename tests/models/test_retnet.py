@@ -93,7 +93,7 @@ def test_the_chunk_is_no_part_of_the_function():
       close(y, ys[0], 1e-10)
 
 
-# Two documents, padding between and behind; the second row is one document
+# Two documents, padding between and after; the second row is one document
 # that begins late.
 PACKED = [
   [1] * 5 + [2] * 2 + [0] * 2 + [3] * 5 + [0],
@@ -117,7 +117,7 @@ def test_documents_begin_anywhere_and_positions_with_them():
 
 @pytest.mark.parametrize("cuts", [(6, 8, 14), tuple(range(1, 15))])
 def test_packed_documents_in_any_calls(cuts):
-  """Positions and decays go on through calls that documents begin in."""
+  """Positions and decays continue through calls that documents begin in."""
   model = small()
   ids = jnp.asarray(PACKED, jnp.int32)
   with jax.enable_x64(True):

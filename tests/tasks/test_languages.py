@@ -58,7 +58,7 @@ def test_labels_are_membership_of_the_prefix(name):
 def test_labels_are_what_may_follow(name):
   symbols = LANGUAGES[name].symbols
   members = {"".join(s * n for s in symbols) for n in range(1, 30)}
-  # Prefix -> the symbols (T: the end) that a member goes on with.
+  # Prefix -> the symbols (T: the end) that a member continues with.
   follow = {}
   for member in members:
     for t in range(len(member)):

@@ -76,7 +76,8 @@ def test_folder_with_other_files_is_fine(tmp_path):
 
 
 @pytest.mark.parametrize("damage,words", [
-  (b"{", "is no JSON"), (b"\xff", "is no JSON"), (b"[" * 10**5, "is no JSON"),
+  (b"{", "is not JSON"), (b"\xff", "is not JSON"),
+  (b"[" * 10**5, "is not JSON"),
   (b"null", "is not the config.json of a run"), (b"[1]", "is not the config"),
   (b'{"config": null, "fingerprint": "f"}', "is not the config.json"),
   (b'{"config": [], "fingerprint": "f"}', "is not the config.json"),

@@ -169,7 +169,7 @@ def test_not_finite_raises_with_a_report(tmp_path, one_device):
   assert report["first_not_finite"]["index"][:2] == [2, 1]
   with np.load(tmp_path / "nan_step_6.npz") as saved:
     np.testing.assert_array_equal(saved["inputs"], stub.batch(5)["inputs"])
-  # The run goes on from the checkpoint before, and meets it again.
+  # The run resumes from the checkpoint before, and meets it again.
   assert [line["step"] for line in lines(tmp_path)][-1] == 6
   with pytest.raises(loop.NonFiniteError):
     stub.run(tmp_path, data=stub.Data(spikes=(5,)), mesh=one_device)

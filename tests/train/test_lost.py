@@ -150,7 +150,7 @@ def test_another_batch_size_reads_each_row_once(one_device, tmp_path, other):
   first, second = Rows(8), Rows(4)
   common = dict(mesh=one_device, log_every=1)
   stub.run(tmp_path / "a", steps=3, data=first, **common)
-  # Into the same workdir, or into another that goes on from it.
+  # Into the same workdir, or into another that resumes from it.
   place = {"workdir": tmp_path / "a", "allow_config_change": True}
   if other:
     place = {"workdir": tmp_path / "b", "origin": tmp_path / "a", "kept": "all"}

@@ -128,7 +128,7 @@ def test_three_corpora_a_cooldown_and_a_kill_are_as_if_left_alone(
         optim={"schedule": "wsd", "cooldown_steps": 3} if i == 3 else constant,
       )  # fmt: skip
       if killed and i > 1:
-        # The cooldown goes on in the third corpus, at its fifth batch.
+        # The cooldown continues in the third corpus, at its fifth batch.
         data = stub.Data(hook=kill(3 if i == 2 else 6))
         with pytest.raises(Killed):
           stub.run(folders[i], data=data, **more, **common)

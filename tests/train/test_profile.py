@@ -61,7 +61,7 @@ def test_steps_that_are_made_are_not_traced_again(tmp_path, one_device):
   stub.run(tmp_path, mesh=one_device, steps=6)
   stub.run(tmp_path, mesh=one_device, steps=10, profile_steps="6:8")
   assert not (tmp_path / "profile").exists()
-  with pytest.raises(ValueError, match="begins behind train.steps=10"):
+  with pytest.raises(ValueError, match="begins after train.steps=10"):
     settings_lib.Settings(steps=10, profile_steps="11:12")
 
 

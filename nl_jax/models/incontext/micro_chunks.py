@@ -65,7 +65,7 @@ def begin_levels(
 
   Args:
     params: of `init`.
-    mixers: states of the mixers behind fast levels, or arrays like them.
+    mixers: states of the mixers after fast levels, or arrays like them.
   """
   base, C = model.base, model.options.chunks[0]
   dtype = layers.activation_dtype(base.dtype, params)
@@ -238,7 +238,7 @@ def _read(
     return runner.nested_scan(
       loss_fn, made, at, carry, units, fresh=True, first_order=first_order
     )
-  # A document begins with a micro-chunk, and with fast weights anew.
+  # A document begins with a micro-chunk, and with reset fast weights.
   first = units.ids_C[:, 0]
   before = jnp.concatenate([first[:1], first[:-1]])
   anew = begin_levels(model, params, start)
@@ -309,7 +309,7 @@ def go_on(
     more = offset_B < end_B
     blank = jnp.zeros_like(more)
     if by_document:
-      # Micro-chunks end with their document; what is between is no part.
+      # Micro-chunks end with their document; what is between is not a part.
       blank = ids[:, 0] == 0
       inside = jnp.cumprod(ids == ids[:, :1], axis=1, dtype=jnp.int32)
       before, more = open_chunk.segment(buffer), more & ~blank

@@ -51,12 +51,12 @@ class Options:
     fast_levels: names of the levels that learn, fastest first; (): all but the
       slowest, or the only one.
     fast_layers: how many of the last layers have fast levels; 0: a quarter.
-    targets: of a micro-chunk, "inside": tokens inside it; "next": also the
-      first one after it.
+    targets: what a micro-chunk learns: "inside", its own tokens; "next", also
+      the first token after it.
     rule: "sgd"; "momentum" (heavy ball); "dgd": sgd with an erase, by
       1/2 sum_t w_t |sg(u_t) W|² in the inner loss of each kernel W of input u.
-    rates: learning rates of the fast levels at the start; they are learned.
-    momentum: of the rule of that name.
+    rates: initial learning rates of the fast levels; they are learned.
+    momentum: decay of the rule "momentum".
     clip: largest norm of a level's reduced gradient, over its layers.
     reduce: over a period's tokens: "mean", or "sum" (literal eq. 71).
     outer: "full" differentiates through the inner gradients; "first_order"
@@ -65,8 +65,8 @@ class Options:
       when the next slower one has updated: "none", "reptile", "fomaml", or
       "full", by the gradient through all updates since the last restart. That
       one keeps the text since then in the state, and reads it again.
-    nested_rate: of that.
-    reset: fast weights begin anew with each "sequence" (row) or "document".
+    nested_rate: learning rate of that start.
+    reset: fast weights are reset at each "sequence" (row) or "document".
     inner_loss: "task", the loss of the model's own logits; "local_dot" or
       "local_l2", one of each layer: see `local_loss`. There `clip` is of each
       token's error.
@@ -264,7 +264,7 @@ class InContextModel:
       state: of the call before; None is the start of a sequence.
       segment_ids: int32 [B,T], 0 is padding; as of `base`.
       learn: [B,T], weight of the loss of the logits at t against token t+1 in
-        the inner loss; default 1. A token of another document is no target.
+        the inner loss; default 1. A token of another document is not a target.
 
     Returns:
       logits [B,T,Vocab] in float32 at least, the state after the call, and

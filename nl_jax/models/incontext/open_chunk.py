@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Buffer(NamedTuple):
-  """The open micro-chunk; zeros behind its tokens.
+  """The open micro-chunk; zeros after its tokens.
 
   Attributes:
     x_BxCxD: what its tokens were before the first fast level.
@@ -65,7 +65,7 @@ def segment(buffer: Buffer) -> types.Array:
 def append(
   buffer: Buffer, new: tuple[types.Array, ...], size_B: types.Array
 ) -> Buffer:
-  """The first `size_B` of the new tokens behind those of the buffer.
+  """The first `size_B` of the new tokens after those of the buffer.
 
   Args:
     buffer: with room for them.

@@ -180,7 +180,7 @@ def apply(
   Args:
     params: of `init`.
     x_BxTxD: normalised input.
-    state: to go on from; None at the start of a sequence.
+    state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     model: shapes and switches.
 

@@ -96,7 +96,7 @@ def apply(
   Args:
     params: of `init`.
     x_BxTxD: normalised input.
-    state: fast weights to go on from; None at the start of a sequence. From
+    state: fast weights to resume from; None at the start of a sequence. From
       there packed documents must begin at multiples of `alignment`; later
       calls take them anywhere.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.

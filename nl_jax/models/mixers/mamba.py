@@ -97,7 +97,7 @@ def apply(
   Args:
     params: of `init`.
     x_BxTxD: normalised input.
-    state: to go on from; None at the start of a sequence.
+    state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     chunk: tokens whose states are there at once; changes no number.
     walk: what runs the chunks, of `layers.WALKS`.

@@ -18,7 +18,7 @@ back, a layer here is more than a mixer, and the language model takes it whole.
 """
 
 # Deviation: RMSNorm before each half of a layer in place of LayerNorm, and no
-# norm behind the embedding, because all rows of Table 1 share these parts
+# norm after the embedding, because all rows of Table 1 share these parts
 # (docs/mathematics.md 6, 7.2).
 
 import dataclasses
@@ -105,7 +105,7 @@ def enter(x_BxTxD: types.Array) -> Stream:
 
 
 def leave(stream: Stream) -> types.Array:
-  """The residual stream behind the last layer."""
+  """The residual stream after the last layer."""
   return stream.x_BxTxD
 
 
@@ -233,7 +233,7 @@ def residual(
   Args:
     params: of one layer: mixer_norm, and mixer with `first`.
     stream: what the layer below gives.
-    state: to go on from; None at the start of a sequence.
+    state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     model: shapes and switches.
 

@@ -37,8 +37,8 @@ class Options:
     window: W, tokens that each token sees, itself included.
     state_dim: N, numbers that Mamba holds a channel.
     chunk: tokens that Mamba computes at once; changes no number.
-    implementation: of attention without a cache: "auto" (by the platform),
-      "xla", "pallas_tpu", "pallas_interpret", "cudnn", see
+    implementation: what runs attention without a cache: "auto" (by the
+      platform), "xla", "pallas_tpu", "pallas_interpret", "cudnn", see
       `attention.Options`.
     walk: what runs Mamba's walk over chunks: "auto" (the kernels on a TPU
       where they can), "xla", "pallas_tpu", "pallas_interpret".
@@ -119,7 +119,7 @@ def residual(
   Args:
     params: mixer_norm and mixer of one unit.
     x_BxTxD: the residual stream.
-    state: to go on from; None at the start of a sequence.
+    state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     model: shapes and switches.
 

@@ -45,10 +45,10 @@ class Options:
       (Qwen3).
     rope_theta: base of the wave lengths.
     rope_scaling: for contexts beyond the trained length (Llama 3.1).
-    implementation: of a call without a cache: "xla", "pallas_tpu" (splash
-      attention), "pallas_interpret", "cudnn" (flash attention on a GPU), or
-      "auto", a kernel where the platform and the shapes allow it. Calls that
-      continue from a cache are XLA's.
+    implementation: what runs a call without a cache: "xla", "pallas_tpu"
+      (splash attention), "pallas_interpret", "cudnn" (flash attention on a
+      GPU), or "auto", a kernel where the platform and the shapes allow it.
+      Calls with a cache run by XLA.
   """
 
   window: Annotated[int, Whole(2, also=(0,))] = 0
@@ -401,8 +401,8 @@ def apply(
   Args:
     params: of `init`.
     x_BxTxD: normalised input.
-    state: the cache to go on from; None at the start of a sequence.
-    segment_ids: int32 [B,T], 0 is padding; None goes on with the document of
+    state: the cache to resume from; None at the start of a sequence.
+    segment_ids: int32 [B,T], 0 is padding; None continues with the document of
       the state.
     model: heads, head_dim and layers.
 

@@ -2,7 +2,7 @@
 
 The cache is a window of W-1 tokens, the newest last; a call lays it just
 before its own first real token, attends along the band, and cuts the next
-window behind its last one. Time grows with T W and the state not at all.
+window after its last one. Time grows with T W and the state not at all.
 Padding between two real tokens of one document, which no packer makes, counts
 as tokens of the window.
 """
@@ -140,7 +140,7 @@ def before(
 
 
 def _pad(x: types.Array, count: int) -> types.Array:
-  """`count` zeros behind the tokens."""
+  """`count` zeros after the tokens."""
   return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2))
 
 

@@ -205,7 +205,7 @@ def window(
   Args:
     params: of `init`.
     x_BxTxD: input.
-    state: to go on from; None at the start of a sequence.
+    state: to resume from; None at the start of a sequence.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.
     model: shapes and switches.
 

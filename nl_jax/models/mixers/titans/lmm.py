@@ -40,14 +40,14 @@ class Options(memory.Rule):
     hidden: M, hidden units of an MLP memory; 0: the key width K.
     residual: the memory adds its input.
     value_norm: "none", or "l2": values of unit norm.
-    span: S, tokens after which the memory begins anew, beside a global one with
+    span: S, tokens after which the memory is reset, beside a global one with
       chunks of S (TNT, see `memory.spans`); 0: one memory of all tokens.
     eta_max: largest inner learning rate of a token: eta = eta_max sigmoid(. +
       eta_bias).
-    eta_bias: of eta, see eta_max.
-    alpha_bias: of the retention alpha = sigmoid(. + alpha_bias).
-    beta_bias: of the momentum's decay beta = sigmoid(. + beta_bias), 0.9 at
-      the start by default; without momentum it is not read.
+    eta_bias: bias of the inner learning rate, see eta_max.
+    alpha_bias: bias of the retention alpha = sigmoid(. + alpha_bias).
+    beta_bias: bias of the momentum's decay beta = sigmoid(. + beta_bias), 0.9
+      at the start by default; not read without momentum.
     walk: what runs the walk over chunks: "auto" (the kernels on a TPU where
       they can), "xla", "pallas_tpu", "pallas_interpret".
   """
@@ -79,7 +79,7 @@ class Options(memory.Rule):
       )
     if self.span and (self.omega > 1 or self.inner_muon != "off"):
       raise ValueError(
-        "model.mixer.span begins memories anew, which windows and inner Muon "
+        "model.mixer.span resets memories, which windows and inner Muon "
         "do not: set model.mixer.omega=1 and model.mixer.inner_muon='off', or "
         f"model.mixer.span=0; got {self.span}"
       )
@@ -181,7 +181,7 @@ def apply(
   Args:
     params: of `init`.
     x_BxTxD: normalised input.
-    state: fast weights to go on from; None at the start of a sequence. From
+    state: fast weights to resume from; None at the start of a sequence. From
       there packed documents must begin at multiples of `alignment`; later
       calls take them anywhere.
     segment_ids: int32 [B,T], 0 is padding; None continues the document.

@@ -350,7 +350,7 @@ def _learn(
     place,
     jnp.where(s.document_B == 0, first, s.document_B),
   )
-  # The memory's walk goes on from its open chunk: not behind a masked head.
+  # The memory's walk resumes from its open chunk: not after a masked head.
   turns = not fresh and ids.shape[1] > 1
   turn = jax.vmap(lambda x, by: jnp.roll(x, by, axis=0))
   y, ids = (turn(x, -seen_B) if turns else x for x in (y_BxcxD, ids))

@@ -32,7 +32,7 @@ class Options(titans.Options):
   """The switches of `titans.Options`, but for what makes it Memora, and this.
 
   Attributes:
-    rank: of the gates' projections (Miras: 32 to 64).
+    rank: inner width of the gates' projections (Miras: 32 to 64).
     lag: columns are made to sum to 1 at the first token of a chunk alone, and
       the rest of it runs at once; off: at every token, one after the other.
   """
