@@ -26,8 +26,8 @@ class Language(NamedTuple):
     symbols: its alphabet.
     classes: what a prefix may be, as the tables name it.
     label: string -> the class number of each prefix.
-    draw: (rng, low, high) -> a string of the window, or None: draw again; not
-      asked where `every` is there.
+    draw: (rng, low, high) -> a string of the window, or None: draw again. None
+      where `every` is there.
     every: (low, high) -> all strings of the window.
     windows: of Bin 0 and Bin 1: least and largest length, or n where the
       language counts it.
@@ -39,7 +39,7 @@ class Language(NamedTuple):
   label: Callable[[str], list[int]]
   windows: tuple[tuple[int, int], tuple[int, int]]
   longest: tuple[int, int]
-  draw: Callable[..., str | None] = lambda rng, low, high: None
+  draw: Callable[..., str | None] | None = None
   every: Callable[[int, int], list[str]] | None = None
 
   @property
@@ -106,6 +106,7 @@ def distinct(
   Raises:
     ValueError: the window has too few.
   """
+  assert language.draw is not None  # Others are asked for `every` one.
   found: dict[str, None] = {}
   for _ in range(_TRIES * count):
     if len(found) == count:
