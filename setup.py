@@ -36,6 +36,7 @@ _DEV = [
   "pytest>=8.0,<9.2",
   "pytest-xdist>=3.6",
   "ruff>=0.9",
+  "mypy>=2.4",
   "setuptools>=64",  # What a wheel would hold.
   "jaxtyping>=0.3",
   "scikit-learn>=1.6",  # The digits of examples/optimizers.py.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
-from ml_collections import config_dict
+from ml_collections import ConfigDict
 
 from nl_jax import data, fields, sharding
 from nl_jax.data import sources, tokenizers
@@ -24,7 +24,6 @@ from nl_jax.train import checkpoint, files, optimizer, rules
 from nl_jax.train import config as configs
 from nl_jax.train import options as options_lib
 
-ConfigDict = config_dict.ConfigDict
 Model = lm.LanguageModel | incontext.InContextModel
 
 
@@ -170,7 +169,7 @@ def with_source(config: ConfigDict, is_given: bool) -> ConfigDict:
   takes_none = config.data.source in sources.WITHOUT_PATH and not is_given
   if not config.data.path or (config.data.source and not takes_none):
     return config
-  config = config_dict.ConfigDict(config.to_dict())
+  config = ConfigDict(config.to_dict())
   config.data.source = data.infer(config.data.path)
   return config.lock()
 
@@ -336,7 +335,7 @@ def tokens_per_step(config: ConfigDict) -> int:
 
 
 def make_optimizer(
-  config: ConfigDict, net: lm.LanguageModel
+  config: ConfigDict, net: lm.LanguageModel | incontext.InContextModel
 ) -> optimizer.Optimizer:
   """The optimizer of the group `optim`.
 

@@ -170,7 +170,8 @@ def of(made: Callable[..., Any]) -> dict[str, Field]:
     if typing.get_origin(kind) is typing.Annotated:
       kind, bounds = typing.get_args(kind)[:2]
     many = typing.get_origin(kind) is tuple
-    group = kind if dataclasses.is_dataclass(kind) else None
+    is_group = isinstance(kind, type) and dataclasses.is_dataclass(kind)
+    group = kind if is_group else None
     if bounds is None:
       bounds = _PLAIN.get(typing.get_args(kind)[0] if many else kind)
     found[name] = Field(

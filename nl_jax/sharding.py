@@ -160,7 +160,7 @@ def by_tokens(
   f: Callable[..., Tree],
   x_BxTxD: jax.Array,
   kernels: Sequence[jax.Array],
-  names: Sequence[tuple[str, str]],
+  names: Sequence[tuple[str, ...]],
 ) -> Tree:
   """f(x, *kernels), each device with tokens of its own and all of the kernels.
 
@@ -175,7 +175,7 @@ def by_tokens(
     names: the logical axes of each.
   """
 
-  def whole(w: jax.Array, axes: tuple[str, str]) -> jax.Array:
+  def whole(w: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     over = [(i, a) for i, name in enumerate(axes) for a in _over(name)]
     # Over `tensor` first, while shards are small.
     for i, axis in sorted(over, key=lambda entry: entry[1] != "tensor"):
@@ -213,7 +213,7 @@ def with_reach(
   if shards == 1:
     lay = lambda x: jnp.pad(x, [(0, 0), (reach, 0), *[(0, 0)] * (x.ndim - 2)])
     return f(*map(lay, near), *own, *whole)
-  axis = LOGICAL["length"]
+  (axis,) = _over("length")
 
   def run(near: list, own: list, whole: list) -> Tree:
     return f(*(_reaching(x, reach, axis, shards) for x in near), *own, *whole)
@@ -338,7 +338,7 @@ def _whole(axis: str | None) -> str | None:
 
 
 def _named(
-  mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str]
+  mesh: Mesh, name: str, shape: Sequence[int], axes: Sequence[str | None]
 ) -> NamedSharding:
   """The sharding of logical axes, checked against the shape."""
   axes = list(axes)

@@ -121,7 +121,7 @@ def flat_dims(dims: Tree, tree: Tree) -> list[stack.Dims | None]:
     ValueError: `dims` is not a prefix of `tree`, or does not fit a leaf.
   """
   is_spec = lambda x: x is None or isinstance(x, stack.Dims)
-  flat = []
+  flat: list[stack.Dims | None] = []
   if not jax.tree.leaves(tree):  # Nothing, or optax's placeholder.
     return flat
   try:

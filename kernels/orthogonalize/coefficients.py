@@ -37,7 +37,7 @@ NORM_FACTORS = {"polar_express": 1.02}
 
 def check(coeffs: str | Table, ns_steps: Steps) -> None:
   """Raises ValueError or TypeError for arguments that mean nothing."""
-  if not is_static(ns_steps):
+  if isinstance(ns_steps, jax.Array):
     if ns_steps.ndim or not jnp.issubdtype(ns_steps.dtype, jnp.integer):
       raise TypeError(
         "ns_steps must be an int or one integer of an array, got "

@@ -51,7 +51,8 @@ def _spec(layout: Layout) -> P:
 
 
 def _without(layout: Layout, name: str) -> Layout:
-  return tuple(tuple(a for a in e if a != name) for e in layout)
+  stack, rows, columns = (tuple(a for a in e if a != name) for e in layout)
+  return stack, rows, columns
 
 
 def route(layout: Layout, sharding: NSSharding) -> list[Layout]:
@@ -95,7 +96,8 @@ def run(
     ValueError: no mesh is set, or it lacks the axes named.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  names = {*sharding.stack_axes, sharding.long_axis} - {None}
+  long = sharding.long_axis
+  names = {*sharding.stack_axes, *(() if long is None else (long,))}
   if not names <= set(mesh.axis_names):
     raise ValueError(
       f"NSSharding names the mesh axes {sorted(names)}, but the current mesh "

@@ -6,14 +6,14 @@ the fan-out; all other axes are batch, and every matrix stands for itself.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Dims = optax.contrib.MuonDimensionNumbers
+Dims: TypeAlias = optax.contrib.MuonDimensionNumbers
 MATRIX = Dims(-2, -1)
 
 

@@ -78,7 +78,7 @@ class Tokens:
     self.log_alpha = log_alpha * self.real
     self.log_beta = None if log_beta is None else log_beta * self.real
     self.document = None if ids is None else tile.column(ids)
-    self._made = {}
+    self._made: dict[Any, Any] = {}
 
   def flat(self, x: jax.Array) -> jax.Array:
     """[..., C, d] to [..., P, d], where heads are packed."""
@@ -156,6 +156,7 @@ class Tokens:
   @functools.cached_property
   def momentum(self) -> jax.Array:
     """The same of momentum."""
+    assert self.log_beta is not None
     return self._running(self.log_beta)
 
   @functools.cached_property
@@ -236,13 +237,14 @@ class Chunk:
     """
     self.tokens, self.tile = tokens, tokens.tile
     self.U, self.D, self.S, self.R, self.fresh = U, D, S, R, fresh
-    self.written, self.Delta, self.weights = U, Delta, None
+    self.written, self.Delta = U, Delta
+    self.weights: jax.Array | None = None
     if window is not None:
       self.written = jnp.concatenate([window[0], U], axis=-2)
       self.Delta = jnp.concatenate([window[1], Delta], axis=-2)
       self.weights = window[2]
     self.write = write * tokens.real
-    self.erase = erase
+    self.erase: Any = erase  # An array; None, or with `joint` its name.
     self.joint = isinstance(erase, str) and S is None and window is None
     if isinstance(erase, str) and not self.joint:
       alpha = 1.0 if erase == "write" else jnp.exp(tokens.log_alpha)
@@ -268,6 +270,7 @@ class Chunk:
         rows = rows + (1.0 - tokens.carried) * begun
     rows = tokens.heads(gain.base) * rows
     if self.S is not None:
+      assert gain.momentum is not None
       held = self.tile.mm(X, self.S, "nn", kind)
       rows = rows + tokens.heads(gain.momentum) * held
     return rows
@@ -313,9 +316,8 @@ class Chunk:
     tokens = self.tokens
     gain = tokens.after if read == "after" else tokens.before
     pairs = self._writes(gain) * tokens.gram(Q, self.written, "read")
-    wrote = rows if self.joint else self.Delta
     reads = self._base(Q, gain, "read")
-    reads = reads - tokens.applied(pairs, wrote, "read")
+    reads = reads - tokens.applied(pairs, self._errors(rows), "read")
     if rows is not None and not self.joint:
       erased = gain.decays * tokens.row(self.erase)
       erased = erased * tokens.gram(Q, self.U, "read")
@@ -352,7 +354,7 @@ class Chunk:
       decays = tokens.momentum_decays
       spread = self.tile.mm(decays, tokens.flat(real), "tn", "solve")
       writes = tokens.heads(spread) * self.write
-    wrote = self._shares(writes) * (rows if self.joint else self.Delta)
+    wrote = self._shares(writes) * self._errors(rows)
     if rows is not None and not self.joint:
       erased = left * self.erase * rows
       if self.weights is None:  # Of the same tokens: one product for both.
@@ -360,6 +362,10 @@ class Chunk:
       else:
         D = D - self.tile.mm(self.U, erased, "tn", "state")
     return D - self._wrote(wrote), S
+
+  def _errors(self, rows: jax.Array | None) -> jax.Array:
+    """What is written: what was solved for, with `joint`."""
+    return rows if rows is not None and self.joint else self.Delta
 
   def _shares(self, writes: jax.Array) -> jax.Array:
     """Of each pair that is written, from rates [..., C, 1] of tokens."""
@@ -429,7 +435,7 @@ def rank_one(
   if Q is not None and read == "chunk_start":
     tile = chunk.tile
     reads = tile.mm(Q, W if anchor is None else anchor)
-    if segment_ids is not None:
+    if ids is not None and start is not None:
       carried = jnp.swapaxes(ids, -1, -2) == 0
       reads = jnp.where(carried, reads, tile.mm(Q, start))
   elif Q is not None:

@@ -66,6 +66,6 @@ def simplex(
 
   lead = jnp.broadcast_shapes(A.shape[:-2], U.shape[:-2], Delta.shape[:-2])
   shape = (*lead, *A.shape[-2:])
-  carry = tuple(jnp.broadcast_to(x, shape) for x in (A, anchor))
+  carry = jnp.broadcast_to(A, shape), jnp.broadcast_to(anchor, shape)
   (A, _), reads = jax.lax.scan(token, carry, xs)
   return None if Q is None else jnp.moveaxis(reads, 0, axis), A

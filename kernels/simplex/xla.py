@@ -36,7 +36,7 @@ def simplex(
   shape = jnp.broadcast_shapes(A.shape[:-2] + (1, 1, 1), step.shape)
   alpha, step = jnp.broadcast_to(alpha, shape), jnp.broadcast_to(step, shape)
   index = None
-  if segment_ids is not None:
+  if segment_ids is not None and start is not None:
     first = segment_ids[..., 0] * 0
     index = segments.running_index(segment_ids, first)[..., None, None]
     begins = jnp.diff(index, axis=-3, prepend=0) > 0
@@ -56,11 +56,11 @@ def simplex(
   elif read == "before":
     begin = jnp.broadcast_to(A, head.shape)[..., None, :, :]
     seen = jnp.concatenate([begin, after[..., :-1, :, :]], axis=-3)
-    if index is not None:
+    if index is not None and start is not None:
       seen = jnp.where(begins, start[..., None, :, :], seen)
   else:
     seen = jnp.broadcast_to(anchor, head.shape)[..., None, :, :]
-    if index is not None:
+    if index is not None and start is not None:
       seen = jnp.where(index > 0, start[..., None, :, :], seen)
     seen = jnp.broadcast_to(seen, shape)
   weights = jax.nn.softmax(seen, axis=-2)

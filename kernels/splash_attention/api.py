@@ -9,6 +9,8 @@ own queries of a row, whose keys and values it gathers) and its masks. It has
 one derivative, not two.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -148,6 +150,7 @@ def _kernel(
 ) -> splash.splash_attention_kernel.SplashAttentionKernel:
   """The kernel of one row, [H,T,K] and [G,T,K]; its masks are of all shards."""
   shape = (tokens, tokens)
+  mask: splash.LocalMask | splash.CausalMask
   if window and window < tokens:
     mask = splash.LocalMask(shape, window_size=(window - 1, 0), offset=0)
   else:
@@ -157,13 +160,12 @@ def _kernel(
     "block_q", "block_kv", "block_kv_compute", "block_q_dkv", "block_kv_dkv",
     "block_kv_dkv_compute", "block_q_dq", "block_kv_dq",
   )  # fmt: skip
+  sizes: Any = dict.fromkeys(names, block)
   return splash.splash_attention_kernel.make_splash_mha(
     splash.MultiHeadMask([mask] * heads),
     head_shards=1,
     q_seq_shards=shards,
-    block_sizes=splash.splash_attention_kernel.BlockSizes(
-      **dict.fromkeys(names, block)
-    ),
+    block_sizes=splash.splash_attention_kernel.BlockSizes(**sizes),
     residual_checkpoint_name=NAME,
     interpret=interpret,
   )

@@ -49,12 +49,13 @@ def wider(x: jax.Array, heads: int, count: int) -> jax.Array:
 
 def _after(piece: jax.Array, state: contract.State) -> contract.State:
   """The fast weights after a piece, see `summary`."""
-  leaves, tree = jax.tree.flatten(state)
+  leaves = jax.tree.leaves(state)
   V = leaves[0].shape[-1]
   before = jnp.concatenate(leaves, axis=-2)
   rows = jnp.matmul(piece[..., V:], before, precision="highest")
   rows = rows + piece[..., :V]
-  return tree.unflatten(jnp.split(rows, len(leaves), axis=-2))
+  parts = jnp.split(rows, len(leaves), axis=-2)
+  return jax.tree.unflatten(jax.tree.structure(state), parts)
 
 
 def summary(
@@ -77,12 +78,13 @@ def summary(
     N and A side by side, [B, H, L K, V + L K], for the L leaves of the state
     one below the other.
   """
-  leaves, tree = jax.tree.flatten(state)
+  leaves = jax.tree.leaves(state)
   (batch, heads, K, V), dtype = leaves[0].shape, leaves[0].dtype
   count = len(leaves) * K
   unit = jnp.pad(jnp.eye(count, dtype=dtype), [(0, 0), (V, 0)])[None, None]
   unit = jnp.broadcast_to(unit, (batch, heads, *unit.shape[2:]))
-  begin = tree.unflatten(jnp.split(unit, len(leaves), axis=-2))
+  parts = jnp.split(unit, len(leaves), axis=-2)
+  begin = jax.tree.unflatten(jax.tree.structure(state), parts)
   slow, xs = columns.widen(slow, xs, heads, count)
   after = narrow(slow, xs, places, begin)[1]
   return jnp.concatenate(jax.tree.leaves(after), axis=-2)

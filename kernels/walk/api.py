@@ -158,11 +158,11 @@ def walk(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
       (slow, xs, places, state),
     )
+    inputs = dict(zip(("slow", "xs", "places", "state"), shapes))
     call = Call(
-      name, body, *shapes, group, tile.policy, chunk_free, asked,
-      implementation,
-      why("pallas_tpu"),
-      columns is not None,
+      name=name, body=body, group=group, policy=tile.policy,
+      chunk_free=chunk_free, asked=asked, implementation=implementation,
+      reason=why("pallas_tpu"), affine=columns is not None, **inputs,
     )  # fmt: skip
     for calls in _calls:
       calls.append(call)
@@ -181,7 +181,7 @@ def walk(
 
   run = of(body, name)
   if split:
-    how = dict(mesh=mesh, spec=spec, manual=implementation != "xla")
+    how: Any = dict(mesh=mesh, spec=spec, manual=implementation != "xla")
     if columns is None:
       return sequence.walk(run, slow, xs, places, state, **how)
     narrow = of(columns.body, f"{name}_columns")

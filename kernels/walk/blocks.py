@@ -186,6 +186,7 @@ class Specs:
   def tokens(self, x: Any) -> pl.BlockSpec:
     """[B,N*C,H*d], or [B,H/G,N,G,C]."""
     how = self._how
+    block: tuple[int, ...]
     if _is_row(x):
       block = (1, 1, how.save, how.heads, how.chunk)
       return pl.BlockSpec(block, lambda b, h, j: (b, h, self._at(j), 0, 0))

@@ -11,7 +11,7 @@ the walk are its accumulators.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -393,7 +393,7 @@ def _backward(
   return dslow, _map(blocks.unlay, outs["xs"]), outs["state"]
 
 
-def _no_more(how: How, *_: Any) -> None:
+def _no_more(how: How, *_: Any) -> NoReturn:
   raise NotImplementedError(
     f"{how.name}: a kernel has one derivative, not two: use "
     "implementation='xla'"

@@ -60,7 +60,9 @@ class Policy:
   steady: bool = False
 
 
-F32 = Policy("f32", *["full"] * 6, rounded=False)
+F32 = Policy(
+  "f32", "full", "full", "full", "full", "full", "full", rounded=False
+)
 LEAN = Policy("lean", "x1", "x2", "x1", "newton1", "x3", "x1", rounded=True)
 # Rates beyond 1: the inverse is worse conditioned, and weights along a key that
 # comes again and again are large, so that reads are small differences.
@@ -305,9 +307,10 @@ class Tile:
     L = systems[0][0] if one else jnp.stack([L for L, _ in systems])
     if self.fused:
       flat = jax.lax.stop_gradient(L).reshape(-1, *L.shape[-2:])
-      X, run = _invert(flat, self, block).reshape(L.shape), _fused_solve
+      X = _invert(flat, self, block).reshape(L.shape)
     else:
-      X, run = _inverse(L, self, block), _solve
+      X = _inverse(L, self, block)
+    run: Any = _fused_solve if self.fused else _solve
     return [
       run(L, X if one else X[i], rows, self, derivative)
       for i, (L, rows) in enumerate(systems)

@@ -48,8 +48,10 @@ def axes(mesh: AbstractMesh, spec: P | None) -> list[tuple[str, ...]]:
 
   Args: as `parts`.
   """
-  spec = (*(spec or ()), None, None, None)[:3]
-  named = [() if a is None else (a,) if isinstance(a, str) else a for a in spec]
+  three = (*(spec or ()), None, None, None)[:3]
+  named = [
+    () if a is None else (a,) if isinstance(a, str) else a for a in three
+  ]
   left = set(mesh.axis_names) - set(mesh.manual_axes)
   return [tuple(name for name in over if name in left) for over in named]
 
@@ -301,7 +303,7 @@ def _rows(
   def forward(keep: bool, rank, fixed, stepped, places) -> Any:
     do = functools.partial(walk_one, keep, fixed)
 
-    def step(held: Any, turn: jax.Array) -> Any:
+    def step(held: Any, turn: Any) -> Any:
       arrived, out = held
       m, works = ring.turn(turn, rank, steps)
       (x, start), place = _row((stepped, places), m)
@@ -333,7 +335,7 @@ def _rows(
     def pull(kept: Any, *after: Any) -> list[jax.Array]:
       return made["pull"].unflatten(kept)(after)[0]
 
-    def step(held: Any, turn: jax.Array) -> Any:
+    def step(held: Any, turn: Any) -> Any:
       arrived, total, out = held
       m, works = ring.turn(turn, rank, steps)
       end = jax.tree.map(jnp.add, arrived, _row(ends, m))

@@ -79,10 +79,11 @@ def inner(equation: core.JaxprEqn) -> Iterator[core.Jaxpr]:
 def _alive(jaxpr: core.Jaxpr) -> int:
   """The most bytes that its equations hold at once, beside its inputs."""
   variables = lambda xs: {x for x in xs if isinstance(x, core.Var)}
-  last = {}
+  last: dict[core.Var, int] = {}
   for i, equation in enumerate(jaxpr.eqns):
     last |= dict.fromkeys(variables(equation.invars), i)
-  made, most = {}, 0
+  made: dict[Any, int] = {}
+  most = 0
   last |= dict.fromkeys(variables(jaxpr.outvars), len(jaxpr.eqns))
   for i, equation in enumerate(jaxpr.eqns):
     within = max(map(_alive, inner(equation)), default=0)

@@ -70,7 +70,7 @@ def walk(
   slow = jax.tree.map(lambda x: jnp.broadcast_to(x[None], (B, *x.shape)), slow)
 
   def chunk(carry: Any, x: Any) -> tuple[Any, Any]:
-    edge, state, (at, x) = *carry, x
+    (edge, state), (at, x) = carry, x
     edge, state = _cleared(at.resets, (edge, state))
     real = at.real[:, None, :, None]
     x = jax.tree.map(lambda x: jnp.where(real, x.astype(dtype), 0), x)

@@ -135,14 +135,15 @@ def _bundle(line: str) -> _Bundle | None:
     empty=match[3].startswith("}"),
     ends="loop exit test" in line,
     turns=int(test[1]) if test else None,
-    skips=skip.groups() if skip else None,
+    skips=(skip[1], skip[2]) if skip else None,
     regions=tuple(_BEGIN.findall(line)),
   )
 
 
 def _loops(bundles: list[_Bundle]) -> list[tuple[int, int]]:
   """First bundle of each loop, and the one after its last."""
-  found, open_loops = [], []
+  found: list[tuple[int, int]] = []
+  open_loops: list[int] = []
   for i, bundle in enumerate(bundles):
     if bundle.empty and not bundle.depth:
       continue  # Empty bundles have no marks.
@@ -163,7 +164,7 @@ def _parts(bundles: list[_Bundle], windows: dict[str, int]) -> list[_Part]:
     bundles: of an operation.
     windows: of predicates, see `_windows`.
   """
-  first = {}
+  first: dict[str, int] = {}
   for i, bundle in enumerate(bundles):
     for region in bundle.regions:
       first.setdefault(region, i)

@@ -10,7 +10,7 @@ import collections
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -92,9 +92,12 @@ def count(
     schedules: of operations by name, where the compiler wrote them.
   """
   computations, entry = text_lib.parse(text)
-  found = collections.defaultdict(lambda: [0, 0.0, 0.0])
+  found: dict[Any, list] = collections.defaultdict(lambda: [0, 0.0, 0.0])
   hbm = cycles = 0.0
-  loops, unknown, operations, products = [], [], [], []
+  loops: list[Any] = []
+  unknown: list[Any] = []
+  operations: list[Any] = []
+  products: list[Any] = []
   of = _Schedules(computations, schedules or {})
   for step in text_lib.walk(computations, entry):
     ins, home = step.instruction, step.home
@@ -238,7 +241,7 @@ def loops(text: str) -> list[list[tuple[Instruction, int]]]:
     The outermost loops, in order.
   """
   computations, entry = text_lib.parse(text)
-  found = []
+  found: list[Any] = []
   for step in text_lib.walk(computations, entry):
     ins = step.instruction
     if step.depth == 0 and ins.op == "while":
@@ -252,7 +255,7 @@ def _flops(ins: Instruction, home: Computation) -> float:
   """Of a product: 2 x outputs x terms of each sum."""
   if ins.op == "dot":
     lhs = home.body[ins.operands[0]].arrays[0].dims
-    axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", ins.text)[1]
+    axes = text_lib.found(r"lhs_contracting_dims=\{([\d,]*)\}", ins.text)[1]
     terms = math.prod(lhs[int(axis)] for axis in axes.split(",") if axis)
     return 2.0 * math.prod(ins.arrays[0].dims) * terms
   return _convolution(ins, home) if ins.op == "convolution" else 0.0
@@ -263,7 +266,7 @@ def _convolution(ins: Instruction, home: Computation) -> float:
 
   A TPU's batched product is a dilated convolution, most of it such holes.
   """
-  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", ins.text)
+  labels = text_lib.found(r"dim_labels=(\w+)_(\w+)->(\w+)", ins.text)
   lhs, rhs = (home.body[name].arrays[0].dims for name in ins.operands[:2])
   inputs, kernel, out = (
     dict(zip(label, dims))
@@ -300,8 +303,8 @@ def _hbm(
   if ins.op == "fusion":
     return _fusion(ins, home, computations)
   if ins.op in ("slice", "dynamic-slice"):
-    read = home.body[ins.operands[0]].arrays[0]
-    return ins.bytes * (not read.on_chip) + _outside(ins.arrays)
+    whole = home.body[ins.operands[0]].arrays[0]
+    return ins.bytes * (not whole.on_chip) + _outside(ins.arrays)
   if ins.op == "dynamic-update-slice":
     return 2 * _outside(home.body[ins.operands[1]].arrays)
   # The tuple of a beginning copy has its result first, then its operand.
@@ -347,7 +350,7 @@ def _reads(
     for name in x.operands:
       users[name].append(x)
   return {
-    int(re.match(r"\((\d+)\)", x.text)[1]): min(
+    int(text_lib.found(r"\((\d+)\)", x.text)[1]): min(
       x.bytes, sum(_read(x, user, computations) for user in users[x.name])
     )
     for x in inner.body.values() if x.op == "parameter"

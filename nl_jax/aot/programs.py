@@ -70,7 +70,7 @@ def devices(topology: str) -> list[Any]:
     ValueError: no such slice.
   """
   chip = chips.kind(topology)
-  options = {}
+  options: dict[str, Any] = {}
   if chip == "v4":  # JAX's meshes are of chips; its cores are apart by default.
     options["chip_config_name"] = "megacore"
   sides = topology.partition(":")[2].split("x")

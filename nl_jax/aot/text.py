@@ -72,7 +72,8 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
   Raises:
     ValueError: there is no entry in the text.
   """
-  computations, entry, current, last = {}, "", None, None
+  computations: dict[str, Computation] = {}
+  entry, current, last = "", None, None
   for line in text.splitlines():
     if current is None:
       head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
@@ -85,7 +86,7 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
     elif match := _LINE.match(line):
       last = _instruction(*match.groups())
       current.body[last.name] = last
-    else:  # The attributes of a kernel may go over several lines.
+    elif last is not None:  # A kernel's attributes may go over several lines.
       last = last._replace(text=last.text + line)
       current.body[last.name] = last
   if not entry:
@@ -201,13 +202,25 @@ def _trips(
   ]
   if len(ends) != 1:
     return None
-  end = int(re.match(r"\((\d+)\)", ends[0].text)[1])
+  end = int(found(r"\((\d+)\)", ends[0].text)[1])
   index = [x for x in condition.values() if x.op == "get-tuple-element"]
   begin = 0
   if len(index) == 1 and ins.operands[0] in home.body:
-    at = int(re.search(r"index=(\d+)", index[0].text)[1])
+    at = int(found(r"index=(\d+)", index[0].text)[1])
     carried = home.body[ins.operands[0]].operands
     first = home.body.get(carried[at]) if at < len(carried) else None
     if first is not None and first.op == "constant":
-      begin = int(re.match(r"\((-?\d+)\)", first.text)[1])
+      begin = int(found(r"\((-?\d+)\)", first.text)[1])
   return max(end - begin, 0)
+
+
+def found(pattern: str, text: str) -> re.Match[str]:
+  """The first match of what a compiler always writes.
+
+  Raises:
+    ValueError: it is not there.
+  """
+  match = re.search(pattern, text)
+  if match is None:
+    raise ValueError(f"expected {pattern} in the compiler's text {text!r}")
+  return match

@@ -33,7 +33,7 @@ class Collective(NamedTuple):
   axes: str
   place: str
   hidden: bool
-  count: int
+  count: int  # type: ignore[assignment]  # Of tuples a method.
   payload: float
   wire: float
 
@@ -94,7 +94,7 @@ def _group(ins: text_lib.Instruction, mesh: dict[str, int]) -> tuple[str, int]:
   return ",".join(axes), len(ids)
 
 
-def _first_group(text: str, devices: int) -> Sequence[int]:
+def _first_group(text: str, devices: int) -> Sequence[int] | np.ndarray:
   """Ids of the devices of the first group."""
   named = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", text)
   if named:

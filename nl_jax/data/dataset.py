@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import numpy as np
@@ -110,7 +110,7 @@ class _Part(NamedTuple):
 
   source: sources.Source
   weight: float
-  rows: dict[str, packing.Rows | packing.Table]
+  rows: Mapping[str, packing.Rows | packing.Table]
   counts: dict[str, Counts]
 
 
@@ -394,16 +394,17 @@ def _mixed(path: str, parts: list[_Part]) -> sources.Source:
   """The source of all parts."""
   prints = [[part.source.fingerprint, part.weight] for part in parts]
   fingerprint = hashlib.sha256(json.dumps(prints).encode()).hexdigest()
-  bodies = [
+  train, validation = (
     tuple(body for part in parts for body in part.source.documents(split))
     for split in sources.SPLITS
-  ]
+  )
   places = [place for part in parts for place in part.source.bad_places]
   return sources.Source(
     "mixture",
     path,
     fingerprint,
-    *bodies,
+    train,
+    validation,
     bad=sum(part.source.bad for part in parts),
     bad_places=tuple(places),
   )

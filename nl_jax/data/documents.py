@@ -9,7 +9,7 @@ import functools
 import json
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from nl_jax import files as files_lib
 from nl_jax.data import bad_documents, packed, parquet
@@ -126,9 +126,9 @@ def below(
     ValueError: a wanted file is a link that leads nowhere, or a pipe.
     OSError: a folder that cannot be read.
   """
-  # A store has no links.
+  store = cast(pathlib.Path, folder)  # It has the methods, and no links.
   here = isinstance(folder, pathlib.Path)
-  every = _walk(folder, ()) if here else folder.rglob("*")
+  every = _walk(store, ()) if here else store.rglob("*")
   found = sorted(path for path in every if wanted(path.name))
   for path in found:
     require_file(path)
@@ -168,7 +168,9 @@ def root(path: str | pathlib.PurePath) -> pathlib.Path:
 
 
 def _location(path: str | pathlib.PurePath) -> pathlib.Path:
-  return files_lib.expand(path) if isinstance(path, str) else path
+  if isinstance(path, str):
+    return files_lib.expand(path)
+  return cast(pathlib.Path, path)  # One of a store has the same methods.
 
 
 def read(
@@ -273,8 +275,8 @@ def _parted(
   for part in _bytes(path, start, stop).split(separator):
     text = part.lstrip(b"\r\n")
     place = offset + len(part) - len(text)
-    text = functools.partial(decode, text.rstrip(b"\r\n"), path, place)
-    yield f"{name}:{offset}", text
+    text = text.rstrip(b"\r\n")
+    yield f"{name}:{offset}", functools.partial(decode, text, path, place)
     offset += len(part) + len(separator)
 
 

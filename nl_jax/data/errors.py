@@ -45,7 +45,7 @@ def misfit(value: Any, shape: Any, where: str = "its top") -> str:
     where: the place of the value.
   """
   if isinstance(shape, type):
-    fits = type(value) is shape and (shape is not int or value >= 0)
+    fits = type(value) is shape and not (isinstance(value, int) and value < 0)
     return "" if fits else where
   if type(value) is not type(shape):
     return where

@@ -55,7 +55,7 @@ def features(record: bytes) -> dict[str, Feature] | None:
 
 def _feature(content: bytes) -> Feature:
   for number, body in _fields(content, set(_KINDS)):
-    values = ()
+    values: tuple[bytes, ...] = ()
     if number == _BYTES:
       values = tuple(value for _, value in _fields(body, {1}))
     return Feature(_KINDS[number], values)

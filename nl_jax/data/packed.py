@@ -6,7 +6,7 @@ import io
 import pathlib
 import zlib
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 SUFFIXES = (".gz", ".zst")
 
@@ -34,7 +34,7 @@ def opened(path: pathlib.Path) -> Iterator[BinaryIO]:
       return
     # What zstandard says of damage comes as an OSError of no number.
     try:
-      yield _UNPACK[kind](file)
+      yield cast(BinaryIO, _UNPACK[kind](file))
     except (gzip.BadGzipFile, EOFError, zlib.error, OSError) as error:
       if isinstance(error, OSError) and error.errno:
         raise

@@ -42,8 +42,8 @@ def tokenize(
   [length + 1], and one more where documents have a begin id.
   """
   end = np.asarray([tokenizer.end_id], np.int32)
-  begin = () if tokenizer.begin_id is None else (tokenizer.begin_id,)
-  begin = np.asarray(begin, np.int32)
+  first = [] if tokenizer.begin_id is None else [tokenizer.begin_id]
+  begin = np.asarray(first, np.int32)
   return [np.concatenate([begin, tokenizer.encode(d), end]) for d in documents]
 
 
@@ -161,8 +161,9 @@ def join(parts: Sequence["Rows | Table"]) -> "Rows | Table":
   """One table of several, their rows one after the other."""
   if len(parts) == 1:
     return parts[0]
-  if all(isinstance(part, dict) for part in parts):
-    return concatenate(parts)
+  held = [part for part in parts if isinstance(part, dict)]
+  if len(held) == len(parts):
+    return concatenate(held)
   return _Joined(parts)
 
 
@@ -179,7 +180,7 @@ class _Joined:
 
   def take(self, index_B: np.ndarray) -> Rows:
     owner_B = np.searchsorted(self._ends, index_B, side="right")
-    taken = {}
+    taken: Rows = {}
     for owner in np.unique(owner_B):
       chosen_B = owner_B == owner
       start = self._ends[owner - 1] if owner else 0

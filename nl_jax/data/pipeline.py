@@ -166,14 +166,14 @@ def eval_batches(
   count = packing.count(rows)
   index_N = np.arange(count)
   if 0 < limit * batch_size < count:
-    index_N = np.linspace(0, count, limit * batch_size, endpoint=False)
-    index_N = index_N.astype(np.int64)
+    spread = np.linspace(0, count, limit * batch_size, endpoint=False)
+    index_N = spread.astype(np.int64)
   take, size = _slice_of(batch_size, process_index, process_count)
   starts = range(0, len(index_N), batch_size)
   return _Held(rows, [index_N[i : i + batch_size][take] for i in starts], size)
 
 
-class _Held(Sequence):
+class _Held(Sequence[Batch]):
   """Batches of given rows, read one by one."""
 
   def __init__(
@@ -187,7 +187,8 @@ class _Held(Sequence):
   def __len__(self) -> int:
     return len(self._chosen)
 
-  def __getitem__(self, index: int) -> Batch:
+  # Nobody asks for slices.
+  def __getitem__(self, index: int) -> Batch:  # type: ignore[override]
     return _gather(self._rows, self._chosen[index], self._size)
 
 

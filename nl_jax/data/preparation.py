@@ -15,7 +15,7 @@ import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -175,7 +175,8 @@ class _Writer:
     self._layout = prepared.Layout(
       settings.sequence_length, tokenizer.vocab_size
     )
-    self._held, self._tokens, self._writer = [], 0, None
+    self._held: list[Any] = []
+    self._tokens, self._writer = 0, cast(Any, None)
     self._rows = 0
     self._digest = hashlib.sha256()
     self.counts = {"documents": 0, "bytes": 0, "tokens": 0, "rows": 0}

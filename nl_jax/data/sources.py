@@ -248,9 +248,9 @@ def files(
   """
   found = documents_lib.find(path, kind)
   named = [
-    tuple(document)
+    (name, body)
     for file in found.paths
-    for document in documents_lib.read(
+    for name, body in documents_lib.read(
       found, file, text_key, bad=bad, separator=separator
     )
   ]
@@ -285,7 +285,8 @@ def hugging_face(
       f"data.path={path!r} has a split without text; give both some"
     )
   mark = [*train, ("", ""), *validation]
-  return Source("hugging_face", path, _fingerprint(mark), *bodies)
+  mark_of = _fingerprint(mark)
+  return Source("hugging_face", path, mark_of, bodies[0], bodies[1])
 
 
 def synthetic(seed: int = 0, documents: int = SYNTHETIC_DOCUMENTS) -> Source:

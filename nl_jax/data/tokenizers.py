@@ -86,7 +86,7 @@ class Bytes:
   vocab_size = 259
   end_id = 1
   pad_id = 0
-  begin_id = None
+  begin_id: int | None = None
   remark = ""
   fingerprint = hashlib.sha256(b"id = byte + 3, 1 end").hexdigest()
 
@@ -362,7 +362,8 @@ class _HuggingFaceStream:
       skip_special_tokens=True
     )
     self._tokenizer, self._raw = tokenizer, raw
-    self._stream, self._held = self._make(), []
+    self._stream = self._make()
+    self._held: list[int] = []
 
   def push(self, ids: Iterable[int]) -> str:
     return "".join(map(self._push_one, ids))

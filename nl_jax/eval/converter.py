@@ -1,6 +1,7 @@
 """Rows of a task as what a model reads; needs the extra `eval`."""
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import seqio
 import tensorflow as tf
@@ -22,7 +23,7 @@ class ScoringFeatureConverter(seqio.FeatureConverter):
     "decoder_target_tokens": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
     "decoder_loss_weights": seqio.FeatureConverter.FeatureSpec(dtype=tf.int32),
   }
-  PACKING_FEATURE_DTYPES = {}
+  PACKING_FEATURE_DTYPES: ClassVar[dict[str, Any]] = {}
 
   def __init__(self, max_length: int):
     """Args: the longest row that a model reads, in tokens."""

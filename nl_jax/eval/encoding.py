@@ -53,7 +53,9 @@ class Protocol:
   @property
   def lead(self) -> list[int]:
     """Tokens before every request and page."""
-    return [self.bos_id] if self.bos == "always" else []
+    if self.bos_id is None or self.bos != "always":
+      return []
+    return [self.bos_id]
 
 
 class Row(NamedTuple):
@@ -112,10 +114,10 @@ def encode(
     if request.choice_id == 0:
       known.clear()
     try:
-      inputs, targets = pair(
+      context, targets = pair(
         request.context, request.continuation, tokenizer, protocol, known
       )
-      inputs, cut = left_truncate(inputs, targets, protocol.max_length)
+      inputs, cut = left_truncate(context, targets, protocol.max_length)
     except ValueError as error:
       raise ValueError(f"{path}:{request.line}: {error}") from error
     truncated += cut

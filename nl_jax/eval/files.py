@@ -99,6 +99,7 @@ def load(task: requests.Task, folder: pathlib.Path, limit: int = 0) -> Loaded:
   lines = list(wikitext.pages(text)) if raw else _lines(text)
   _check_split(task, path, len(lines))
   kept = lines[:limit] if limit else lines
+  docs: list[tuple[int, Mapping[str, Any]]]
   if raw:
     docs = [(line, {"page": page}) for line, page in kept]
   else:

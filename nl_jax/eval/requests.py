@@ -202,7 +202,8 @@ def _winogrande(doc: Doc) -> Choices:
 
 
 def _arc(doc: Doc) -> Choices:
-  question, choices = doc["question"], doc.get("choices")
+  question: Any = doc["question"]
+  choices: Any = doc.get("choices")
   try:
     if isinstance(question, Mapping):  # The files of AI2.
       listed = question["choices"]
@@ -234,7 +235,7 @@ def _sample(name: str) -> tuple[str, str]:
   return f"hf_schema/{name}", name
 
 
-_ARC = {
+_ARC: dict[str, Any] = {
   "source": "allenai/ai2_arc",
   "split": "test",
   "columns": {"question": (str, Mapping), "answerKey": str},

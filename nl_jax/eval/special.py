@@ -43,8 +43,8 @@ def _sentencepiece(path: str) -> tuple[int | None, int | None]:
 
   pieces = sentencepiece.SentencePieceProcessor()
   pieces.Load(str(files.expand(path)))
-  found = pieces.bos_id(), pieces.unk_id()
-  return tuple(None if i < 0 else i for i in found)
+  bos, unk = (None if i < 0 else i for i in (pieces.bos_id(), pieces.unk_id()))
+  return bos, unk
 
 
 def _hugging_face(path: str) -> tuple[int | None, int | None]:
@@ -65,4 +65,4 @@ def _hugging_face(path: str) -> tuple[int | None, int | None]:
     token = said.get(name, model.get(name))
     token = token.get("content") if isinstance(token, dict) else token
     found.append({**known, **added}.get(token))
-  return tuple(found)
+  return found[0], found[1]

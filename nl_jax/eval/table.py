@@ -188,11 +188,11 @@ def _average(found: Mapping[str, Cell]) -> Cell | None:
     return None
   if any(mark in c.marks for c in kept for mark in (APPROXIMATE, LIMITED)):
     return None
-  errors = [c.stderr for c in kept]
-  known = None not in errors
+  known = [c.stderr for c in kept if c.stderr is not None]
+  complete = len(known) == len(kept)
   return Cell(
     sum(c.value for c in kept) / len(kept),
-    math.sqrt(sum(e * e for e in errors)) / len(kept) if known else None,
+    math.sqrt(sum(e * e for e in known)) / len(kept) if complete else None,
     kept[0].marks,
   )
 

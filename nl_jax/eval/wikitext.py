@@ -59,7 +59,7 @@ def pages(text: str) -> Iterator[tuple[int, str]]:
   Args:
     text: of `wiki.test.raw`; lines are counted from 1.
   """
-  start, page = 1, []
+  start, page = 1, list[str]()
   for number, line in enumerate(text.split("\n"), 1):
     if _is_title(line):
       yield from _whole(start, page)

@@ -239,15 +239,15 @@ class _Runner:
   def step(self, held: Any, x: Tree) -> tuple[Any, Tree]:
     """One unit and the updates that are due, by the clocks."""
     state, carry = held
-    for below, level in _restarting(self.levels):
-      if below.full:
-        at = state[below.name]
+    for faster, level in _restarting(self.levels):
+      if faster.full:
+        at = state[faster.name]
         at = at._replace(
-          replay=_remember(below, level, self.levels, state, carry, x)
+          replay=_remember(faster, level, self.levels, state, carry, x)
         )
-        state = {**state, below.name: at}
+        state = {**state, faster.name: at}
     (state, carry), output = self.unit((state, carry), x)
-    below = None
+    below: Level | None = None
     for level in self.learning:
       kept = state[below.name].replay if below else None
       state = self.update_if_due(level, below, state, kept)
@@ -303,18 +303,23 @@ class _Runner:
   ) -> State:
     """One level, and the restart of the next faster one, where due."""
     at, new = state[level.name], dict(state)
+    assert level.period is not None  # One of `learning`.
     due = at.clock >= level.period
     with jax.named_scope(f"update/{level.name}"):
       new[level.name] = _where(due, _update(level, at), at)
     if below is not None and below.on_slower_update is not None:
       # Its period divides this one, so it has just updated.
       now = state[below.name]
-      gradient = self.through(below, kept) if below.full else now.gradient
+      gradient = now.gradient
+      if isinstance(kept, Replay):
+        gradient = self.through(below, kept)
       new[below.name] = _where(due, _restart(below, now, gradient), now)
     return new
 
   def through(self, below: Level, kept: Replay) -> Tree:
     """The gradient of a level's last period by its start (MAML)."""
+    assert below.period is not None  # One of `learning`.
+    period = below.period
     known = self.learning[: self.learning.index(below) + 1]
     frozen = {v.name: v for v in self.levels if v.period is None}
 
@@ -323,8 +328,8 @@ class _Runner:
       held = ({**kept.state, below.name: at}, kept.carry)
       unit = lambda held, x: run.unit(held, x, measure=True)
       _, (losses, weights) = run.nested(known, held, kept.xs, unit)
-      loss = losses[-below.period :].sum()
-      weight = weights[-below.period :].sum()
+      loss = losses[-period:].sum()
+      weight = weights[-period:].sum()
       mean = loss / jnp.where(weight > 0, weight, 1)
       return mean if below.reduce == "mean" else loss
 
@@ -425,7 +430,8 @@ def _remember(
   new = (_up_to(below, levels, state), carry)
   old = (kept.state, kept.carry)
   put = lambda xs, v: jax.lax.dynamic_update_index_in_dim(xs, v, clock, 0)
-  return Replay(*_where(clock == 0, new, old), jax.tree.map(put, kept.xs, x))
+  begun, carry = _where(clock == 0, new, old)
+  return Replay(begun, carry, jax.tree.map(put, kept.xs, x))
 
 
 def _update(level: Level, at: LevelState) -> LevelState:
@@ -453,6 +459,7 @@ def _update(level: Level, at: LevelState) -> LevelState:
 
 def _restart(level: Level, at: LevelState, gradient: Tree) -> LevelState:
   """A level whose next slower one has updated (eq. 72)."""
+  assert level.on_slower_update is not None  # Of `_restarting`.
   start, params = level.on_slower_update(at.start, at.params, gradient)
   return at._replace(start=start, params=params, rule=level.rule.init(params))
 

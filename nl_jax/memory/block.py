@@ -6,7 +6,7 @@ inner gradients (docs/mathematics.md 2.2).
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ def _sum(x: jax.Array) -> jax.Array:
 
 def norm(weights: Iterable[jax.Array]) -> jax.Array:
   """Frobenius norm over all weights of a head, [..., 1, 1]."""
-  total = 0.0
+  total: Any = 0.0
   for W in weights:
     total = total + _sum(jnp.square(W))
   return jnp.sqrt(total)

@@ -102,7 +102,8 @@ def start(
     rule: whether there is momentum, a window or inner Muon.
   """
   state = empty(params, batch)
-  w, carried = state.w, {}
+  w = state.w
+  carried: dict[str, Any] = {}
   if rule.omega > 1:
     carried |= window.start(w, rule.omega, rules.INPUT_LAYERS)
   if rule.inner_muon == "chunk":
@@ -227,7 +228,7 @@ def walk(
   run: Run | None = None,
   name: str = "walk",
   columns: walks.Columns | None = None,
-) -> tuple[Any, MemoryState, jax.Array | None]:
+) -> tuple[Any, MemoryState, Any]:
   """Runs a chunk function over the chunks of a call.
 
   Args:
@@ -303,7 +304,8 @@ def walk(
     edges = jax.tree.map(keep, edges, state.anchor)
   if chunk_free:
     edges, phase = after.w, jnp.zeros_like(phase)
-  state = MemoryState(edges, after.w, *after.s, phase, grid.segment)
+  s, carried = after.s
+  state = MemoryState(edges, after.w, s, carried, phase, grid.segment)
   return jax.tree.map(unlay, ys), state, sums
 
 
@@ -382,10 +384,11 @@ def update(
   def body(fixed, now: walks.State, x, at: walks.At):
     if rule.stop_grad_writes:
       now = jax.lax.stop_gradient(now)
-    block = blocks.Block(fixed["start"], now.w, *now.s, at)
-    architecture = forward
+    s, carried = now.s
+    block = blocks.Block(fixed["start"], now.w, s, carried, at)
+    architecture: Any = forward
     if slow is not None:
-      architecture = functools.partial(forward, slow=fixed["forward"])
+      architecture = functools.partial(architecture, slow=fixed["forward"])
     v = x["v"] if target is None else target(block, x["v"])
     reads, after, sums = writing.write_and_read(
       architecture, block, rule, x["q"], x["k"], v, x["gates"],
@@ -415,7 +418,8 @@ def _columns(
   """A matrix memory whose columns, of `width` values, learn on their own."""
 
   def write(fixed, now: walks.State, x, at: walks.At):
-    block = blocks.Block(fixed["start"], now.w, *now.s, at)
+    s, carried = now.s
+    block = blocks.Block(fixed["start"], now.w, s, carried, at)
     v, k = x["v"], x["k"]
     if rule.objective == "l2":  # Predicted without weights, this is no goal.
       none = lambda _, z: jnp.zeros((*z.shape[:-1], width), z.dtype)

@@ -8,7 +8,7 @@
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -66,7 +66,7 @@ def forward(arch: str, residual: bool = True) -> rules.Forward:
       "model.mixer.memory must be one of "
       f"{', '.join(ARCHITECTURES)}; got {arch!r}"
     )
-  inner = ARCHITECTURES[arch]
+  inner: Any = ARCHITECTURES[arch]
   return (lambda layer, z: z + inner(layer, z)) if residual else inner
 
 

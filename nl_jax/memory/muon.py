@@ -56,6 +56,7 @@ def momentum(
     S: [..., a, b] before it.
     at: the chunk's tokens.
   """
+  assert rates.log_beta is not None  # Inner Muon has momentum.
   tokens = rank_one.Tokens(
     rates.log_beta, None, at.real, ids=at.ids, tile=at.tile
   )
@@ -90,10 +91,10 @@ def move(block: blocks.Block, eta: jax.Array) -> blocks.Block:
     }
 
   if at.tile.fused:
-    w = moved(block.w)
+    w = moved(dict(block.w))
   else:  # While no chunk ends, as while single tokens are read, no NS is made.
-    w = jax.lax.cond((at.closes > 0).any(), moved, lambda w: w, block.w)
-  return block._replace(w=w, carried=block.carried | {RATE: rate})
+    w = jax.lax.cond((at.closes > 0).any(), moved, lambda w: w, dict(block.w))
+  return block._replace(w=w, carried={**block.carried, RATE: rate})
 
 
 def by_token(

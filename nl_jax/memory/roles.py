@@ -11,7 +11,7 @@ not wait for each other stand next to each other.
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Part(NamedTuple):
   rate: float
 
   def cut(
-    self, name: str, W: jax.Array, counts: Sequence[int]
+    self, name: str | None, W: jax.Array, counts: Sequence[int]
   ) -> list[jax.Array]:
     """The weights of so many adjacent roles each, of all roles together."""
     axis = W.ndim - (1 if name in self.architecture.inputs else 2)
@@ -62,7 +62,7 @@ class Part(NamedTuple):
   ) -> list[jax.Array]:
     """z W of an input layer at the anchor, each z of so many roles."""
     weights = self.cut(name, self.anchor[name], counts)
-    starts = [None] * len(counts)
+    starts: Sequence[Any] = [None] * len(counts)
     if self.block.at.ids is not None:
       starts = self.cut(name, self.block.begin(name), counts)
     return [self._through(*args, "nn") for args in zip(zs, weights, starts)]
@@ -71,8 +71,9 @@ class Part(NamedTuple):
     self, hs: Sequence[jax.Array], form: str = "nn"
   ) -> list[jax.Array]:
     """h W (or h W^T) of each role's output layer at the anchor."""
-    starts, name = [None] * self.roles, self.architecture.output
-    if self.block.at.ids is not None:
+    starts: Sequence[Any] = [None] * self.roles
+    name = self.architecture.output
+    if self.block.at.ids is not None and name is not None:
       starts = self.by_role(name, self.block.begin(name))
     each = zip(hs, self.outputs, starts)
     return [self._through(*args, form) for args in each]
@@ -83,7 +84,7 @@ class Part(NamedTuple):
     """x W, by document: `start` in the place of W after the first."""
     at = self.block.at
     y = at.tile.mm(x, W, form, "anchor")
-    if start is None:
+    if start is None or at.ids is None:
       return y
     own = jnp.swapaxes(at.ids, -1, -2) == 0
     return jnp.where(own, y, at.tile.mm(x, start, form, "anchor"))
@@ -97,7 +98,7 @@ def _split(
     return [x]
   size = x.shape[axis] // sum(counts)
   if not tile.fused:  # The derivative of slices would be a sum of padded ones.
-    return jax.lax.split(x, [size * n for n in counts], axis)
+    return [*jax.lax.split(x, [size * n for n in counts], axis)]
   ends = itertools.accumulate(counts)
   return [
     jax.lax.slice_in_dim(x, (end - n) * size, end * size, axis=axis)
@@ -197,7 +198,8 @@ def pairs(
     hiddens.append(_lanes(part, h, part.roles))
     pulls.append(pull)
   outs = [_outputs(part, h) for part, h in zip(parts, hiddens)]
-  errors, terms = [], []
+  errors: list[list[jax.Array]] = []
+  terms: list[list[jax.Array]] = []
   for part, out, target in zip(parts, outs, targets):
     errors.append([])
     terms.append([])
@@ -210,15 +212,17 @@ def pairs(
       errors[-1].append(error if back is None else back(error)[0])
       terms[-1].append(term)
   result = []
-  for part, h, pull, error, term in zip(parts, hiddens, pulls, errors, terms):
-    name, below, own = part.architecture.output, error, error
-    if name is None:
-      h, own = [], []
-    else:
-      below = part.read_outputs(error, "nt")
+  for part, units, pull, wrong, loss in zip(
+    parts, hiddens, pulls, errors, terms
+  ):
+    alone = part.architecture.output is None
+    below = wrong if alone else part.read_outputs(wrong, "nt")
     deltas = pull(_concatenated(below))
-    deltas = dict(zip(part.architecture.inputs, deltas))
-    result.append(_Pairs(deltas, h, own, term))
+    by_layer = dict(zip(part.architecture.inputs, deltas))
+    if alone:
+      result.append(_Pairs(by_layer, [], [], loss))
+    else:
+      result.append(_Pairs(by_layer, units, wrong, loss))
   return result
 
 
@@ -257,18 +261,19 @@ def by_chunk(
     gates.log_alpha, gates.log_beta, at.real, ids=at.ids, tile=at.tile
   )
   learned = pairs(parts, k, targets)
-  chunks, squares = {}, []
+  chunks: dict[Any, rank_one.Chunk] = {}
+  squares = []
   for i, (part, pair) in enumerate(zip(parts, learned)):
-    own, square = gates._replace(eta=part.rate * gates.eta), 0.0
+    own, square = gates._replace(eta=part.rate * gates.eta), cast(Any, 0.0)
     for name, delta in pair.deltas.items():
       (chunk,) = _chunks(part, tokens, own, name, [k], [delta])
       chunks[i, name, 0] = chunk
       sizes = _sizes(at.tile, k) * _sizes(at.tile, delta, part.roles)
       square += jnp.square(chunk.write) * sizes
-    name, last = part.architecture.output, []
-    outputs = _chunks(part, tokens, own, name, pair.hidden, pair.errors)
+    output, last = part.architecture.output, []
+    outputs = _chunks(part, tokens, own, output, pair.hidden, pair.errors)
     for r, (chunk, h) in enumerate(zip(outputs, pair.hidden)):
-      chunks[i, name, r] = chunk
+      chunks[i, output, r] = chunk
       last.append(jnp.square(chunk.write) * _sizes(at.tile, h))
     if last:
       sizes = _sizes(at.tile, _concatenated(pair.errors), part.roles)
@@ -294,7 +299,7 @@ def by_chunk(
 
   done = []
   for i, part in enumerate(parts):
-    ends = {name: [] for name in part.block.w}
+    ends: dict[str, list] = {name: [] for name in part.block.w}
     for key, chunk in chunks.items():
       if key[0] == i:
         ends[key[1]].append(chunk.end(rows[key]))
@@ -305,8 +310,8 @@ def by_chunk(
     done.append(after)
   sums = []
   for part, block, pair in zip(parts, done, learned):
-    own, steps = steps[..., : part.roles], steps[..., part.roles :]
-    sums.append(_sums(part, block, pair, own, gates))
+    mine, steps = steps[..., : part.roles], steps[..., part.roles :]
+    sums.append(_sums(part, block, pair, mine, gates))
   return Written(done, read, jnp.concatenate(sums, axis=-1))
 
 
@@ -319,14 +324,16 @@ def _chunks(
   deltas: Sequence[jax.Array],
 ) -> list[rank_one.Chunk]:
   """Of a layer the weight matrices of each role, or of all that share u."""
-  if not us:
+  if not us or name is None:
     return []
   block, rule = part.block, part.rule
   cut = lambda W: part.cut(name, W, [part.roles // len(us)] * len(us))
-  erases, nothing = rules.erases(rule, name), [None] * len(us)
+  erases = rules.erases(rule, name)
+  nothing: Sequence[Any] = [None] * len(us)
   Ds, starts = cut(block.w[name]), cut(block.begin(name))
   Ss = cut(block.s[name]) if name in block.s else nothing
-  Rs, fresh = starts, nothing
+  Rs: Sequence[Any] = starts
+  fresh = nothing
   if rule.retention_target == "zero":
     Ds = [D + start for D, start in zip(Ds, starts)]
     Rs, fresh = nothing, starts
@@ -388,9 +395,9 @@ def _sums(
   weights = [part.by_role(name, W) for name, W in absolute.items()]
   sizes = [blocks.norm(each) for each in zip(*weights)]
   own = gates._replace(eta=part.rate * gates.eta)
-  loss = blocks.total(after.at, sum(pair.terms))
+  loss = blocks.total(after.at, jnp.asarray(sum(pair.terms)))
   steps = jnp.sum(steps, axis=-1, keepdims=True)
-  means = (x / part.roles for x in (loss, steps, sum(sizes)))
+  means = (x / part.roles for x in (loss, steps, jnp.asarray(sum(sizes))))
   return blocks.metric_sums(after.at, own, *means)
 
 
@@ -404,7 +411,8 @@ def by_token(
   done, sums = [], []
   for part, goals in zip(parts, targets):
     own = gates._replace(eta=part.rate * gates.eta)
-    ends, each = {name: [] for name in part.block.w}, []
+    ends: dict[str, list] = {name: [] for name in part.block.w}
+    each: list[jax.Array] = []
     for r, goal in enumerate(goals):
       _, after, total = writing.write_and_read(
         _forward(part),
@@ -426,15 +434,14 @@ def by_token(
 
 def _forward(part: Part) -> rules.Forward:
   """The architecture of one role."""
-  if not part.residual:
-    return part.architecture
-  return lambda layer, z: z + part.architecture(layer, z)
+  inner: Any = part.architecture
+  return (lambda layer, z: z + inner(layer, z)) if part.residual else inner
 
 
 def _role(part: Part, role: int) -> blocks.Block:
   """The block of one role."""
 
-  def cut(tree: rules.Weights | None) -> rules.Weights | None:
+  def cut(tree: rules.Weights | None) -> Any:
     if tree is None:
       return None
     return {n: part.by_role(n, W)[role] for n, W in tree.items()}

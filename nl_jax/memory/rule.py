@@ -7,7 +7,7 @@ A memory is a function `forward(layer, z)` of its layers, where
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -147,7 +147,7 @@ class Metrics(NamedTuple):
   eta: jax.Array
   alpha: jax.Array
   beta: jax.Array
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
 
 
 def output_error(
@@ -181,9 +181,10 @@ def rates(
     if rate.ndim > size.ndim:
       size = size[..., None]
     rate = rate / (1.0 + rate * size)
-  write, erase = rate, "write"
+  write, erase = rate, cast(Any, "write")
   if rule.momentum == "ema":
     kept = gates.log_beta
+    assert kept is not None
     kept = kept[..., None] if rate.ndim > kept.ndim else kept
     write, erase = rate * (1.0 - jnp.exp(kept)), rate
   if rule.dgd_coef == "decayed":

@@ -18,7 +18,7 @@ through a learned vector, so that the chunk form stays exact (`gate_shape`).
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def init(
       k, heads, key_dim, options.hidden or key_dim,
       arch=options.memory, in_std=in_std,
     )  # fmt: skip
-  gate = {}
+  gate: dict[str, Any] = {}
   if options.gate_source == "memory":
     channel = options.gate_shape == "channel"
     shape = (heads, key_dim) if channel else (heads,)
@@ -238,7 +238,7 @@ def _body(
   names = ("generators", "memory")[: len(parts)]
   after = dict(zip(names, written.blocks))
   out = {"q": q, "k": k, "v": v, "gates": gates}
-  if "memory" in now.w:
+  if written.read is not None and "memory" in now.w:
     out = {"y": written.read(1, q)}
   w = {name: block.w for name, block in after.items()}
   s = {name: block.s for name, block in after.items()}
@@ -289,7 +289,7 @@ def update(
       "gates of one value a channel run only with "
       "Run(implementation='reference')"
     )
-  grid = dict(
+  grid: Any = dict(
     segment_ids=segment_ids, at_edge=at_edge, aligned=aligned, run=run
   )
   wide = jax.tree.leaves(state.memory.w)[0].dtype
@@ -302,7 +302,7 @@ def update(
   slow = cast(slow)
   if options.generator_roles and joint:
     return _one_walk(slow, state, (z, static_gates), options, grid)
-  if options.generator_roles:
+  if state.generators is not None:
     made, generators, first = _first_pass(
       slow, state.generators, (z, static_gates), options, by_token, grid
     )
@@ -343,10 +343,13 @@ def _one_walk(
   slow: dict, state: State, xs: tuple, options: Options, grid: dict
 ) -> tuple[jax.Array, State, Metrics]:
   """Both passes as one chunk function."""
-  both = lambda field: {
-    "generators": getattr(state.generators, field),
-    "memory": getattr(state.memory, field),
-  }
+
+  def both(field: str) -> Any:
+    return {
+      "generators": getattr(state.generators, field),
+      "memory": getattr(state.memory, field),
+    }
+
   together = state.memory._replace(
     anchor=both("anchor"), w=both("w"), s=both("s")
   )
@@ -355,16 +358,15 @@ def _one_walk(
     chunk=options.chunk_memory, group=options.remat_group,
     name=f"smt_{options.memory}", **grid,
   )  # fmt: skip
-  split = {
-    name: after._replace(
-      anchor=after.anchor[name], w=after.w[name], s=after.s[name]
-    )
-    for name in ("generators", "memory")
-  }
+
+  def own(name: str) -> Any:
+    of: Any = lambda tree: tree[name]
+    return after._replace(anchor=of(after.anchor), w=of(after.w), s=of(after.s))
+
   count = len(rules.Metrics._fields)
   metrics = blocks.metrics(sums[..., :count]), blocks.metrics(sums[..., count:])
   y = out["y"].reshape(xs[0]["q"].shape)
-  return y, State(**split), Metrics(*metrics)
+  return y, State(own("generators"), own("memory")), Metrics(*metrics)
 
 
 @jax.named_scope("generators")
@@ -378,7 +380,7 @@ def _first_pass(
 ) -> tuple:
   """Runs the generators over a call: ((q, k, v, gates), state, metrics)."""
   alone = {name: x for name, x in slow.items() if name != "memory"}
-  within = lambda tree: {"generators": tree}
+  within: Any = lambda tree: {"generators": tree}
   own = state._replace(
     anchor=within(state.anchor), w=within(state.w), s=within(state.s)
   )
@@ -389,9 +391,7 @@ def _first_pass(
   )  # fmt: skip
   heads = xs[0]["q"].shape[:3]
   out = jax.tree.map(lambda x: x.reshape(*heads, -1), out)
-  after = after._replace(
-    anchor=after.anchor["generators"], w=after.w["generators"],
-    s=after.s["generators"],
-  )  # fmt: skip
+  of: Any = lambda tree: tree["generators"]
+  after = after._replace(anchor=of(after.anchor), w=of(after.w), s=of(after.s))
   made = out["q"], out["k"], out["v"], out["gates"]
   return made, after, blocks.metrics(sums)

@@ -8,6 +8,8 @@ each key channel, which lies along the rows of a layer that is fed with the key
 and along the columns of one that gives the value.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -60,6 +62,7 @@ def _write_and_read(
   def layer(name: str, z: jax.Array) -> jax.Array:
     u = inputs[name]
     own = rules.layer_gates(gates, name)
+    y: Any
     y, ends[name] = kernels.simplex(
       u, errors[name], z, rules.rates(rule, own, u, at.real, erases=False),
       block.absolute(name, block.w[name]), lag=at.first > 0 if lag else None,
@@ -129,7 +132,8 @@ def update(
   def body(start: rules.Weights, now: walks.State, x: dict, at: walks.At):
     if rule.stop_grad_writes:
       now = jax.lax.stop_gradient(now)
-    block = _Block(start, now.w, *now.s, at)
+    s, carried = now.s
+    block = _Block(start, now.w, s, carried, at)
     by_token = "reference" if named == "reference" else None
     reads, w, sums = _write_and_read(forward, block, rule, x, lag, by_token)
     return walks.State(w, now.s), reads, sums

@@ -120,7 +120,7 @@ def update(
   clock = state.wide._replace(phase=state.place)
   places = chunked.places(clock, segment_ids, T, 2 * span)
   own = jnp.where(ids == 0, 0, 2 * ids + places // span).astype(jnp.int32)
-  how = dict(at_edge=at_edge, aligned=aligned)
+  how: Any = dict(at_edge=at_edge, aligned=aligned)
   # Deviation: a chunk of V moves it as far as a chunk of W, because the sum of
   # S gradients of one point diverges at the rates of W.
   slower = gates._replace(eta=gates.eta * (rule.chunk / span), log_beta=None)

@@ -6,7 +6,7 @@ which give the reads, and the memory after the chunk.
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,12 +78,13 @@ def _by_token(
   eta: jax.Array,
 ) -> tuple[_Read, _End]:
   """`_by_chunk` by the token loop, the definition."""
-  at, ends = block.at, {}
+  at = block.at
+  ends: dict[str, Any] = {}
   ids = None if at.ids is None else at.ids[..., 0, :].astype(jnp.int32) + 1
 
-  def run(name: str, x: jax.Array | None) -> jax.Array | None:
+  def run(name: str, x: jax.Array | None) -> Any:
     own = layers[name]
-    call = functools.partial(
+    call: Callable[..., Any] = functools.partial(
       rank_one.rank_one, window=own.window, implementation="reference",
       read=rule.read, erase_of=rule.erase_of,
     )  # fmt: skip
@@ -133,26 +134,30 @@ def write_and_read(
     (reads [..., C, V] or None, the block after the chunk, sums [..., 1, 7]),
     the sums those of `Metrics`.
   """
-  at, laid, before, view = block.at, None, 0, block
+  at, before, view = block.at, 0, block
+  laid: window.Window | None = None
   _, eta = at.tile.keys(k, gates.eta)
   if rule.omega > 1:
+    assert gates.gamma is not None  # Gates of a rule with a window have it.
     laid = window.extend(block, k, target, gates.gamma, rule.omega)
     before, view = rule.omega - 1, window.widened(block, rule.omega)
     k, target = laid.k, laid.target
   all_u, all_delta, terms = blocks.pairs(forward, view, k, target, rule)
   own = lambda x: x[..., before:, :] if before else x
-  layers, momenta, steps = {}, {}, 0.0
+  layers, momenta = {}, {}
+  steps: Any = 0.0
   for name, D in block.w.items():
     u, delta = own(all_u[name]), own(all_delta[name])
     gate = rules.layer_gates(gates._replace(eta=eta), name)
     rate = rules.rates(rule, gate, u, at.real, rules.erases(rule, name))
-    past = None
+    past: tuple[jax.Array, jax.Array, jax.Array] | None = None
     if laid is not None:
-      past = all_u[name][..., :before, :], all_delta[name][..., :before, :]
-      past = (*past, laid.weights)
+      keys = all_u[name][..., :before, :]
+      past = keys, all_delta[name][..., :before, :], laid.weights
     W, S = block.absolute(name, D), block.s.get(name)
     R = block.begin(name) if rule.retention_target == "init" else None
     if rule.inner_muon == "chunk":
+      assert S is not None  # Inner Muon has momentum.
       momenta[name] = muon.momentum(u, delta, rate, S, past, at)
       rate = rate._replace(log_beta=None, write=0 * rate.write)
       S = past = None
@@ -166,13 +171,12 @@ def write_and_read(
     read, end = _by_chunk(layers, block, rule)
 
   def layer(name: str, x: jax.Array) -> jax.Array:
-    still = None
-    if rule.read == "chunk_start" or factor is not None:
-      still = block.at_anchor(name, x)
     if rule.read == "chunk_start":
-      return still
-    reads = read(name, x)
-    return reads if factor is None else still + factor * (reads - still)
+      return block.at_anchor(name, x)
+    if factor is None:
+      return read(name, x)
+    still = block.at_anchor(name, x)
+    return still + factor * (read(name, x) - still)
 
   reads = None if q is None else forward(layer, q)
   ends = {name: end(name) for name in layers}

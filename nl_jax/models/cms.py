@@ -12,7 +12,7 @@ residual SwiGLU, x ← x + MLP(RMSNorm(x)).
 
 import dataclasses
 import math
-from typing import Annotated
+from typing import Annotated, Any
 
 import flax.linen as nn
 import jax
@@ -212,7 +212,9 @@ def _gathers(config: Options, x_BxTxD: types.Array) -> bool:
   """
   here = sharding.shard_shape(x_BxTxD.shape, "batch", "tokens", "act_embed")
   beside = sharding.shard_shape(x_BxTxD.shape, "batch", "length", "act_embed")
-  if config.variant == "independent" or here == beside or here is None:
+  if here is None or beside is None or here == beside:
+    return False
+  if config.variant == "independent":
     return False
   tokens, sums = math.prod(beside[:2]), 3 * len(config.levels) - 1
   return 2 * sums * tokens > 9 * sum(config.widths)
@@ -232,7 +234,8 @@ def apply(
     config: the levels.
     epsilon: of the norms.
   """
-  return CMS(config, epsilon).apply({"params": params}, x_BxTxD)
+  y: Any = CMS(config, epsilon).apply({"params": params}, x_BxTxD)
+  return y
 
 
 def apply_and_tell(

@@ -6,7 +6,7 @@ Reductions run in float32 at least, products in the dtype of the activations.
 """
 
 import dataclasses
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -297,7 +297,7 @@ def conv_apply(
   batch, tokens, channels = x_BxTxE.shape
   w_4xE = w_4xE.astype(x_BxTxE.dtype)
   fresh = state is None
-  if fresh:
+  if state is None:
     state = conv_state(batch, channels, x_BxTxE.dtype)
     if segment_ids is None:  # Nothing to mask: the path of plain training.
       y_BxTxE = sharding.with_reach(_taps, 3, [x_BxTxE], whole=[w_4xE])
@@ -366,7 +366,7 @@ def _taps(
 ) -> types.Array:
   """Σ over taps; buffer [B,3+T,E], index [B,3+T] of documents, 0 nothing."""
   tokens = buffer.shape[1] - 3
-  total = 0.0
+  total: Any = 0.0
   for tap in range(CONV_WIDTH):
     term = buffer[:, tap : tap + tokens] * w_4xE[tap][None, None]
     if index is not None:

@@ -39,6 +39,7 @@ _KEEPS = jax.checkpoint_policies.save_only_these_names(
 # Where a config has the fields of `LanguageModel` that are not in `model`.
 _GROUPS = {"sequence_length": "data", "dtype": "train", "remat": "train"}
 _Size = Annotated[int, Whole(1)]
+_EPSILON = layers.EPSILON
 _EPSILONS = Number(1e-30, 1.0)
 
 
@@ -112,7 +113,7 @@ class LanguageModel:
   remat: Annotated[str, OneOf("layer", "none")] = "layer"
   at_edge: bool = False
   tied: bool = True
-  norm_epsilon: Annotated[float, _EPSILONS] = layers.EPSILON
+  norm_epsilon: Annotated[float, _EPSILONS] = _EPSILON
 
   def __post_init__(self):
     known = fields.of(LanguageModel)

@@ -26,7 +26,7 @@ MAX_EIGH = 1024
 class ScaleByAdamMemoryState(NamedTuple):
   """count: int32 scalar; mu: M; nu: H, real; like the parameters."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   mu: Tree
   nu: Tree
 
@@ -34,7 +34,7 @@ class ScaleByAdamMemoryState(NamedTuple):
 class ScaleByAdagradMemoryState(NamedTuple):
   """count: int32 scalar; mu: M, or (); sum_sq: H, or [S, n, n] a matrix."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   mu: Tree
   sum_sq: Tree
 

@@ -110,7 +110,7 @@ class ScaleByDeepMomentumState(NamedTuple):
     target: EMA of the gradients, or () where nothing reads it.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   memory: Tree
   target: Tree
 
@@ -161,7 +161,7 @@ def _linear_step(
   m: jax.Array, u: jax.Array, v: jax.Array, rule: _Rule
 ) -> tuple[jax.Array, jax.Array]:
   """Linear attention over past gradients: m [S, c, c], read m^T u."""
-  new = rule.alpha * m + rule.eta * (u @ v.mT) / u.shape[-1]
+  new = jnp.asarray(rule.alpha * m + rule.eta * (u @ v.mT) / u.shape[-1])
   return (new if rule.read == "post" else m).mT @ u, new
 
 

@@ -36,7 +36,7 @@ class ScaleByDeltaMomentumState(NamedTuple):
     precond: state of the preconditioner, or ().
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   mu: Tree
   precond: optax.OptState
 

@@ -30,9 +30,9 @@ def wide(x: jax.Array) -> jnp.dtype:
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def _as_complex(x: jax.Array, dtype: DType) -> jnp.dtype:
+def _as_complex(x: jax.Array, dtype: jax.typing.DTypeLike) -> jnp.dtype:
   if jnp.issubdtype(x.dtype, jnp.complexfloating):
-    return jnp.promote_types(dtype, jnp.complex64)
+    return jnp.promote_types(jnp.dtype(dtype), jnp.complex64)
   return jnp.dtype(dtype)
 
 

@@ -40,7 +40,7 @@ class ScaleByM3State(NamedTuple):
     nu: second moment, real.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   m1: Tree
   m2: Tree
   slow_sum: Tree
@@ -229,7 +229,7 @@ def scale_by_m3(
 def _shape_groups(
   leaves: list[jax.Array], specs: list[_dims.Spec]
 ) -> list[list[int]]:
-  groups = {}
+  groups: dict[Any, list[int]] = {}
   for i, (x, spec) in enumerate(zip(leaves, specs)):
     key = None if spec is None else tuple(sorted(stack.sizes(x.shape, spec)))
     groups.setdefault(key, []).append(i)

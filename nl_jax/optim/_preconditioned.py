@@ -32,7 +32,7 @@ class ScaleByPreconditionedMomentumState(NamedTuple):
     precond: state of the preconditioner.
   """
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   mu: Tree
   precond: optax.OptState
 
@@ -40,7 +40,7 @@ class ScaleByPreconditionedMomentumState(NamedTuple):
 class ScaleByFeatureMomentumState(NamedTuple):
   """State of `scale_by_feature_momentum`; fields as above."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   mu: Tree
   precond: optax.OptState
 
@@ -181,7 +181,7 @@ def _rms(x):
 class DiagPreconditionerState(NamedTuple):
   """count: int32 scalar; nu: second moment, real, like the parameters."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   nu: Tree
 
 
@@ -217,7 +217,7 @@ def diag_preconditioner(
 class LeftGramPreconditionerState(NamedTuple):
   """count: int32 scalar; gram: [S, n, n] a matrix leaf, () for the others."""
 
-  count: jax.Array
+  count: jax.Array  # type: ignore[assignment]  # Of tuples a method.
   gram: Tree
 
 

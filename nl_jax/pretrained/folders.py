@@ -70,7 +70,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
     ValueError: no weights there, a torn file, one that is missing, or numbers
       of another dtype than float32, bfloat16 and float16.
   """
-  found = {}
+  found: dict[str, Any] = {}
   for path in _paths(folder):
     for stored in _entries(path):
       if stored.name in found:

@@ -102,7 +102,7 @@ def _number(
   config: Mapping[str, Any], key: str, default: float | None = None
 ) -> float:
   """A number of the config; without it the default, if there is one."""
-  value = config.get(key)
+  value: Any = config.get(key)
   value = default if value is None else value
   if type(value) not in (int, float) or not math.isfinite(value):
     raise ValueError(
@@ -194,7 +194,7 @@ def misfit(net: lm.LanguageModel) -> str:
     return f"{count} {variant} levels are not a single MLP"
   if not (net.cms.norm and net.cms.residual):
     return "its MLPs lack the norm or the residual"
-  switches = attention.options(net)
+  switches = attention.options(net.dims)
   known = {name: getattr(switches, name) for name in _SWITCHES}
   if attention.Options(**known) != switches:
     return f"no family has all of {switches}"
@@ -210,7 +210,7 @@ def of(net: lm.LanguageModel) -> dict[str, Any]:
 
   Only what decides its numbers: not the length that it was made for.
   """
-  switches = attention.options(net)
+  switches = attention.options(net.dims)
   kind = "qwen3" if switches.qk_norm else "qwen2" if switches.bias else "llama"
   return {
     "architectures": [_CLASSES[kind]],

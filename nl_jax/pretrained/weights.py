@@ -92,7 +92,7 @@ def convert(
   params = jax.tree_util.tree_map_with_path(read, like)
   hidden = group["cms"]["widths"][0]
   if mode == MODES[0]:
-    widths = (hidden,)
+    widths: tuple[int, ...] = (hidden,)
   else:
     widths = tuple(map(len, np.array_split(np.arange(hidden), len(levels))))
     group["cms"]["variant"] = "independent"

@@ -93,7 +93,7 @@ def panels(runs: list[runs_lib.Run]) -> list[Panel]:
 def _losses(runs: list[runs_lib.Run], x: str, label: str) -> list[Panel]:
   """A panel for each tokenizer: a nat per token of others means another one."""
   groups = runs_lib.by_tokenizer(runs)
-  made = []
+  made: list[Panel] = []
   for name, numbers in groups.items():
     title = f"Loss over {label} (nat per token)"
     if len(groups) > 1:

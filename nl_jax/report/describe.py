@@ -8,6 +8,7 @@ import jax
 
 from nl_jax import build, card, data
 from nl_jax.models import flops, lm
+from nl_jax.models.incontext import model as incontext
 from nl_jax.train import optimizer, progress
 
 _SHOWN = 60  # Characters of a row.
@@ -29,7 +30,8 @@ def _lines(node: dict[str, Any], prefix: str) -> Iterator[str]:
 def parameter_table(net: lm.LanguageModel) -> str:
   """Name, shape and size of every parameter, and exact totals by group."""
   params = jax.eval_shape(net.init, jax.random.key(0))
-  rows, groups = [("parameter", "shape", "dtype", "size")], {}
+  rows = [("parameter", "shape", "dtype", "size")]
+  groups: dict[str, int] = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     name = "/".join(entry.key for entry in path)
     shape = "x".join(map(str, leaf.shape))
@@ -74,7 +76,7 @@ def _group(name: str) -> str:
 
 def card_text(
   config: build.ConfigDict,
-  net: lm.LanguageModel,
+  net: lm.LanguageModel | incontext.InContextModel,
   made: optimizer.Optimizer,
 ) -> str:
   """The level card: model and optimizer."""

@@ -172,7 +172,7 @@ def _lines(path: pathlib.Path) -> tuple[list[dict[str, Any]], int]:
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
   """A nested config as {"a.b": value}."""
-  values = {}
+  values: dict[str, Any] = {}
   for key, value in config.items():
     if isinstance(value, dict):
       values |= flat(value, f"{prefix}{key}.")

@@ -161,9 +161,11 @@ def load_memory(
       f"{path} was learned with other weights of this model (another "
       "checkpoint or run); give that one, or allow other weights"
     )
-  leaves, _ = tensors.read(path)
-  _check_finite(path, leaves)
-  leaves = {k: x for k, x in leaves.items() if not k.startswith(_POINT)}
+  found, _ = tensors.read(path)
+  _check_finite(path, found)
+  leaves: dict[str, Any] = {
+    k: x for k, x in found.items() if not k.startswith(_POINT)
+  }
   like = jax.eval_shape(
     lambda p: model.init_state(p, manifest["rows"], manifest["slots"]), params
   )
@@ -212,7 +214,7 @@ def load_points(
 
 def _check_leaves(
   path: str | os.PathLike,
-  leaves: Mapping[str, jax.Array],
+  leaves: Mapping[str, jax.Array | np.ndarray],
   wanted: Mapping[str, str],
 ) -> None:
   """Raises ValueError for arrays of other names, dtypes or shapes."""

@@ -114,11 +114,10 @@ class Stream:
     with self._where():
       for piece in self._pieces(tokens):
         held = self._held()
-        self.logits, self.state = _read(
-          self.model, self.params, piece, self.state
-        )
+        logits, self.state = _read(self.model, self.params, piece, self.state)
+        self.logits = logits
         self._hold(held)
-    return self.logits
+    return logits
 
   def _where(self) -> contextlib.AbstractContextManager:
     """The mesh, for the layout of activations."""
@@ -218,7 +217,7 @@ class Stream:
 
   def _hold(self, held: lm.LMState | None) -> None:
     """Takes back what rows wrote that are, or now went, beyond the bound."""
-    if held is None:
+    if held is None or self._bound is None or self.stopped_B is None:
       return
     limit, since = self._bound
     far_B = self.drift(since)
@@ -371,7 +370,7 @@ def mesh_of(
   return sharding.mesh(fsdp=1, devices=devices[:1])
 
 
-def for_decoding(model: lm.LanguageModel, params: Any) -> Any:
+def for_decoding(model: Any, params: Any) -> Any:
   """Parameters with matrices in the type of the activations, as all use them.
 
   What is read for each token is half as long then, and no number changes.

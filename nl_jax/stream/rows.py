@@ -76,8 +76,8 @@ def join(readers: Sequence[streams.Stream]) -> streams.Stream:
 def part(reader: streams.Stream, row: int) -> streams.Stream:
   """One row of a stream as a stream of its own."""
   state = states.take(reader.state, np.array([row]))
-  logits = reader.logits[row : row + 1]
-  if bool(jnp.isnan(logits).any()):
+  logits = None if reader.logits is None else reader.logits[row : row + 1]
+  if logits is not None and bool(jnp.isnan(logits).any()):
     logits = None
   return streams.Stream(reader.model, reader.params, state, None, logits)
 

@@ -38,23 +38,23 @@ def reset(
   """
   batch = state.position_B.shape[0]
   fresh = model.init_state(params, batch, slots(model, state))
-  rows_B = jnp.asarray(rows_B, bool)
-  if rows_B.shape != (batch,):
-    raise ValueError(f"rows_B must be bool [{batch}], got {rows_B.shape}")
+  chosen_B = jnp.asarray(rows_B, bool)
+  if chosen_B.shape != (batch,):
+    raise ValueError(f"rows_B must be bool [{batch}], got {chosen_B.shape}")
 
   def choose(path: Any, new: jax.Array, old: jax.Array) -> jax.Array:
     axis = lm.batch_axis(path)
     shape = [1] * old.ndim
     shape[axis] = batch
-    return jnp.where(rows_B.reshape(shape), new, old)
+    return jnp.where(chosen_B.reshape(shape), new, old)
 
   return jax.tree_util.tree_map_with_path(choose, fresh, state)
 
 
 def take(state: lm.LMState, rows: np.ndarray) -> lm.LMState:
   """Rows of a state, in the order given; a row may be taken several times."""
-  rows = jnp.asarray(rows, jnp.int32)
-  pick = lambda path, x: jnp.take(x, rows, axis=lm.batch_axis(path))
+  index = jnp.asarray(rows, jnp.int32)
+  pick = lambda path, x: jnp.take(x, index, axis=lm.batch_axis(path))
   return jax.tree_util.tree_map_with_path(pick, state)
 
 

@@ -106,6 +106,7 @@ def distinct(
   Raises:
     ValueError: the window has too few.
   """
+  assert language.draw is not None  # Others are asked for `every` one.
   found: dict[str, None] = {}
   for _ in range(_TRIES * count):
     if len(found) == count:

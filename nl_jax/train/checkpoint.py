@@ -56,7 +56,7 @@ def _hush() -> None:
     if str(unraisable.exc_value) != "Event loop is closed":
       before(unraisable)
 
-  hook.hushes_late_writes = True
+  vars(hook)["hushes_late_writes"] = True
   sys.unraisablehook = hook
 
 
@@ -83,7 +83,7 @@ class Checkpoints:
     self._keep, self._keep_period = keep, keep_period
     self._damaged: list[int] = []
     self._begun = 0
-    self._manager: ocp.CheckpointManager | None = None
+    self._manager: Any = None  # A CheckpointManager, from `open` on.
 
   def open(self) -> None:
     """Makes the folder, ready to be saved to; all processes call it."""
@@ -206,13 +206,14 @@ class Checkpoints:
     if damaged and restored is None:
       raise stored.unreadable(self._folder, damaged)
     self._damaged = sorted(damaged)
-    for step, error in damaged.items():
-      logging.warning(
-        "checkpoint of step %d cannot be read (%s); resuming from step %d",
-        step,
-        stored.first_line(error),
-        restored.step,
-      )
+    if restored is not None:
+      for step, error in damaged.items():
+        logging.warning(
+          "checkpoint of step %d cannot be read (%s); resuming from step %d",
+          step,
+          stored.first_line(error),
+          restored.step,
+        )
     return restored
 
   def _set_aside(self) -> None:
@@ -313,6 +314,7 @@ def check_origin(
   """
   stored.check_there(workdir, step)
   step = latest_step(workdir) if step is None else step
+  assert step is not None  # `check_there` found one.
   try:
     saved = stored.read_meta(stored.folder_of(workdir), step)["leaves"]
   except stored.OTHERS:
@@ -393,7 +395,7 @@ def _read_params(folder: pathlib.Path, step: int, like: Any) -> Any:
   folder = folder / files.CHECKPOINTS
   here = jax.tree.leaves(like)[0].sharding
   if isinstance(here, jax.sharding.NamedSharding):
-    here = sharding.replicated(here.mesh)
+    here = jax.sharding.NamedSharding(here.mesh, jax.sharding.PartitionSpec())
   number = jax.ShapeDtypeStruct((), np.int32, sharding=here)
   item = {"params": like, "step": number}
 

@@ -174,7 +174,7 @@ def table_of(config: Mapping[str, Any]) -> dict[str, dict[str, Field]]:
   said = said if isinstance(said, Mapping) else {}
   chosen = said.get("name", rules.DEFAULT)
   names = [x for x in rules.RULES if x == chosen or x in said]
-  return table(model.get("arch"), learns, names)
+  return table(str(model.get("arch")), learns, names)
 
 
 def leaves(

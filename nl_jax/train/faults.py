@@ -52,7 +52,8 @@ def write(
   suffix = f"_{process}" if process else ""
   rows_path = workdir / f"nan_step_{step}{suffix}.npz"
   with files.writing(rows_path), whole.replacing(rows_path) as file:
-    np.savez(file, **rows)
+    arrays: Any = dict(rows)
+    np.savez(file, **arrays)
   if not process:
     files.write_json(path, report)
   return path

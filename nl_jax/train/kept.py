@@ -64,7 +64,7 @@ def _is_said(value: Any) -> bool:
 
 def _beside(path: pathlib.Path) -> list[pathlib.Path]:
   """The files that say more of a tokenizer: its end, above all."""
-  names = BESIDE if path.name in BESIDE else BESIDE[2:3]
+  names: tuple[str, ...] = BESIDE if path.name in BESIDE else BESIDE[2:3]
   if path.suffix != ".json" and path.name not in BESIDE:
     names = ()
   return [

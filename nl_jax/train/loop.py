@@ -318,7 +318,8 @@ class _Run:
     """The loop. The order of what happens in a round must not change."""
     options = self.options
     # A step that is not compiled makes its constants as it goes.
-    guard = "allow" if jax.config.jax_disable_jit else "disallow"
+    eager = jax.config.jax_disable_jit  # type: ignore[attr-defined]
+    guard = "allow" if eager else "disallow"
     with jax.transfer_guard(guard):
       for i in range(self.start, options.steps + 1):
         self.saver.check()

@@ -95,7 +95,8 @@ class Writer:
     """
     first, seen = self._since
     tokens = seen + (step - first) * self._tokens_per_step
-    line = {"step": step, "tokens": tokens, "wall_time": round(time.time(), 3)}
+    now = round(time.time(), 3)
+    line: dict[str, Any] = {"step": step, "tokens": tokens, "wall_time": now}
     line |= {name: _number(value) for name, value in values.items()}
     self._remember(line)
     if not self._enabled:

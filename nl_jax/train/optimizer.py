@@ -120,7 +120,7 @@ def make(
   table, labels = model.leaves(), model.levels()[1]
   parts = groups_lib.parse(groups)
   named = groups_lib.label(parts, labels)
-  told = ()
+  told: tuple[str, ...] = ()
   if parts:
     shapes = jax.eval_shape(model.init, jax.random.key(0))
     told = tuple(groups_lib.check(parts, shapes))

@@ -55,7 +55,7 @@ class Profile:
 
   def ends(self, step: int) -> bool:
     """Whether the trace ends at state `step`."""
-    return self._on and step == self._steps.last
+    return self._on and self._steps is not None and step == self._steps.last
 
   def begin(self) -> str:
     """Starts to trace; says so.
@@ -71,6 +71,7 @@ class Profile:
       options.python_tracer_level = 0
       jax.profiler.start_trace(self._folder, profiler_options=options)
     self._on = True
+    assert self._steps is not None  # It `begins`.
     return f"tracing steps {self._steps.first} to {self._steps.last}"
 
   def end(self) -> str:

@@ -175,9 +175,7 @@ class Display:
     """Moves the bar; a line where there are values."""
     text = line(step, self._steps, values) if values else None
     if self._bar:
-      self._bar.update(
-        self._task, completed=step, **({"description": text} if text else {})
-      )
+      self._bar.update(self._task, completed=step, description=text)
     elif text:
       self.say(text)
 

@@ -91,7 +91,8 @@ def agreed(read: Callable[[], T]) -> T:
     ValueError: it failed on another process.
     Exception: one of `DAMAGE`, where it failed here.
   """
-  found, error = None, None
+  found: Any = None
+  error = None
   try:
     with _damage_told():
       found = read()
@@ -125,8 +126,8 @@ def check_shared(workdir: pathlib.Path) -> None:
   """
   if jax.process_count() == 1:
     return
-  token = np.int32(time.time_ns() % 2**31)
-  token = str(multihost_utils.broadcast_one_to_all(token))
+  mine = np.int32(time.time_ns() % 2**31)
+  token = str(multihost_utils.broadcast_one_to_all(mine))
   path = workdir / _TOKEN
   if jax.process_index() == 0:
     files.replace(path, token)

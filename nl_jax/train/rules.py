@@ -149,7 +149,7 @@ def options(name: str) -> dict[str, Field]:
   rule = RULES[check_name(name)]
   found = fields.of(rule.factory)
   parameters = inspect.signature(rule.factory).parameters
-  made = {}
+  made: dict[str, Field] = {}
   for key in parameters:
     if key == "memory":
       made |= _memory()
@@ -292,6 +292,7 @@ def _field(field: Field, factory: Callable[..., Any], key: str) -> Field:
   default = field.default
   hint = _hints(factory)[field.name]
   names = _literals(hint)
+  bounds: Any
   if key.endswith("_dtype"):
     bounds = _DTYPES
   elif key in _NAMES:
@@ -377,7 +378,7 @@ def _arguments(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     if key == "memory":
       given[key] = _memory_of(values)
     elif key == "preconditioner":
-      make = _PRECONDITIONERS.get(value)
+      make: Any = _PRECONDITIONERS.get(value)
       given[key] = make() if make else None
     elif key.endswith("_dtype"):
       given[key] = None if value == NONE else jnp.dtype(value)

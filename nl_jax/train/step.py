@@ -127,7 +127,7 @@ def gradient(
     if carried is None:
       total, more, _ = row(params, part, None)
       return total, (more, None)
-    return carry_lib.read_on(row, params, part, carried, rows)
+    return carry_lib.read_on(row, params, dict(part), carried, rows)
 
   value_and_grad = jax.value_and_grad(loss, has_aux=True)
 
@@ -151,7 +151,7 @@ def gradient(
       return jax.tree.map(jnp.add, total, found), carried
 
     found, cut = jax.lax.scan(add, zero, xs)
-    carried = None if carried is None else carry_lib.whole(cut)
+    carried = None if cut is None else carry_lib.whole(cut)
   total, (weight, sums), grads = found
   scale = 1 / jnp.maximum(weight, 1)
   grads = jax.tree.map(lambda g: g * scale.astype(g.dtype), grads)
@@ -278,7 +278,7 @@ def compiled(
     batch_size: global rows.
     sequence_length: T.
   """
-  if jax.config.jax_disable_jit:
+  if jax.config.jax_disable_jit:  # type: ignore[attr-defined]
     return step
   by_batch = sharding.batch_sharding(mesh)
   everywhere = sharding.replicated(mesh)
