@@ -8,7 +8,7 @@ exact no-op, so every row can have its own grid.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ class Run(NamedTuple):
 
 
 def empty(
-  params: dict[str, jax.Array],
+  params: Mapping[str, jax.Array],
   batch: int,
   *,
   s: dict[str, jax.Array] | None = None,
@@ -92,7 +92,7 @@ def empty(
 
 
 def start(
-  params: dict[str, jax.Array], batch: int, rule: rules.Rule
+  params: Mapping[str, jax.Array], batch: int, rule: rules.Rule
 ) -> MemoryState:
   """Fast weights at the start of a sequence.
 
@@ -312,7 +312,7 @@ def walk(
 @jax.named_scope("memory")
 def update(
   forward: rules.Forward,
-  params: dict[str, jax.Array] | None,
+  params: Mapping[str, jax.Array] | None,
   state: MemoryState,
   q: jax.Array,
   k: jax.Array,

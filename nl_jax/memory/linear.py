@@ -4,6 +4,8 @@ The classic fast weight. With the `dot` objective and the raw erase it is the
 delta rule; `rule.Rule` holds every other switch.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -42,7 +44,7 @@ def _forward(residual: bool) -> rules.Forward:
 
 
 def read(
-  params: dict[str, jax.Array] | None,
+  params: Mapping[str, jax.Array] | None,
   state: MemoryState,
   z: jax.Array,
   *,
@@ -53,7 +55,7 @@ def read(
 
 
 def update(
-  params: dict[str, jax.Array] | None,
+  params: Mapping[str, jax.Array] | None,
   state: MemoryState,
   q: jax.Array,
   k: jax.Array,

@@ -7,7 +7,7 @@
 `residual=False` drops the leading z.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -105,7 +105,7 @@ def init(
 
 
 def read(
-  params: dict[str, jax.Array],
+  params: Mapping[str, jax.Array],
   state: MemoryState,
   z: jax.Array,
   *,
@@ -117,7 +117,7 @@ def read(
 
 
 def update(
-  params: dict[str, jax.Array],
+  params: Mapping[str, jax.Array],
   state: MemoryState,
   q: jax.Array,
   k: jax.Array,

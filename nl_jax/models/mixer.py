@@ -72,12 +72,14 @@ class Mixer(Protocol):
   Attributes:
     Options: the switches, a frozen dataclass: the config group `model.mixer`.
     LAYERS: how many layers one of its units holds.
-    WHOLE: None, or what it has besides where it is all of a layer.
   """
 
   Options: Any
   LAYERS: int
-  WHOLE: Whole | None
+
+  @property
+  def WHOLE(self) -> Whole | None:
+    """What it has besides where it is all of a layer."""
 
   def check(self, model: Dims) -> None:
     """Raises ValueError for a shape that the mixer does not take."""

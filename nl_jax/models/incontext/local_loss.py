@@ -118,7 +118,7 @@ def apply(
   """
   blocks = model.split(params["blocks"])[1]
   starts, fresh = model.theta(params), state is None
-  if fresh:
+  if state is None:
     batch, tokens = x_BxTxD.shape[:2]
     levels = init_state(model, params, batch, tokens).layers["fast"]
     mixers = None

@@ -191,13 +191,13 @@ def whole(
     jnp.arange(count)[None] < closed_B[:, None],
   )
   cut = lambda x: x[:, : count * C].reshape((batch, count, C) + x.shape[2:])
-  units = Unit(*jax.tree.map(cut, call[:4]), call.there)
+  units = Unit._make([*jax.tree.map(cut, call[:4]), call.there])
   rest = jax.tree.map(lambda x: x[:, count * C :], call[:2])
   start = model.base.init_state(params, 1, tokens).layers
   start = model.split_mixers(start)[1]
   start = jax.tree.map(lambda x: x[:, 0], start)
 
-  def row(units: Unit, rest: tuple) -> Any:
+  def row(units: Any, rest: tuple) -> Any:
     at, (begin, now), (logits, metrics) = _read(model, params, start, units)
     if model.options.reset == "document" and count and rest[1] is not None:
       new = (rest[1][0] > 0) & (rest[1][0] != units.ids_C[-1, 0])
@@ -416,7 +416,7 @@ def _erase(
   weights_C: types.Array,
 ) -> types.Array:
   """1/2 sum_t w_t |sg(u_t) W|² over all kernels of the fast levels."""
-  total = 0.0
+  total: Any = 0.0
   for name, kernels in theta.items():
     for kernel, w in kernels.items():
       u = read[name]["hidden" if kernel == "w_down" else "x"]

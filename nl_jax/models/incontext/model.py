@@ -265,11 +265,11 @@ class InContextModel:
     self,
     params: types.Params,
     tokens_BxT: types.Array,
-    state: micro_chunks.InContextState | None = None,
+    state: Any = None,
     *,
     segment_ids: types.Array | None = None,
     learn: types.Array | None = None,
-  ) -> tuple[types.Array, micro_chunks.InContextState, dict[str, Any]]:
+  ) -> tuple[types.Array, Any, dict[str, Any]]:
     """Logits of the next token, for training, prefill and decoding alike.
 
     From the start of a sequence rows are padded on the right: padding before
@@ -278,7 +278,8 @@ class InContextModel:
     Args:
       params: of `init`.
       tokens_BxT: int32 ids.
-      state: of the call before; None is the start of a sequence.
+      state: `InContextState`, with a local loss `LMState`, of the call before;
+        None is the start of a sequence.
       segment_ids: int32 [B,T], 0 is padding; as of `base`.
       learn: [B,T], weight of the loss of the logits at t against token t+1 in
         the inner loss; default 1. A token of another document is not a target.
@@ -306,12 +307,12 @@ class InContextModel:
       logits = self.base.logits(params, x_BxTxD)
       seen = lm.count_real(tokens_BxT, segment_ids)
       before = jnp.zeros_like(seen) if state is None else state.position_B
-      after = lm.LMState({"slow": slow, **held}, lm.counted(before, seen))
-      return logits, after, _joined(metrics, fast_metrics)
+      local = lm.LMState({"slow": slow, **held}, lm.counted(before, seen))
+      return logits, local, _joined(metrics, fast_metrics)
     x_BxTxD, slow, metrics = self._before_levels(
       params, x_BxTxD, carried, segment_ids
     )
-    run = micro_chunks.whole if state is None else micro_chunks.go_on
+    run: Any = micro_chunks.whole if state is None else micro_chunks.go_on
     logits, after, fast_metrics = run(
       self, params, x_BxTxD, tokens_BxT, segment_ids, learn.astype(wide), state
     )
@@ -426,7 +427,7 @@ class InContextModel:
     """The fast levels, fastest first; a unit is a micro-chunk."""
     options, made = self.options, []
     nested = self.base.cms.variant == "nested"
-    restarts = {
+    restarts: dict[str, Any] = {
       "none": lambda start, theta, gradient: (start, start),
       "reptile": functools.partial(_reptile, options.nested_rate),
       "fomaml": functools.partial(_maml, options.nested_rate),

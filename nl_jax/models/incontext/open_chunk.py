@@ -76,7 +76,7 @@ def append(
   place = jnp.where(real, place, buffer.ids_BxC.shape[1])
   put = lambda old, x: old.at[rows, place].set(x, mode="drop")
   parts = [put(old, x) for old, x in zip(buffer[:4], new)]
-  return Buffer(*parts, buffer.phase_B + size_B)
+  return Buffer._make([*parts, buffer.phase_B + size_B])
 
 
 def where_rows(keep: types.Array, x: types.Array, other: int) -> types.Array:

@@ -197,7 +197,7 @@ def apply(
     "memory", leaves [B,H].
   """
   fresh = state is None
-  if fresh:
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   z, convs = layers.short_convs(
     params,

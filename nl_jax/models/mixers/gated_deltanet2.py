@@ -139,7 +139,7 @@ def apply(
     y_BxTxD, the state after the call, and no metrics.
   """
   fresh, options, dtype = state is None, model.mixer, x_BxTxD.dtype
-  if fresh:
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   z, convs = layers.short_convs(
     params, x_BxTxD, ("q", "k", "v"), model.heads,

@@ -13,7 +13,7 @@ literal alternative.
 
 import itertools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -106,7 +106,7 @@ def apply(
   """
   config = model.mixer
   fresh = state is None
-  if fresh:
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   heads = (*x_BxTxD.shape[:2], model.heads, model.head_dim)
   z, convs = layers.short_convs(
@@ -117,13 +117,14 @@ def apply(
     None if fresh else state.convs,
     segment_ids,
   )
-  sliced = x_BxTxD.reshape(heads) if config.gen_input == "slice" else None
+  if config.gen_input == "slice":  # Keys and values have no projection.
+    z |= dict.fromkeys(("k", "v"), x_BxTxD.reshape(heads))
   y_BxTxHxK, memory, metrics = self_modifying.update(
     params["memory"],
     state.memory,
     z["q"],
-    z.get("k", sliced),
-    z.get("v", sliced),
+    z["k"],
+    z["v"],
     options=config,
     static_gates=_static_gates(params, x_BxTxD),
     segment_ids=segment_ids,
@@ -210,7 +211,7 @@ def levels(model: contract.Dims) -> list[LevelRow]:
     * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
   )
   memory = leaf.count(table, "memory/memory") * model.layers
-  shared = dict(
+  shared: dict[str, Any] = dict(
     kind="memory",
     bptt=1 if config.stop_grad_writes else None,
     rule=_rule(model),

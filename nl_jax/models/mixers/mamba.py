@@ -116,7 +116,7 @@ def apply(
     y_BxTxD and the state after the call.
   """
   wide, fresh = layers.at_least_float32(x_BxTxD.dtype), state is None
-  if fresh:
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], x_BxTxD.dtype)
   window = state.convs["x"]
   x_BxTxI, after = layers.conv_apply(

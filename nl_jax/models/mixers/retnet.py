@@ -129,7 +129,7 @@ def apply(
   """
   fresh = state is None
   batch, tokens, _ = x_BxTxD.shape
-  if fresh:
+  if state is None:
     state = init_state(params, batch, 0, model=model)
   heads = lambda n: layers.dense(x_BxTxD, params[f"w_{n}"]).reshape(
     batch, tokens, model.heads, -1

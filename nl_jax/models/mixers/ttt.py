@@ -136,8 +136,8 @@ def leaves(model: contract.Dims) -> contract.Leaves:
     bias = leaf.constant((H, b), ("heads", "mem_out"))
     made[f"memory/{_bias(f'w{suffix}')}"] = bias
   for name, start in ("scale", 1.0), ("bias", 0.0):
-    axes = ("heads", "head_dim")
-    made[f"memory_norm/{name}"] = leaf.constant((H, K), axes, start)
+    of_head = ("heads", "head_dim")
+    made[f"memory_norm/{name}"] = leaf.constant((H, K), of_head, start)
   made["norm/scale"] = leaf.scale(D)
   return made | {"norm/bias": leaf.constant((D,), ("act_embed",))}
 
@@ -238,8 +238,8 @@ def apply(
     "memory", leaves [B,H].
   """
   options, fresh = model.mixer, state is None
-  window = None if fresh else state.convs["qk"]
-  if fresh:
+  window = None if state is None else state.convs["qk"]
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   heads = (*x_BxTxD.shape[:2], model.heads, model.head_dim)
   places_BxT = memory.chunked.places(

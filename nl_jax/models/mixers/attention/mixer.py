@@ -13,7 +13,7 @@ With a window the cache has W-1 slots, whatever the length of the text.
 
 import dataclasses
 import itertools
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,7 +143,7 @@ def _attend(
   """
   batch, tokens, heads, head_dim = k.shape
   fresh = state is None
-  if fresh:
+  if state is None:
     slots = options.window - 1 if options.window else tokens
     state = empty(batch, slots, heads, head_dim, q.dtype)
   if fresh and segment_ids is None:  # Positions are the same in all rows.
@@ -165,8 +165,8 @@ def _attend(
   new_state = _append(state, k, v, places, ids)
   if fresh:  # The call's own tokens are all there is: no cache copy.
     return _attend_own(q, k, v, places, ids, options), new_state
-  slots = jnp.arange(new_state.keys_BxSxHxK.shape[1], dtype=jnp.int32)
-  mask = slots[None, None] <= places.slot_BxT[:, :, None]
+  slot = jnp.arange(new_state.keys_BxSxHxK.shape[1], dtype=jnp.int32)
+  mask = slot[None, None] <= places.slot_BxT[:, :, None]
   mask &= (
     new_state.slot_document_BxS[:, None] == places.document_BxT[:, :, None]
   )
@@ -374,9 +374,8 @@ def apply(
       y = layers.rms_norm(y, scale, model.norm_epsilon)
     return y
 
-  y_BxTxHxK, state = _attend(
-    *(project(name) for name in "qkv"), state, segment_ids, switches
-  )
+  q, k, v = map(project, "qkv")
+  y_BxTxHxK, state = _attend(q, k, v, state, segment_ids, switches)
   y_BxTxHK = y_BxTxHxK.reshape(*x_BxTxD.shape[:2], -1)
   return layers.dense(y_BxTxHK, params["w_o"]), state, {}
 
@@ -394,7 +393,7 @@ def init_state(
 
 
 def _empty_of(
-  model: contract.Dims, batch_size: int, length: int, dtype: jnp.dtype
+  model: contract.Dims, batch_size: int, length: int, dtype: Any
 ) -> AttentionState:
   window = options(model).window
   slots = window - 1 if window else length

@@ -11,7 +11,7 @@ The three variants are `titans_mag` (gate), `titans_mal` (layer) and
 """
 
 import dataclasses
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,7 +215,7 @@ def window(
   """
   batch, tokens, _ = x_BxTxD.shape
   fresh = state is None
-  if fresh:
+  if state is None:
     state = empty_window(batch, model, x_BxTxD.dtype)
   ids = segment_ids
   if ids is None:
@@ -253,7 +253,7 @@ def window(
 
 
 def empty_window(
-  batch_size: int, model: contract.Dims, dtype: jnp.dtype
+  batch_size: int, model: contract.Dims, dtype: Any
 ) -> WindowState:
   """The window at the start of a sequence."""
   slots = (batch_size, model.mixer.window - 1)

@@ -197,7 +197,7 @@ def apply(
     "memory", leaves [B,H].
   """
   fresh = state is None
-  if fresh:
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   return advance(
     params,
@@ -234,14 +234,15 @@ def advance(
     update: in place of `memory.chunked.update`, called as it is.
   """
   options = model.mixer
+  run: Any = update
   if update is None:
-    update = memory.chunked.update
+    run = memory.chunked.update
     if options.span:
-      update = functools.partial(memory.spans.update, span=options.span)
+      run = functools.partial(memory.spans.update, span=options.span)
   z, convs = layers.short_convs(
     params, x_BxTxD, PROJECTED, model.heads, convs, segment_ids
   )
-  y_BxTxHxK, fast, metrics = update(
+  y_BxTxHxK, fast, metrics = run(
     options.forward,
     params["memory"],
     fast,
@@ -299,6 +300,7 @@ def init_state(
   inner = model.heads * model.head_dim
   window = layers.conv_state(batch_size, inner, dtype)
   options, starts = model.mixer, params["memory"]
+  fast: memory.MemoryState | memory.spans.State
   if options.span:
     fast = memory.spans.start(
       starts, batch_size, model.head_dim, options, options.span

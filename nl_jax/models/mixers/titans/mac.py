@@ -131,7 +131,7 @@ def apply(
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   batch, tokens, _ = x_BxTxD.shape
   fresh, options = state is None, model.mixer
-  if fresh:
+  if state is None:
     state = init_state(params, batch, 0, model=model)
   walk, lmm = state.segment, params["lmm"]
   # Deviation: Titans has no convolution, norm or heads in h; these are the
@@ -153,9 +153,10 @@ def apply(
     index = segments.running_index(segment_ids, walk.segment)
     document = index[:, :, None] + 1
   wide = lambda x: jnp.broadcast_to(x, (batch, tokens, model.heads))
-  xs = layers.l2_norm(query["q"]), layers.rope(q, places)
-  xs += layers.rope(k, places), v, wide(order), wide(document)
-  xs += (wide(places[:, :, None]),)
+  xs = (
+    layers.l2_norm(query["q"]), layers.rope(q, places), layers.rope(k, places),
+    v, wide(order), wide(document), wide(places[:, :, None]),
+  )  # fmt: skip
   dtype = jax.tree.leaves(walk.w)[0].dtype
 
   def body(start, now, xs, at):
@@ -232,8 +233,8 @@ def _section(
   Returns:
     out [B,1,c,D], the memory, what else is carried, and its metrics.
   """
-  s, real = block.carried, ids != 0
-  size = ids.shape[1]
+  s: Any = block.carried  # The walk carries the section there.
+  real, size = ids != 0, ids.shape[1]
   # Tokens of the open section in earlier calls: at the block's head those are
   # masked, unless it is a single token.
   seen_B = place[:, 0]
@@ -310,7 +311,7 @@ def _extend(
   slots = jnp.where(hit, ids, held)
   mask = (slots[:, None] == ids[:, :, None]) & real[:, :, None]
   mask &= slot[:, None] <= at[:, :, None]
-  return Cache(*kept, slots), mask
+  return Cache._make([*kept, slots]), mask
 
 
 def _learn(
@@ -332,19 +333,20 @@ def _learn(
   Returns:
     m_BxcxD, the memory, what else is carried (the cache as it was), metrics.
   """
-  s, real = block.carried, ids != 0
+  s: Any = block.carried
+  real = ids != 0
   place = seen_B % model.mixer.chunk
   # At the start of a document the walk has reset w and nothing else.
   first = jnp.argmax(real, axis=1)[:, None]
   first = jnp.take_along_axis(ids, first, axis=1)[:, 0]
   edge = real.any(axis=1) & (place == 0)
-  fast = memory.MemoryState(
+  fast: Any = memory.MemoryState(
     jax.tree.map(
       lambda w, a: jnp.where(edge[:, None, None, None], w, a),
       block.w,
       s.anchor,
     ),
-    block.w,
+    dict(block.w),
     s.s,
     s.carried,
     place,
@@ -374,7 +376,8 @@ def init_state(
 ) -> MACState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   lmm = titans.init_state(params["lmm"], batch_size, length, model=model)
-  fast, clock = lmm.memory, lmm.memory.phase
+  fast: Any = lmm.memory
+  clock = fast.phase
   dtype = layers.activation_dtype(model.dtype, params)
   s = SectionState(
     jax.tree.map(jnp.zeros_like, fast.w),
@@ -396,9 +399,7 @@ def starts(
   return {"segment": start, "segment/carried": start}
 
 
-def _empty_cache(
-  model: contract.Dims, batch_size: int, dtype: jnp.dtype
-) -> Cache:
+def _empty_cache(model: contract.Dims, batch_size: int, dtype: Any) -> Cache:
   slots = (batch_size, model.mixer.segment)
   empty = jnp.zeros((*slots, model.heads, model.head_dim), dtype)
   return Cache(empty, empty, empty, empty, jnp.zeros(slots, jnp.int32))

@@ -103,10 +103,10 @@ def apply(
 ) -> tuple[types.Array, titans.TitansState, dict[str, memory.Metrics]]:
   """Mixes the tokens of one layer; arguments and returns as `titans.apply`."""
   fresh = state is None
-  if fresh:
+  if state is None:
     state = init_state(params, x_BxTxD.shape[0], 0, model=model)
   return titans.advance(
-    params | {"memory": _start(params)},
+    {**params, "memory": _start(params)},
     x_BxTxD,
     None if fresh else state.convs,
     state.memory,
@@ -152,7 +152,7 @@ def init_state(
 ) -> titans.TitansState:
   """The state of one layer at the start of a sequence; no use of `length`."""
   return titans.init_state(
-    params | {"memory": _start(params)}, batch_size, length, model=model
+    {**params, "memory": _start(params)}, batch_size, length, model=model
   )
 
 
