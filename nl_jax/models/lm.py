@@ -456,12 +456,7 @@ def _in_place(
 
 
 def at_edges(model: Any) -> Any:
-  """The model as rows of training are read by it, see `at_edge`.
-
-  Levels in context read on from within chunks: their model stays as it is.
-  """
-  if not isinstance(model, LanguageModel):
-    return model
+  """The model as rows of training are read by it, see `at_edge`."""
   return dataclasses.replace(model, at_edge=True)
 
 

@@ -322,6 +322,32 @@ def test_documents_begin_with_fresh_weights():
       np.testing.assert_allclose(later[0, a:b], row[: b - a], atol=1e-11)
 
 
+def test_rows_at_edges_need_fewer_pieces_and_give_the_same_numbers():
+  """Documents at edges of micro-chunks, padding before edges and at the end."""
+  net = model(reset="document")
+  edges = lm.at_edges(net)
+  assert edges.at_edge and not net.at_edge
+  params, tokens = generic(net), draw(2, SEQUENCE)
+  ids = np.repeat([[1, 1, 1, 2, 2, 3, 3, 3, 3, 4]] * 2, 4, axis=1)
+  ids = ids.astype(np.int32)
+  ids[0, 10:12], ids[0, 19], ids[1, 34:] = 0, 0, 0
+  half = SEQUENCE // 2
+  states = {net: None, edges: None}
+  for part in (slice(half), slice(half, None)):
+    made = {}
+    for each in states:
+      out = apply(each, params, tokens[:, part], states[each], ids[:, part])
+      made[each], states[each] = out[0], out[1]
+    real = (ids[:, part] > 0)[..., None]
+    np.testing.assert_allclose(
+      made[net] * real, made[edges] * real, rtol=0, atol=1e-12
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12),
+    states[net], states[edges],
+  )  # fmt: skip
+
+
 def test_a_start_that_learns_by_its_full_gradient():
   """Once restarted, it stands where the loss of its last period sends it."""
   net = model(

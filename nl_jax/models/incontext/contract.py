@@ -14,6 +14,7 @@ class Learner(Protocol):
     base: the model whose levels learn in context.
     inner: the same inside the levels' loops.
     options: how they learn, `model.Options`.
+    at_edge: whether rows and documents begin with micro-chunks.
     fast_levels: names of the levels that learn, fastest first.
     fast_layers: how many of the last layers have them.
   """
@@ -26,6 +27,9 @@ class Learner(Protocol):
 
   @property
   def options(self) -> Any: ...
+
+  @property
+  def at_edge(self) -> bool: ...
 
   @property
   def fast_levels(self) -> tuple[str, ...]: ...

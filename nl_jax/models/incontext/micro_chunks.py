@@ -293,8 +293,11 @@ def go_on(
     )
   begin_B, end_B = layers.real_span(ids_BxT > 0)
   width = min(tokens, C)
-  # Documents may begin, and end micro-chunks, anywhere.
-  count = tokens if documents else 1 + -(-(tokens - 1) // C)
+  count = 1 + -(-(tokens - 1) // C)
+  if documents and model.at_edge and tokens % C == 0:
+    count = 2 * tokens // C  # Of each micro-chunk a document, and padding.
+  elif documents:
+    count = tokens  # They may begin, and end micro-chunks, anywhere.
   pad = lambda x: jnp.pad(x, [(0, 0), (0, width)] + [(0, 0)] * (x.ndim - 2))
   call = tuple(map(pad, (x_BxTxD, tokens_BxT, ids_BxT, learn_BxT)))
   take = jax.vmap(lambda row, i: jax.lax.dynamic_slice_in_dim(row, i, width))

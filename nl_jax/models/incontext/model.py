@@ -124,10 +124,13 @@ class InContextModel:
   Attributes:
     base: the model whose levels learn in context.
     options: how they do.
+    at_edge: whether `apply` may take it that a state and documents begin at
+      edges of micro-chunks, as rows of training do; it spares pieces.
   """
 
   base: lm.LanguageModel
   options: Options
+  at_edge: bool = False
 
   def __post_init__(self):
     if self.base.whole:
@@ -156,7 +159,7 @@ class InContextModel:
 
   def __getattr__(self, name: str) -> Any:
     """Shapes and settings are those of `base`."""
-    if name in ("base", "options") or name.startswith("__"):
+    if name in ("base", "options", "at_edge") or name.startswith("__"):
       raise AttributeError(name)
     return getattr(self.base, name)
 
