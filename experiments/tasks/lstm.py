@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from nl_jax.models import cms as cms_lib
+from nl_jax.models import leaves as leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,26 +24,37 @@ class LSTM:
     width: D, also the units of a layer.
     layers: L.
     cms: no levels; the optimizer asks.
+    at_edge: changes nothing; the train step sets it.
   """
 
   vocab_size: int
   width: int = 128
   layers: int = 2
   cms: cms_lib.Options = cms_lib.Options(("none",), (1,), (0,))
+  at_edge: bool = False
+
+  def leaves(self) -> leaf.Leaves:
+    """The table of the parameters; forget gates start at 1."""
+    D, vocabulary = self.width, self.vocab_size
+    normal = lambda key, shape: jax.random.normal(key, shape)
+    scaled = lambda key, shape: normal(key, shape) * shape[0] ** -0.5
+    forgets = lambda key, shape: jnp.repeat(jnp.eye(4)[1], D)
+    named = ("vocab", "embed")
+    made = {
+      "embed": leaf.Leaf((vocabulary, D), named, normal, True, key=(0,)),
+      "head": leaf.Leaf((D, vocabulary), named[::-1], scaled, True, key=(1,)),
+    }
+    for i in range(self.layers):
+      axes = ("embed", "mlp")
+      made[f"lstm_{i}/w"] = leaf.Leaf(
+        (2 * D, 4 * D), axes, scaled, True, True, (2 + i,)
+      )
+      made[f"lstm_{i}/bias"] = leaf.Leaf((4 * D,), axes[1:], forgets)
+    return made
 
   def init(self, key: jax.Array) -> dict[str, Any]:
-    """Parameters; forget gates start at 1."""
-    keys = jax.random.split(key, 2 + self.layers)
-    draw = lambda key, *shape: jax.random.normal(key, shape) * shape[0] ** -0.5
-    D = self.width
-    bias = jnp.zeros((4, D)).at[1].set(1.0).reshape(4 * D)
-    params = {
-      "embed": jax.random.normal(keys[0], (self.vocab_size, D)),
-      "head": draw(keys[1], D, self.vocab_size),
-    }
-    for i, key in enumerate(keys[2:]):
-      params[f"lstm_{i}"] = {"w": draw(key, 2 * D, 4 * D), "bias": bias}
-    return params
+    """Parameters of `leaves`."""
+    return leaf.drawn(self.leaves(), key)
 
   def apply(
     self,

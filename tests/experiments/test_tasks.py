@@ -12,6 +12,7 @@ from experiments.tasks import arms, lstm, problems, tables, training
 from experiments.tasks import needles as asking
 from nl_jax import stream
 from nl_jax.data import tokenizers
+from nl_jax.stream import reader
 from nl_jax.tasks import batches, languages, needles
 from tests.experiments import forked
 from tests.laws.models import MODELS
@@ -28,7 +29,7 @@ def subject(request):
   with pytest.MonkeyPatch.context() as patch:
     # Two shapes to compile, and several pieces a prompt.
     patch.setattr(asking, "_PIECE", 16)
-    patch.setattr(stream, "_PIECES", (16, 1))
+    patch.setattr(reader, "_PIECES", (16, 1))
     yield asking.Subject(net, net.init(jax.random.key(1)), BYTES, {})
 
 

@@ -93,8 +93,6 @@ def beyond(shapes, rule, normed=False, row=False, loop=False):
       more += inverse(C) + C * b  # In place of a solve.
       if known and (rule.retention_target == "zero" or whole):
         more += 2 * a * b  # u W (or u R), known from the inner forward pass.
-      if rule.has_momentum and not h:
-        more += 2 * a * b  # Writes and erases with u each, not as one sum.
     if muon:  # Writes of nothing to W.
       more += 2 * a * b + 2 * (a * (not shared) + b) * C * reads
     elif rule.has_momentum:
@@ -218,9 +216,9 @@ def in_context(net, tokens):
 def simpler(base):
   """Half of what a gradient through a head spares, against two for each."""
   K, M, C = base.head_dim, base.mixer.hidden, base.mixer.chunk_memory
-  # That of an inverse is two products; w_in of the generators shares one.
-  inverses = len(base.mixer.generator_roles) + 1 + 2
-  more = inverses * (inverse(C) - 2 * C * C)
+  # A system that is solved has the derivative of a product; w_in of the
+  # generators shares one.
+  more = (len(base.mixer.generator_roles) + 1 + 2) * inverse(C)
   # Learned starts are constant to the inner loss.
   return more + 2 * K * M
 

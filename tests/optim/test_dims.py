@@ -132,7 +132,9 @@ def test_dense_general_is_one_matrix_of_its_heads():
 
 def test_leaves_without_a_spec_take_adamw():
   p = {"w": jnp.ones((4, 4)), "norm": {"scale": jnp.ones((3, 4))}}
-  tx = optim.m3(1e-2, fallback=optim.adam_memory(1e-2, weight_decay=0.1))
+  tx = optim.m3(
+    1e-2, fallback=optim.adam_memory(1e-2, b2=0.95, weight_decay=0.1)
+  )
   adamw = optax.adamw(1e-2, b2=0.95, weight_decay=0.1)
   state, other = tx.init(p), adamw.init(p)
   for t in range(4):
