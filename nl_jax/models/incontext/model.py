@@ -360,8 +360,7 @@ class InContextModel:
     self,
   ) -> tuple[list[LevelRow], Callable[[types.Params], types.Params]]:
     """Rows of the card and labels, as of `base`; fast levels have rows."""
-    rows, label = self.base.levels()
-    fast = self._rows()
+    (rows, label), fast = self.base.levels(), self._rows()
     moved = {row.name: row.parameters for row in fast}
     left = []
     for row in rows:
@@ -374,9 +373,8 @@ class InContextModel:
       left.append(dataclasses.replace(row, parameters=parameters))
     first, last = self.base.units - self.fast_layers + 1, self.base.units
     span = f"layers {first} to {last}" if first < last else f"layer {last}"
-    fast = [
-      dataclasses.replace(row, name=f"{row.name}, {span}") for row in fast
-    ]
+    named = lambda row: dataclasses.replace(row, name=f"{row.name}, {span}")
+    fast = list(map(named, fast))
     mixers = [row for row in left if row.kind in ("memory", "attention")]
     others = [row for row in left if row not in mixers and row.parameters]
     return mixers + fast + others, label
