@@ -24,14 +24,12 @@ class LSTM:
     width: D, also the units of a layer.
     layers: L.
     cms: no levels; the optimizer asks.
-    at_edge: changes nothing; the train step sets it.
   """
 
   vocab_size: int
   width: int = 128
   layers: int = 2
   cms: cms_lib.Options = cms_lib.Options(("none",), (1,), (0,))
-  at_edge: bool = False
 
   def leaves(self) -> leaf.Leaves:
     """The table of the parameters; forget gates start at 1."""

@@ -311,7 +311,8 @@ class _Runner:
       # Its period divides this one, so it has just updated.
       now = state[below.name]
       gradient = now.gradient
-      if isinstance(kept, Replay):
+      if below.full:
+        assert isinstance(kept, Replay)
         gradient = self.through(below, kept)
       new[below.name] = _where(due, _restart(below, now, gradient), now)
     return new

@@ -456,7 +456,13 @@ def _in_place(
 
 
 def at_edges(model: Any) -> Any:
-  """The model as rows of training are read by it, see `at_edge`."""
+  """The model as rows of training are read by it, see `at_edge`.
+
+  One without that promise stays as it is.
+  """
+  known = dataclasses.fields(model) if dataclasses.is_dataclass(model) else ()
+  if "at_edge" not in [field.name for field in known]:
+    return model
   return dataclasses.replace(model, at_edge=True)
 
 
