@@ -6,9 +6,9 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 
-def platform(mesh: jax.sharding.AbstractMesh) -> str:
-  """The platform of a mesh, whose chips may not be here, or of this process."""
-  device = mesh.abstract_device
+def platform() -> str:
+  """That of the mesh, whose chips may not be here, or of this process."""
+  device = jax.sharding.get_abstract_mesh().abstract_device
   return jax.default_backend() if device is None else device.platform
 
 

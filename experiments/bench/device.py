@@ -60,14 +60,15 @@ def run(
   import jax
 
   from experiments.bench import peers
+  from nl_jax import files
 
   if not quick and jax.default_backend() != platform:
     raise ValueError(
       f"--suite={platform} needs a {platform.upper()}, got the platform "
       f"{jax.default_backend()!r}; --quick runs its smallest sizes anywhere"
     )
-  files = [pathlib.Path(output).with_suffix(x) for x in (".md", ".png")]
-  for path in files if output else ():
+  paths = [pathlib.Path(output).with_suffix(x) for x in (".md", ".png")]
+  for path in paths if output else ():
     if path.exists():
       raise ValueError(f"{path} exists: name another --output or remove it")
   clock, rows = _Clock(seconds), []
@@ -80,10 +81,10 @@ def run(
   for row in rows:
     _compare(row, rows)
   if not clock.spent("other libraries"):
-    rows += peers.run(least_seconds, _titans, quick)
+    rows += peers.run(least_seconds, functools.partial(_titans, quick), quick)
   if output:
-    files[0].write_text(table(rows), encoding="utf-8")
-    _draw(rows, files[1])
+    files.write(paths[0], table(rows))
+    _draw(rows, paths[1])
   return rows
 
 
@@ -143,13 +144,11 @@ def _mixers(length: int, least_seconds: Callable, quick: bool) -> list[dict]:
   return rows
 
 
-def _titans(rows: int, tokens: int) -> functools.partial:
+def _titans(quick: bool, rows: int, tokens: int) -> functools.partial:
   """The gradient of our layer of memory."""
-  import jax
-
   from experiments.bench import mixers
 
-  _, net = _model("titans_lmm", tokens, rows, jax.default_backend() == "cpu")
+  _, net = _model("titans_lmm", tokens, rows, quick)
   return mixers.gradient(mixers.one_unit(net), tokens, rows)
 
 

@@ -127,7 +127,7 @@ def page(folder: pathlib.Path, plot: pathlib.Path) -> str:
     parts.append(
       "## The public optimizers, at the rates to start with\n\n"
       f"`{command}start`; the byte model above, {_text_of(starts)}.\n"
-      "All leaves of the model are given to the optimizer, as it stands.\n\n"
+      "The optimizer gets all leaves and has its defaults.\n\n"
       + _start_table(starts)
     )
   if stream:

@@ -30,7 +30,7 @@ def supports(
     spec: mesh axes of batch, tokens, heads and features.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  platform = placement.platform(mesh)
+  platform = placement.platform()
   if platform not in ("gpu", "cuda"):
     return f"it needs an NVIDIA GPU, got the platform {platform!r}"
   if q.dtype not in _DTYPES:

@@ -42,7 +42,7 @@ def supports(
   """
   mesh = jax.sharding.get_abstract_mesh()
   tokens = q.shape[1]
-  platform = placement.platform(mesh)
+  platform = placement.platform()
   if not interpret and platform != "tpu":
     return f"it needs a TPU, got the platform {platform!r}"
   if q.dtype not in _DTYPES:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from nl_jax.kernels import placement
 from nl_jax.kernels.walk import (
   affine,
   contract,
@@ -149,7 +150,7 @@ def walk(
     heads=heads, spec=spec, chunk_free=chunk_free,
   )  # fmt: skip
   if implementation is None:
-    on_tpu = _platform() == "tpu" and why("pallas_tpu") is None
+    on_tpu = placement.platform() == "tpu" and why("pallas_tpu") is None
     implementation = "pallas_tpu" if on_tpu else "xla"
   elif (reason := why(implementation)) is not None:
     raise ValueError(f"{name} cannot run as {implementation}: {reason}")
@@ -258,7 +259,7 @@ def supports(
   mesh = jax.sharding.get_abstract_mesh()
   parts = sequence.parts(mesh, spec)
   if implementation == "pallas_tpu":
-    if (platform := _platform()) != "tpu":
+    if (platform := placement.platform()) != "tpu":
       return (
         f"it needs a TPU, got the platform {platform!r}; "
         "'pallas_interpret' runs anywhere"
@@ -312,12 +313,6 @@ def supports(
   return None
 
 
-def _platform() -> str:
-  """Where the program will run: the mesh may be of chips that are not here."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
-
-
 def heads_of(slow: Any, state: contract.State) -> int:
   """H: the first axis of slow parameters, or the second of fast weights."""
   leaves = jax.tree.leaves(slow)
@@ -364,6 +359,6 @@ def default_policy(dtype: jnp.dtype, rate: float = 1.0) -> products.Policy:
     dtype: of the activations.
     rate: the largest rate at which a token erases.
   """
-  if dtype != jnp.bfloat16 or _platform() == "cpu":
+  if dtype != jnp.bfloat16 or placement.platform() == "cpu":
     return products.F32
   return products.LEAN if rate <= 1 else products.LEAN2

@@ -140,6 +140,7 @@ def groups(H: int, widths: Sequence[int]) -> list[int]:
 
 
 def no_group(heads: int, H: int, may: Sequence[int]) -> str:
+  """Why a step cannot take a number of heads, and which it can."""
   return (
     f"a step cannot take {heads} of {H} heads: they must divide them and fill "
     f"rows of 128 lanes; possible are {', '.join(map(str, may))}"

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 
+from nl_jax.kernels import placement
 from nl_jax.kernels.walk import blocks, pallas
 
 _LIKE = ("v5e", 128 * 2**20)  # Where no TPU is meant.
@@ -23,9 +24,7 @@ _ALIVE = {False: 0.6, True: 1.5}  # By whether products are of full precision.
 
 def chip() -> tuple[str, int]:
   """Name and VMEM, bytes a core, of the chip that the program is for."""
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  platform = jax.default_backend() if device is None else device.platform
-  if platform != "tpu":
+  if placement.platform() != "tpu":
     return _LIKE
   info = pltpu.get_tpu_info()
   return str(info.chip_version), info.vmem_capacity_bytes

@@ -85,7 +85,7 @@ def make(
     if row:
       raise ValueError(
         f"the run stands at row {row} of a batch of {batch_size}; "
-        "data.rows=stream goes on with the same batch size only"
+        "data.rows=stream resumes with the same batch size only"
       )
     return iter(dataset.to_iter_dataset(pipeline.reading(rows)))
 
